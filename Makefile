@@ -1,0 +1,48 @@
+# make demo   set everything up and run two rounds of self-play; ends with a table and a page
+# make test   set everything up, check the style and run the tests
+# Options: PYTHON=python3.12 (3.11 to 3.13), TORCH_INDEX_URL=https://... (where torch alone comes from), VENV=folder
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+TORCH ?= torch>=2.11,<2.14
+TORCH_INDEX_URL ?=
+
+# The folders kernels/ and engine/ must not shadow packages of the same names.
+export PYTHONSAFEPATH := 1
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f)
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/hermesflow selfplay --set run.name=demo
+
+test: export OMP_NUM_THREADS ?= 2
+test: lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .ruff_cache
+	find engine kernels hermesflow tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/python -m pip install --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.torch:  # by itself and first: the C++ extension is built against the torch that is installed
+	python=$$(.ci/check-machine $(PYTHON)) && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) '$(TORCH)'
+	@touch $@

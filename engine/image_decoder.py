@@ -1,0 +1,179 @@
+"""Images from prompts by parallel decoding (MaskGIT): every step draws all masked tokens and keeps the most confident.
+
+Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and the
+unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and the
+head runs on the masked positions and on the image codes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hermesflow.kernels.linear_sample import linear_sample
+from hermesflow.kernels.mask_topk import mask_topk
+from hermesflow.kernels.philox import RandomKey
+
+from .mask_schedule import mask_temperatures, num_to_mask
+from .span_tree import SpanTree
+from .token_layout import TokenLayout
+from .transformer import Transformer
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSamplingParams:
+    """How images are drawn.
+
+    guidance_scale g: logits (1 + g) * conditional - g * unconditional; 0 needs no unconditional half.
+    temperature divides the logits (0: argmax); mask_temperature scales the noise on the confidences and decays by
+    mask_decay; schedule says how many tokens stay masked. Both are explained in mask_schedule.py.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    mask_temperature: float
+    temperature: float = 1.0
+    schedule: str = "cosine"
+    mask_decay: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "mask_temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"ImageSamplingParams: expected {name} of at least 0, got {getattr(self, name)}")
+        if not abs(self.guidance_scale) < float("inf"):
+            raise ValueError(f"ImageSamplingParams: expected a finite guidance_scale, got {self.guidance_scale}")
+        num_to_mask(1, self.num_steps, self.schedule)
+        mask_temperatures(self.mask_temperature, self.num_steps, self.mask_decay)
+
+
+class ImageDecoder:
+    """Draws images. A candidate's tokens are a function of the model, its prompt, its seed and the parameters alone."""
+
+    def __init__(self, transformer: Transformer, layout: TokenLayout, backend: str | None = None) -> None:
+        self.transformer, self.layout, self.backend = transformer, layout, backend
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *, max_sequences: int = 256
+    ) -> Tensor:
+        """Draw the candidates of each prompt.
+
+        Args:
+            prompt_ids: P prompts of plain text ids; they may be equal or empty.
+            seeds: int64 [P, n], one a candidate.
+            params: how to draw.
+            max_sequences: image spans that one pass may compute; a guided candidate is two.
+        Returns: codes int64 [P, n, num_image_tokens] on the model's device.
+        Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
+        """
+        num_prompts, num_images = seeds.shape
+        prompts = [tuple(ids) for ids in prompt_ids for _ in range(num_images)]
+        flat_seeds = seeds.to(self.transformer.embed.weight.device).flatten()
+        batch = max(1, max_sequences // (2 if params.guidance_scale else 1))
+        codes = torch.zeros(len(prompts), self.layout.num_image_tokens, dtype=torch.int64, device=flat_seeds.device)
+        failed_steps = torch.full_like(flat_seeds, params.num_steps)
+        for start in range(0, len(prompts), batch):
+            rows = slice(start, start + batch)
+            codes[rows], failed_steps[rows] = self._decode(prompts[rows], flat_seeds[rows], params)
+        for row, step in enumerate(failed_steps.tolist()):
+            if step < params.num_steps:
+                raise RuntimeError(
+                    f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
+                    f"image {row % num_images}, step {step}; check its weights"
+                )
+        return codes.view(num_prompts, num_images, -1)
+
+    def _decode(self, prompts: list[Prompt], seeds: Tensor, params: ImageSamplingParams) -> tuple[Tensor, Tensor]:
+        """Codes [B, N] and the first step [B] at which a draw failed (num_steps: none)."""
+        num_rows, num_tokens, device = len(prompts), self.layout.num_image_tokens, seeds.device
+        batch = _Batch(self.transformer, self.layout, prompts, params.guidance_scale)
+        image_codes = slice(self.layout.code_offset, self.layout.code_offset + self.layout.codebook_size)
+        head = self.transformer.head
+        weight, bias = head.weight[image_codes], None if head.bias is None else head.bias[image_codes]
+
+        codes = torch.zeros(num_rows, num_tokens, dtype=torch.int64, device=device)
+        masked = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
+        failed_steps = torch.full_like(seeds, params.num_steps)
+        counts = num_to_mask(num_tokens, params.num_steps, params.schedule)
+        temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
+        num_unknown = num_tokens
+        for step, (num_masked, mask_temperature) in enumerate(zip(counts, temperatures, strict=True)):
+            if num_masked == num_unknown:
+                continue  # the one unknown token would be drawn and masked again: nothing changes
+            # As many tokens are masked in every row, so the host knows the shape of positions [B, num_unknown].
+            positions = (~masked).byte().argsort(dim=1, stable=True)[:, :num_unknown]
+            hidden = batch.hidden(codes, masked, positions)
+            step_number = torch.full((), step, dtype=torch.int64, device=device)
+            key = RandomKey(seeds.repeat_interleave(num_unknown), step_number, positions.flatten())
+            drawn = linear_sample(
+                hidden.flatten(0, 1), weight, bias, temperature=params.temperature, key=key, backend=self.backend
+            )
+            token, logprob = (values.view(num_rows, num_unknown) for values in drawn)
+            codes = codes.scatter(1, positions, token)
+            failed_steps = torch.where((token < 0).any(1), failed_steps.clamp(max=step), failed_steps)
+            if num_masked:
+                masked = mask_topk(
+                    torch.zeros(codes.shape, device=device).scatter(1, positions, logprob),
+                    ~masked,
+                    torch.full_like(seeds, num_masked),
+                    temperature=mask_temperature,
+                    key=RandomKey(seeds, step_number, torch.zeros_like(seeds)),
+                    backend=self.backend,
+                )
+            num_unknown = num_masked
+        return codes, failed_steps
+
+
+class _Batch:
+    """Images under way: prompts cached, image spans recomputed at each step.
+
+    The empty prompt is the condition of every unconditional span; a caller's own empty prompt shares it.
+    """
+
+    def __init__(self, transformer: Transformer, layout: TokenLayout, prompts: list[Prompt], guidance_scale: float) -> None:
+        self.transformer, self.layout, self.guidance_scale = transformer, layout, guidance_scale
+        device = transformer.embed.weight.device
+        empty: list[Prompt] = [()] if guidance_scale else []
+        conditions = list(dict.fromkeys([*prompts, *empty]))
+        of_condition = {condition: index for index, condition in enumerate(conditions)}
+        parents = [of_condition[prompt] for prompt in prompts]
+        unconditional = [of_condition[condition] for condition in empty]
+
+        image = layout.masked_image()
+        spans = [(layout.text_prompt(condition), -1, "causal") for condition in conditions]
+        shared = [(image, index, "full") for index in range(len(conditions))]
+        branches = [(image, parent, "full") for parent in parents + unconditional * len(prompts)]
+        self.prefill = SpanTree.build(spans + shared, device)
+        self.tree = SpanTree.build(spans, device).extend(branches)
+        self.num_branches, self.num_shared, self.unconditional = len(branches), len(shared), unconditional
+        self.parents = torch.tensor(parents, device=device)
+        self.soi, self.eoi = (torch.full((len(prompts), 1), token, device=device) for token in (layout.soi, layout.eoi))
+        self.cache = transformer.new_cache(self.tree.capacity)
+        self.started = False
+
+    def hidden(self, codes: Tensor, masked: Tensor, positions: Tensor) -> Tensor:
+        """Guided hidden states [B, U, D] of positions [B, U], given codes and masked [B, N]; all masked at first."""
+        if not self.started:
+            self.started = True
+            return self._first_hidden()
+        image = torch.where(masked, self.layout.mask_id, codes + self.layout.code_offset)
+        tokens = torch.cat([self.soi, image, self.eoi], dim=1).flatten()
+        halves = self.num_branches // len(codes)
+        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(halves)), self.cache)
+        hidden = hidden.view(halves, len(codes), -1, hidden.shape[1])
+        rows = torch.arange(len(codes), device=codes.device)[:, None]
+        selected = hidden[:, rows, positions + 1]
+        return torch.lerp(selected[1], selected[0], 1 + self.guidance_scale) if halves == 2 else selected[0]
+
+    def _first_hidden(self) -> Tensor:
+        """Before the first draw the images of one prompt are equal, so each prompt has one, which its images share."""
+        num_tokens = self.layout.num_image_tokens
+        hidden = self.transformer(self.prefill, self.cache)
+        hidden = hidden[-self.num_shared * (num_tokens + 2) :].view(self.num_shared, num_tokens + 2, -1)[:, 1:-1]
+        if self.unconditional:
+            hidden = torch.lerp(hidden[self.unconditional], hidden, 1 + self.guidance_scale)
+        return hidden[self.parents]

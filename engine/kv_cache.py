@@ -1,0 +1,33 @@
+"""Key/value storage of span trees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every cached token, allocated once.
+
+    Layout: keys and values are [num_layers, capacity, num_kv_heads, head_dim]; a token's row is its SpanTree slot, so
+    that spans which share an ancestor share its rows.
+    """
+
+    def __init__(
+        self, num_layers: int, capacity: int, num_kv_heads: int, head_dim: int,
+        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        shape = (num_layers, capacity, num_kv_heads, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def capacity(self) -> int:
+        """Number of token slots."""
+        return self.keys.shape[1]
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores key and value [T, num_kv_heads, head_dim] at slots [T]; returns the layer's whole storage."""
+        self.keys[layer].index_copy_(0, slots, key.to(self.keys.dtype))
+        self.values[layer].index_copy_(0, slots, value.to(self.values.dtype))
+        return self.keys[layer], self.values[layer]

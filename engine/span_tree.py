@@ -1,0 +1,235 @@
+"""Span trees: packed tokens, each stored and computed once, that attend to their ancestors and to themselves.
+
+A span is a run of tokens with one parent. A token attends to every token of its span's ancestors and, inside its own
+span, to all tokens ("full") or to itself and earlier ones ("causal"). The positions of a span go on from its parent's
+end. Sixteen images branch from one prompt, ten captions from one image, win and lose from one condition: every batch
+of this project is a forest of such trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Span = tuple[Sequence[int], int, str]
+"""(token ids, index of the parent span or -1, "causal" or "full")."""
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Query spans of equal shape class that one batched attention call serves.
+
+    query_rows [G, Lq] and key_slots [G, Lk] index the packed new tokens and the key/value storage. Both are padded
+    with row 0; mask [G, Lq, Lk] is False on padding and on what causality forbids, or None where everything is allowed.
+    packed_rows [n] and batch_rows [n] pair the real queries: packed row -> row of the flattened [G * Lq].
+    """
+
+    query_rows: Tensor
+    key_slots: Tensor
+    mask: Tensor | None
+    packed_rows: Tensor
+    batch_rows: Tensor
+
+
+@dataclass
+class SpanTree:
+    """A forest of spans: the new tokens packed span by span, and the structure of all spans, cached ones included.
+
+    token_ids, position_ids: int64 [Tq], the new tokens only (those that are computed now).
+    slots: int64 [Tq], the storage slot (row of the key/value storage) of each new token.
+    starts, lengths, parents, full, num_new, regions: one entry a span, on the host. starts is the storage slot of the
+    span's first token, num_new counts its trailing tokens that are new (0: cached), regions the slots it may grow into.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    slots: Tensor
+    starts: np.ndarray
+    lengths: np.ndarray
+    parents: np.ndarray
+    full: np.ndarray
+    num_new: np.ndarray
+    regions: np.ndarray
+    _groups: list[AttentionGroup] | None = field(default=None, repr=False)
+
+    @classmethod
+    def build(cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int = 0) -> SpanTree:
+        """A tree whose spans are all new. Parents come before their children; reserve adds storage slots to each span."""
+        none = np.zeros(0, dtype=np.int64)
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        root = cls(empty, empty, empty, none, none, none, none.astype(bool), none, none)
+        return root.extend(spans, reserve=reserve)
+
+    def extend(self, spans: Sequence[Span], reserve: int = 0) -> SpanTree:
+        """The same tree with its spans cached and new ones appended; parents count over all spans.
+
+        Raises:
+            ValueError: an empty span, an unknown mode, or a parent that does not come before its child.
+        """
+        old = self.num_spans
+        for index, (ids, parent, mode) in enumerate(spans, start=old):
+            if not -1 <= parent < index or mode not in ("causal", "full") or len(ids) == 0:
+                raise ValueError(
+                    f"SpanTree: span {index} needs tokens, a parent in [-1, {index}) and mode 'causal' or 'full', "
+                    f"got {len(ids)} tokens, parent {parent}, mode {mode!r}"
+                )
+        lengths = np.array([len(ids) for ids, _, _ in spans], dtype=np.int64)
+        regions = lengths + reserve
+        starts = self.capacity + np.cumsum(regions) - regions
+        flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _, _ in spans]) if spans else lengths
+        return SpanTree._assemble(
+            torch.from_numpy(flat).to(self.token_ids.device),
+            np.concatenate([self.starts, starts]),
+            np.concatenate([self.lengths, lengths]),
+            np.concatenate([self.parents, np.array([parent for _, parent, _ in spans], dtype=np.int64)]),
+            np.concatenate([self.full, np.array([mode == "full" for _, _, mode in spans], dtype=bool)]),
+            np.concatenate([np.zeros(old, dtype=np.int64), lengths]),
+            np.concatenate([self.regions, regions]),
+        )
+
+    def grow(self, spans: np.ndarray | Sequence[int], token_ids: Tensor) -> SpanTree:
+        """One more token on each of the given spans (in ascending order); only those tokens are new.
+
+        Raises:
+            ValueError: a span has no reserved slot left, or token_ids is not [len(spans)].
+        """
+        spans = np.asarray(spans, dtype=np.int64)
+        if token_ids.shape != (len(spans),) or (np.diff(spans) <= 0).any():
+            raise ValueError(
+                f"SpanTree.grow: expected ascending spans and token_ids [{len(spans)}], got {tuple(token_ids.shape)}"
+            )
+        lengths, num_new = self.lengths.copy(), np.zeros_like(self.num_new)
+        lengths[spans] += 1
+        num_new[spans] = 1
+        if (lengths > self.regions).any():
+            raise ValueError("SpanTree.grow: a span is out of reserved slots; build it with a larger reserve")
+        return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.full, num_new, self.regions)
+
+    def with_tokens(self, token_ids: Tensor) -> SpanTree:
+        """The same structure over other token ids [Tq]; the attention plan is shared."""
+        groups = self.groups()
+        return SpanTree(
+            token_ids, self.position_ids, self.slots, self.starts, self.lengths, self.parents, self.full, self.num_new,
+            self.regions, groups,
+        )  # fmt: skip
+
+    @classmethod
+    def _assemble(
+        cls, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray, full: np.ndarray,
+        num_new: np.ndarray, regions: np.ndarray,
+    ) -> SpanTree:  # fmt: skip
+        first_position = np.zeros_like(starts)
+        for ancestors in _ancestor_levels(parents):
+            first_position += np.where(ancestors >= 0, lengths[ancestors], 0)
+        offsets = _ranges(lengths - num_new, num_new)
+        of_span = np.repeat(np.arange(len(starts)), num_new)
+        device = token_ids.device
+        return cls(
+            token_ids,
+            torch.from_numpy(first_position[of_span] + offsets).to(device),
+            torch.from_numpy(starts[of_span] + offsets).to(device),
+            starts, lengths, parents, full, num_new, regions,
+        )  # fmt: skip
+
+    @property
+    def num_spans(self) -> int:
+        """Number of spans, cached ones included."""
+        return len(self.starts)
+
+    @property
+    def capacity(self) -> int:
+        """Storage slots that the tree needs, reserved ones included."""
+        return int(self.starts[-1] + self.regions[-1]) if len(self.starts) else 0
+
+    @property
+    def packed_starts(self) -> np.ndarray:
+        """First packed row of each span's new tokens, int64 [S]."""
+        return np.cumsum(self.num_new) - self.num_new
+
+    def span_rows(self, span: int) -> slice:
+        """Packed rows of one span's new tokens."""
+        start = int(self.packed_starts[span])
+        return slice(start, start + int(self.num_new[span]))
+
+    def allowed(self) -> Tensor:
+        """The dense truth, bool [Tq, capacity]: whether a new token attends to a storage slot. For tests and masks."""
+        allowed = torch.zeros(len(self.token_ids), self.capacity, dtype=torch.bool)
+        for span in range(self.num_spans):
+            rows = self.span_rows(span)
+            ancestor = int(self.parents[span])
+            while ancestor >= 0:
+                start, length = int(self.starts[ancestor]), int(self.lengths[ancestor])
+                allowed[rows, start : start + length] = True
+                ancestor = int(self.parents[ancestor])
+            start, length, new = int(self.starts[span]), int(self.lengths[span]), int(self.num_new[span])
+            own = torch.ones(new, length, dtype=torch.bool)
+            allowed[rows, start : start + length] = own if self.full[span] else own.tril(length - new)
+        return allowed.to(self.token_ids.device)
+
+    def groups(self) -> list[AttentionGroup]:
+        """The attention plan: query spans bucketed by mode and length, computed once a structure."""
+        if self._groups is None:
+            self._groups = self._plan()
+        return self._groups
+
+    def _plan(self) -> list[AttentionGroup]:
+        spans = np.flatnonzero(self.num_new)
+        chains = [level[spans] for level in reversed(_ancestor_levels(self.parents))] + [spans]
+        key_lengths = sum(np.where(level >= 0, self.lengths[level], 0) for level in chains)
+        # Buckets of 8 queries and 16 keys keep the padding small and the calls few; equal spans need no padding at all.
+        shape_class = np.stack([self.full[spans], -(-self.num_new[spans] // 8), -(-key_lengths // 16)], axis=1)
+        groups = []
+        for key in np.unique(shape_class, axis=0):
+            members = np.flatnonzero((shape_class == key).all(axis=1))
+            groups.append(self._group([level[members] for level in chains], key_lengths[members], bool(key[0])))
+        return groups
+
+    def _group(self, chains: list[np.ndarray], key_lengths: np.ndarray, full: bool) -> AttentionGroup:
+        spans = chains[-1]
+        queries = self.num_new[spans]
+        num_queries, num_keys = int(queries.max()), int(key_lengths.max())
+        key_slots = np.zeros((len(spans), num_keys), dtype=np.int64)
+        column = np.zeros(len(spans), dtype=np.int64)
+        for level in chains:
+            lengths = np.where(level >= 0, self.lengths[level], 0)
+            row = np.repeat(np.arange(len(spans)), lengths)
+            key_slots[row, _ranges(column, lengths)] = _ranges(np.where(level >= 0, self.starts[level], 0), lengths)
+            column += lengths
+        row = np.repeat(np.arange(len(spans)), queries)
+        offsets = _ranges(np.zeros_like(queries), queries)
+        packed_rows = _ranges(self.packed_starts[spans], queries)
+        query_rows = np.zeros((len(spans), num_queries), dtype=np.int64)
+        query_rows[row, offsets] = packed_rows
+        mask = None
+        if not full or (key_lengths != num_keys).any():
+            last_key = np.broadcast_to(key_lengths[:, None], query_rows.shape)
+            if not full:
+                last_key = last_key - queries[:, None] + 1 + np.arange(num_queries)
+            mask = np.arange(num_keys) < np.minimum(last_key, key_lengths[:, None])[:, :, None]
+        device = self.token_ids.device
+        return AttentionGroup(
+            torch.from_numpy(query_rows).to(device),
+            torch.from_numpy(key_slots).to(device),
+            None if mask is None else torch.from_numpy(mask).to(device),
+            torch.from_numpy(packed_rows).to(device),
+            torch.from_numpy(row * num_queries + offsets).to(device),
+        )
+
+
+def _ancestor_levels(parents: np.ndarray) -> list[np.ndarray]:
+    """[parents, grandparents, ...] of every span, -1 where there is none."""
+    levels, level = [], parents
+    while (level >= 0).any():
+        levels.append(level)
+        level = np.where(level >= 0, parents[level], -1)
+    return levels
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenation of range(start, start + length) over all pairs."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)

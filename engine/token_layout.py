@@ -1,0 +1,86 @@
+"""Where the joint vocabulary keeps text, special tokens, image codes and the mask, and how sequences are framed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
+"""The nine special tokens in Show-o's published order; they follow [PAD]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """Joint vocabulary of a unified model: [text | pad, nine specials | (unused) | image codes | mask].
+
+    sot and eot are text tokens (Show-o uses the text tokenizer's bos and eos, which may be the same id).
+    """
+
+    text_vocab_size: int
+    codebook_size: int
+    num_image_tokens: int
+    sot: int
+    eot: int
+
+    def __post_init__(self) -> None:
+        for name in ("sot", "eot"):
+            if not 0 <= getattr(self, name) < self.text_vocab_size:
+                raise ValueError(f"TokenLayout: {name} must be a text id in [0, {self.text_vocab_size}), got {getattr(self, name)}")
+
+    @property
+    def pad(self) -> int:
+        """Id of [PAD]; kept for the published layout, never part of a sequence here."""
+        return self.text_vocab_size
+
+    def special(self, name: str) -> int:
+        """Id of one of SPECIAL_TOKENS."""
+        return self.text_vocab_size + 1 + SPECIAL_TOKENS.index(name)
+
+    @property
+    def soi(self) -> int:
+        """Start of image."""
+        return self.special("soi")
+
+    @property
+    def eoi(self) -> int:
+        """End of image."""
+        return self.special("eoi")
+
+    @property
+    def code_offset(self) -> int:
+        """Id of image code 0."""
+        return self.text_vocab_size + 1 + len(SPECIAL_TOKENS)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token, the last of the vocabulary."""
+        return self.code_offset + self.codebook_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the joint vocabulary."""
+        return self.mask_id + 1
+
+    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Condition of an image: [t2i, sot, text, eot], a causal root span."""
+        return [self.special("t2i"), self.sot, *text_ids, self.eot]
+
+    def image(self, codes: Sequence[int]) -> list[int]:
+        """An image that follows its prompt: [soi, codes, eoi], a full span."""
+        return [self.soi, *(int(code) + self.code_offset for code in codes), self.eoi]
+
+    def masked_image(self) -> list[int]:
+        """The same with every code masked: where generation starts."""
+        return [self.soi, *[self.mask_id] * self.num_image_tokens, self.eoi]
+
+    def image_prefix(self, codes: Sequence[int]) -> list[int]:
+        """An image to be understood: [mmu, soi, codes, eoi], a full root span."""
+        return [self.special("mmu"), *self.image(codes)]
+
+    def question(self, text_ids: Sequence[int]) -> list[int]:
+        """What is asked of an image: [sot, text], a causal span; its answer ends with eot."""
+        return [self.sot, *text_ids]
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields, for a configuration file."""
+        return asdict(self)

@@ -1,0 +1,259 @@
+"""The `hermesflow` command: reads its arguments and calls; the work is done elsewhere."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hermesflow import __version__
+from hermesflow.config import Config, load_config
+from hermesflow.files import InputError, read_bytes, write_problem
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; None takes those of the process.
+    Returns: the exit code: 0, 2 on bad input (with one line on stderr), 130 when interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        hint = "; the same command goes on where it stopped" if arguments.continues else ""
+        print(f"\nhermesflow: stopped{hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        message = _user_message(error)
+        if debug or message is None:
+            raise
+        print(f"hermesflow: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell the user, or None if the error is a fault of ours that deserves a traceback."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        path = error.filename or "output"
+        return str(write_problem(path, error) or f"{path}: {error.strerror or error}")
+    registry = sys.modules.get("hermesflow.kernels.registry")  # loaded wherever its error can come from
+    if registry is not None and isinstance(error, registry.BackendError):
+        return str(error)
+    return None
+
+
+def _selfplay(arguments: argparse.Namespace) -> None:
+    from hermesflow.selfplay import run_selfplay
+
+    run_selfplay(_config(arguments))
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from hermesflow.pretraining import run_pretraining
+
+    run_pretraining(_config(arguments).pretrain)
+
+
+def _curate(arguments: argparse.Namespace) -> None:
+    from hermesflow.curation import run_curation
+
+    run_curation(_config(arguments), arguments.round)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from hermesflow.training import run_training
+
+    run_training(_config(arguments), arguments.round)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from hermesflow.evaluation import run_evaluation
+
+    result = run_evaluation(_config(arguments))
+    if result is not None:
+        print(json.dumps(result, indent=2))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from hermesflow.report import write_report
+
+    print(write_report(arguments.run_folder or _config(arguments).run_folder))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from hermesflow.doctor import run_doctor
+
+    run_doctor()
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from hermesflow.models import load_model
+    from hermesflow.tasks import generate_images, save_image
+
+    config = _config(arguments)
+    prompts = list(arguments.prompts)
+    if arguments.prompts_file is not None:
+        prompts += [line.strip() for line in _read_text(arguments.prompts_file).splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("generate: no prompts; give them as arguments or with --prompts-file FILE, one a line")
+    settings = {
+        "model": config.model.name,
+        "num_steps": config.eval.num_steps,
+        "guidance_scale": config.eval.guidance_scale,
+        "mask_temperature": config.eval.mask_temperature,
+    }
+    model = load_model(config.model.name)
+    for image in generate_images(
+        model, prompts, num_images=arguments.num_images, seed=arguments.seed, settings=config.eval
+    ):
+        print(save_image(arguments.output, image, settings))
+
+
+def _caption(arguments: argparse.Namespace) -> None:
+    from hermesflow.models import load_model
+    from hermesflow.tasks import caption_images
+
+    model = load_model(_config(arguments).model.name)
+    for line in caption_images(model, arguments.images):
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _answer(arguments: argparse.Namespace) -> None:
+    from hermesflow.models import load_model
+    from hermesflow.tasks import answer_question
+
+    model = load_model(_config(arguments).model.name)
+    choices = arguments.choices.split(",") if arguments.choices is not None else ()
+    line = answer_question(model, arguments.image, arguments.question, choices)
+    print(json.dumps(line, ensure_ascii=False))
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    return load_config(arguments.config, arguments.set)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hermesflow",
+        description="Narrow the gap between what a unified multimodal model understands and what it can draw.",
+        epilog="example: hermesflow selfplay --set run.name=demo",
+    )
+    parser.add_argument("--version", action="version", version=f"hermesflow {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    _command(
+        commands, "selfplay", _selfplay, "run rounds of curation, Pair-DPO and evaluation, and write the report",
+        "hermesflow selfplay --set run.name=demo --set selfplay.num_rounds=1", continues=True,
+    )  # fmt: skip
+    _command(
+        commands, "pretrain", _pretrain, "make the tiny model from a seed",
+        "hermesflow pretrain --set pretrain.folder=runs/pretrain --set pretrain.seed=0", continues=True,
+    )  # fmt: skip
+
+    generate = _command(
+        commands, "generate", _generate, "draw images for prompts (settings: model.name and the section eval)",
+        'hermesflow generate "a small red circle" -o pictures --num-images 4',
+    )  # fmt: skip
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    generate.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
+    generate.add_argument("-o", "--output", type=Path, default=Path("images"), metavar="FOLDER", help="[images]")
+    generate.add_argument("--num-images", type=_positive, default=1, metavar="N", help="images of each prompt [1]")
+    generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the first image [0]")
+
+    caption = _command(
+        commands, "caption", _caption, "describe images, as JSON lines", "hermesflow caption pictures/*.png"
+    )
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
+
+    answer = _command(
+        commands, "answer", _answer, "answer a question about an image, as a JSON line",
+        "hermesflow answer pictures/a-small-red-circle-seed0.png "
+        '"what color is the circle ?" --choices red,green,blue,yellow',
+    )  # fmt: skip
+    answer.add_argument("image", metavar="IMAGE", help="an image file of any size")
+    answer.add_argument("question", metavar="QUESTION", help="the question")
+    answer.add_argument("--choices", metavar="A,B,C", help="answers to choose from; without, it answers freely")
+
+    curate = _command(
+        commands, "curate", _curate, "make and score candidates, and pick the pairs of one round",
+        "hermesflow curate --set run.name=demo --round 1", continues=True,
+    )  # fmt: skip
+    train = _command(
+        commands, "train", _train, "train on the pairs of one round",
+        "hermesflow train --set run.name=demo --round 1", continues=True,
+    )  # fmt: skip
+    for command in (curate, train):
+        command.add_argument("--round", type=_positive, default=1, metavar="N", help="the round, from 1 [1]")
+
+    _command(
+        commands, "eval", _eval, "measure understanding and generation",
+        "hermesflow eval --set model.name=tiny --set eval.num_prompts=200", continues=True,
+    )  # fmt: skip
+    report = _command(commands, "report", _report, "write the page that shows a run", "hermesflow report runs/demo")
+    report.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="the run's folder [as configured]")
+
+    _command(
+        commands, "doctor", _doctor, "show what this machine can run, and for the rest why not", "hermesflow doctor",
+        configured=False,
+    )  # fmt: skip
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: object,
+    help_text: str,
+    example: str,
+    *,
+    configured: bool = True,
+    continues: bool = False,
+) -> argparse.ArgumentParser:
+    description = help_text[0].upper() + help_text[1:] + "."
+    command = commands.add_parser(
+        name,
+        help=help_text,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line, to be copied
+    )
+    command.set_defaults(run=run, continues=continues)
+    if configured:
+        command.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML, one table a section")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE",
+            help="one setting, such as train.lr=1e-5; may be repeated; wins over the file",
+        )  # fmt: skip
+    return command
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**62 - 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,453 @@
+"""Settings of a run: one frozen dataclass a concern, read from a TOML file and `--set section.key=value`.
+
+Every value is checked when its section is made; an unknown key is refused with the nearest name. `to_toml` writes the
+resolved settings, with the meaning of each key, as they are kept beside a run.
+"""
+
+import ast
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hermesflow.files import InputError, read_bytes
+
+
+class ConfigError(ValueError):
+    """A value that a section refuses; `key` is the field's name, `reason` what was expected and what was got."""
+
+    def __init__(self, section: str, key: str, reason: str) -> None:
+        super().__init__(f"{section}.{key}: {reason}")
+        self.key = key
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives, and the seed of all its random draws."""
+
+    name: str = "selfplay"
+    """Name of the run's folder; the same name goes on with the same run."""
+    folder: str = "runs"
+    """Folder that holds the runs."""
+    seed: int = 0
+    """Seed of data, candidates and training."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_seed(self)
+        if self.name in ("", ".", "..") or not self.name.isprintable() or "/" in self.name or "\\" in self.name:
+            raise ConfigError("RunConfig", "name", f"expected a plain folder name, got {self.name!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The unified model that is improved."""
+
+    name: str = "tiny"
+    """"tiny" for the model that ships with the package, or the folder of a saved model."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The image-caption pairs."""
+
+    source: str = "shapes"
+    """"shapes" for the built-in world, or a Parquet file of records."""
+    num_records: int = 256
+    """Training prompts in each round."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "num_records")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurationConfig:
+    """Candidates of a record, their scores, and which become a pair."""
+
+    num_images: int = 6
+    """Images drawn for each prompt."""
+    num_steps: int = 12
+    """Decoding steps of an image."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance g in (1 + g) * conditional - g * unconditional."""
+    mask_temperature: float = 3.0
+    """Noise on the confidence that decides which image tokens are masked again."""
+    caption_temperatures: tuple[float, ...] = (0.1, 0.7, 1.0)
+    """Sampling temperatures of captions; each is combined with each top-k."""
+    caption_top_k: tuple[int, ...] = (2, 4, 8)
+    """Numbers of most likely tokens that captions are drawn from; 0 is all."""
+    include_greedy: bool = True
+    """Add the greedy caption."""
+    score: Literal["soft", "hard"] = "soft"
+    """An image's score: mean probability of the right answers, or the fraction answered right."""
+    threshold: float = 0.6
+    """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
+    margin: float = 0.2
+    """The best must score above the worst by at least this much."""
+    caption_scorer: Literal["token_f1", "bert"] = "token_f1"
+    """How a caption is compared with the true one."""
+    keep: Literal["both", "any"] = "both"
+    """Keep a record only if both sides make a pair, or for any side that does."""
+    batch_records: int = 32
+    """Records worked on together, and the records in one file of candidates."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 2, "num_images")
+        _check_at_least(self, 1, "num_steps", "batch_records")
+        _check_at_least(self, 0, "guidance_scale", "mask_temperature")
+        _check_between(self, 0, 1, "threshold", "margin")
+        _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
+        if self.num_captions < 2:
+            reason = "expected at least 2 captions from include_greedy and temperatures x top-k, got "
+            raise ConfigError("CurationConfig", "caption_temperatures", f"{reason}{self.num_captions}")
+
+    @property
+    def num_captions(self) -> int:
+        """Captions of each image."""
+        return int(self.include_greedy) + len(self.caption_temperatures) * len(self.caption_top_k)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Pair-DPO (HermesFlow, arXiv 2502.12148, section 4)."""
+
+    num_steps: int = 60
+    """Optimizer steps in a round."""
+    pairs_per_step: int = 16
+    """Pairs in one optimizer step."""
+    lr: float = 2e-5
+    """Peak learning rate of AdamW."""
+    beta: float = 0.2
+    """Strength of the pull towards the reference model."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    warmup_steps: int = 5
+    """Steps of linear warm-up before the cosine."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """Form of the preference loss."""
+    generation_weight: float = 1.0
+    """Weight of the image side."""
+    understanding_weight: float = 1.0
+    """Weight of the caption side."""
+    nll_weight: float = 0.0
+    """Weight of the win's negative log-likelihood."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "num_steps", "pairs_per_step", "checkpoint_every", "keep_checkpoints")
+        _check_above(self, 0, "lr", "beta", "max_grad_norm")
+        _check_at_least(self, 0, "weight_decay", "warmup_steps")
+        _check_at_least(self, 0, "generation_weight", "understanding_weight", "nll_weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Measurement on prompts that training never sees; `hermesflow generate` draws with the same settings."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""
+    num_prompts: int = 400
+    """Prompts that images are drawn for."""
+    images_per_prompt: int = 2
+    """Images drawn for each prompt."""
+    num_steps: int = 12
+    """Decoding steps of an image."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance."""
+    mask_temperature: float = 3.0
+    """Noise on the confidence that decides which image tokens are masked again."""
+    num_understanding: int = 400
+    """Images that questions are asked about."""
+    seed: int = 1234
+    """Seed of prompts and images, the same before and after each round."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_seed(self)
+        _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_steps", "num_understanding")
+        _check_at_least(self, 0, "guidance_scale", "mask_temperature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfPlayConfig:
+    """Rounds of curation, training and evaluation."""
+
+    num_rounds: int = 2
+    """Rounds in the run."""
+    fresh_prompts: bool = True
+    """Take new prompts in each round, rather than the same ones again."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "num_rounds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """How the tiny model is made from a seed: first its image tokenizer, then the transformer."""
+
+    folder: str = "runs/pretrain"
+    """Folder of checkpoints and of the finished model."""
+    seed: int = 0
+    """Seed of scenes, weights and batches."""
+    num_scenes: int = 60000
+    """Training scenes that are drawn."""
+    tokenizer_steps: int = 2500
+    """Optimizer steps of the image tokenizer."""
+    tokenizer_batch: int = 64
+    """Images in one step of the tokenizer."""
+    tokenizer_lr: float = 2e-3
+    """Peak learning rate of the tokenizer."""
+    steps: int = 12000
+    """Optimizer steps of the transformer."""
+    batch_images: int = 56
+    """Images drawn from captions in one step."""
+    batch_understanding: int = 16
+    """Images captioned and asked about in one step."""
+    lr: float = 1e-3
+    """Peak learning rate of the transformer."""
+    warmup_steps: int = 200
+    """Steps of linear warm-up before the cosine."""
+    condition_dropout: float = 0.1
+    """Fraction of prompts emptied, which teaches the unconditional branch of guidance."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    eval_every: int = 2000
+    """Steps between evaluations."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_seed(self)
+        _check_at_least(self, 1, "num_scenes", "tokenizer_steps", "tokenizer_batch", "steps")
+        _check_at_least(self, 1, "batch_images", "batch_understanding", "eval_every", "checkpoint_every")
+        _check_above(self, 0, "tokenizer_lr", "lr")
+        _check_at_least(self, 0, "warmup_steps", "weight_decay")
+        _check_between(self, 0, 1, "condition_dropout")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All settings of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    curation: CurationConfig = field(default_factory=CurationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    selfplay: SelfPlayConfig = field(default_factory=SelfPlayConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of this run."""
+        return Path(self.run.folder) / self.run.name
+
+
+_SECTIONS: dict[str, type] = get_type_hints(Config)
+_KEYS: dict[str, list[str]] = {name: [item.name for item in fields(cls)] for name, cls in _SECTIONS.items()}
+
+
+def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read the settings of a run.
+
+    Args:
+        path: a TOML file with a table a section, or None for the defaults.
+        overrides: "section.key=value" each, with the value in TOML; what is no TOML is taken as a string.
+    Returns: the checked settings.
+    Raises: InputError on a file that cannot be read, an unknown key, a wrong type or a value out of range.
+    """
+    values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    sources: dict[tuple[str, str], str] = {}
+    for section, key, value in _read_toml(path) if path is not None else ():
+        values[section][key] = value
+        sources[section, key] = str(path)
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        values[section][key] = value
+        sources[section, key] = f"--set {override}"
+    return Config(**{section: _make_section(section, values[section], sources) for section in _SECTIONS})
+
+
+def to_toml(config: Config) -> str:
+    """The settings as TOML, which load_config reads back to an equal Config.
+
+    Args:
+        config: the settings.
+    Returns: one table a section, each key with its meaning in a comment.
+    """
+    lines = []
+    for section, cls in _SECTIONS.items():
+        docs = _field_docs(cls)
+        lines.append(f"[{section}]")
+        for key in _KEYS[section]:
+            lines.append(f"{key} = {_toml_value(getattr(getattr(config, section), key))}  # {docs[key]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
+    try:
+        tables = tomllib.loads(read_bytes(path).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file ({error}); correct that place") from error
+    for section, table in tables.items():
+        if section not in _SECTIONS:
+            raise _unknown(str(path), section, _SECTIONS)
+        if not isinstance(table, dict):
+            raise InputError(f"{path}: {section}: expected a table [{section}], got {_describe(table)}")
+        for key, value in table.items():
+            if key not in _KEYS[section]:
+                raise _unknown(str(path), f"{section}.{key}", _dotted_keys())
+            yield section, key, value
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, text = override.partition("=")
+    source = f"--set {override}"
+    if not equals:
+        raise InputError(f"{source}: expected section.key=value, got no '='; write for example --set train.lr=1e-5")
+    name, text = name.strip(), text.strip()
+    if name not in _dotted_keys():
+        raise _unknown(source, name, _dotted_keys())
+    section, key = name.split(".")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": text}
+    value = parsed["value"] if set(parsed) == {"value"} else text
+    if get_type_hints(_SECTIONS[section])[key] is str and not isinstance(value, str):
+        value = text  # run.name=3 means the name "3"
+    return section, key, value
+
+
+def _make_section(section: str, values: dict[str, Any], sources: dict[tuple[str, str], str]) -> Any:
+    try:
+        return _SECTIONS[section](**values)
+    except ConfigError as error:
+        source = sources.get((section, error.key), "settings")
+        raise InputError(f"{source}: {section}.{error.key}: {error.reason}") from error
+
+
+def _dotted_keys() -> list[str]:
+    return [f"{section}.{key}" for section, keys in _KEYS.items() for key in keys]
+
+
+def _unknown(source: str, name: str, candidates: Iterable[str]) -> InputError:
+    candidates = list(candidates)
+    last = name.rpartition(".")[2]
+    # A right key in the wrong section is the likelier slip than a misspelt section.
+    same = [candidate for candidate in candidates if candidate.rpartition(".")[2] == last]
+    nearest = difflib.get_close_matches(name, same or candidates, n=1, cutoff=0.0)[0]
+    return InputError(f"{source}: unknown key {name}; the nearest is {nearest}")
+
+
+def _check_types(section: Any) -> None:
+    """Check each field against its annotation; whole numbers become floats and lists tuples where those are due."""
+    for name, expected in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        try:
+            converted = _convert(value, expected)
+        except (TypeError, OverflowError):
+            reason = f"expected {_describe_type(expected)}, got {_describe(value)}"
+            raise ConfigError(type(section).__name__, name, reason) from None
+        object.__setattr__(section, name, converted)
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    if get_origin(expected) is Literal:
+        if isinstance(value, str) and value in get_args(expected):
+            return value
+    elif get_origin(expected) is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, get_args(expected)[0]) for item in value)
+    elif expected is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif type(value) is expected:
+        return value
+    raise TypeError
+
+
+def _describe_type(expected: Any) -> str:
+    if get_origin(expected) is Literal:
+        return "one of " + ", ".join(json.dumps(choice) for choice in get_args(expected))
+    if get_origin(expected) is tuple:
+        example = {int: "[2, 4, 8]", float: "[0.1, 0.7]"}[get_args(expected)[0]]
+        return f"a list of {get_args(expected)[0].__name__} such as {example}"
+    return {
+        bool: "true or false",
+        int: "a whole number (int)",
+        float: "a finite number (float)",
+        str: "a string in quotes",
+    }[expected]
+
+
+def _describe(value: Any) -> str:
+    kind = {str: "string", dict: "table", list: "list", tuple: "list"}.get(type(value), type(value).__name__)
+    return f"{value!r} ({kind})"
+
+
+def _check_seed(section: Any) -> None:
+    _check(section, ("seed",), lambda value: 0 <= value < 2**63, "a seed from 0 to 2**63 - 1")
+
+
+def _check_at_least(section: Any, low: float, *names: str) -> None:
+    _check(section, names, lambda value: value >= low, f"at least {low}")
+
+
+def _check_above(section: Any, low: float, *names: str) -> None:
+    _check(section, names, lambda value: value > low, f"more than {low}")
+
+
+def _check_between(section: Any, low: float, high: float, *names: str) -> None:
+    _check(section, names, lambda value: low <= value <= high, f"{low} to {high}")
+
+
+def _check(section: Any, names: Iterable[str], allowed: Any, expected: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not all(allowed(item) for item in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(type(section).__name__, name, f"expected {expected}, got {_toml_value(value)}")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML asks to escape this one too
+    return repr(value)
+
+
+@functools.cache
+def _field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a section."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        named.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
+        for named, text in zip(body, body[1:], strict=False)
+        if isinstance(named, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }

@@ -1,0 +1,250 @@
+"""Files: every write goes to a temporary name beside its target and is renamed, so what exists is whole."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_LEAST_FREE_BYTES = 1 << 20
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that names it and says how to mend it."""
+
+
+def write_problem(path: str | os.PathLike, error: BaseException) -> InputError | None:
+    """The InputError that explains a failed write to `path`, or None if the error is about something else.
+
+    Args:
+        path: the file or folder that was being written.
+        error: what was raised meanwhile.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    # Writers in C++ and Rust (torch, safetensors) raise errors of their own, with the system's words inside.
+    text = str(error)
+    if code in _DISK_FULL or any(os.strerror(full) in text for full in _DISK_FULL):
+        return _disk_full(path)
+    if code in _UNWRITABLE:
+        return InputError(f"{path}: cannot be written ({os.strerror(code)}); choose a folder you can write to")
+    return None
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Make a folder and its parents.
+
+    Args:
+        path: the folder; it may exist.
+    Returns: the folder as a Path.
+    Raises: InputError if it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = write_problem(folder, error)
+        if problem is not None:
+            raise problem from error
+        raise
+    return folder
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file all at once: `with atomic_write(path) as temporary: temporary.write_text(...)`.
+
+    The temporary file lies in the same folder; it replaces `path` when the block ends, or is removed if it raises.
+
+    Args:
+        path: the file to write; its folder is made if need be.
+    Yields: the temporary path to write to.
+    Raises: InputError if the folder cannot be written or the disk is full.
+    """
+    target = Path(path)
+    make_folder(target.parent)
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except BaseException as error:
+        problem = _block_problem(target, error)  # before the space is given back
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if problem is not None:
+            raise problem from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a folder all at once; the block fills the temporary folder it is given, which then replaces `path`.
+
+    Args:
+        path: the folder to write; an older one of that name is replaced.
+    Yields: the temporary folder to fill.
+    Raises: InputError if it cannot be written or the disk is full.
+    """
+    target = Path(path)
+    make_folder(target.parent)
+    temporary, older = _temporary(target), _temporary(target, "old.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for item in [*temporary.rglob("*"), temporary]:
+            _flush(item)
+        if target.exists():
+            os.replace(target, older)
+        os.replace(temporary, target)
+        _flush(target.parent)
+        shutil.rmtree(older, ignore_errors=True)
+    except BaseException as error:
+        problem = _block_problem(target, error)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if problem is not None:
+            raise problem from error
+        raise
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the temporary files and folders that a killed process left anywhere below `folder`.
+
+    Args:
+        folder: a run's folder that no other process is writing to.
+    """
+    for leftover in list(Path(folder).rglob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write text as UTF-8, all at once. Raises: InputError if it cannot be written."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as indented JSON, all at once.
+
+    Args:
+        path: the file.
+        value: anything that JSON can hold; NaN and infinity are refused, since other readers refuse them.
+    Raises: InputError if it cannot be written, ValueError on NaN or infinity.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises: InputError if it is missing, unreadable or damaged.
+    """
+    try:
+        return json.loads(read_bytes(path).decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise damaged(path, "JSON", error) from error
+
+
+def write_parquet(path: str | os.PathLike, table: pa.Table) -> None:
+    """Write a table as Parquet, all at once. Raises: InputError if it cannot be written."""
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file.
+
+    Args:
+        path: the file.
+        columns: the columns that are needed; None reads all.
+    Raises: InputError if it is missing, unreadable, damaged or lacks a column.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+        names = file.schema_arrow.names
+        missing = [name for name in columns or [] if name not in names]
+        if missing:
+            raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(names)}")
+        return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, "Parquet", error) from error
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Read a file whole. Raises: InputError if it is missing or cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file you can read") from error
+
+
+def damaged(path: str | os.PathLike, kind: str, error: BaseException) -> InputError:
+    """The InputError for a file that was read but makes no sense.
+
+    Args:
+        path: the file.
+        kind: what it should have been, such as "Parquet" or "checkpoint".
+        error: what its reader said; the first line is shown.
+    """
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return InputError(
+        f"{path}: damaged {kind} file ({reason}); restore it from a copy, "
+        "or, if a run made it, delete it and run the same command again"
+    )
+
+
+def resolve_under(root: str | os.PathLike, name: str | os.PathLike) -> Path:
+    """The path `root/name`, refused where it would lie outside `root`, as with "..", an absolute name or a link.
+
+    Args:
+        root: the folder that must not be left.
+        name: a relative path below it, from a user or a file.
+    Returns: the resolved path.
+    Raises: InputError if it leaves `root`.
+    """
+    base = Path(root).resolve()
+    path = (base / name).resolve()
+    if not path.is_relative_to(base):
+        raise InputError(f"{name}: leads out of {root}; give a path that stays inside it")
+    return path
+
+
+def _disk_full(path: str | os.PathLike) -> InputError:
+    return InputError(f"{path}: the disk is full; free some space or choose another folder, then run again")
+
+
+def _block_problem(path: Path, error: BaseException) -> InputError | None:
+    """As write_problem, for whatever the block that writes `path` raised."""
+    problem = write_problem(path, error)
+    if problem is None and isinstance(error, Exception) and not isinstance(error, InputError):
+        # torch.save tells a full disk as a wrong position in the file, so look at the disk itself.
+        if shutil.disk_usage(path.parent).free < _LEAST_FREE_BYTES:
+            return _disk_full(path)
+    return problem
+
+
+def _temporary(target: Path, suffix: str = "tmp") -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{suffix}")
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file or a folder's entries on the disk, so that the rename cannot overtake the data."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,142 @@
+"""A unified model as users hold it: backbone, image tokenizer, text tokenizer and their common token layout.
+
+A model folder holds config.json, model.safetensors, vq_tokenizer.safetensors and tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from hermesflow.engine.engine import Engine
+from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from hermesflow.engine.weights import load_weights, save_weights
+
+from .files import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Model:
+    """Backbone, image tokenizer and text tokenizer with one token layout."""
+
+    def __init__(
+        self, transformer: Transformer, vq_tokenizer: VQTokenizer, text_tokenizer: Tokenizer, layout: TokenLayout,
+        image_size: int,
+    ) -> None:  # fmt: skip
+        self.transformer, self.vq_tokenizer, self.text_tokenizer = transformer, vq_tokenizer, text_tokenizer
+        self.layout, self.image_size = layout, image_size
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine over this model's backbone; it shares the weights, so training shows in it at once."""
+        return Engine(self.transformer, self.layout)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Text ids without special tokens.
+
+        Raises:
+            InputError: a word that the model's closed vocabulary does not have.
+        """
+        encoding = self.text_tokenizer.encode(text.lower(), add_special_tokens=False)
+        unknown = self.text_tokenizer.token_to_id("[UNK]")
+        if unknown in encoding.ids:
+            start, end = encoding.offsets[encoding.ids.index(unknown)]
+            raise InputError(
+                f"the model does not know the word {text[start:end]!r} in {text!r}; "
+                f"it knows: {', '.join(sorted(self._words()))}"
+            )
+        return encoding.ids
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
+        words = [self.text_tokenizer.id_to_token(int(token)) for token in ids if int(token) < self.layout.text_vocab_size]
+        return " ".join(word for word in words if word and word != END_OF_TEXT)
+
+    @torch.no_grad()
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """uint8 [n, H, W, 3] -> codes int64 [n, N]."""
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        weight = self.vq_tokenizer.encoder.conv_in.weight
+        batches = (batch.to(weight.device, weight.dtype) / 127.5 - 1 for batch in pixels.split(256))
+        codes = [self.vq_tokenizer.encode(batch) for batch in batches]
+        return torch.cat(codes) if codes else torch.zeros(0, self.layout.num_image_tokens, dtype=torch.int64)
+
+    @torch.no_grad()
+    def decode_images(self, codes: Tensor) -> np.ndarray:
+        """codes int64 [n, N] -> uint8 [n, H, W, 3]."""
+        if not len(codes):
+            return np.zeros((0, self.image_size, self.image_size, 3), dtype=np.uint8)
+        device = self.vq_tokenizer.encoder.conv_in.weight.device
+        images = torch.cat([self.vq_tokenizer.decode(batch.to(device)) for batch in codes.split(256)])
+        return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the four files of a model folder; dtype converts the weights (None keeps theirs)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "image_size": self.image_size,
+            "transformer": self.transformer.config.to_dict(),
+            "vq_tokenizer": self.vq_tokenizer.config.to_dict(),
+            "layout": self.layout.to_dict(),
+        }
+        save_weights(self.transformer, folder / "model.safetensors", dtype)
+        save_weights(self.vq_tokenizer, folder / "vq_tokenizer.safetensors", dtype)
+        self.text_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _words(self) -> list[str]:
+        return [word for word in self.text_tokenizer.get_vocab() if not word.startswith(("[", "<"))]
+
+
+def load_model(name_or_path: str = "tiny", device: torch.device | str | None = None) -> Model:
+    """Opens a model folder, or the built-in model "tiny".
+
+    Args:
+        name_or_path: "tiny" or a folder as Model.save writes it.
+        device: where the weights go; None is the CPU.
+    Raises:
+        InputError: no such model, or a file of it is missing, damaged or does not fit the others.
+    """
+    folder = ASSETS / name_or_path if (ASSETS / name_or_path / "config.json").is_file() else Path(name_or_path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"no model {name_or_path!r}: give 'tiny' or a folder that holds config.json")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        vq_config = {key: tuple(value) if isinstance(value, list) else value for key, value in config["vq_tokenizer"].items()}
+        transformer = Transformer(TransformerConfig(**config["transformer"]))
+        vq_tokenizer = VQTokenizer(VQTokenizerConfig(**vq_config))
+        layout, image_size = TokenLayout(**config["layout"]), int(config["image_size"])
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise InputError(f"{folder / 'config.json'}: not a model configuration ({error}); restore it from its source") from error
+    try:
+        load_weights(transformer, folder / "model.safetensors")
+        load_weights(vq_tokenizer, folder / "vq_tokenizer.safetensors")
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        text_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore it from its source") from error
+    model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
+    model.transformer.to(device)
+    model.vq_tokenizer.to(device)
+    return model
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """A word-level text tokenizer over a closed vocabulary; id 0 begins and ends texts, as in GPT-2."""
+    vocabulary = {word: index for index, word in enumerate([END_OF_TEXT, "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

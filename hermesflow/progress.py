@@ -1,0 +1,92 @@
+"""Progress of long work: a bar with rate and time left on a terminal, nothing anywhere else."""
+
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+Item = TypeVar("Item")
+
+_display: Progress | None = None  # the one that is on screen; a track inside another adds its line to it
+
+
+class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
+    """Iterate and show how far it is: `for record in track(records, "captions", "records"): ...`.
+
+    Args:
+        items: what to iterate over, or a number n for range(n).
+        description: what is being done, in a word or two.
+        unit: what is counted, for the rate; plural.
+        total: how many items there will be, where `items` has no length.
+        completed: how many were done before, when a run goes on.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item] | int,
+        description: str,
+        unit: str = "steps",
+        *,
+        total: int | None = None,
+        completed: int = 0,
+    ) -> None:
+        self._items = range(items) if isinstance(items, int) else items
+        self._description = description
+        self._unit = unit
+        self._completed = completed
+        if total is None and hasattr(self._items, "__len__"):
+            total = len(self._items) + completed
+        self._total = total
+        self._progress: Progress | None = None
+        self._task = None
+
+    def note(self, text: str) -> None:
+        """Show a short text behind the bar, such as the loss."""
+        if self._progress is not None:
+            self._progress.update(self._task, note=text)
+
+    def __iter__(self) -> Iterator[Item]:
+        global _display
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield from self._items
+            return
+        outermost = _display is None
+        if outermost:
+            _display = _new_display(console)
+            _display.start()
+        self._progress = _display
+        self._task = _display.add_task(
+            self._description, total=self._total, completed=self._completed, unit=self._unit, note=""
+        )
+        try:
+            for item in self._items:
+                yield item
+                self._progress.advance(self._task)
+        finally:
+            if outermost:
+                self._progress.stop()
+                _display = None
+            else:
+                self._progress.remove_task(self._task)
+            self._progress = None
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "")
+
+
+def _new_display(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

@@ -1,0 +1,117 @@
+"""Checks that the ops share: of arguments (ValueError with expected and received) and of the machine (a reason or None)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .philox import RandomKey
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INSTALL_HINT = "pip install --no-build-isolation -e ."
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor's dtype, shape and device for an error message: "float32 [8, 64] on cpu"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: str,
+    sizes: tuple[int | None, ...],
+    *,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise ValueError unless the tensor has these sizes (None is any size), one of these dtypes and this device.
+
+    Args:
+        shape: the sizes in words for the message, "[R, V]".
+    """
+    fits = tensor.dim() == len(sizes) and all(size in (None, got) for size, got in zip(sizes, tensor.shape, strict=True))
+    if fits and (dtypes is None or tensor.dtype in dtypes) and (device is None or tensor.device == device):
+        return
+    expected = [shape if None in sizes or not sizes else f"{shape} = {list(sizes)}"]
+    if dtypes is not None:
+        expected.insert(0, " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if device is not None:
+        expected.append(f"on {device}")
+    raise ValueError(f"{op}: expected {name} {' '.join(expected)}, got {describe(tensor)}")
+
+
+def check_key(op: str, key: RandomKey, num_rows: int, device: torch.device) -> None:
+    """Raise ValueError unless key holds int64 seed [R], step [R] or 0-dim and position [R] on the device."""
+    int64 = (torch.int64,)
+    check_tensor(op, "key.seed", key.seed, "[R]", (num_rows,), dtypes=int64, device=device)
+    step_sizes = (num_rows,) if key.step.dim() else ()
+    check_tensor(op, "key.step", key.step, "[R] or 0-dim", step_sizes, dtypes=int64, device=device)
+    check_tensor(op, "key.position", key.position, "[R]", (num_rows,), dtypes=int64, device=device)
+
+
+def check_number(op: str, name: str, value: float, minimum: float | None = None) -> None:
+    """Raise ValueError unless value is finite and at least minimum."""
+    if not (float("-inf") < value < float("inf")) or (minimum is not None and value < minimum):
+        bound = "a finite number" if minimum is None else f"a finite number of at least {minimum}"
+        raise ValueError(f"{op}: expected {name} to be {bound}, got {value}")
+
+
+def not_on(device_type: str, *tensors: Tensor | None) -> str | None:
+    """The can_run reason of a backend that needs all its tensors on one kind of device ("cpu", "cuda")."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != device_type:
+            return f"a tensor is on {tensor.device}, needs {device_type}"
+    return None
+
+
+def not_on_triton_device(*tensors: Tensor | None) -> str | None:
+    """The can_run reason of a Triton backend: CUDA tensors, or CPU tensors under Triton's interpreter."""
+    return not_on("cpu" if triton_interprets() else "cuda", *tensors)
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in Triton's interpreter; read before the first kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def extension_missing() -> str | None:
+    """Why the C++ extension hermesflow.kernels._C cannot be used, or None."""
+    try:
+        importlib.import_module("hermesflow.kernels._C")
+    except ImportError as error:
+        recorded = Path(__file__).with_name("_C_build_error.txt")
+        if recorded.exists():
+            return f"the C++ extension was not built: {recorded.read_text().strip()}"
+        return f"the C++ extension does not load ({error}); run: {INSTALL_HINT}"
+    return None
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why the extension's CUDA kernels cannot be used, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    missing = extension_missing()
+    if missing is None and not importlib.import_module("hermesflow.kernels._C").build_facts()["cuda"]:
+        return f"the extension was built without CUDA; with nvcc and a CUDA torch run: {INSTALL_HINT}"
+    return missing
+
+
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run: pip install triton"
+    if not torch.cuda.is_available() and not triton_interprets():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs Triton's slow interpreter)"
+    return None

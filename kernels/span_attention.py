@@ -1,0 +1,90 @@
+"""Attention over a span tree: every token attends to its span's ancestors and to its own span.
+
+Formula: softmax(q k^T * scale) v over the storage slots that the tree allows (engine/span_tree.py states the rule).
+The torch backend batches spans of equal shape class and calls scaled_dot_product_attention once a class; spans of equal
+shape need no mask. Padding exists inside a class only and never reaches the output.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import registry
+
+if TYPE_CHECKING:
+    from hermesflow.engine.span_tree import SpanTree
+
+
+def span_attention(
+    q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Attention of the tree's new tokens over its storage.
+
+    Args:
+        q: queries [Tq, H, head_dim], one a new token, packed in the tree's order; fp32, bf16, fp16 or fp64.
+        k, v: storage [capacity, Hkv, head_dim], H a multiple of Hkv; dtype and device of q.
+        tree: the SpanTree; its plan (groups()) must lie on q's device.
+        scale: factor on q k^T; None is head_dim ** -0.5.
+        backend: "torch"; None takes the first that can run.
+    Returns: [Tq, H, head_dim]. Differentiable in q, k and v.
+    Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
+    Source: attention rule of Show-o (arXiv 2408.12528), section 3.2, restated for shared prefixes.
+    """
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"span_attention: expected q [Tq, H, d] and k, v [slots, Hkv, d] with H a multiple of Hkv, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[0] != len(tree.token_ids) or k.shape[0] < tree.capacity:
+        raise ValueError(
+            f"span_attention: the tree has {len(tree.token_ids)} new tokens and {tree.capacity} slots, "
+            f"got {q.shape[0]} queries and {k.shape[0]} keys"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device == tree.token_ids.device):
+        raise ValueError(
+            f"span_attention: q, k, v and tree must share dtype and device, got {q.dtype}/{q.device}, "
+            f"{k.dtype}/{k.device}, {v.dtype}/{v.device}, tree on {tree.token_ids.device}"
+        )
+    return registry.dispatch("span_attention", backend, q, k, v, tree, scale=scale)
+
+
+def span_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None) -> Tensor:
+    """The same in plain torch, one batched scaled_dot_product_attention a shape class."""
+    num_queries, num_heads, head_dim = q.shape
+    pieces, rows = [], []
+    for group in tree.groups():
+        query = _gather(q, group.query_rows)
+        key, value = (_gather(storage, group.key_slots) for storage in (k, v))
+        mask = None if group.mask is None else group.mask[:, None]
+        out = _attend(query, key, value, mask, scale)
+        pieces.append(out.transpose(1, 2).reshape(-1, num_heads * head_dim)[group.batch_rows])
+        rows.append(group.packed_rows)
+    if not pieces:
+        return torch.zeros_like(q)
+    order = torch.argsort(torch.cat(rows))
+    return torch.cat(pieces)[order].view(num_queries, num_heads, head_dim)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    call = functools.partial(F.scaled_dot_product_attention, query, key, value, mask, scale=scale, enable_gqa=grouped)
+    if query.device.type == "cpu" and query.requires_grad:
+        # The CPU's flash backward is ten times slower than plain products at the lengths of a span.
+        with sdpa_kernel(SDPBackend.MATH):
+            return call()
+    return call()
+
+
+def _gather(storage: Tensor, rows: Tensor) -> Tensor:
+    """storage [S, H, d] at rows [G, L] -> [G, H, L, d]. Embedding's backward adds in parallel, plain indexing's does not."""
+    flat = F.embedding(rows, storage.flatten(1))
+    return flat.view(*rows.shape, *storage.shape[1:]).transpose(1, 2)
+
+
+registry.register("span_attention", "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)

@@ -1,0 +1,69 @@
+"""Log-probability of target tokens from logits: log_softmax and gather in one op, with ignored rows.
+
+Formula: logits[t, target[t]] - log sum_v exp(logits[t, v]), in fp32 (fp64 for fp64 logits).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .checks import FLOAT_DTYPES, check_tensor, not_on_triton_device
+
+OP = "token_logprob"
+LOGPROB_DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
+def token_logprob(logits: Tensor, target: Tensor, *, ignore_index: int = -100, backend: str | None = None) -> Tensor:
+    """Log-probability of each target token under softmax(logits).
+
+    Args:
+        logits: [T, V]; fp32, bf16, fp16 or fp64, any strides.
+        target: token ids [T], int64 in [0, V) or ignore_index, on logits' device.
+        ignore_index: target of the rows to skip; such a row may hold anything, NaN included.
+        backend: "triton" or "torch"; None takes the first that can run.
+    Returns: fp32 [T] (fp64 for fp64 logits), 0 where ignored. Differentiable in logits.
+    Raises: ValueError on shapes, dtypes, devices or, on the CPU, target ids out of range; BackendError if the named
+        backend cannot run.
+    """
+    check_tensor(OP, "logits", logits, "[T, V]", (None, None), dtypes=LOGPROB_DTYPES)
+    check_target(OP, target, logits.shape[0], logits.shape[1], ignore_index, logits.device)
+    return registry.dispatch(OP, backend, logits, target, ignore_index=ignore_index)
+
+
+def check_target(
+    op: str, target: Tensor, num_tokens: int, vocab_size: int, ignore_index: int, device: torch.device
+) -> None:
+    """Raise ValueError unless target is int64 [T] on the device and, where no wait is needed to look, in range."""
+    check_tensor(op, "target", target, "[T]", (num_tokens,), dtypes=(torch.int64,), device=device)
+    if vocab_size == 0:
+        raise ValueError(f"{op}: expected at least one token id, got a vocabulary of 0")
+    if device.type != "cpu":
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if wrong.any():
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"{op}: expected target ids in [0, {vocab_size}) or ignore_index {ignore_index}, "
+            f"got {int(target[row])} in row {row}"
+        )
+
+
+def token_logprob_reference(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """The same in plain torch: the specification."""
+    kept = target != ignore_index
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # An ignored row's logits go before the softmax: a NaN there would reach the gradient as 0 * NaN.
+    logprob = torch.where(kept[:, None], wide, 0.0).log_softmax(dim=1)
+    return torch.where(kept, logprob.gather(1, torch.where(kept, target, 0)[:, None]).squeeze(1), 0.0)
+
+
+def _triton_can_run(logits: Tensor, target: Tensor, **_: object) -> str | None:
+    if logits.dtype == torch.float64:
+        return "the kernel computes in fp32, logits are fp64"
+    return not_on_triton_device(logits, target)
+
+
+registry.register(OP, "triton", "hermesflow.kernels.token_logprob_triton:token_logprob", _triton_can_run)
+registry.register(OP, "torch", "hermesflow.kernels.token_logprob:token_logprob_reference", lambda *_, **__: None)

@@ -1,0 +1,151 @@
+"""Settings: round trip, and one clear line for every kind of mistake."""
+
+import dataclasses
+import tomllib
+
+import pytest
+
+from hermesflow.config import Config, CurationConfig, RunConfig, TrainConfig, load_config, to_toml
+from hermesflow.files import InputError
+
+
+def settings_file(tmp_path, text):
+    path = tmp_path / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_survive_the_round_trip(tmp_path):
+    assert load_config(settings_file(tmp_path, to_toml(Config()))) == Config()
+
+
+def test_every_kind_of_value_survives_the_round_trip(tmp_path):
+    odd = 'quote " backslash \\ tab\t del\x7f snow ☃ 𝄞'
+    overrides = ["train.lr=1e-7", "curation.include_greedy=false", "curation.caption_top_k=[0, 3]", "run.seed=7"]
+    config = load_config(None, [*overrides, f"data.source={odd}"])
+    assert config.data.source == odd.strip()
+    assert load_config(settings_file(tmp_path, to_toml(config))) == config
+
+
+def test_each_key_is_explained():
+    for line in to_toml(Config()).splitlines():
+        assert not line or line.startswith("[") or line.endswith("."), line
+    tables = tomllib.loads(to_toml(Config()))
+    assert {name: set(table) for name, table in tables.items()} == {
+        section.name: {key.name for key in dataclasses.fields(getattr(Config(), section.name))}
+        for section in dataclasses.fields(Config)
+    }
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = settings_file(tmp_path, "[train]\nlr = 1\nbeta = 0.5\n")
+    config = load_config(path, ["train.lr=2e-5", "train.lr=3e-5"])
+    assert config.train.lr == 3e-5 and config.train.beta == 0.5
+
+
+def test_whole_numbers_become_floats_and_lists_tuples(tmp_path):
+    config = load_config(settings_file(tmp_path, "[train]\nbeta = 1\n[curation]\ncaption_temperatures = [1, 0.5]\n"))
+    assert type(config.train.beta) is float
+    assert config.curation.caption_temperatures == (1.0, 0.5)
+    assert config.curation.num_captions == 1 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("run.name=3", "3"), ("run.name=2024-01-01", "2024-01-01"), ('run.name="x y"', "x y"), ("run.name = a=b", "a=b")],
+)
+def test_a_string_needs_no_quotes_on_the_command_line(override, value):
+    assert load_config(None, [override]).run.name == value
+
+
+def test_run_folder():
+    assert load_config(None, ["run.folder=out", "run.name=demo"]).run_folder.parts == ("out", "demo")
+
+
+FILE_MISTAKES = {
+    "syntax": ("[train\n", r"not a TOML file .*line 1"),
+    "unknown section": ("[trian]\nlr = 1\n", "unknown key trian; the nearest is train$"),
+    "unknown key": ("[train]\nlearning_rates = 1\n", r"unknown key train.learning_rates; the nearest is \w+\.\w+$"),
+    "key in the wrong section": ("[train]\nnum_rounds = 1\n", "train.num_rounds; the nearest is selfplay.num_rounds$"),
+    "section is no table": ("train = 3\n", r"train: expected a table \[train\], got 3 \(int\)"),
+    "nested table": ("[train.lr]\nx = 1\n", r"train.lr: expected a finite number \(float\), got \{'x': 1\} \(table\)"),
+    "string for float": ('[train]\nlr = "fast"\n', r"train.lr: expected a finite number \(float\), got 'fast' \(string\)"),
+    "float for int": ("[train]\nnum_steps = 1.5\n", r"train.num_steps: expected a whole number \(int\), got 1.5 \(float\)"),
+    "bool for int": ("[train]\nnum_steps = true\n", r"train.num_steps: .* got True \(bool\)"),
+    "int for bool": ("[selfplay]\nfresh_prompts = 1\n", r"fresh_prompts: expected true or false, got 1 \(int\)"),
+    "int for str": ("[run]\nname = 1\n", r"run.name: expected a string in quotes, got 1 \(int\)"),
+    "number for list": ("[curation]\ncaption_top_k = 4\n", r"caption_top_k: expected a list of int such as \[2, 4, 8\]"),
+    "string in list": ('[curation]\ncaption_top_k = ["4"]\n', "caption_top_k: expected a list of int"),
+    "choice": ('[curation]\nscore = "mild"\n', 'curation.score: expected one of "soft", "hard", got .mild.'),
+    "not finite": ("[train]\nlr = inf\n", "train.lr: expected a finite number"),
+    "too large for a float": (f"[train]\nlr = {10**400}\n", "train.lr: expected a finite number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), FILE_MISTAKES.values(), ids=FILE_MISTAKES)
+def test_a_mistake_in_a_file_names_file_and_key(tmp_path, text, message):
+    path = settings_file(tmp_path, text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="settings.toml: not a TOML file"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="none.toml: no such file"):
+        load_config(tmp_path / "none.toml")
+
+
+SET_MISTAKES = {
+    "no equals": ("train.lr", "expected section.key=value"),
+    "no section": ("lr=1", r"unknown key lr; the nearest is \w+\.lr$"),
+    "misspelt": ("train.betta=1", "unknown key train.betta; the nearest is train.beta$"),
+    "two values": ("train.num_steps=1\nx=2", "train.num_steps: expected a whole number"),
+}
+
+
+@pytest.mark.parametrize(("override", "message"), SET_MISTAKES.values(), ids=SET_MISTAKES)
+def test_a_mistake_in_set(override, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(None, [override])
+    assert str(caught.value).startswith("--set ")
+
+
+RANGES = {
+    "run.seed=-1": "a seed from 0",
+    "run.name=": "a plain folder name, got ''",
+    "run.name=../up": "a plain folder name",
+    "run.name=a\\b": "a plain folder name",
+    "data.num_records=0": "at least 1, got 0",
+    "curation.num_images=1": "at least 2, got 1",
+    "curation.threshold=1.5": "0 to 1, got 1.5",
+    "curation.caption_temperatures=[0.5, -1]": r"at least 0, got \[0.5, -1.0\]",
+    "curation.caption_temperatures=[]": "at least 2 captions",
+    "train.lr=0": "more than 0, got 0.0",
+    "train.warmup_steps=-1": "at least 0, got -1",
+    "eval.seed=9223372036854775808": "a seed from 0",
+    "eval.guidance_scale=-0.5": "at least 0, got -0.5",
+    "selfplay.num_rounds=0": "at least 1, got 0",
+    "pretrain.condition_dropout=2": "0 to 1, got 2.0",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), RANGES.items(), ids=RANGES)
+def test_a_value_out_of_range(override, message):
+    with pytest.raises(InputError, match=f"{override.partition('=')[0]}: expected {message}"):
+        load_config(None, [override])
+
+
+def test_sections_check_themselves_in_python_too():
+    with pytest.raises(ValueError, match="TrainConfig.lr: expected more than 0, got -1.0"):
+        TrainConfig(lr=-1)
+    with pytest.raises(ValueError, match="CurationConfig.keep: expected one of"):
+        CurationConfig(keep="none")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 3

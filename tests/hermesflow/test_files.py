@@ -1,0 +1,173 @@
+"""Files: what exists is whole, and every failure names the file and the fix."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hermesflow import files
+from hermesflow.files import InputError
+
+
+@pytest.fixture
+def table():
+    return pa.table({"id": ["a", "b"], "codes": [[1, 2], []]})
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_json_round_trip_makes_the_folder(tmp_path):
+    path = tmp_path / "deep" / "er" / "value.json"
+    files.write_json(path, {"text": "é", "numbers": [1, 2.5, None]})
+    assert files.read_json(path) == {"text": "é", "numbers": [1, 2.5, None]}
+    assert names(path.parent) == ["value.json"]
+
+
+def test_parquet_round_trip(tmp_path, table):
+    path = tmp_path / "table.parquet"
+    files.write_parquet(path, table)
+    assert files.read_parquet(path).equals(table)
+    assert files.read_parquet(path, ["codes"]).column_names == ["codes"]
+    assert names(tmp_path) == ["table.parquet"]
+
+
+def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_json(path, 1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(path, float("nan"))
+    assert files.read_json(path) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "value.txt"
+    files.write_text(path, "old")
+    with pytest.raises(type(error)), files.atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["value.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "step-1"
+    with pytest.raises(RuntimeError), files.atomic_folder(path) as temporary:
+        (temporary / "half").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == []
+    for text in ("old", "new"):
+        with files.atomic_folder(path) as temporary:
+            (temporary / "inner").mkdir()
+            (temporary / "inner" / text).write_text(text)
+            assert (tmp_path / "step-1" / "inner" / "old").exists() == (text == "new")
+    assert names(tmp_path) == ["step-1"] and names(path / "inner") == ["new"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    inner = tmp_path / "round-1"
+    (inner / ".step-1.123.tmp").mkdir(parents=True)
+    (inner / ".step-1.123.tmp" / "model").touch()
+    (inner / ".part-0.parquet.123.tmp").touch()
+    (inner / "part-0.parquet").touch()
+    files.remove_leftovers(tmp_path)
+    assert names(inner) == ["part-0.parquet"]
+
+
+WRITERS = {
+    "text": lambda path: files.write_text(path, "x" * 200_000),
+    "json": lambda path: files.write_json(path, "x" * 200_000),
+    # numbers that do not compress, so that they do not fit
+    "parquet": lambda path: files.write_parquet(path, pa.table({"x": np.random.default_rng(0).random(50_000)})),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_folder_that_cannot_be_written(no_folder, write):
+    with pytest.raises(InputError, match=r"a-file.folder: cannot be written .*; choose a folder you can write to"):
+        write(no_folder / "value")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_read_only_folder(tmp_path, write):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written .*; choose a folder"):
+        write(tmp_path / "value")
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk(full_disk, write):
+    with pytest.raises(InputError, match="value: the disk is full; free some space"):
+        write(full_disk / "value")
+    assert names(full_disk) == ["filling"]
+
+
+def test_a_full_disk_told_by_torch_and_safetensors(full_disk):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    weights = {"weight": torch.zeros(50_000)}
+    for save in (torch.save, save_file):
+        with pytest.raises(InputError, match="model: the disk is full"), files.atomic_write(full_disk / "model") as path:
+            save(weights, path)
+        with pytest.raises(InputError, match="step-1: the disk is full"), files.atomic_folder(full_disk / "step-1") as path:
+            save(weights, path / "model")
+    assert names(full_disk) == ["filling"]
+
+
+def test_missing_files(tmp_path):
+    for read in (files.read_json, files.read_parquet):
+        with pytest.raises(InputError, match="none: no such file; check the path"):
+            read(tmp_path / "none")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_json(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xff"], ids=["empty", "cut", "binary"])
+def test_damaged_json(tmp_path, content):
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"value.json: damaged JSON file \(.*\); restore it .* delete it and run"):
+        files.read_json(path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.95], ids=["empty", "tiny", "half", "no footer"])
+def test_damaged_parquet(tmp_path, table, keep):
+    path = tmp_path / "part-0.parquet"
+    files.write_parquet(path, table)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(InputError, match=r"part-0.parquet: damaged Parquet file \(.*\); restore it") as caught:
+        files.read_parquet(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_with_flipped_bytes(tmp_path):
+    path = tmp_path / "part-0.parquet"
+    files.write_parquet(path, pa.table({"x": np.random.default_rng(0).random(1000)}))
+    content = bytearray(path.read_bytes())
+    content[8:60] = bytes(52)  # the first page's header
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged Parquet file"):
+        files.read_parquet(path)
+
+
+def test_parquet_without_the_column(tmp_path, table):
+    path = tmp_path / "table.parquet"
+    files.write_parquet(path, table)
+    with pytest.raises(InputError, match="table.parquet: has no column 'score'; it has id, codes"):
+        files.read_parquet(path, ["id", "score"])
+
+
+def test_resolve_under(tmp_path):
+    (tmp_path / "link").symlink_to("/")
+    assert files.resolve_under(tmp_path, "a/../b") == tmp_path.resolve() / "b"
+    for name in ("..", "../x", "a/../../x", "/etc/passwd", "link/etc"):
+        with pytest.raises(InputError, match="leads out of"):
+            files.resolve_under(tmp_path, name)

@@ -1,0 +1,108 @@
+"""The layers: hermesflow imports engine imports kernels, never upward; read from the source, so nothing is run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# folder -> (name when installed, packages of this project that it may import)
+LAYERS = {
+    "kernels": ("hermesflow.kernels", ("hermesflow.kernels",)),
+    "engine": ("hermesflow.engine", ("hermesflow.engine", "hermesflow.kernels")),
+    "hermesflow": ("hermesflow", ("hermesflow",)),
+}
+FILES = [(folder, path) for folder in LAYERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_modules(path: Path, package: str) -> set[str]:
+    """Every module that a file imports, at whatever depth; relative names are resolved against its package.
+
+    What stands under `if TYPE_CHECKING:` names types for annotations and is never run, so it does not count.
+    """
+    modules = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            modules.update({module} if node.module else {f"{module}.{alias.name}" for alias in node.names})
+            if module == "hermesflow":  # from hermesflow import engine
+                modules.update(f"hermesflow.{alias.name}" for alias in node.names)
+    return modules
+
+
+def package_of(folder: str, path: Path) -> str:
+    inner = path.parent.relative_to(ROOT / folder).parts
+    return ".".join([LAYERS[folder][0], *inner])
+
+
+def file_id(case: object) -> str:
+    return str(case.relative_to(ROOT)) if isinstance(case, Path) else ""
+
+
+@pytest.mark.parametrize(("folder", "path"), FILES, ids=file_id)
+def test_imports_only_downward(folder: str, path: Path) -> None:
+    name, allowed = LAYERS[folder]
+    upward = [
+        module
+        for module in imported_modules(path, package_of(folder, path))
+        if module.partition(".")[0] in {"hermesflow", "engine", "kernels", "benchmarks", "tests"}
+        and not any(module == layer or module.startswith(f"{layer}.") for layer in allowed)
+    ]
+    assert not upward, f"{path.relative_to(ROOT)} ({name}) may import {', '.join(allowed)}, but imports {upward}"
+
+
+@pytest.mark.parametrize("path", [path for folder, path in FILES if folder == "kernels"], ids=file_id)
+def test_triton_is_imported_by_triton_files_only(path: Path) -> None:
+    if path.stem.endswith("_triton"):
+        return
+    modules = imported_modules(path, "hermesflow.kernels")
+    triton = [module for module in modules if module.split(".")[0] == "triton" or module.endswith("_triton")]
+    assert not triton, f"{path.name} is loaded without Triton; register its Triton backend by name instead of {triton}"
+
+
+@pytest.mark.parametrize("path", [path for folder, path in FILES if folder == "kernels"], ids=file_id)
+def test_backends_do_not_import_one_another(path: Path) -> None:
+    if path.stem.endswith("_triton"):
+        others = [module for module in imported_modules(path, "hermesflow.kernels") if module.endswith("_triton")]
+        assert not others, f"{path.name} imports {others}"
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_no_package_exports_a_function_named_like_its_module(folder: str) -> None:
+    """Such an export gives the function once, and the module after the next import.
+
+    An op lies in a file of its own name, as kernels/mask_topk.py; the package must not export it.
+    """
+    for init in (ROOT / folder).rglob("__init__.py"):
+        modules = {path.stem for path in init.parent.glob("*.py")} | {path.name for path in init.parent.iterdir()}
+        tree = ast.parse(init.read_text(encoding="utf-8"))
+        names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+                 for alias in node.names if node.module}  # fmt: skip
+        names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        names |= {key.value for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys
+                  if isinstance(key, ast.Constant)}  # fmt: skip
+        assert not names & modules, f"{init.relative_to(ROOT)} exports {names & modules}, which are modules too"
+
+
+def test_no_module_shares_a_public_functions_name() -> None:
+    """Outside the ops, whose files carry the op's name, one name means one thing."""
+    modules = {path.stem: path for folder, path in FILES if folder != "kernels"}
+    for folder, path in FILES:
+        if folder == "kernels":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert node.name not in modules, f"{path.name} defines {node.name}(), also a module: {modules[node.name]}"
+
+
+def test_reader_sees_imports_at_any_depth(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text("import a.b\nif TYPE_CHECKING:\n    import up\ndef f():\n    from .c import d\n    from . import e\n    from ..g import h\n")
+    assert imported_modules(source, "hermesflow.engine") == {
+        "a.b", "hermesflow.engine.c", "hermesflow.engine.e", "hermesflow.g",
+    }  # fmt: skip
