@@ -1,7 +1,7 @@
 """Folders to packages, and the C++ extension hermesflow.kernels._C (metadata is in pyproject.toml).
 
 The extension is built against the torch that is installed: pip install --no-build-isolation -e .
-Without a compiler the install succeeds without it; the reason is kept beside the package, and `hermesflow doctor` tells it.
+Without a compiler the install succeeds without it; the reason is kept beside the package for `hermesflow doctor`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ COMPILE_ARGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def packages() -> list[str]:
-    return ["hermesflow", "hermesflow.engine", "hermesflow.kernels", *(f"hermesflow.{name}" for name in find_packages("hermesflow"))]
+    inside = [f"hermesflow.{name}" for name in find_packages("hermesflow")]
+    return ["hermesflow", "hermesflow.engine", "hermesflow.kernels", *inside]
 
 
 def extension() -> cpp_extension.CppExtension:
@@ -48,10 +49,12 @@ def missing_tool() -> str | None:
     """What the machine lacks to build the extension, with the fix, or None."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not shutil.which(compiler):
-        return f"no C++ compiler ({compiler} not found); install one (Debian and Ubuntu: apt install g++) and install again"
+        return (
+            f"no C++ compiler ({compiler} not found); install one (Debian, Ubuntu: apt install g++) and install again"
+        )
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
-        return f"no {header}; install Python's headers (Debian and Ubuntu: apt install python3-dev) and install again"
+        return f"no {header}; install Python's headers (Debian, Ubuntu: apt install python3-dev) and install again"
     return None
 
 
@@ -67,7 +70,8 @@ class BuildExtension(cpp_extension.BuildExtension):
                 super().build_extensions()
                 return
             except Exception as error:  # the compiler's own message is in the build's output, the install goes on
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]} (pip install -v shows the compiler's message)"
+                first_line = str(error).partition("\n")[0]
+                reason = f"{type(error).__name__}: {first_line} (pip install -v shows the compiler's message)"
         for ext in self.extensions:
             for place in self._places(ext):
                 place.parent.mkdir(parents=True, exist_ok=True)

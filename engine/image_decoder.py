@@ -1,8 +1,8 @@
-"""Images from prompts by parallel decoding (MaskGIT): every step draws all masked tokens and keeps the most confident.
+"""Images from prompts by parallel decoding (MaskGIT): a step draws all masked tokens and keeps the most confident.
 
-Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and the
-unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and the
-head runs on the masked positions and on the image codes only.
+Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and
+the unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and
+the head runs on the masked positions and on the image codes only.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class ImageDecoder:
         self.transformer, self.layout, self.backend = transformer, layout, backend
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *, max_sequences: int = 256
-    ) -> Tensor:
+        self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
+        max_sequences: int = 256,
+    ) -> Tensor:  # fmt: skip
         """Draw the candidates of each prompt.
 
         Args:
@@ -134,7 +135,9 @@ class _Batch:
     The empty prompt is the condition of every unconditional span; a caller's own empty prompt shares it.
     """
 
-    def __init__(self, transformer: Transformer, layout: TokenLayout, prompts: list[Prompt], guidance_scale: float) -> None:
+    def __init__(
+        self, transformer: Transformer, layout: TokenLayout, prompts: list[Prompt], guidance_scale: float
+    ) -> None:
         self.transformer, self.layout, self.guidance_scale = transformer, layout, guidance_scale
         device = transformer.embed.weight.device
         empty: list[Prompt] = [()] if guidance_scale else []

@@ -38,16 +38,16 @@ def next_token_targets(tree: SpanTree, spans: int | Sequence[int], end: int | No
     Args:
         tree: a tree in which the spans and their parents are new.
         spans: one span or several.
-        end: a token that follows each span without being part of it (eot), which is scored too; None: no such token.
-    Returns: rows and targets, int64 [T] on the tree's device, span after span; len(span) entries each, one more with end.
+        end: a token that follows each span without being part of it (eot) and is scored too; None: no such token.
+    Returns: rows and targets, int64 [T] on the tree's device, span after span: one entry a token, and one for end.
     Raises: ValueError if a span is not causal, or it or its parent is not new.
     """
     spans = np.atleast_1d(np.asarray(spans, dtype=np.int64))
     parents = tree.parents[spans]
     if tree.full[spans].any() or (parents < 0).any() or (tree.num_new[spans] < tree.lengths[spans]).any():
-        raise ValueError(f"next_token_targets: expected new causal spans that have a parent, got spans {spans.tolist()}")
+        raise ValueError(f"next_token_targets: expected new causal spans with a parent, got spans {spans.tolist()}")
     if (tree.num_new[parents] == 0).any():
-        raise ValueError("next_token_targets: expected parents that are new, since their last rows predict; got cached ones")
+        raise ValueError("next_token_targets: expected new parents, whose last rows predict; got cached ones")
     counts = tree.num_new[spans] + (end is not None)
     firsts = np.cumsum(counts) - counts
     offsets = np.arange(counts.sum()) - np.repeat(firsts, counts)

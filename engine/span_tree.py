@@ -110,7 +110,15 @@ class SpanTree:
         return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.full, num_new, self.regions)
 
     def with_tokens(self, token_ids: Tensor) -> SpanTree:
-        """The same structure over other token ids [Tq]; the attention plan is shared."""
+        """The same structure over other token ids [Tq]; the attention plan is shared.
+
+        Raises:
+            ValueError: token_ids is not [Tq].
+        """
+        if token_ids.shape != self.token_ids.shape:
+            raise ValueError(
+                f"SpanTree.with_tokens: expected token_ids {list(self.token_ids.shape)}, got {list(token_ids.shape)}"
+            )
         groups = self.groups()
         return SpanTree(
             token_ids, self.position_ids, self.slots, self.starts, self.lengths, self.parents, self.full, self.num_new,

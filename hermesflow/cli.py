@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
     try:
-        arguments.run(arguments)
+        # Settings come first, so that a mistake in them shows before anything heavy is loaded.
+        arguments.run(arguments, load_config(arguments.config, arguments.set))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -55,55 +56,52 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-def _selfplay(arguments: argparse.Namespace) -> None:
+def _selfplay(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.selfplay import run_selfplay
 
-    run_selfplay(_config(arguments))
+    run_selfplay(config)
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
+def _pretrain(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.pretraining import run_pretraining
 
-    run_pretraining(_config(arguments).pretrain)
+    run_pretraining(config.pretrain)
 
 
-def _curate(arguments: argparse.Namespace) -> None:
-    from hermesflow.curation import run_curation
+def _curate(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.selfplay import run_curation
 
-    run_curation(_config(arguments), arguments.round)
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from hermesflow.training import run_training
-
-    run_training(_config(arguments), arguments.round)
+    run_curation(config, arguments.round)
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.selfplay import run_training
+
+    run_training(config, arguments.round)
+
+
+def _eval(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.evaluation import run_evaluation
 
-    result = run_evaluation(_config(arguments))
-    if result is not None:
-        print(json.dumps(result, indent=2))
+    run_evaluation(config)
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _report(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.report import write_report
 
-    print(write_report(arguments.run_folder or _config(arguments).run_folder))
+    print(write_report(arguments.run_folder or config.run_folder))
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
+def _doctor(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.doctor import run_doctor
 
     run_doctor()
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def _generate(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.models import load_model
     from hermesflow.tasks import generate_images, save_image
 
-    config = _config(arguments)
     prompts = list(arguments.prompts)
     if arguments.prompts_file is not None:
         prompts += [line.strip() for line in _read_text(arguments.prompts_file).splitlines() if line.strip()]
@@ -122,27 +120,23 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(save_image(arguments.output, image, settings))
 
 
-def _caption(arguments: argparse.Namespace) -> None:
+def _caption(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.models import load_model
     from hermesflow.tasks import caption_images
 
-    model = load_model(_config(arguments).model.name)
+    model = load_model(config.model.name)
     for line in caption_images(model, arguments.images):
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def _answer(arguments: argparse.Namespace) -> None:
+def _answer(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.models import load_model
     from hermesflow.tasks import answer_question
 
-    model = load_model(_config(arguments).model.name)
+    model = load_model(config.model.name)
     choices = arguments.choices.split(",") if arguments.choices is not None else ()
     line = answer_question(model, arguments.image, arguments.question, choices)
     print(json.dumps(line, ensure_ascii=False))
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, arguments.set)
 
 
 def _read_text(path: Path) -> str:
@@ -237,7 +231,7 @@ def _command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line, to be copied
     )
-    command.set_defaults(run=run, continues=continues)
+    command.set_defaults(run=run, continues=continues, config=None, set=[])
     if configured:
         command.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML, one table a section")
         command.add_argument(

@@ -25,13 +25,9 @@ _EXTRAS = {
 }
 
 
-def run_doctor(console: Console | None = None) -> None:
-    """Print versions, devices, the C++ extension, every op's backends and the optional packages.
-
-    Args:
-        console: where to print; None is the terminal.
-    """
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+def run_doctor() -> None:
+    """Print versions, devices, the C++ extension, every op's backends and the optional packages."""
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     console.print(_versions())
     console.print(_devices())
     console.print(_backends())

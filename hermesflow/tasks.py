@@ -16,10 +16,9 @@ from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError, atomic_write, read_bytes
 from hermesflow.models import Model
 from hermesflow.progress import track
-from hermesflow.worlds.shapes import CAPTION_QUESTION
+from hermesflow.prompting import MAX_CAPTION_TOKENS, caption_prompt
 
 _BATCH_IMAGES = 64
-_MAX_CAPTION_TOKENS = 64
 _MAX_ANSWER_TOKENS = 32
 
 
@@ -46,10 +45,7 @@ def generate_images(
     Raises: InputError on an empty prompt or a word that the model does not know.
     """
     settings = settings or EvalConfig()
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise InputError(f"prompt {number}: expected a text, got none; describe what to draw")
-    prompt_ids = [model.encode_text(prompt) for prompt in prompts]
+    prompt_ids = [_text_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     seeds = seed + torch.arange(len(prompts) * num_images).reshape(len(prompts), num_images)
     prompts_per_batch = max(1, _BATCH_IMAGES // num_images)
     for start in track(range(0, len(prompts), prompts_per_batch), "generate", "batches"):
@@ -119,10 +115,10 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict]:
     Raises: InputError if a file is no image; all are read before the first is described.
     """
     images = [read_image(path, model.image_size) for path in paths]
-    question = model.encode_text(CAPTION_QUESTION)
+    question = caption_prompt(model)
     for start in track(range(0, len(paths), _BATCH_IMAGES), "caption", "batches"):
         batch = slice(start, start + _BATCH_IMAGES)
-        for path, text in zip(paths[batch], _say(model, images[batch], question, _MAX_CAPTION_TOKENS), strict=True):
+        for path, text in zip(paths[batch], _say(model, images[batch], question, MAX_CAPTION_TOKENS), strict=True):
             yield {"image": str(path), "caption": text}
 
 
@@ -135,22 +131,30 @@ def answer_question(model: Model, path: str | Path, question: str, choices: Sequ
         question: the question.
         choices: the answers to choose from; none lets the model answer freely (greedy).
     Returns: {"image", "question", "answer"}, and with choices "probabilities": {choice: probability}.
-    Raises: InputError if the file is no image, or the choices are fewer than two or not distinct.
+    Raises: InputError if the file is no image, the question is empty or has a word that the model does not know, or the
+        choices are fewer than two or not distinct.
     """
     choices = [choice.strip() for choice in choices]
     if choices and (len(set(choices)) < max(2, len(choices)) or "" in choices):
         raise InputError(f"choices {','.join(choices)}: expected two or more distinct answers, such as yes,no")
+    question_ids = _text_ids(model, question, "question")
     image = read_image(path, model.image_size)
     answer = {"image": str(path), "question": question}
-    question_ids = model.encode_text(question)
     if not choices:
         return answer | {"answer": _say(model, [image], question_ids, _MAX_ANSWER_TOKENS)[0]}
-    choice_ids = [model.encode_text(choice) for choice in choices]
+    choice_ids = [_text_ids(model, choice, "choice") for choice in choices]
     scores = model.engine.score_choices(model.encode_images(image[None]), [[question_ids]], [[choice_ids]])[0][0]
     chances = torch.as_tensor(scores, dtype=torch.float64).softmax(0).tolist()
     best = max(range(len(choices)), key=chances.__getitem__)
     probabilities = {choice: round(chance, 6) for choice, chance in zip(choices, chances, strict=True)}
     return answer | {"answer": choices[best], "probabilities": probabilities}
+
+
+def _text_ids(model: Model, text: str, name: str) -> list[int]:
+    ids = model.encode_text(text)
+    if not ids:
+        raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
+    return ids
 
 
 def _say(model: Model, images: Sequence[np.ndarray], question: list[int], max_new_tokens: int) -> list[str]:

@@ -1,13 +1,13 @@
 """The ops: one file an op (public function, checks, torch reference) and a registry of backends.
 
-Import an op from its file, `from hermesflow.kernels.guided_sample import guided_sample`: a package attribute of the same
-name would be the function once and the module after the next import.
+Import an op from its file, `from hermesflow.kernels.guided_sample import guided_sample`: a package attribute of the
+same name would be the function once and the module after the next import.
 """
 
 if __name__ != "hermesflow.kernels":
     raise ImportError(
-        "hermesflow's folder kernels/ was imported as the top-level package 'kernels'; import hermesflow.kernels instead, "
-        "and set PYTHONSAFEPATH=1 (or leave the repository root) when running python -m or python -c."
+        "hermesflow's folder kernels/ was imported as the top-level package 'kernels'; import hermesflow.kernels "
+        "instead, and set PYTHONSAFEPATH=1 (or leave the repository root) when running python -m or python -c."
     )
 
 OPS = (

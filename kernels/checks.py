@@ -1,4 +1,4 @@
-"""Checks that the ops share: of arguments (ValueError with expected and received) and of the machine (a reason or None)."""
+"""Checks that the ops share: of arguments (ValueError) and of the machine (the reason why something cannot run)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def check_tensor(
     Args:
         shape: the sizes in words for the message, "[R, V]".
     """
-    fits = tensor.dim() == len(sizes) and all(size in (None, got) for size, got in zip(sizes, tensor.shape, strict=True))
+    fits = tensor.dim() == len(sizes)
+    fits = fits and all(size in (None, got) for size, got in zip(sizes, tensor.shape, strict=True))
     if fits and (dtypes is None or tensor.dtype in dtypes) and (device is None or tensor.device == device):
         return
     expected = [shape if None in sizes or not sizes else f"{shape} = {list(sizes)}"]

@@ -33,7 +33,7 @@ def guided_sample(
         key: RandomKey of R rows on cond's device.
         backend: "cpu", "triton" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R] under the tempered distribution (temperature 0: under
-        the untempered one). Token -1 and NaN in rows that hold NaN or +inf, or nothing but -inf.
+        the untempered one), without gradient. Token -1 and NaN in rows that hold NaN or +inf, or nothing but -inf.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
     Source: guidance as in Show-o (arXiv 2408.12528), section 3.4.
     """
@@ -49,6 +49,7 @@ def guided_sample(
     return registry.dispatch(OP, backend, cond, uncond if guidance_scale else None, **options)
 
 
+@torch.no_grad()
 def guided_sample_reference(
     cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, temperature: float, key: RandomKey
 ) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def row_blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices that cover the rows (at least one slice, empty for no rows), each of at most WORKSPACE_BYTES or one row."""
+    """Slices that cover the rows, each of at most WORKSPACE_BYTES or one row; no rows give one empty slice."""
     step = max(1, WORKSPACE_BYTES // row_bytes)
     for start in range(0, max(num_rows, 1), step):
         yield slice(start, min(start + step, num_rows))

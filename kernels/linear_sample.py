@@ -1,6 +1,6 @@
 """Draw tokens from hidden states: the head's matmul, softmax, draw and confidence, no [R, V] kept.
 
-Guidance commutes with a linear head, so that guided hidden states (1 + g) cond - g uncond go in and one matmul serves both.
+Guidance commutes with a linear head: guided hidden states (1 + g) cond - g uncond go in, and one matmul serves both.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def mask_topk(
     return registry.dispatch(OP, backend, logprob, known, num_masked, temperature=temperature, key=key)
 
 
+@torch.no_grad()
 def mask_topk_reference(
     logprob: Tensor, known: Tensor, num_masked: Tensor, *, temperature: float | Tensor, key: RandomKey
 ) -> Tensor:

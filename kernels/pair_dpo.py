@@ -4,8 +4,8 @@
     h[p]     = ratio[2 p] - ratio[2 p + 1]                                        (win minus lose, one value a pair)
     loss     = sum_p weight[p] * l(h[p]) / sum_p weight[p]
 
-Sums are of each pair, never of the batch. The difference is taken token by token, before the sum: policy and reference are
-close, so that it keeps the digits which two sums of some thousand nats would lose.
+Sums are of each pair, never of the batch. The difference is taken token by token, before the sum: policy and reference
+are close, so that it keeps the digits which two sums of some thousand nats would lose.
 """
 
 from __future__ import annotations

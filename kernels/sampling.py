@@ -1,8 +1,9 @@
 """The one sampling rule of all token draws, in torch: a Gumbel per tile of the vocabulary, an inverse CDF inside it.
 
-The vocabulary is cut into tiles of SAMPLE_TILE ids. The tile with the largest log-sum-exp + Gumbel noise wins (Gumbel-max
-over tiles: tile j wins with the probability of its mass); inside it the first id whose cumulative mass exceeds u times the
-tile's mass is drawn. Exact, and every backend can follow it in one pass over the logits, with two random words a tile.
+The vocabulary is cut into tiles of SAMPLE_TILE ids. The tile with the largest log-sum-exp + Gumbel noise wins
+(Gumbel-max over tiles: a tile wins with the probability of its mass); inside it the first id whose cumulative mass
+exceeds u times the tile's mass is drawn. Exact, and every backend can follow it in one pass over the logits, with two
+random words a tile.
 """
 
 from __future__ import annotations

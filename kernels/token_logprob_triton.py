@@ -4,10 +4,10 @@
     logprob[t]     = logits[t, target[t]] - lse[t]
     d logits[t, v] = d logprob[t] * ((v == target[t]) - exp(logits[t, v] - lse[t]))
 
-Forward: one program a row reads the row once, BLOCK_V ids at a time, with a running maximum and sum in fp32 (Milakov and
-Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867). lse [T] is saved in fp32; no probability is
-ever stored. Backward: one program a row and block reads the logits once and writes the gradient once. Ignored rows are not
-read; their gradient is 0. A target out of range gives NaN.
+Forward: one program a row reads the row once, BLOCK_V ids at a time, with a running maximum and sum in fp32 (Milakov
+and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867). lse [T] is saved in fp32; no probability
+is ever stored. Backward: one program a row and block reads the logits once and writes the gradient once. Ignored rows
+are not read; their gradient is 0. A target out of range gives NaN.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ def imported_modules(path: Path, package: str) -> set[str]:
     """
     modules = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    tree.body = [node for node in tree.body if node not in for_types]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
@@ -97,12 +98,18 @@ def test_no_module_shares_a_public_functions_name() -> None:
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                assert node.name not in modules, f"{path.name} defines {node.name}(), also a module: {modules[node.name]}"
+                assert node.name not in modules, (
+                    f"{path.name} defines {node.name}(), a module too: {modules[node.name]}"
+                )
 
 
 def test_reader_sees_imports_at_any_depth(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
-    source.write_text("import a.b\nif TYPE_CHECKING:\n    import up\ndef f():\n    from .c import d\n    from . import e\n    from ..g import h\n")
+    source.write_text(
+        "import a.b\n"
+        "if TYPE_CHECKING:\n    import up\n"
+        "def f():\n    from .c import d\n    from . import e\n    from ..g import h\n"
+    )
     assert imported_modules(source, "hermesflow.engine") == {
         "a.b", "hermesflow.engine.c", "hermesflow.engine.e", "hermesflow.g",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 // sets of which the machine's best is chosen at run time.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -57,13 +59,13 @@ struct Variant {
   decltype(&portable::sample_row) sample_row;
 };
 
+// torch's own choice of instruction set, which ATEN_CPU_CAPABILITY overrides.
 const Variant& variant() {
   static const Variant chosen = []() -> Variant {
 #ifdef HERMESFLOW_X86_VARIANTS
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-      return {"avx512", avx512::sample_row};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::sample_row};
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return {"avx512", avx512::sample_row};
+    if (capability == "AVX2") return {"avx2", avx2::sample_row};
 #endif
     return {"portable", portable::sample_row};
   }();

@@ -36,7 +36,7 @@ MIN_AREA = 24
 """Pixels; the smallest object drawn has 61."""
 MIN_OVERLAP = 0.75
 """Intersection over union below which a shape is unknown."""
-SIZE_THRESHOLD = 8.0
+SIZE_THRESHOLD = 9.0
 """Radius in pixels that divides small from large."""
 MAX_COLOR_DISTANCE = 100.0
 """Distance in RGB from the nearest colour beyond which an object's or the background's is unknown; half the distance

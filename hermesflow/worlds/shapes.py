@@ -34,10 +34,10 @@ CAPTION_QUESTION = "give a caption for this image ."
 
 COLOR_RGB = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 205, 50)}
 BACKGROUND_RGB = {"black": (0, 0, 0), "white": (255, 255, 255)}
-SIZE_RADIUS = {"small": 6.0, "large": 10.0}
-POSITION_JITTER = 2.0
-RADIUS_JITTER = 0.5
-COLOR_JITTER = 8
+SIZE_RADIUS = {"small": 7.0, "large": 11.0}
+POSITION_JITTER = 1.0
+RADIUS_JITTER = 0.25
+COLOR_JITTER = 6
 
 # Half side of a square and circumradius of a triangle, in radii: the three shapes look equally large, and a large
 # triangle at the end of its jitter still lies inside its cell.

@@ -111,10 +111,12 @@ def test_a_full_disk_told_by_torch_and_safetensors(full_disk):
 
     weights = {"weight": torch.zeros(50_000)}
     for save in (torch.save, save_file):
-        with pytest.raises(InputError, match="model: the disk is full"), files.atomic_write(full_disk / "model") as path:
-            save(weights, path)
-        with pytest.raises(InputError, match="step-1: the disk is full"), files.atomic_folder(full_disk / "step-1") as path:
-            save(weights, path / "model")
+        with pytest.raises(InputError, match="model: the disk is full"):
+            with files.atomic_write(full_disk / "model") as file:
+                save(weights, file)
+        with pytest.raises(InputError, match="step-1: the disk is full"):
+            with files.atomic_folder(full_disk / "step-1") as folder:
+                save(weights, folder / "model")
     assert names(full_disk) == ["filling"]
 
 

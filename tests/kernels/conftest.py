@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @pytest.fixture
@@ -21,3 +23,20 @@ def check_error_budget() -> Callable[..., None]:
         assert error <= budget, f"error {error:.3g} above the budget {budget:.3g}"
 
     return check
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any result of the operations under it has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if torch.is_tensor(leaf))])
+        return result
+
+
+@pytest.fixture
+def largest_tensor() -> LargestTensor:
+    """with largest_tensor as seen: ... afterwards seen.numel is the size of the largest tensor that was made."""
+    return LargestTensor()

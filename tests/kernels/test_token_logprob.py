@@ -137,8 +137,16 @@ def test_gradcheck():
 @pytest.mark.parametrize(
     ("logits", "target", "message"),
     [
-        (torch.zeros(4), torch.zeros(4, dtype=torch.int64), r"token_logprob: expected logits .*\[T, V\], got float32 \[4\]"),
-        (torch.zeros(4, 5, dtype=torch.int32), torch.zeros(4, dtype=torch.int64), r"expected logits float32 or .*got int32"),
+        (
+            torch.zeros(4),
+            torch.zeros(4, dtype=torch.int64),
+            r"token_logprob: expected logits .*\[T, V\], got float32 \[4\]",
+        ),
+        (
+            torch.zeros(4, 5, dtype=torch.int32),
+            torch.zeros(4, dtype=torch.int64),
+            r"expected logits float32 or .*got int32",
+        ),
         (torch.zeros(4, 5), torch.zeros(3, dtype=torch.int64), r"expected target int64 \[T\] = \[4\].*got int64 \[3\]"),
         (torch.zeros(4, 5), torch.zeros(4), r"expected target int64 .*got float32"),
         (torch.zeros(4, 0), torch.full((4,), -100), r"expected at least one token id"),

@@ -1,0 +1,195 @@
+"""The engine: token ids in, token ids out. It checks what comes in and leaves the work to the decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .image_decoder import ImageDecoder, ImageSamplingParams
+from .sequence_logprob import span_logprobs
+from .span_tree import SpanTree
+from .text_decoder import QuestionIds, SamplingParams, TextDecoder
+from .token_layout import TokenLayout
+from .transformer import Transformer
+
+
+class Engine:
+    """Draws images, answers questions and scores answers with one model.
+
+    The transformer is the caller's own, not a copy: device and dtype move it in place, and training it shows at once.
+    """
+
+    def __init__(
+        self, transformer: Transformer, layout: TokenLayout, *, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            transformer: the model.
+            layout: its vocabulary.
+            device, dtype: where to move the model and what to convert it to; None leaves it.
+            backend: of the sampling and log-probability ops; None takes the first that can run.
+        Raises: ValueError if the model's vocabulary is not the layout's.
+        """
+        if transformer.config.vocab_size != layout.vocab_size:
+            raise ValueError(
+                f"Engine: expected a transformer with the layout's vocab_size {layout.vocab_size}, "
+                f"got {transformer.config.vocab_size}; load both from the same model"
+            )
+        self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
+        self._images = ImageDecoder(transformer, layout, backend)
+        self._text = TextDecoder(transformer, layout, backend)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.transformer.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return self.transformer.embed.weight.dtype
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, num_steps: int, guidance_scale: float,
+        mask_temperature: float, seeds: Tensor, temperature: float = 1.0, schedule: str = "cosine",
+        mask_decay: str = "linear", max_sequences: int = 256,
+    ) -> Tensor:  # fmt: skip
+        """Draw num_images images of each prompt. An image depends on its prompt, seed and settings, on nothing else.
+
+        Args:
+            prompt_ids: P prompts of plain text ids.
+            num_images: n, at least 1.
+            num_steps, guidance_scale, mask_temperature, temperature, schedule, mask_decay: see ImageSamplingParams.
+            seeds: int64 [P, n].
+            max_sequences: bound on the image spans of one pass (memory); a guided image is two.
+        Returns: codes int64 [P, n, num_image_tokens] on the model's device.
+        Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
+        """
+        _check_seeds("generate", seeds, (len(prompt_ids), num_images), "[P, num_images]")
+        _check_bound("generate", "num_images", num_images)
+        _check_bound("generate", "max_sequences", max_sequences)
+        for index, ids in enumerate(prompt_ids):
+            self._check_text("generate", f"prompt {index}", ids)
+        params = ImageSamplingParams(
+            num_steps=num_steps, guidance_scale=guidance_scale, mask_temperature=mask_temperature,
+            temperature=temperature, schedule=schedule, mask_decay=mask_decay,
+        )  # fmt: skip
+        with torch.inference_mode():
+            codes = self._images.generate(prompt_ids, seeds, params, max_sequences=max_sequences)
+        return codes.clone()  # a tensor made in inference mode cannot be used in training
+
+    def extend(
+        self, image_codes: Tensor, question_ids: QuestionIds, *, sampling: Sequence[SamplingParams], seeds: Tensor,
+        text_only: bool = True, max_tokens: int = 16384,
+    ) -> list[list[list[list[int]]]]:  # fmt: skip
+        """Captions and answers: each question is answered once for every entry of sampling.
+
+        Args:
+            image_codes: int64 [B, num_image_tokens].
+            question_ids: plain text ids [B][Q of the image].
+            sampling: S settings, at least one.
+            seeds: int64 [B, Q, S], Q at least the largest number of questions of an image.
+            text_only: draw text ids only; False draws from the joint vocabulary, as published.
+            max_tokens: bound on the tokens of a batch (memory); one question with its answers always fits.
+        Returns: ids [b][q][s], lists of token ids without eot.
+        Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
+        """
+        codes = self._checked_codes("extend", image_codes)
+        self._check_questions("extend", codes, question_ids)
+        if len(sampling) == 0:
+            raise ValueError("Engine.extend: expected at least one SamplingParams in sampling, got none")
+        num_questions = max((len(questions) for questions in question_ids), default=0)
+        given = seeds.shape[1] if seeds.dim() == 3 else 0  # an image with fewer questions leaves seeds unused
+        _check_seeds("extend", seeds, (len(codes), max(num_questions, given), len(sampling)), "[B, Q, S]")
+        _check_bound("extend", "max_tokens", max_tokens)
+        with torch.inference_mode():
+            return self._text.extend(codes, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
+
+    def score_choices(
+        self, image_codes: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
+        *, text_only: bool = True, max_tokens: int = 16384,
+    ) -> list[list[list[float]]]:  # fmt: skip
+        """Log-probability of each given answer, its tokens and the eot after them.
+
+        Args:
+            image_codes: int64 [B, num_image_tokens].
+            question_ids: plain text ids [B][Q of the image].
+            choice_ids: plain text ids [B][Q][C of the question], none empty.
+            text_only: normalise over the text ids; False over the joint vocabulary.
+            max_tokens: bound on the tokens of one pass (memory); one question with its choices always fits.
+        Returns: log-probabilities [b][q][c].
+        Raises: ValueError on arguments.
+        """
+        codes = self._checked_codes("score_choices", image_codes)
+        self._check_questions("score_choices", codes, question_ids)
+        _check_bound("score_choices", "max_tokens", max_tokens)
+        if [len(questions) for questions in question_ids] != [len(choices) for choices in choice_ids]:
+            raise ValueError(
+                "Engine.score_choices: expected a list of choices for each question; nest choice_ids as question_ids"
+            )
+        for image, of_image in enumerate(choice_ids):
+            for question, choices in enumerate(of_image):
+                for choice, ids in enumerate(choices):
+                    name = f"choice {choice} of image {image}, question {question}"
+                    self._check_text("score_choices", name, ids)
+                    if len(ids) == 0:
+                        raise ValueError(f"Engine.score_choices: {name} has no tokens; leave it out")
+        with torch.inference_mode():
+            return self._text.score_choices(codes, question_ids, choice_ids, text_only=text_only, max_tokens=max_tokens)
+
+    def logprobs(self, tree: SpanTree, rows: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities fp32 [T] of targets at packed rows of the tree; see span_logprobs. Differentiable."""
+        if rows.shape != targets.shape or rows.dim() != 1:
+            raise ValueError(
+                f"Engine.logprobs: expected rows and targets of one shape [T], got {list(rows.shape)} "
+                f"and {list(targets.shape)}"
+            )
+        return span_logprobs(self.transformer, tree, rows, targets, backend=self.backend)
+
+    def _checked_codes(self, function: str, image_codes: Tensor) -> Tensor:
+        num_tokens, codebook_size = self.layout.num_image_tokens, self.layout.codebook_size
+        codes = torch.as_tensor(image_codes)
+        if codes.dim() != 2 or codes.shape[1] != num_tokens or codes.is_floating_point():
+            raise ValueError(
+                f"Engine.{function}: expected image_codes int64 [B, {num_tokens}], "
+                f"got {codes.dtype} {list(codes.shape)}"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
+            raise ValueError(
+                f"Engine.{function}: expected image_codes in [0, {codebook_size}), got {int(codes.min())} to "
+                f"{int(codes.max())}; pass codes without the layout's code_offset"
+            )
+        return codes
+
+    def _check_questions(self, function: str, codes: Tensor, question_ids: QuestionIds) -> None:
+        if len(question_ids) != len(codes):
+            raise ValueError(
+                f"Engine.{function}: expected a list of questions for each of {len(codes)} images, "
+                f"got {len(question_ids)} lists"
+            )
+        for image, questions in enumerate(question_ids):
+            for question, ids in enumerate(questions):
+                self._check_text(function, f"question {question} of image {image}", ids)
+
+    def _check_text(self, function: str, name: str, ids: Sequence[int]) -> None:
+        size = self.layout.text_vocab_size
+        if any(not 0 <= token < size for token in ids):
+            raise ValueError(
+                f"Engine.{function}: expected text ids in [0, {size}) in {name}, got {list(ids)}; "
+                "leave special tokens to the layout"
+            )
+
+
+def _check_bound(function: str, name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"Engine.{function}: expected {name} of at least 1, got {value}")
+
+
+def _check_seeds(function: str, seeds: Tensor, shape: tuple[int, ...], words: str) -> None:
+    if seeds.dtype != torch.int64 or tuple(seeds.shape) != shape:
+        raise ValueError(
+            f"Engine.{function}: expected seeds int64 {words} = {list(shape)}, got {seeds.dtype} {list(seeds.shape)}"
+        )

@@ -1,0 +1,260 @@
+"""Curation: each record's candidate images and captions, with their scores, in parts that a killed run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from hermesflow.config import CurationConfig
+from hermesflow.engine.text_decoder import SamplingParams
+from hermesflow.files import InputError, damaged, make_folder, read_parquet, write_parquet
+from hermesflow.models import Model
+from hermesflow.progress import track
+from hermesflow.prompting import MAX_CAPTION_TOKENS, caption_prompt, choice_prompt
+from hermesflow.records import Record
+from hermesflow.scoring import ImageScore, caption_scores, self_vqa
+
+CANDIDATES_SCHEMA = pa.schema(
+    [
+        ("record_id", pa.string()),
+        ("kind", pa.string()),
+        ("index", pa.int32()),
+        ("seed", pa.int64()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("score", pa.float32()),
+        ("settings", pa.string()),
+        ("answers", pa.string()),
+    ]
+)
+"""kind is "image", "caption", "previous_win" or "previous_lose" (the previous round's images, scored again). token_ids
+are image codes, or text ids without the end of text; text is null for images. settings and answers are JSON: answers of
+an image a list of {"question", "answer", "expected", "probability"}, of a caption the empty list."""
+
+PreviousImages = dict[str, tuple[list[int], list[int]]]
+"""Record id -> (win codes, lose codes) of the previous round."""
+
+# What candidates depend on; threshold, margin and keep only choose among them.
+_DRAWN_BY = (
+    "num_images",
+    "num_steps",
+    "guidance_scale",
+    "mask_temperature",
+    "caption_temperatures",
+    "caption_top_k",
+    "include_greedy",
+    "score",
+    "caption_scorer",
+)
+_FINGERPRINT = b"hermesflow.fingerprint"
+
+
+def curate(
+    model: Model,
+    records: Sequence[Record],
+    config: CurationConfig,
+    *,
+    seed: int,
+    folder: Path,
+    previous: pa.Table | None = None,
+) -> pa.Table:
+    """Draws and scores every record's candidates.
+
+    Each record gets config.num_images images of its caption, scored by the model's own answers to its questions, and
+    config.num_captions captions of its image, scored against its caption. Every config.batch_records records make one
+    file, folder/part-NNNNN.parquet; a part that exists is read instead of made again. A candidate's draws depend on the
+    seed and the record alone, not on the batch.
+
+    Args:
+        model: draws and judges; a folder must not be gone on with by another model.
+        records: with codes, questions and ids of their own.
+        config: numbers, sampling settings and scorers.
+        seed: of this round; from 0 to 2**63 - 1.
+        folder: of the parts.
+        previous: the pairs of the previous round; their images of these records are scored again by this model, so that
+            one judge compares old and new.
+    Returns: all candidates with CANDIDATES_SCHEMA, in the records' order.
+    Raises: InputError on a damaged part, parts of other records or settings, an unwritable folder, a record that cannot
+        be curated, or a word that the model does not know.
+    Source: HermesFlow (arXiv 2502.12148), section 3.
+    """
+    _check_records(model, records)
+    old = _previous_images(records, previous)
+    size = config.batch_records
+    batches = [records[start : start + size] for start in range(0, len(records), size)]
+    paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(batches))]
+    prints = [_fingerprint(batch, config, seed, old) for batch in batches]
+    _refuse_strange_parts(make_folder(folder), paths)
+    tables = {
+        path: _read_part(path, fingerprint) for path, fingerprint in zip(paths, prints, strict=True) if path.exists()
+    }
+    missing = [number for number, path in enumerate(paths) if path not in tables]
+    for number in track(missing, "curation", "batches", completed=len(tables)):
+        table = pa.Table.from_pylist(_rows(model, batches[number], config, seed, old), CANDIDATES_SCHEMA)
+        write_parquet(paths[number], table.replace_schema_metadata({_FINGERPRINT: prints[number]}))
+        tables[paths[number]] = table
+    return pa.concat_tables([CANDIDATES_SCHEMA.empty_table(), *(tables[path] for path in paths)])
+
+
+def candidate_seed(seed: int, record_id: str, kind: str, index: int) -> int:
+    """The seed of one candidate, 63 bits: a pure function of its arguments, whatever is drawn beside it."""
+    text = json.dumps([seed, record_id, kind, index])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def caption_sampling(config: CurationConfig) -> list[SamplingParams]:
+    """How each caption of an image is drawn: greedy once, then every top-k with every temperature."""
+    greedy = [SamplingParams(temperature=0.0, max_new_tokens=MAX_CAPTION_TOKENS)] if config.include_greedy else []
+    return greedy + [
+        SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=MAX_CAPTION_TOKENS)
+        for top_k in config.caption_top_k
+        for temperature in config.caption_temperatures
+    ]
+
+
+def _rows(
+    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages
+) -> list[dict]:
+    """One part's candidates, record by record."""
+    rows = [*_image_rows(model, records, config, seed), *_caption_rows(model, records, config, seed)]
+    rows += _previous_rows(model, records, config, old)
+    order = {record.id: index for index, record in enumerate(records)}
+    return sorted(rows, key=lambda row: order[row["record_id"]])
+
+
+def _image_rows(model: Model, records: Sequence[Record], config: CurationConfig, seed: int) -> Iterator[dict]:
+    settings = {
+        "num_steps": config.num_steps,
+        "guidance_scale": config.guidance_scale,
+        "mask_temperature": config.mask_temperature,
+    }
+    seeds = _seeds(seed, records, "image", config.num_images)
+    prompts = [model.encode_text(record.caption) for record in records]
+    codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
+    scores = self_vqa(model, codes, records)
+    for record, record_codes, record_seeds, record_scores in zip(records, codes.cpu(), seeds, scores, strict=True):
+        for index, score in enumerate(record_scores):
+            row = _image_row(record, "image", index, record_codes[index].tolist(), score, config)
+            yield row | {"seed": int(record_seeds[index]), "settings": json.dumps(settings)}
+
+
+def _caption_rows(model: Model, records: Sequence[Record], config: CurationConfig, seed: int) -> Iterator[dict]:
+    sampling = caption_sampling(config)
+    seeds = _seeds(seed, records, "caption", len(sampling))
+    codes = torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
+    question = caption_prompt(model)
+    answers = model.engine.extend(
+        codes, [[question]] * len(records), sampling=sampling, seeds=torch.from_numpy(seeds[:, None])
+    )
+    for record, (captions,), record_seeds in zip(records, answers, seeds, strict=True):
+        texts = [model.decode_text(ids) for ids in captions]
+        scores = caption_scores(config.caption_scorer, texts, record.caption)
+        for index, params in enumerate(sampling):
+            yield {
+                "record_id": record.id,
+                "kind": "caption",
+                "index": index,
+                "seed": int(record_seeds[index]),
+                "token_ids": captions[index],
+                "text": texts[index],
+                "score": scores[index],
+                "settings": json.dumps({"temperature": params.temperature, "top_k": params.top_k}),
+                "answers": "[]",
+            }
+
+
+def _previous_rows(
+    model: Model, records: Sequence[Record], config: CurationConfig, old: PreviousImages
+) -> Iterator[dict]:
+    kept = [record for record in records if record.id in old]
+    if not kept:
+        return
+    scores = self_vqa(model, torch.tensor([old[record.id] for record in kept]), kept)
+    for record, record_scores in zip(kept, scores, strict=True):
+        for kind, codes, score in zip(("previous_win", "previous_lose"), old[record.id], record_scores, strict=True):
+            yield _image_row(record, kind, 0, codes, score, config) | {"settings": "{}"}
+
+
+def _image_row(
+    record: Record, kind: str, index: int, codes: list[int], score: ImageScore, config: CurationConfig
+) -> dict:
+    return {
+        "record_id": record.id,
+        "kind": kind,
+        "index": index,
+        "token_ids": codes,
+        "score": score.soft if config.score == "soft" else score.hard,
+        "answers": json.dumps([answer._asdict() for answer in score.answers]),
+    }
+
+
+def _seeds(seed: int, records: Sequence[Record], kind: str, count: int) -> np.ndarray:
+    """Seeds int64 [len(records), count]."""
+    rows = [[candidate_seed(seed, record.id, kind, index) for index in range(count)] for record in records]
+    return np.array(rows, dtype=np.int64)
+
+
+def _check_records(model: Model, records: Sequence[Record]) -> None:
+    """Tells at once what would stop the work at the last record."""
+    seen = set()
+    for record in records:
+        if record.id in seen:
+            raise InputError(f"record {record.id}: the id occurs twice; give each record an id of its own")
+        if not record.questions:
+            raise InputError(f"record {record.id}: has no questions to judge its images by; add some or leave it out")
+        if record.codes is None:
+            raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
+        seen.add(record.id)
+        model.encode_text(record.caption)
+        for question in record.questions:
+            choice_prompt(model, question)
+
+
+def _previous_images(records: Sequence[Record], previous: pa.Table | None) -> PreviousImages:
+    """The previous win and lose codes of those records that have them."""
+    if previous is None:
+        return {}
+    wanted = {record.id for record in records}
+    columns = (previous[name].to_pylist() for name in ("record_id", "win_codes", "lose_codes"))
+    return {id: (win, lose) for id, win, lose in zip(*columns, strict=True) if id in wanted and win is not None}
+
+
+def _fingerprint(records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages) -> str:
+    """What a part was made from, the model aside."""
+    made_from = [
+        seed,
+        [getattr(config, name) for name in _DRAWN_BY],
+        [
+            [record.id, record.caption, record.codes.tolist(), repr(record.questions), old.get(record.id)]
+            for record in records
+        ],
+    ]
+    return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+
+def _refuse_strange_parts(folder: Path, paths: Sequence[Path]) -> None:
+    strange = sorted(set(folder.glob("part-*.parquet")) - set(paths))
+    if strange:
+        raise _made_otherwise(strange[0])
+
+
+def _read_part(path: Path, fingerprint: str) -> pa.Table:
+    table = read_parquet(path)
+    if (table.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
+        raise _made_otherwise(path)
+    try:
+        return table.replace_schema_metadata(None).cast(CANDIDATES_SCHEMA)
+    except (pa.ArrowException, ValueError) as error:
+        raise damaged(path, "candidates", error) from error
+
+
+def _made_otherwise(path: Path) -> InputError:
+    return InputError(
+        f"{path}: was made from other records or settings; delete {path.parent}, or choose another run.name"
+    )

@@ -1,0 +1,144 @@
+"""What a run measured, in words and tables; the terminal and the report say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+LABELS = {
+    "understanding": "understanding",
+    "generation": "generation",
+    "generation_strict": "generation, strict",
+    "gap": "gap",
+    "caption_f1": "caption likeness",
+    "caption_exact": "caption, all facts",
+}
+"""What is measured, as tables call it: gap is understanding less generation, strict counts images right in full."""
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    """The metrics of one evaluation in per cent: the whole with its interval, then each category.
+
+    Args:
+        metrics: "metrics" of hermesflow.evaluation.evaluate.
+    """
+    table = Table(
+        title=f"{metrics['num_understanding']} real images asked about, {metrics['num_images']} images drawn for "
+        f"{metrics['num_prompts']} prompts; in per cent",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for label in LABELS.values():
+        table.add_column(label, justify="right")
+    table.add_row("all", *(format_value(metrics[name]) for name in LABELS))
+    table.add_row("95 % interval", *(format_interval(metrics[f"{name}_ci95"]) for name in LABELS), end_section=True)
+    for category, values in metrics["by_category"].items():
+        table.add_row(category.replace("_", " "), *(format_value(values[name]) for name in LABELS))
+    return table
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints what a run measured: each metric before and after each round, with its paired change.
+
+    Args:
+        summary: what summary.json holds.
+        console: where it goes.
+    """
+    stages = [("before", summary["before"])]
+    stages += [(f"round {number}", metrics) for number, metrics in enumerate(summary["rounds"], 1)]
+    table = Table(title="Self-play, measured on held-out scenes", title_justify="left", box=SIMPLE_HEAD)
+    for name, justify in (("", "left"), ("", "left"), ("%, 95 % interval", "right"), ("change in points", "left")):
+        table.add_column(name, justify=justify)
+    for name, label in LABELS.items():
+        for stage, metrics in stages:
+            change = metrics.get("change", {}).get(name)
+            value = f"{format_value(metrics.get(name))} {format_interval(metrics.get(f'{name}_ci95'))}"
+            first = stage == "before"
+            table.add_row(label if first else "", stage, value, format_change(change) if change else "")
+        table.add_section()
+    console.print(table)
+    for number, metrics in enumerate(summary["rounds"], 1):
+        for line in describe_round(metrics):
+            console.print(f"round {number}: {line}", highlight=False)
+    console.print(headline(summary), style="bold", highlight=False)
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence that says what a run measured.
+
+    Understanding and generation are told beside the gap: one that closes because understanding fell is no success.
+
+    Args:
+        summary: what summary.json holds; rounds may be empty.
+    """
+    before, rounds = summary["before"], summary["rounds"]
+    if not rounds:
+        return (
+            f"Before self-play the model answers {_percent(before['understanding'])} % of the questions about real "
+            f"images, and its own images answer {_percent(before['generation'])} %: a gap of "
+            f"{_percent(before['gap'])} points."
+        )
+    told = [f"{name}: {_tell(rounds[-1]['change'][name])}" for name in ("gap", "generation", "understanding")]
+    many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
+    return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(told)}."
+
+
+def describe_round(metrics: dict[str, Any]) -> list[str]:
+    """A round's pairs, the trust its scores deserve, and its time, in a line each; what is not there yet is left out.
+
+    Args:
+        metrics: one of the summary's rounds.
+    """
+    lines = []
+    if "pairs" in metrics:
+        lines.append(f"{metrics['pairs']['kept']} of {metrics['pairs']['records']} records gave pairs")
+    trust = metrics.get("agreement", {})
+    if trust.get("win_better") is not None:
+        lines.append(
+            f"the oracle finds the win better in {_percent(trust['win_better'])} % of pairs, worse in "
+            f"{_percent(trust['win_worse'])} %, equal in {_percent(trust['tie'])} %"
+        )
+    if trust.get("spearman") is not None:
+        lines.append(f"rank correlation of the model's own score with the oracle {trust['spearman']:.2f}")
+    if "seconds" in metrics:
+        lines.append(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in metrics["seconds"].items()))
+    return lines
+
+
+def format_value(value: float | None) -> str:
+    """A fraction in per cent, such as "61.3"; "-" for None."""
+    return "-" if value is None else _percent(value)
+
+
+def format_interval(interval: Sequence[float] | None) -> str:
+    """An interval of fractions in per cent, such as "[58.9, 63.6]"; empty for None."""
+    return "" if interval is None else f"[{_percent(interval[0])}, {_percent(interval[1])}]"
+
+
+def format_change(change: dict[str, Any]) -> str:
+    """A paired change in points with its interval, and "no significant change" where that is so."""
+    low, high = change["ci95"]
+    text = f"{_points(change['change'])} [{_points(low)}, {_points(high)}]"
+    return text if change["significant"] else f"{text} no significant change"
+
+
+def _tell(change: dict[str, Any]) -> str:
+    low, high = change["ci95"]
+    interval = f"95 % interval {_points(low)} to {_points(high)}"
+    if not change["significant"]:
+        return f"no significant change ({_points(change['change'])} points, {interval})"
+    return f"{'up' if change['change'] > 0 else 'down'} {_percent(abs(change['change']))} points ({interval})"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _points(fraction: float) -> str:
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,179 @@
+"""Triton backend of guided_sample: one program a row, one pass over its logits.
+
+Formula: logits = ((1 + g) cond - g uncond) / temperature; the tile of SAMPLE_TILE ids with the largest log-sum-exp +
+Gumbel noise wins, an inverse CDF draws inside it (kernels/sampling.py states the rule).
+Layout: a block of BLOCK_TILES x TILE logits at a time; of the tiles only maximum and mass are used, so nothing of the
+row's length is stored. The winning tile is read once more at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import TOKEN_STREAM, RandomKey
+from .sampling import SAMPLE_TILE
+
+MAX_BLOCK_TILES = 16
+
+
+@triton.jit
+def _load_logits(
+    cond_ptr,
+    uncond_ptr,
+    offs,
+    vocab_size,
+    stride_cv,
+    stride_uv,
+    guidance_scale,
+    inverse_temperature,
+    HAS_UNCOND: tl.constexpr,
+):
+    """Guided, tempered fp32 logits at ids offs; -inf past the vocabulary."""
+    inside = offs < vocab_size
+    logits = tl.load(cond_ptr + offs * stride_cv, mask=inside, other=-float("inf")).to(tl.float32)
+    if HAS_UNCOND:
+        uncond = tl.load(uncond_ptr + offs * stride_uv, mask=inside, other=0.0).to(tl.float32)
+        guided = (1 + guidance_scale) * logits - guidance_scale * uncond
+        # -inf - -inf is NaN; what the condition forbids stays forbidden.
+        logits = tl.where(logits == -float("inf"), logits, guided)
+    return logits * inverse_temperature
+
+
+@triton.jit
+def _uniform(word):
+    """fp32 in (0, 1), as uniform in kernels/philox.py."""
+    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
+
+
+@triton.jit
+def _guided_sample_kernel(
+    cond_ptr,
+    uncond_ptr,
+    seed_ptr,
+    step_ptr,
+    position_ptr,
+    token_ptr,
+    logprob_ptr,
+    vocab_size,
+    stride_cr,
+    stride_cv,
+    stride_ur,
+    stride_uv,
+    stride_seed,
+    stride_step,
+    stride_position,
+    guidance_scale,
+    inverse_temperature,
+    STREAM: tl.constexpr,
+    HAS_UNCOND: tl.constexpr,
+    GREEDY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cond_ptr += row * stride_cr
+    uncond_ptr += row * stride_ur
+    seed = tl.load(seed_ptr + row * stride_seed)
+    step = tl.load(step_ptr + row * stride_step).to(tl.uint32)
+    position = tl.load(position_ptr + row * stride_position).to(tl.uint32)
+    offs_in_tile = tl.arange(0, TILE).to(tl.int64)
+
+    best = -float("inf")
+    best_tile = tl.full((), 0, tl.int64)
+    running_max = -float("inf")
+    running_sum = 0.0
+    for first in range(0, tl.cdiv(vocab_size, TILE), BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES).to(tl.int64)
+        offs = tile[:, None] * TILE + offs_in_tile[None, :]
+        logits = _load_logits(
+            cond_ptr,
+            uncond_ptr,
+            offs,
+            vocab_size,
+            stride_cv,
+            stride_uv,
+            guidance_scale,
+            inverse_temperature,
+            HAS_UNCOND,
+        )
+        tile_max = tl.max(logits, axis=1)
+        shift = tl.where(tile_max == -float("inf"), 0.0, tile_max)
+        tile_sum = tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+        if GREEDY:
+            score = tile_max
+        else:
+            word, _, _, _ = tl.philox(seed, tile.to(tl.uint32), step, position, STREAM)
+            score = shift + tl.log(tile_sum) - tl.log(-tl.log(_uniform(word)))
+        # A tile with NaN must not win; its row is invalid by running_sum.
+        score = tl.where(score == score, score, -float("inf"))
+        block_best = tl.max(score, axis=0)
+        winner = first + tl.argmax(score, axis=0)
+        best_tile = tl.where(block_best > best, winner.to(tl.int64), best_tile)
+        best = tl.maximum(best, block_best)
+
+        new_max = tl.maximum(running_max, tl.max(tile_max, axis=0))
+        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
+        # A tile without mass adds nothing; its shift of 0 may lie far above the maximum. NaN goes through.
+        block_sum = tl.sum(tl.where(tile_sum == 0, 0.0, tile_sum * tl.exp(shift - safe_max)), axis=0)
+        running_sum = running_sum * tl.exp(running_max - safe_max) + block_sum
+        running_max = new_max
+
+    offs = best_tile * TILE + offs_in_tile
+    logits = _load_logits(
+        cond_ptr, uncond_ptr, offs, vocab_size, stride_cv, stride_uv, guidance_scale, inverse_temperature, HAS_UNCOND
+    )
+    tile_max = tl.max(logits, axis=0)
+    if GREEDY:
+        hit = logits == tile_max
+    else:
+        _, word, _, _ = tl.philox(seed, best_tile.to(tl.uint32), step, position, STREAM)
+        mass = tl.exp(logits - tile_max)
+        hit = tl.cumsum(mass, axis=0) > _uniform(word) * tl.sum(mass, axis=0)
+        # Rounding may leave no id that passes; then the last id that has mass.
+        last = tl.max(tl.where(mass > 0, offs_in_tile, 0), axis=0)
+        hit = hit | (offs_in_tile == last)
+    inside = tl.min(tl.where(hit, offs_in_tile, TILE - 1), axis=0)
+    chosen = tl.max(tl.where(offs_in_tile == inside, logits, -float("inf")), axis=0)
+    logprob = chosen - (running_max + tl.log(running_sum))
+    # NaN and +inf make running_sum NaN, nothing but -inf leaves it 0: a row without a distribution.
+    valid = running_sum > 0
+    tl.store(token_ptr + row, tl.where(valid, best_tile * TILE + inside, -1))
+    tl.store(logprob_ptr + row, tl.where(valid, logprob, float("nan")))
+
+
+def guided_sample(
+    cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, temperature: float, key: RandomKey
+) -> tuple[Tensor, Tensor]:
+    """The "triton" backend of kernels/guided_sample.py."""
+    num_rows, vocab_size = cond.shape
+    token = torch.empty(num_rows, dtype=torch.int64, device=cond.device)
+    logprob = torch.empty(num_rows, dtype=torch.float32, device=cond.device)
+    if num_rows == 0:
+        return token, logprob
+    other = cond if uncond is None else uncond
+    _guided_sample_kernel[(num_rows,)](
+        cond,
+        other,
+        key.seed,
+        key.step,
+        key.position,
+        token,
+        logprob,
+        vocab_size,
+        *cond.stride(),
+        *other.stride(),
+        key.seed.stride(0),
+        key.step.stride(0) if key.step.dim() else 0,
+        key.position.stride(0),
+        guidance_scale,
+        1.0 / temperature if temperature else 1.0,
+        STREAM=TOKEN_STREAM,
+        HAS_UNCOND=uncond is not None,
+        GREEDY=temperature == 0,
+        TILE=SAMPLE_TILE,
+        BLOCK_TILES=min(MAX_BLOCK_TILES, triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLE_TILE))),
+    )
+    return token, logprob

@@ -1,0 +1,174 @@
+"""The truth that the engine is held to: whole sequences, dense masks, no cache, one sample at a time, the full head."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.kernels.guided_sample import guided_sample
+from hermesflow.kernels.mask_topk import mask_topk
+from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.token_sample import token_sample
+
+LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, sot=0, eot=1)
+
+# What the built-in model, Phi and Llama are made of, each at least once.
+MODELS = {
+    "sequential": dict(),
+    "parallel-gqa-partial-qknorm": dict(
+        block="parallel", num_kv_heads=2, rotary_fraction=0.5, qk_norm=True, activation="gelu_tanh", head_bias=True
+    ),
+    "rmsnorm-gated-mqa-tied": dict(
+        norm="rmsnorm", gated=True, activation="silu", num_kv_heads=1, bias=False, tie_embeddings=True, qk_norm=True
+    ),
+    "relu2-no-rotary": dict(activation="relu2", rotary_fraction=0.0, num_kv_heads=2),
+}
+
+
+def tiny_model(name="sequential", layout=LAYOUT, dtype=torch.float32, seed=0):
+    """A random transformer with weights large enough for distributions that are far from uniform."""
+    shape = dict(vocab_size=layout.vocab_size, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, mlp_size=48)
+    generator = torch.Generator().manual_seed(seed)
+    transformer = Transformer(TransformerConfig(**(shape | MODELS[name])))
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.25 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
+    return transformer.to(dtype).eval()
+
+
+def dense_hidden(transformer, token_ids, position_ids, allowed):
+    """Hidden states [T, D] of tokens [T] under a dense mask [T, T], written out without the engine's attention."""
+    config = transformer.config
+    x = transformer.embed.weight[token_ids]
+    for block in transformer.blocks:
+        normed = block.attention_norm(x)
+        attended = _attention(block.attention, config, normed, position_ids, allowed)
+        if config.block == "parallel":
+            x = x + attended + _mlp(block.mlp, config, normed)
+        else:
+            x = x + attended
+            x = x + _mlp(block.mlp, config, block.mlp_norm(x))
+    return transformer.norm(x)
+
+
+def _attention(attention, config, x, position_ids, allowed):
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = F.linear(x, attention.qkv.weight, attention.qkv.bias)
+    q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
+    out = []
+    for head in range(heads):
+        group = head * kv_heads // heads
+        query = _rotate(attention.q_norm(q[:, head * head_dim : (head + 1) * head_dim]), position_ids, config)
+        key = _rotate(attention.k_norm(k[:, group * head_dim : (group + 1) * head_dim]), position_ids, config)
+        scores = (query @ key.T / math.sqrt(head_dim)).masked_fill(~allowed, float("-inf"))
+        out.append(scores.softmax(1) @ v[:, group * head_dim : (group + 1) * head_dim])
+    return F.linear(torch.cat(out, 1), attention.out.weight, attention.out.bias)
+
+
+def _rotate(x, position_ids, config):
+    """Rotary embedding as a product of complex numbers."""
+    width = config.rotary_dim
+    half = width // 2
+    frequencies = config.rope_theta ** -(torch.arange(half, dtype=torch.float32) * 2 / max(width, 1))
+    # Angles in fp32, as the engine keeps them in every dtype.
+    angles = position_ids[:, None].float() * frequencies
+    turned = torch.complex(x[:, :half], x[:, half:width]) * torch.complex(angles.cos(), angles.sin())
+    return torch.cat([turned.real, turned.imag, x[:, width:]], 1)
+
+
+def _mlp(mlp, config, x):
+    activation = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu2": lambda x: F.relu(x) ** 2,
+        "silu": F.silu,
+    }[config.activation]
+    x = F.linear(x, mlp.up.weight, mlp.up.bias)
+    if config.gated:
+        x = activation(x[:, : config.mlp_size]) * x[:, config.mlp_size :]
+    else:
+        x = activation(x)
+    return F.linear(x, mlp.down.weight, mlp.down.bias)
+
+
+def chain_logits(transformer, *spans):
+    """Logits [T, V] of one sequence of spans (ids, "causal" or "full"), each of which sees all spans before it."""
+    ids = torch.tensor([token for span, _ in spans for token in span])
+    allowed = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    start = 0
+    for span, mode in spans:
+        if mode == "full":
+            allowed[start : start + len(span), start : start + len(span)] = True
+        start += len(span)
+    hidden = dense_hidden(transformer, ids, torch.arange(len(ids)), allowed)
+    return F.linear(hidden, transformer.head.weight, transformer.head.bias)
+
+
+@torch.no_grad()
+def draw_image(transformer, layout, prompt, seed, params):
+    """Codes of one image by the published loop with its cosine schedule: both guidance halves in full at each step."""
+    num_tokens = layout.num_image_tokens
+    codes = torch.full((num_tokens,), -1)
+    every = torch.arange(num_tokens)
+    seeds = torch.full((num_tokens,), seed)
+    mask_temperature = params.mask_temperature
+    for step in range(params.num_steps):
+        ratio = (step + 1) / params.num_steps
+        image = [layout.mask_id if code < 0 else code + layout.code_offset for code in codes.tolist()]
+        halves = []
+        for text in (prompt, []):
+            condition = [layout.special("t2i"), layout.sot, *text, layout.eot]
+            logits = chain_logits(transformer, (condition, "causal"), ([layout.soi, *image, layout.eoi], "full"))
+            halves.append(logits[len(condition) + 1 : -1, layout.code_offset : layout.code_offset + layout.codebook_size])
+        drawn, logprob = guided_sample(
+            halves[0], halves[1], guidance_scale=params.guidance_scale, temperature=params.temperature,
+            key=RandomKey(seeds, torch.tensor(step), every),
+        )  # fmt: skip
+        known = codes >= 0
+        codes = torch.where(known, codes, drawn)
+        if step == params.num_steps - 1:
+            return codes
+        num_masked = math.floor(num_tokens * torch.cos(torch.tensor(ratio) * math.pi / 2).item())
+        num_masked = max(1, min(int((~known).sum()) - 1, num_masked))
+        mask_temperature = (mask_temperature if params.mask_decay == "showo" else params.mask_temperature) * (1 - ratio)
+        masked = mask_topk(
+            logprob[None], known[None], torch.tensor([num_masked]), temperature=mask_temperature,
+            key=RandomKey(seeds[:1], torch.tensor(step), every[:1]),
+        )[0]  # fmt: skip
+        codes = torch.where(masked, -1, codes)
+
+
+@torch.no_grad()
+def answer(transformer, layout, codes, question, params, seed, text_only=True):
+    """Token ids of one answer; the whole sequence is computed again for each token."""
+    ids = []
+    num_ids = layout.text_vocab_size if text_only else layout.vocab_size
+    for step in range(params.max_new_tokens):
+        image = [layout.special("mmu"), layout.soi, *(code + layout.code_offset for code in codes), layout.eoi]
+        logits = chain_logits(transformer, (image, "full"), ([layout.sot, *question, *ids], "causal"))[-1:, :num_ids]
+        token, _ = token_sample(
+            logits,
+            temperature=torch.tensor([float(params.temperature)]),
+            top_k=torch.tensor([params.top_k]),
+            top_p=torch.tensor([float(params.top_p)]),
+            min_p=torch.tensor([float(params.min_p)]),
+            key=RandomKey(torch.tensor([seed]), torch.tensor(step), torch.tensor([0])),
+        )
+        if token.item() == layout.eot:
+            break
+        ids.append(token.item())
+    return ids
+
+
+@torch.no_grad()
+def choice_logprob(transformer, layout, codes, question, choice, text_only=True):
+    """Log-probability of one choice and its eot."""
+    image = [layout.special("mmu"), layout.soi, *(code + layout.code_offset for code in codes), layout.eoi]
+    text = [layout.sot, *question, *choice]
+    logits = chain_logits(transformer, (image, "full"), (text, "causal"))
+    logits = logits[:, : layout.text_vocab_size if text_only else layout.vocab_size].double()
+    logprobs = logits[len(image) + len(question) :].log_softmax(1)
+    return sum(logprobs[row, token].item() for row, token in enumerate([*choice, layout.eot]))

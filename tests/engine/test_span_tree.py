@@ -1,0 +1,146 @@
+"""Span trees against the rule, written out token by token."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermesflow.engine.span_tree import SpanTree
+
+
+@st.composite
+def forests(draw, first=0, minimum=1):
+    """Spans whose parents lie before them, counted from span number first on."""
+    count = draw(st.integers(minimum, 7))
+    parents = [draw(st.integers(-1, first + index - 1)) for index in range(count)]
+    lengths = [draw(st.integers(1, 11)) for _ in range(count)]
+    modes = [draw(st.sampled_from(["causal", "full"])) for _ in range(count)]
+    ids = iter(range(1000))
+    return [([next(ids) for _ in range(n)], parent, mode) for n, parent, mode in zip(lengths, parents, modes, strict=True)]
+
+
+def truth(tree, spans, new):
+    """What the rule says: allowed [Tq, capacity] and positions [Tq] of the new tokens, given as (span, index) pairs."""
+    def ancestors(span):
+        parent = spans[span][1]
+        return [] if parent < 0 else [parent, *ancestors(parent)]
+
+    allowed = torch.zeros(len(new), tree.capacity, dtype=torch.bool)
+    positions = []
+    for row, (span, index) in enumerate(new):
+        positions.append(index + sum(len(spans[ancestor][0]) for ancestor in ancestors(span)))
+        for other, (ids, _, _) in enumerate(spans):
+            for key in range(len(ids)):
+                own = other == span and (spans[span][2] == "full" or key <= index)
+                allowed[row, int(tree.starts[other]) + key] = own or other in ancestors(span)
+    return allowed, torch.tensor(positions)
+
+
+def plan_as_mask(tree):
+    """The dense mask that the attention plan stands for."""
+    dense = torch.zeros(len(tree.token_ids), tree.capacity, dtype=torch.bool)
+    for group in tree.groups():
+        num_queries = group.query_rows.shape[1]
+        for packed, batch in zip(group.packed_rows.tolist(), group.batch_rows.tolist(), strict=True):
+            span, query = divmod(batch, num_queries)
+            assert group.query_rows[span, query] == packed
+            slots = group.key_slots[span]
+            kept = slots if group.mask is None else slots[group.mask[span, query]]
+            assert len(kept) == len(kept.unique()), "a key would count twice"
+            dense[packed, kept] = True
+    return dense
+
+
+def check(tree, spans, new):
+    allowed, positions = truth(tree, spans, new)
+    assert torch.equal(tree.allowed(), allowed)
+    assert torch.equal(plan_as_mask(tree), allowed)
+    assert torch.equal(tree.position_ids, positions)
+    assert tree.token_ids.tolist() == [spans[span][0][index] for span, index in new]
+    assert tree.slots.tolist() == [int(tree.starts[span]) + index for span, index in new]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_rule_on_random_trees(data):
+    """Built, then extended, then grown, with reserved slots in between."""
+    spans = data.draw(forests())
+    tree = SpanTree.build(spans, reserve=data.draw(st.integers(0, 3)))
+    check(tree, spans, [(span, index) for span, (ids, _, _) in enumerate(spans) for index in range(len(ids))])
+
+    added = data.draw(forests(first=len(spans), minimum=0))
+    tree = tree.extend(added, reserve=2)
+    first, spans = len(spans), spans + added
+    check(tree, spans, [(first + span, index) for span, (ids, _, _) in enumerate(added) for index in range(len(ids))])
+
+    # Only spans without children grow, as answers do.
+    leaves = [span for span in range(first, len(spans)) if all(parent != span for _, parent, _ in spans)]
+    for _ in range(2):
+        grown = [span for span in leaves if data.draw(st.booleans())]
+        for span in grown:
+            spans[span] = ([*spans[span][0], 7 + span], spans[span][1], spans[span][2])
+        tree = tree.grow(grown, torch.tensor([7 + span for span in grown], dtype=torch.int64))
+        check(tree, spans, [(span, len(spans[span][0]) - 1) for span in grown])
+
+
+def test_spans_never_share_slots():
+    tree = SpanTree.build([([1, 2], -1, "causal"), ([3], 0, "full")], reserve=2).extend([([4, 5], 1, "causal")])
+    assert tree.starts.tolist() == [0, 4, 7]
+    assert tree.capacity == 9
+
+
+def test_rows_of_spans():
+    tree = SpanTree.build([([1, 2], -1, "causal"), ([3, 4, 5], 0, "full")])
+    assert tree.span_rows(0) == slice(0, 2)
+    assert tree.span_rows(1) == slice(2, 5)
+    later = tree.extend([([6], 1, "causal")])
+    assert later.span_rows(1) == slice(0, 0)
+    assert later.span_rows(2) == slice(0, 1)
+
+
+def test_empty_tree():
+    tree = SpanTree.build([])
+    assert tree.capacity == tree.num_spans == 0
+    assert tree.groups() == []
+    assert tree.allowed().shape == (0, 0)
+
+
+def test_with_tokens_shares_the_plan():
+    tree = SpanTree.build([([1, 2], -1, "causal"), ([3], 0, "full")])
+    other = tree.with_tokens(torch.tensor([7, 8, 9]))
+    assert other.token_ids.tolist() == [7, 8, 9]
+    assert other.groups() is tree.groups()
+    assert tree.token_ids.tolist() == [1, 2, 3]
+
+
+def test_equal_full_spans_need_no_mask():
+    """Images of prompts of one length are one group without padding: the fast path of generation."""
+    images = [(list(range(10)), parent, "full") for parent in (0, 1, 0, 1)]
+    tree = SpanTree.build([([1, 2, 3], -1, "causal"), ([4, 5, 6], -1, "causal")]).extend(images)
+    (group,) = tree.groups()
+    assert group.mask is None
+    assert group.key_slots.shape == (4, 13)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[([], -1, "causal")], [([1], 0, "causal")], [([1], -1, "both")], [([1], -2, "full")]],
+    ids=["empty-span", "own-parent", "unknown-mode", "parent-before-root"],
+)
+def test_bad_spans(spans):
+    with pytest.raises(ValueError, match="SpanTree: span 0 needs tokens, a parent"):
+        SpanTree.build(spans)
+
+
+def test_bad_growth():
+    tree = SpanTree.build([([1], -1, "causal"), ([2], 0, "causal"), ([3], 0, "causal")], reserve=1)
+    grown = tree.grow(np.array([1, 2]), torch.tensor([5, 6]))
+    with pytest.raises(ValueError, match="larger reserve"):
+        grown.grow([1], torch.tensor([7]))
+    with pytest.raises(ValueError, match="ascending spans"):
+        tree.grow([2, 1], torch.tensor([5, 6]))
+    with pytest.raises(ValueError, match=r"token_ids \[2\], got \(1,\)"):
+        tree.grow([1, 2], torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"with_tokens: expected token_ids \[3\], got \[2\]"):
+        tree.with_tokens(torch.tensor([5, 6]))

@@ -1,0 +1,48 @@
+"""What the tests of the library share."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from hermesflow.models import END_OF_TEXT, Model, word_tokenizer
+from hermesflow.records import Record
+from hermesflow.worlds import shapes
+
+
+@pytest.fixture
+def tiny_model() -> Model:
+    """A model of random weights with 16 tokens an image, made anew for each test, so that a test may train it."""
+    text_tokenizer = word_tokenizer(shapes.vocabulary())
+    end_of_text = text_tokenizer.token_to_id(END_OF_TEXT)
+    vq_config = VQTokenizerConfig(
+        code_bits=5, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=(1, 1, 1), num_groups=4, patch_size=4
+    )
+    layout = TokenLayout(
+        text_vocab_size=text_tokenizer.get_vocab_size(), codebook_size=vq_config.codebook_size, num_image_tokens=16,
+        sot=end_of_text, eot=end_of_text,
+    )  # fmt: skip
+    config = TransformerConfig(
+        vocab_size=layout.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_size=64,
+        qk_norm=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vq_tokenizer = VQTokenizer(vq_config).eval()
+        # Wider than the usual 0.02: the model's answers and samples then differ from image to image.
+        transformer = Transformer(config).init_weights(torch.Generator().manual_seed(0), std=0.2).eval()
+    return Model(transformer, vq_tokenizer, text_tokenizer, layout, image_size=64)
+
+
+@pytest.fixture
+def tiny_records(tiny_model: Model) -> list[Record]:
+    """Seven records of the shapes world with the codes that tiny_model gives their images."""
+    rng = np.random.default_rng(0)
+    scenes = shapes.sample_scenes("train", 7, seed=0)
+    records = [shapes.make_record(scene, f"train-{index}", rng) for index, scene in enumerate(scenes)]
+    codes = tiny_model.encode_images(np.stack([record.image for record in records])).numpy().astype(np.int32)
+    return [replace(record, codes=row, image=None) for record, row in zip(records, codes, strict=True)]

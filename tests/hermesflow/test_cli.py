@@ -1,0 +1,370 @@
+"""The command line: examples that parse, one clear line for bad input, and the three tasks on a stand-in model."""
+
+import errno
+import json
+import os
+import shlex
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hermesflow import cli, models, tasks
+from hermesflow.config import load_config
+from hermesflow.files import InputError
+from hermesflow.kernels.registry import BackendError
+
+COMMANDS = ["selfplay", "pretrain", "generate", "caption", "answer", "curate", "train", "eval", "report", "doctor"]
+SIZE = 16
+
+
+class StandInEngine:
+    """Draws each image in one grey level, its seed, and says how bright an image is."""
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompt_ids, *, num_images, num_steps, guidance_scale, mask_temperature, seeds):
+        assert seeds.shape == (len(prompt_ids), num_images)
+        self.calls.append((prompt_ids, num_steps))
+        return seeds[:, :, None].repeat(1, 1, 4)
+
+    def extend(self, image_codes, question_ids, *, sampling, seeds):
+        assert len(question_ids) == len(image_codes) and seeds.shape == (len(image_codes), 1, len(sampling))
+        assert sampling[0].temperature == 0
+        return [[[[int(codes[0])]]] for codes in image_codes]
+
+    def score_choices(self, image_codes, question_ids, choice_ids):
+        # The right choice is the one of as many words as the image's level.
+        levels = image_codes[:, 0].tolist()
+        return [[[-float(abs(len(ids) - level)) for ids in of_question] for of_question in of_image]
+                for level, of_image in zip(levels, choice_ids, strict=True)]  # fmt: skip
+
+
+class StandInModel:
+    image_size = SIZE
+
+    def __init__(self):
+        self.engine = StandInEngine()
+
+    def encode_text(self, text):
+        if "unicorn" in text:
+            raise InputError("the model does not know the word 'unicorn'")
+        return [len(word) for word in text.split()]
+
+    def decode_text(self, ids):
+        return " ".join(f"level {number}" for number in ids)
+
+    def encode_images(self, images):
+        assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3)
+        return torch.from_numpy(images[:, 0, 0, :1].astype(np.int64)).repeat(1, 4)
+
+    def decode_images(self, codes):
+        return np.broadcast_to(codes[:, 0].numpy().astype(np.uint8)[:, None, None, None], (len(codes), SIZE, SIZE, 3))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = StandInModel()
+    monkeypatch.setattr(models, "load_model", lambda name: model)
+    return model
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """stand_in("selfplay", run_selfplay=function) puts a module in the real one's place."""
+
+    def replace(name, **functions):
+        monkeypatch.setitem(sys.modules, f"hermesflow.{name}", types.SimpleNamespace(**functions))
+
+    return replace
+
+
+def raising(error):
+    def run(*_):
+        raise error
+
+    return run
+
+
+def grey(path, level, size=(SIZE, SIZE), mode="RGB"):
+    Image.new("L", size, level).convert(mode).save(path)
+    return path
+
+
+def error_line(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("hermesflow: error: "), captured.err
+    return captured.err
+
+
+def example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    line = text.partition("example:\n")[2].strip()
+    assert line.startswith(f"hermesflow {command}"), text
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_parses(command, capsys):
+    arguments = cli._parser().parse_args(example(command, capsys))
+    load_config(arguments.config, arguments.set)
+
+
+def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(example("generate", capsys)) == 0
+    *start, pattern = example("caption", capsys)
+    assert cli.main([*start, *map(str, sorted(tmp_path.glob(pattern)))]) == 0
+    assert cli.main(example("answer", capsys)) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "selfply", "selfplay extra", "curate --round 0", "generate x --num-images -1", "generate x --seed y"],
+)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments.split())
+    assert caught.value.code == 2
+    assert "usage: hermesflow" in capsys.readouterr().err
+
+
+def test_commands_pass_their_settings_on(stand_in, tmp_path, capsys):
+    calls = {}
+
+    def record(name, result=None):
+        return lambda *arguments: calls.update({name: arguments}) or result
+
+    rounds = {"run_curation": record("curate"), "run_training": record("train")}
+    stand_in("selfplay", run_selfplay=record("selfplay"), **rounds)
+    stand_in("pretraining", run_pretraining=record("pretrain"))
+    stand_in("evaluation", run_evaluation=record("eval"))
+    stand_in("report", write_report=record("report", "page"))
+    (tmp_path / "settings.toml").write_text("[run]\nseed = 3\n[pretrain]\nseed = 4\n")
+    common = ["--config", str(tmp_path / "settings.toml"), "--set", "run.name=here"]
+    for command in ("selfplay", "pretrain", "eval", "report"):
+        assert cli.main([command, *common]) == 0
+    for command in ("curate", "train"):
+        assert cli.main([command, *common, "--round", "2"]) == 0
+    assert calls["selfplay"][0].run.seed == 3 and calls["selfplay"][0].run.name == "here"
+    assert calls["pretrain"][0].seed == 4
+    assert calls["curate"][1] == calls["train"][1] == 2
+    assert calls["report"][0].name == "here"
+    assert calls["eval"] == calls["selfplay"]
+    assert capsys.readouterr().out == "page\n"
+
+
+@pytest.mark.parametrize("command", ["selfplay", "pretrain", "generate", "curate", "train", "eval"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--set", "train.lrr=1"], "--set train.lrr=1: unknown key train.lrr; the nearest is train.lr"),
+        (["--set", "train.lr=fast"], "train.lr: expected a finite number"),
+        (["--set", "train.lr=-1"], "train.lr: expected more than 0, got -1.0"),
+        (["--config", "none.toml"], "none.toml: no such file"),
+    ],
+    ids=["key", "type", "range", "file"],
+)
+def test_wrong_settings_stop_a_command(command, settings, message, capsys, stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = raising(AssertionError("started"))
+    stand_in("selfplay", run_selfplay=started, run_curation=started, run_training=started)
+    stand_in("pretraining", run_pretraining=started)
+    stand_in("evaluation", run_evaluation=started)
+    assert cli.main([command, *settings]) == 2
+    assert message in error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+ERRORS = {
+    "input": (InputError("runs/x: damaged\n  file"), "hermesflow: error: runs/x: damaged file\n"),
+    "backend": (BackendError("no backend can run"), "no backend can run"),
+    "disk full": (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "runs/x: the disk is full; free some"),
+    "disk full, no name": (OSError(errno.ENOSPC, "No space left on device"), "output: the disk is full"),
+    "forbidden": (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: cannot be written"),
+    "read-only": (OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/x"), "runs/x: cannot be written"),
+    "missing": (FileNotFoundError(errno.ENOENT, "No such file or directory", "runs/x"), "runs/x: No such file"),
+}
+
+
+@pytest.mark.parametrize(("error", "message"), ERRORS.values(), ids=ERRORS)
+def test_an_error_of_the_users_is_one_line(error, message, stand_in, capsys):
+    stand_in("selfplay", run_selfplay=raising(error))
+    assert cli.main(["selfplay"]) == 2
+    assert message in error_line(capsys)
+
+
+def test_debug_shows_the_traceback(stand_in, monkeypatch):
+    stand_in("selfplay", run_selfplay=raising(InputError("wrong")))
+    monkeypatch.setenv("HERMESFLOW_DEBUG", "1")
+    with pytest.raises(InputError):
+        cli.main(["selfplay"])
+
+
+def test_our_own_faults_keep_their_traceback(stand_in):
+    stand_in("selfplay", run_selfplay=raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["selfplay"])
+
+
+def test_interrupt_says_that_the_run_goes_on(stand_in, capsys):
+    stand_in("selfplay", run_selfplay=raising(KeyboardInterrupt()))
+    stand_in("report", write_report=raising(KeyboardInterrupt()))
+    assert cli.main(["selfplay"]) == 130
+    assert capsys.readouterr().err.strip() == "hermesflow: stopped; the same command goes on where it stopped"
+    assert cli.main(["report"]) == 130
+    assert capsys.readouterr().err.strip() == "hermesflow: stopped"
+
+
+def test_the_process_ends_with_the_code_and_one_line(tmp_path):
+    command = [sys.executable, "-P", "-m", "hermesflow", "selfplay", "--set", "tarin.lr=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "hermesflow: error: --set tarin.lr=1: unknown key tarin.lr; the nearest is train.lr\n"
+
+
+def test_doctor_tells_of_every_op(capsys):
+    from hermesflow.kernels import OPS
+
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in (*OPS, torch.__version__, "C++ extension", "C++ compiler", "nvcc", "triton", "flash-attn", "xformers"):
+        assert word in out, word
+
+
+def test_generate_writes_what_is_needed_to_draw_again(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a green square\n\n  ¿?  \n", encoding="utf-8")
+    arguments = ["--num-images", "2", "--seed", "5", "--set", "eval.num_steps=3", "-o", str(tmp_path / "out")]
+    assert cli.main(["generate", "a Red circle", "--prompts-file", str(prompts), *arguments]) == 0
+    files = capsys.readouterr().out.split()
+    assert [os.path.basename(file) for file in files] == [
+        "a-red-circle-seed5.png", "a-red-circle-seed6.png", "a-green-square-seed7.png", "a-green-square-seed8.png",
+        "image-seed9.png", "image-seed10.png",
+    ]  # fmt: skip
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(map(os.path.basename, files))
+    with Image.open(files[4]) as image:
+        assert image.text["prompt"] == "¿?" and image.text["seed"] == "9"
+        assert json.loads(image.text["settings"])["num_steps"] == 3
+        assert image.size == (SIZE, SIZE) and image.getpixel((0, 0)) == (9, 9, 9)
+    assert {steps for _, steps in model.engine.calls} == {3}
+
+
+def test_generate_draws_the_same_whatever_the_batch(model, monkeypatch):
+    prompts = [f"prompt {number}" for number in range(5)]
+    whole = list(tasks.generate_images(model, prompts, num_images=3, seed=1))
+    monkeypatch.setattr(tasks, "_BATCH_IMAGES", 4)
+    model.engine.calls.clear()
+    parts = list(tasks.generate_images(model, prompts, num_images=3, seed=1))
+    assert len(model.engine.calls) == 5 and len(parts) == 15
+    for one, other in zip(whole, parts, strict=True):
+        assert one[:2] == other[:2] and (one.pixels == other.pixels).all()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "no prompts; give them as arguments or with --prompts-file"),
+    (["a circle", " "], "prompt 2: expected words, got ' '"),
+    (["a unicorn"], "does not know the word 'unicorn'"),
+    (["--prompts-file", "none.txt"], "none.txt: no such file"),
+])  # fmt: skip
+def test_generate_refuses(model, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", *arguments, "-o", "out"]) == 2
+    assert message in error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_to_a_folder_that_cannot_be_written(model, no_folder, capsys):
+    assert cli.main(["generate", "a circle", "-o", str(no_folder)]) == 2
+    assert "cannot be written" in error_line(capsys)
+
+
+def test_generate_to_a_full_disk(model, full_disk, capsys):
+    assert cli.main(["generate", "a circle", "-o", str(full_disk)]) == 2
+    assert "a-circle-seed0.png: the disk is full" in error_line(capsys)
+    assert os.listdir(full_disk) == ["filling"]
+
+
+def test_caption_reads_any_kind_and_size(model, tmp_path, capsys):
+    images = [grey(tmp_path / "a.png", 10, (40, 17)), grey(tmp_path / "b.jpg", 20, (5, 90)),
+              grey(tmp_path / "c.gif", 30, mode="L"), grey(tmp_path / "d.png", 40, mode="RGBA")]  # fmt: skip
+    assert cli.main(["caption", *map(str, images)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        {"image": str(path), "caption": f"level {level}"} for path, level in zip(images, (10, 20, 30, 40), strict=True)
+    ]
+
+
+def test_read_image_crops_the_centre_and_turns_it_upright(tmp_path):
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255  # the centre
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert (tasks.read_image(tmp_path / "wide.png", 8)[:, 1:7] > 200).all()
+
+    turned = np.zeros((8, 8, 3), np.uint8)
+    turned[:, :4] = 255  # left, to be turned by 90 degrees clockwise: top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
+    upright = tasks.read_image(tmp_path / "turned.png", 8)
+    assert upright[:3].min() == 255 and upright[5:].max() == 0
+
+
+def test_read_image_keeps_the_levels_of_16_bit_grey(tmp_path):
+    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
+    assert (tasks.read_image(tmp_path / "deep.png", 4) == 128).all()
+
+
+def no_image(tmp_path, kind):
+    path = tmp_path / f"{kind}.png"
+    if kind == "text":
+        path.write_text("no image")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "cut":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:800])
+    return path
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("text", "text.png: not an image that can be read; give a whole PNG"), ("empty", "empty.png: not an image"),
+    ("cut", "cut.png: not an image"), ("folder", "folder.png: cannot be read"), ("none", "none.png: no such file"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["caption", "answer"])
+def test_an_image_that_is_none(model, command, kind, message, tmp_path, capsys):
+    good, bad = str(grey(tmp_path / "good.png", 1)), str(no_image(tmp_path, kind))
+    assert cli.main(["caption", good, bad] if command == "caption" else ["answer", bad, "what ?"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+
+
+def test_answer_freely_and_from_choices(model, tmp_path, capsys):
+    path = str(grey(tmp_path / "two.png", 2))
+    assert cli.main(["answer", path, "how bright ?"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"image": path, "question": "how bright ?", "answer": "level 2"}
+    assert cli.main(["answer", path, "how bright ?", "--choices", "one, just two,as many as four"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["answer"] == "just two" and list(line["probabilities"]) == ["one", "just two", "as many as four"]
+    assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_answer_refuses_an_empty_question(model, tmp_path, capsys):
+    assert cli.main(["answer", str(grey(tmp_path / "a.png", 2)), ""]) == 2
+    assert "question: expected words, got ''" in error_line(capsys)
+
+
+@pytest.mark.parametrize("choices", ["", "yes", "yes,yes", "yes,,no"])
+def test_answer_refuses_choices_that_are_none(model, choices, tmp_path, capsys):
+    assert cli.main(["answer", str(grey(tmp_path / "a.png", 2)), "what ?", "--choices", choices]) == 2
+    assert "expected two or more distinct answers" in error_line(capsys)

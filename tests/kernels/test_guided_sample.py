@@ -1,0 +1,344 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hermesflow.kernels import checks, registry
+from hermesflow.kernels.guided_sample import guided_sample
+from hermesflow.kernels.philox import RandomKey
+
+INTERPRETS = checks.triton_interprets()
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETS else "cpu"
+needs_extension = pytest.mark.skipif(
+    checks.extension_missing() is not None or DEVICE != "cpu", reason=checks.extension_missing() or "needs the CPU"
+)
+needs_triton = pytest.mark.skipif(
+    checks.triton_missing() is not None, reason="test_interpreter runs the Triton cases in a process of its own"
+)
+FUSED = [pytest.param("cpu", marks=needs_extension), pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["torch", *FUSED]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+INF, NAN = float("inf"), float("nan")
+SHAPES = {
+    "one_id": (3, 1),
+    "one_tile": (6, 128),
+    "ragged": (5, 131),  # the last tile holds three ids
+    "many_tiles": (4, 16 * 128 + 500),  # more than one block of the Triton kernel
+}
+
+
+def make_key(num_rows, *, step=3):
+    generator = torch.Generator().manual_seed(num_rows)
+    seed = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
+    return RandomKey(seed.to(DEVICE), torch.tensor(step, device=DEVICE), torch.arange(num_rows, device=DEVICE))
+
+
+def make_logits(num_rows, vocab_size, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(num_rows * 1000 + vocab_size)
+    pair = 3 * torch.randn(2, num_rows, vocab_size, generator=generator)
+    return pair.to(DEVICE, dtype).unbind()
+
+
+def sample(cond, uncond=None, *, guidance_scale=0.0, temperature=1.0, key=None, backend="torch"):
+    key = key or make_key(len(cond))
+    return guided_sample(cond, uncond, guidance_scale=guidance_scale, temperature=temperature, key=key, backend=backend)
+
+
+def guided_logprobs(cond, uncond, guidance_scale, temperature):
+    """log_softmax of the guided, tempered logits in fp64."""
+    logits = (1 + guidance_scale) * cond.double() - guidance_scale * uncond.double()
+    return torch.log_softmax(logits / (temperature or 1.0), dim=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_token_and_logprob(shape, dtype, temperature, backend):
+    if backend == "triton" and INTERPRETS and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter is not trusted with bf16")
+    cond, uncond = make_logits(*shape, dtype)
+    token, logprob = sample(cond, uncond, guidance_scale=1.5, temperature=temperature, backend=backend)
+    expected, _ = sample(cond, uncond, guidance_scale=1.5, temperature=temperature)
+    assert token.dtype == torch.int64 and logprob.dtype == torch.float32
+    assert torch.equal(token, expected)
+    truth = guided_logprobs(cond, uncond, 1.5, temperature)
+    if temperature == 0:
+        assert torch.equal(token, truth.argmax(dim=1))
+    # Logits reach about 40; each of the few fp32 roundings at that size is at most 2e-6.
+    assert (logprob - truth.gather(1, token[:, None]).squeeze(1)).abs().max() < 2e-5
+
+
+@needs_extension
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.3])
+def test_cpu_tokens_equal_the_reference(temperature):
+    """Rounding may move at most one draw in 10,000 across a near-tie."""
+    cond, uncond = make_logits(10_000, 300)
+    found = sample(cond, uncond, guidance_scale=2.0, temperature=temperature, backend="cpu")
+    expected = sample(cond, uncond, guidance_scale=2.0, temperature=temperature)
+    same = found[0] == expected[0]
+    assert (~same).sum() <= 1
+    assert (found[1] - expected[1])[same].abs().max() < 2e-5
+
+
+def chi_square_z(counts, expected):
+    """About a standard normal if counts follow expected (Wilson and Hilferty); classes of fewer than 20 are pooled."""
+    order = torch.argsort(expected)
+    bins = torch.div(expected[order].cumsum(0), 20, rounding_mode="floor").long()
+    bins = torch.unique(bins, return_inverse=True)[1]
+    counts, expected = (
+        torch.zeros(int(bins.max()) + 1, dtype=torch.float64).index_add(0, bins, values[order].double())
+        for values in (counts, expected)
+    )
+    freedom = len(expected) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum() / freedom
+    return float((statistic ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "num_draws", "backend"),
+    [
+        (7, 20_000, "torch"),
+        (64, 20_000, "torch"),
+        (8192, 2_000, "torch"),
+        pytest.param(7, 60_000, "cpu", marks=needs_extension),
+        pytest.param(64, 60_000, "cpu", marks=needs_extension),
+        pytest.param(8192, 60_000, "cpu", marks=needs_extension),
+    ],
+)
+@pytest.mark.parametrize("varied", ["seed", "step", "position"])
+def test_distribution(vocab_size, num_draws, backend, varied):
+    """Draws of one distribution over running seeds, steps and positions, each of which must give independent draws."""
+    if backend == "torch" and varied != "seed":
+        num_draws //= 4
+    generator = torch.Generator().manual_seed(vocab_size)
+    cond, uncond = torch.randn(2, 1, vocab_size, generator=generator).unbind()
+    fixed = {name: torch.full((num_draws,), 11) for name in RandomKey._fields}
+    key = RandomKey(**(fixed | {varied: torch.arange(num_draws)}))
+    pair = (logits.expand(num_draws, -1) for logits in (cond, uncond))
+    token, _ = sample(*pair, guidance_scale=0.5, temperature=0.8, key=key, backend=backend)
+    expected = guided_logprobs(cond, uncond, 0.5, 0.8)[0].exp() * num_draws
+    z = chi_square_z(torch.bincount(token, minlength=vocab_size), expected)
+    assert abs(z) < 4
+
+
+@needs_extension
+def test_chi_square_notices_a_wrong_distribution():
+    cond, _ = make_logits(1, 64)
+    token, _ = sample(cond.expand(20_000, -1), temperature=1.1, key=make_key(20_000), backend="cpu")
+    expected = torch.softmax(cond[0].double(), dim=0) * 20_000
+    assert chi_square_z(torch.bincount(token, minlength=64), expected) > 10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_depend_on_their_batch(backend):
+    cond, uncond = make_logits(6, 200)
+    key = make_key(6)
+    token, logprob = sample(cond, uncond, guidance_scale=1.0, key=key, backend=backend)
+    rows = torch.tensor([4, 1], device=DEVICE)
+    part = RandomKey(key.seed[rows], key.step.expand(2), key.position[rows])
+    again = sample(cond[rows], uncond[rows], guidance_scale=1.0, key=part, backend=backend)
+    assert torch.equal(again[0], token[rows]) and torch.equal(again[1], logprob[rows])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_distribution(backend, temperature):
+    """NaN, +inf and nothing but -inf; also NaN in a tile of -inf, and beside good rows."""
+    cond, _ = make_logits(6, 300)
+    cond[0, 299] = NAN
+    cond[1] = -INF
+    cond[2, 5] = INF
+    cond[3] = -INF
+    cond[3, 130] = NAN
+    cond[4] = NAN
+    token, logprob = sample(cond, temperature=temperature, backend=backend)
+    assert (token[:5] == -1).all() and torch.isnan(logprob[:5]).all()
+    assert token[5] >= 0 and torch.isfinite(logprob[5])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_forbidden_ids_are_never_drawn(backend, temperature):
+    """Whole tiles of -inf before, between and after the allowed ids, forbidden in both logits or in cond alone."""
+    cond, uncond = make_logits(40, 700)
+    cond -= 300  # a tile without mass must not lift the others' maximum to 0
+    allowed = torch.tensor([200, 201, 385, 512], device=DEVICE)
+    forbidden = torch.ones(700, dtype=torch.bool, device=DEVICE).index_fill(0, allowed, False)
+    cond[:, forbidden] = -INF
+    uncond[:20, forbidden] = -INF
+    token, logprob = sample(cond, uncond, guidance_scale=2.0, temperature=temperature, backend=backend)
+    expected, _ = sample(cond, uncond, guidance_scale=2.0, temperature=temperature)
+    assert torch.equal(token, expected) and torch.isin(token, allowed).all()
+    truth = guided_logprobs(cond[:, allowed], uncond[:, allowed], 2.0, temperature)
+    inside = torch.searchsorted(allowed, token)
+    # Logits near -900: half a rounding there is 3e-5.
+    assert (logprob - truth.gather(1, inside[:, None]).squeeze(1)).abs().max() < 4e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_allowed_id(backend):
+    cond = torch.full((3, 300), -INF, device=DEVICE)
+    cond[:, 131] = torch.tensor([-5.0, 0.0, 88.0], device=DEVICE)
+    token, logprob = sample(cond, backend=backend)
+    assert (token == 131).all() and (logprob == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_guidance(backend):
+    """None and a scale of 0 draw from cond alone, even where uncond is not finite."""
+    cond, uncond = make_logits(20, 150)
+    uncond[:, 3] = -INF
+    alone = sample(cond, backend=backend)
+    for other, scale in ((uncond, 0.0), (None, 2.0)):
+        found = sample(cond, other, guidance_scale=scale, backend=backend)
+        assert torch.equal(found[0], alone[0]) and torch.equal(found[1], alone[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negative_guidance(backend):
+    cond, uncond = make_logits(20, 150)
+    flipped = sample(cond, uncond, guidance_scale=-1.0, backend=backend)
+    assert torch.equal(flipped[0], sample(uncond, backend=backend)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_argmax_takes_the_lower_id_on_ties(backend):
+    cond = torch.zeros(2, 400, device=DEVICE)
+    cond[0, [129, 130, 300]] = 2.0
+    token, logprob = sample(cond, temperature=0.0, backend=backend)
+    assert token.tolist() == [129, 0]
+    truth = torch.log_softmax(cond.double(), dim=1)[[0, 1], [129, 0]]
+    assert (logprob - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    cond = torch.empty(0, 50, device=DEVICE)
+    token, logprob = sample(cond, cond, guidance_scale=1.0, backend=backend)
+    assert token.shape == (0,) and token.dtype == torch.int64 and logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    """Rows cut from wider storage, transposed columns, rows that share storage, a strided key."""
+    wide = make_logits(6, 500)[0]
+    key = make_key(12)
+    strided = RandomKey(*(part[::2] if part.dim() else part for part in key))
+    dense = RandomKey(*(part.contiguous() for part in strided))
+    for cond in (wide[:, 100:333], wide.t().contiguous().t(), wide[:1].expand(6, -1)):
+        found = sample(cond, wide[:, : cond.shape[1]], guidance_scale=1.0, key=strided, backend=backend)
+        expected = sample(
+            cond.contiguous(), wide[:, : cond.shape[1]].contiguous(), guidance_scale=1.0, key=dense, backend=backend
+        )
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_extremes(backend):
+    """Subnormal, largest and infinite fp16 values are read exactly."""
+    values = torch.tensor([6e-8, -6e-8, 65504, 6.1e-5, 0.0, -65504, -INF], device=DEVICE).half()
+    cond = values.repeat(2, 30)
+    cond[1] = (cond[1].float() * 1e-4).half()
+    token, logprob = sample(cond, backend=backend)
+    expected = sample(cond.float(), backend="torch")
+    assert torch.equal(token, expected[0])
+    assert (logprob - expected[1]).abs().max() < 1e-5
+
+
+@needs_extension
+def test_memory_past_the_row_is_not_read():
+    """Rows in storage that is poisoned with NaN around them."""
+    storage = torch.full((4, 400), NAN)
+    storage[:, 100:231] = make_logits(4, 131)[0]
+    found = sample(storage[:, 100:231], backend="cpu")
+    assert torch.equal(found[0], sample(make_logits(4, 131)[0])[0])
+
+
+@needs_extension
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability):
+    """The variants that this machine would not choose; its own is tested by all the other cases."""
+    code = f"""
+import torch
+from hermesflow.kernels import _C
+from hermesflow.kernels.guided_sample import guided_sample
+from hermesflow.kernels.philox import RandomKey
+wanted = {{"default": "portable", "avx2": "avx2"}}[{capability!r}]
+if _C.build_facts()["cpu_instructions"] not in (wanted, "portable"):
+    raise SystemExit("got " + _C.build_facts()["cpu_instructions"])
+key = RandomKey(torch.arange(2000), torch.tensor(1), torch.arange(2000))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    cond, uncond = torch.randn(2, 2000, 300, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+    for temperature in (0.0, 0.7):
+        settings = dict(guidance_scale=1.0, temperature=temperature, key=key)
+        found, expected = (guided_sample(cond, uncond, backend=name, **settings) for name in ("cpu", "torch"))
+        same = found[0] == expected[0]
+        assert (~same).sum() <= 1 and (found[1] - expected[1])[same].abs().max() < 1e-5
+"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_extension
+def test_opcheck():
+    cond, uncond = make_logits(5, 200)
+    key = make_key(5)
+    for other in (uncond, None):
+        torch.library.opcheck(torch.ops.hermesflow.guided_sample.default, (cond, other, 1.0, 0.7, *key))
+
+
+@needs_extension
+def test_extension_checks_its_arguments():
+    """Callers of torch.ops.hermesflow bypass the public function's checks."""
+    registry.dispatch("guided_sample", "cpu", *make_logits(1, 4), guidance_scale=1.0, temperature=1.0, key=make_key(1))
+    call, key = torch.ops.hermesflow.guided_sample, make_key(2)
+    with pytest.raises(ValueError, match=r"expected cond \[R, V\]"):
+        call(torch.zeros(4), None, 0.0, 1.0, *key)
+    with pytest.raises(ValueError, match="expected fp32, bf16 or fp16"):
+        call(torch.zeros(2, 4).double(), None, 0.0, 1.0, *key)
+    with pytest.raises(ValueError, match="expected uncond like cond"):
+        call(torch.zeros(2, 4), torch.zeros(2, 5), 0.0, 1.0, *key)
+    with pytest.raises(ValueError, match="expected int64 seed, step and position"):
+        call(torch.zeros(3, 4), None, 0.0, 1.0, *key)
+
+
+def test_error_messages():
+    cond, key = torch.zeros(2, 4, device=DEVICE), make_key(2)
+    with pytest.raises(ValueError, match=r"guided_sample: expected cond .*\[R, V\], got float32 \[4\]"):
+        sample(cond[0], key=key)
+    with pytest.raises(ValueError, match="expected cond float32 or bfloat16 or float16"):
+        sample(cond.double(), key=key)
+    with pytest.raises(ValueError, match="at least one token id"):
+        sample(cond[:, :0], key=key)
+    with pytest.raises(ValueError, match=r"expected uncond float32 \[R, V\] = \[2, 4\]"):
+        sample(cond, cond[:, :3], key=key)
+    with pytest.raises(ValueError, match="guidance_scale to be a finite number"):
+        sample(cond, guidance_scale=NAN, key=key)
+    with pytest.raises(ValueError, match="temperature to be a finite number of at least 0"):
+        sample(cond, temperature=-1.0, key=key)
+    with pytest.raises(ValueError, match="key.seed"):
+        sample(cond, key=make_key(3))
+
+
+def test_backends_that_cannot_run_say_why():
+    meta = torch.zeros(2, 4, device="meta")
+    reasons = dict(registry.explain("guided_sample", meta, None))
+    assert reasons["torch"] is None
+    assert reasons["cpu"] in (checks.extension_missing(), "a tensor is on meta, needs cpu")
+    assert reasons["triton"] == checks.triton_missing() or "a tensor is on meta" in reasons["triton"]
+
+
+def test_interpreter():
+    """The Triton cases by Triton's interpreter, which must be chosen before Triton is first imported."""
+    pytest.importorskip("triton")
+    if INTERPRETS:
+        pytest.skip("this is the interpreter's process")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["-k", "triton and not interpreter and not bfloat16", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0 and " passed" in result.stdout and "skipped" not in result.stdout, result.stdout
