@@ -86,7 +86,7 @@ class ImageDecoder:
                     f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
                     f"image {row % num_images}, step {step}; check its weights"
                 )
-        return codes.view(num_prompts, num_images, -1)
+        return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
 
     def _decode(self, prompts: list[Prompt], seeds: Tensor, params: ImageSamplingParams) -> tuple[Tensor, Tensor]:
         """Codes [B, N] and the first step [B] at which a draw failed (num_steps: none)."""

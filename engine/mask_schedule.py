@@ -45,7 +45,7 @@ def num_to_mask(num_tokens: int, num_steps: int, schedule: str = "cosine") -> li
         schedule: as in mask_ratio.
     Returns: num_steps counts, never rising, the last 0.
     Raises: ValueError on an unknown schedule or fewer than one token or step.
-    Source: decoding rule of Show-o (arXiv 2408.12528), in fp32 as published.
+    Source: decoding rule of Show-o (arXiv 2408.12528), in fp32 as in its code, whose roundings decide a floor.
     """
     _check_steps("num_to_mask", num_steps)
     if num_tokens < 1:

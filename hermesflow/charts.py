@@ -38,7 +38,7 @@ def gap_chart(stages: Sequence[Stage]) -> str:
         stages: at least one.
     Returns: an <svg> element.
     """
-    width, height, left, right, top, bottom = 460, 300, 46, 12, 26, 32
+    width, height, left, right, top, bottom = 400, 290, 44, 8, 26, 30
     low, high, step = _axis(stages)
     spacing = (width - left - right) / len(stages)
     xs = [left + spacing * (index + 0.5) for index in range(len(stages))]
@@ -70,7 +70,7 @@ def gap_chart(stages: Sequence[Stage]) -> str:
             gap = 100 * (stage.understanding.value - stage.generation.value)
             parts.append(_text("tick", x, (top_y + bottom_y) / 2 + 4, f"gap {gap:.1f}", "middle"))
     parts.append(_text("label understanding", left, 14, "understanding", "start"))
-    parts.append(_text("label generation", left + 110, 14, "generation", "start"))
+    parts.append(_text("label generation", left + 116, 14, "generation", "start"))
     told = "; ".join(
         f"{stage.label}: understanding {100 * stage.understanding.value:.1f} %, "
         f"generation {100 * stage.generation.value:.1f} %"

@@ -209,21 +209,21 @@ class PretrainConfig:
     """Folder of checkpoints and of the finished model."""
     seed: int = 0
     """Seed of scenes, weights and batches."""
-    num_scenes: int = 60000
+    num_scenes: int = 50000
     """Training scenes that are drawn."""
-    tokenizer_steps: int = 2500
+    tokenizer_steps: int = 4000
     """Optimizer steps of the image tokenizer."""
-    tokenizer_batch: int = 64
+    tokenizer_batch: int = 32
     """Images in one step of the tokenizer."""
     tokenizer_lr: float = 2e-3
     """Peak learning rate of the tokenizer."""
-    steps: int = 12000
+    steps: int = 4000
     """Optimizer steps of the transformer."""
-    batch_images: int = 56
-    """Images drawn from captions in one step."""
-    batch_understanding: int = 16
-    """Images captioned and asked about in one step."""
-    lr: float = 1e-3
+    batch_images: int = 64
+    """Captions in one step of a process, each with two masked copies of its image."""
+    batch_understanding: int = 32
+    """Images captioned and asked about in one step of a process."""
+    lr: float = 1.2e-3
     """Peak learning rate of the transformer."""
     warmup_steps: int = 200
     """Steps of linear warm-up before the cosine."""
@@ -231,9 +231,9 @@ class PretrainConfig:
     """Fraction of prompts emptied, which teaches the unconditional branch of guidance."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
-    eval_every: int = 2000
+    eval_every: int = 250
     """Steps between evaluations."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 250
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:

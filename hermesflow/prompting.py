@@ -9,7 +9,7 @@ from hermesflow.records import Question
 from hermesflow.worlds.shapes import CAPTION_QUESTION
 
 MAX_CAPTION_TOKENS = 64
-"""Captions are cut here; the longest of the built-in world has 20 words."""
+"""Captions are cut here; the longest of the built-in world has 17 words."""
 
 
 class ChoicePrompt(NamedTuple):

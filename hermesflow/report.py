@@ -1,45 +1,44 @@
-"""The page that shows a run: one HTML file with its pictures inside, which needs no network and no script."""
+"""The page that shows a run: one HTML file with its pictures inside, which needs neither network nor script."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow.compute as pc
-import torch
-from PIL import Image
 
 from .charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from .config import Config, load_config
 from .evaluation import summarise
 from .files import InputError, read_json, read_parquet, write_text
-from .models import Model, load_model
-from .pairs import PREVIOUS, pair_statistics, read_pairs
-from .records import Question
-from .summaries import LABELS, describe_round, format_change, format_interval, format_value, headline
-from .worlds import oracle
+from .markup import details, document, scrolling
+from .models import load_model
+from .pairs import pair_statistics
+from .showcase import choose_shown, pairs_section
+from .summaries import LABELS, format_change, format_interval, format_value, headline, tell_verdict
 
-NUM_SHOWN = 10
-"""Records whose candidates are shown."""
-_LARGEST_PIXELS = 256  # pictures of large models are scaled down, so that the page stays light
-_STYLE = Path(__file__).parent / "assets" / "report.css"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A pair and all its record's candidates, best image first; images as rows of a candidates table with "pixels"."""
-
-    pair: dict[str, Any]
-    images: list[dict[str, Any]]
-    captions: list[dict[str, Any]]
-    record_pixels: np.ndarray
+_KEPT = {
+    "records": "records",
+    "kept": "kept",
+    "both": "for both sides",
+    "generation": "for generation only",
+    "understanding": "for understanding only",
+}
+_AGREEMENT = {
+    "win_better": "win truly better",
+    "win_worse": "win truly worse",
+    "tie": "win and lose equal",
+    "mean_score": "own score, mean",
+    "mean_oracle": "the oracle's score, mean",
+    "best_strict": "best by own score right in full",
+    "mean_strict": "all images right in full",
+    "worst_strict": "worst by own score right in full",
+}
+_RANKS = {
+    "spearman": "rank correlation, all images",
+    "spearman_within": "rank correlation within a record",
+    "auc": "area under the ROC curve",
+}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -48,17 +47,27 @@ def write_report(run_folder: Path) -> Path:
     Args:
         run_folder: the run's folder, runs/NAME.
     Returns: the page's path.
-    Raises: InputError if the folder holds no run, a file of it is damaged, or the page cannot be written.
+    Raises: InputError if the folder holds no run, a file of it is damaged, its model cannot be loaded, or the page
+        cannot be written.
     """
     folder = Path(run_folder)
-    if not (folder / "config.toml").is_file():
-        raise InputError(f"{folder}: holds no run (config.toml is missing); give the folder of a run, such as runs/demo")
-    config = load_config(folder / "config.toml")
+    settings = folder / "config.toml"
+    if not settings.is_file():
+        raise InputError(f"{folder}: holds no run (there is no config.toml); give the folder of one, such as runs/demo")
+    config = load_config(settings)
     summary, missing = read_summary(folder, config)
-    shown_round = _last_round_with_pairs(folder, config)
-    shown = _choose_shown(folder / f"round-{shown_round}", load_model(config.model.name)) if shown_round else []
+    number = _last_round_with_pairs(folder, config)
+    shown = choose_shown(folder / f"round-{number}", load_model(config.model.name)) if number else []
+    sections = [
+        _header(config, summary, missing),
+        _measurements(summary),
+        _categories(summary),
+        pairs_section(shown, number, judged=config.data.source == "shapes"),
+        _rounds(summary["rounds"]),
+        details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
+    ]
     page = folder / "report" / "index.html"
-    write_text(page, _page(config, (folder / "config.toml").read_text("utf-8"), summary, missing, shown, shown_round))
+    write_text(page, document(f"{config.run.name} - HermesFlow", "\n".join(sections)))
     return page
 
 
@@ -68,30 +77,31 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     Args:
         folder: the run's folder.
         config: its settings.
-    Returns: (summary, missing): summary.json, or for a run in progress as much of it as there is, with "before" None if
-        nothing was measured; and what is not there yet, in words.
+    Returns: (summary, missing): summary.json, or for a run in progress as much of it as there is, with "before" None
+        where nothing was measured; and in words what is not there yet.
     Raises: InputError if a file is damaged.
     """
     if (folder / "summary.json").exists():
         return read_json(folder / "summary.json"), []
     evaluations, missing = [], []
     for number in range(config.selfplay.num_rounds + 1):
-        where = "before self-play" if number == 0 else f"of round {number}"
-        if number and not (folder / f"round-{number}" / "pairs.parquet").exists():
-            missing.append(f"the pairs {where}")
-        path = folder / f"round-{number}" / "evaluation.json"
-        if not path.exists():
-            missing.append(f"the evaluation {where}")
+        path = folder / f"round-{number}"
+        if number and not (path / "pairs.parquet").exists():
+            missing.append(f"the pairs of round {number}")
+        if not (path / "evaluation.json").exists():
+            missing.append(f"the evaluation of round {number}" if number else "the evaluation before self-play")
         elif len(evaluations) == number:
-            evaluations.append(read_json(path))
+            evaluations.append(read_json(path / "evaluation.json"))
     if not evaluations:
         return {"before": None, "rounds": []}, missing
     before, rounds = summarise(evaluations)
     for number, metrics in enumerate(rounds, 1):
-        tables = (folder / f"round-{number}" / name for name in ("pairs.parquet", "rejected.parquet"))
-        metrics["pairs"] = pair_statistics(*(read_parquet(path) for path in tables))
-        if "agreement" in evaluations[number]:
-            metrics["agreement"] = evaluations[number]["agreement"]
+        path = folder / f"round-{number}"
+        tables = (read_parquet(path / name) for name in ("pairs.parquet", "rejected.parquet"))
+        metrics["pairs"] = pair_statistics(*tables)
+        metrics["agreement"] = evaluations[number].get("agreement", {})
+        metrics["training"] = read_json(path / "training.json") if (path / "training.json").exists() else {}
+        metrics["seconds"] = read_json(path / "seconds.json") if (path / "seconds.json").exists() else {}
     return {"before": before, "rounds": rounds}, missing
 
 
@@ -101,16 +111,117 @@ def _last_round_with_pairs(folder: Path, config: Config) -> int:
     return max((number for number in numbers if (folder / f"round-{number}" / "pairs.parquet").exists()), default=0)
 
 
-def _choose_shown(round_folder: Path, model: Model) -> list[Shown]:
-    """The first pairs of each category in turn, so that what is shown is not chosen by its result."""
-    by_category: dict[str, list[dict]] = {}
-    for pair in read_pairs(round_folder / "pairs.parquet").to_pylist():
-        by_category.setdefault(pair["category"], []).append(pair)
-    turns = max(map(len, by_category.values()), default=0)
-    pairs = [items[turn] for turn in range(turns) for items in by_category.values() if turn < len(items)][:NUM_SHOWN]
-    rows: dict[str, list[dict]] = {pair["record_id"]: [] for pair in pairs}
-    for part in sorted((round_folder / "candidates").glob("part-*.parquet")):
-        table = read_parquet(part)
-        for row in table.filter(pc.is_in(table["record_id"], pc_array(rows))).to_pylist():
-            rows[row["record_id"]].append(row)
-    return [_shown(pair, rows[pair["record_id"]], model) for pair in pairs]
+def _header(config: Config, summary: dict[str, Any], missing: Sequence[str]) -> str:
+    lead = headline(summary) if summary["before"] else "Nothing has been measured yet."
+    waiting = ", ".join(missing)
+    notice = f'<p class="notice">This run is not finished. Not there yet: {escape(waiting)}.</p>' if missing else ""
+    return (
+        f'<header><p class="over">HermesFlow, run {escape(config.run.name)}</p>'
+        f"<h1>What self-play changed</h1>{notice}<p class='lead'>{escape(lead)}</p></header>"
+    )
+
+
+def _stages(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [("before", summary["before"])] + [(f"round {k}", metrics) for k, metrics in enumerate(summary["rounds"], 1)]
+
+
+def _measurements(summary: dict[str, Any]) -> str:
+    """The gap as a chart, and all metrics with their changes as a table."""
+    if not summary["before"]:
+        return ""
+    stages = [
+        Stage(label, _measured(metrics, "understanding"), _measured(metrics, "generation"))
+        for label, metrics in _stages(summary)
+    ]
+    heads, first = "<th>%</th><th>before</th>", summary["before"]
+    for number in range(1, len(summary["rounds"]) + 1):
+        heads += f"<th>round {number}</th><th>change, in points</th>"
+    rows = [_metric_row(name, summary) for name in LABELS]
+    return f"""<section><h2>The gap by round</h2>
+<div class="split wide"><div class="card">{gap_chart(stages)}</div>
+<div class="note"><p><b>Understanding</b> is how many questions about {first["num_understanding"]} real images the
+model answers rightly. <b>Generation</b> is how many questions its own {first["num_images"]} images of
+{first["num_prompts"]} prompts answer rightly, read by an oracle that sees pixels alone; <b>strict</b> asks for all of
+an image's questions. The <b>gap</b> is understanding less generation.</p>
+<p>Bars and brackets are 95 % intervals, bootstrapped over records. Changes are to before self-play, paired: the same
+scenes, prompts and seeds. Where an interval holds zero there is no significant change.</p></div></div>
+<h2>Before and after</h2>
+{scrolling(f'<table class="results"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>', "results")}
+</section>"""
+
+
+def _metric_row(name: str, summary: dict[str, Any]) -> str:
+    cells = []
+    for _, metrics in _stages(summary):
+        interval = format_interval(metrics.get(f"{name}_ci95"))
+        cells.append(f"<td>{format_value(metrics.get(name))}<small>{interval}</small></td>")
+        change = metrics.get("change", {}).get(name)
+        if change:
+            cells.append(_change_cell(name, change))
+        elif "change" in metrics:
+            cells.append("<td>-</td>")
+    return f"<tr><th>{escape(LABELS[name])}</th>{''.join(cells)}</tr>"
+
+
+def _change_cell(name: str, change: dict[str, Any]) -> str:
+    verdict = tell_verdict(name, change)
+    return f'<td class="{verdict.split()[0]}">{format_change(change)}<small>{verdict}</small></td>'
+
+
+def _categories(summary: dict[str, Any]) -> str:
+    """Bars of three metrics by category, before and after the last round."""
+    if not summary["before"]:
+        return ""
+    last_label, last = _stages(summary)[-1]
+    panels = []
+    for name in ("understanding", "generation", "generation_strict"):
+        rows = []
+        for category, values in summary["before"]["by_category"].items():
+            after = last["by_category"].get(category, {}) if summary["rounds"] else {}
+            rows.append(CategoryBars(category.replace("_", " "), _measured(values, name), _measured(after, name)))
+        chart = category_chart(name.partition("_")[0], rows, ("before", last_label))
+        panels.append(f'<div class="card"><h4>{escape(LABELS[name].capitalize())}</h4>{chart}</div>')
+    after_key = f', <span class="key"></span>after {last_label}' if summary["rounds"] else ""
+    return (
+        f'<section><h2>By category</h2><p class="note"><span class="key before"></span>before{after_key}; thin lines '
+        f'are 95 % intervals</p><div class="split">{"".join(panels)}</div></section>'
+    )
+
+
+def _measured(metrics: dict[str, Any], name: str) -> Measured | None:
+    value = metrics.get(name)
+    return None if value is None else Measured(value, *metrics[f"{name}_ci95"])
+
+
+def _rounds(rounds: Sequence[dict[str, Any]]) -> str:
+    """What each round's pairs were, how far their scores can be trusted, how training ended, and the time it took."""
+    pairs = [metrics.get("pairs", {}) for metrics in rounds]
+    trust = [metrics.get("agreement", {}) for metrics in rounds]
+    kept = [{label: item.get(name) for name, label in _KEPT.items()} for item in pairs]
+    percent = [{label: item.get(name) for name, label in _AGREEMENT.items()} for item in trust]
+    ranks = [{label: item.get(name) for name, label in _RANKS.items()} for item in trust]
+    tables = [
+        _round_table("Records that gave pairs", kept, str),
+        _round_table("Sides of records rejected", [item.get("rejected", {}) for item in pairs], str),
+        _round_table("The model's own score held against the oracle, %", percent, format_value),
+        _round_table("The same as ranks", ranks, "{:.2f}".format),
+        _round_table("End of training", [metrics.get("training", {}) for metrics in rounds], "{:.4g}".format),
+        _round_table("Seconds", [metrics.get("seconds", {}) for metrics in rounds], "{:.0f}".format),
+    ]
+    if not any(tables):
+        return ""
+    return f'<section><h2>How the rounds went</h2><div class="split">{"".join(tables)}</div></section>'
+
+
+def _round_table(title: str, rounds: Sequence[dict[str, Any]], form: Callable[[Any], str]) -> str:
+    """A card with a row for each key that any round has a value for, and a column for each round."""
+    keys = dict.fromkeys(key for item in rounds for key, value in item.items() if value is not None)
+    if not keys:
+        return ""
+    rows = ""
+    for key in keys:
+        cells = ("-" if item.get(key) is None else form(item[key]) for item in rounds)
+        rows += f"<tr><td>{escape(key)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    heads = "".join(f"<th>round {number}</th>" for number in range(1, len(rounds) + 1))
+    table = f'<table class="rounds"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="card"><h4>{escape(title)}</h4>{scrolling(table, title)}</div>'

@@ -23,12 +23,13 @@ from rich.console import Console
 
 from .config import Config, load_config, to_toml
 from .curation import curate
-from .evaluation import agreement, evaluate, print_summary, summarise
+from .evaluation import agreement, evaluate, summarise
 from .files import InputError, atomic_folder, read_json, read_parquet, remove_leftovers, write_json, write_parquet, write_text
 from .models import Model, load_model
 from .pairs import make_pairs, pair_statistics
 from .records import Record, read_records, write_records
 from .report import write_report
+from .summaries import print_summary
 from .training import train_pairs
 from .worlds import shapes
 

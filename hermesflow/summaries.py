@@ -12,12 +12,13 @@ from rich.table import Table
 LABELS = {
     "understanding": "understanding",
     "generation": "generation",
-    "generation_strict": "generation, strict",
+    "generation_strict": "strict generation",
     "gap": "gap",
     "caption_f1": "caption likeness",
-    "caption_exact": "caption, all facts",
+    "caption_exact": "exact captions",
 }
-"""What is measured, as tables call it: gap is understanding less generation, strict counts images right in full."""
+"""What is measured, as tables call it. gap is understanding less generation; strict counts images right in full; exact
+captions state the facts of the scene and no others."""
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
@@ -51,16 +52,15 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     """
     stages = [("before", summary["before"])]
     stages += [(f"round {number}", metrics) for number, metrics in enumerate(summary["rounds"], 1)]
-    table = Table(title="Self-play, measured on held-out scenes", title_justify="left", box=SIMPLE_HEAD)
-    for name, justify in (("", "left"), ("", "left"), ("%, 95 % interval", "right"), ("change in points", "left")):
+    table = Table(title="Self-play, measured on held-out scenes", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name, justify in (("", "left"), ("%, 95 % interval", "right"), ("change in points", "left"), ("", "left")):
         table.add_column(name, justify=justify)
     for name, label in LABELS.items():
+        table.add_row(label, style="bold")
         for stage, metrics in stages:
-            change = metrics.get("change", {}).get(name)
             value = f"{format_value(metrics.get(name))} {format_interval(metrics.get(f'{name}_ci95'))}"
-            first = stage == "before"
-            table.add_row(label if first else "", stage, value, format_change(change) if change else "")
-        table.add_section()
+            change = metrics.get("change", {}).get(name)
+            table.add_row(f"  {stage}", value, *((format_change(change), tell_verdict(name, change)) if change else ()))
     console.print(table)
     for number, metrics in enumerate(summary["rounds"], 1):
         for line in describe_round(metrics):
@@ -121,10 +121,16 @@ def format_interval(interval: Sequence[float] | None) -> str:
 
 
 def format_change(change: dict[str, Any]) -> str:
-    """A paired change in points with its interval, and "no significant change" where that is so."""
+    """A paired change with its interval in points, such as "+0.4 [-1.3, +2.1]"."""
     low, high = change["ci95"]
-    text = f"{_points(change['change'])} [{_points(low)}, {_points(high)}]"
-    return text if change["significant"] else f"{text} no significant change"
+    return f"{_points(change['change'])} [{_points(low)}, {_points(high)}]"
+
+
+def tell_verdict(name: str, change: dict[str, Any]) -> str:
+    """In a word: "better" or "worse", or "no significant change" where the interval holds zero; a gap is to shrink."""
+    if not change["significant"]:
+        return "no significant change"
+    return "better" if (change["change"] > 0) != (name == "gap") else "worse"
 
 
 def _tell(change: dict[str, Any]) -> str:

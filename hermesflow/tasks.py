@@ -100,7 +100,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+            return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
         raise InputError(f"{path}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
 

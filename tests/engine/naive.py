@@ -16,26 +16,26 @@ LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, 
 
 # What the built-in model, Phi and Llama are made of, each at least once.
 MODELS = {
-    "sequential": dict(),
-    "parallel-gqa-partial-qknorm": dict(
-        block="parallel", num_kv_heads=2, rotary_fraction=0.5, qk_norm=True, activation="gelu_tanh", head_bias=True
-    ),
-    "rmsnorm-gated-mqa-tied": dict(
-        norm="rmsnorm", gated=True, activation="silu", num_kv_heads=1, bias=False, tie_embeddings=True, qk_norm=True
-    ),
-    "relu2-no-rotary": dict(activation="relu2", rotary_fraction=0.0, num_kv_heads=2),
+    "sequential": {},
+    "parallel-gqa-partial-qknorm": {
+        "block": "parallel", "num_kv_heads": 2, "rotary_fraction": 0.5, "qk_norm": True, "activation": "gelu_tanh", "head_bias": True
+    },
+    "rmsnorm-gated-mqa-tied": {
+        "norm": "rmsnorm", "gated": True, "activation": "silu", "num_kv_heads": 1, "bias": False, "tie_embeddings": True, "qk_norm": True
+    },
+    "relu2-no-rotary": {"activation": "relu2", "rotary_fraction": 0.0, "num_kv_heads": 2},
 }
 
 
-def tiny_model(name="sequential", layout=LAYOUT, dtype=torch.float32, seed=0):
+def tiny_model(kind="sequential", layout=LAYOUT, dtype=torch.float32, seed=0):
     """A random transformer with weights large enough for distributions that are far from uniform."""
-    shape = dict(vocab_size=layout.vocab_size, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, mlp_size=48)
+    shape = {"vocab_size": layout.vocab_size, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 48}
     generator = torch.Generator().manual_seed(seed)
-    transformer = Transformer(TransformerConfig(**(shape | MODELS[name])))
+    transformer = Transformer(TransformerConfig(**(shape | MODELS[kind])))
     with torch.no_grad():
-        for parameter in transformer.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.25 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
+        for name, parameter in transformer.named_parameters():
+            mean = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.copy_(mean + 0.25 * torch.randn(parameter.shape, generator=generator))
     return transformer.to(dtype).eval()
 
 

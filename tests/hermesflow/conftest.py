@@ -14,9 +14,7 @@ from hermesflow.records import Record
 from hermesflow.worlds import shapes
 
 
-@pytest.fixture
-def tiny_model() -> Model:
-    """A model of random weights with 16 tokens an image, made anew for each test, so that a test may train it."""
+def make_tiny_model() -> Model:
     text_tokenizer = word_tokenizer(shapes.vocabulary())
     end_of_text = text_tokenizer.token_to_id(END_OF_TEXT)
     vq_config = VQTokenizerConfig(
@@ -39,10 +37,22 @@ def tiny_model() -> Model:
 
 
 @pytest.fixture
-def tiny_records(tiny_model: Model) -> list[Record]:
-    """Seven records of the shapes world with the codes that tiny_model gives their images."""
+def tiny_model() -> Model:
+    """A model of random weights with 16 tokens an image, made anew for each test, so that a test may train it."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def shared_tiny_model() -> Model:
+    """The same model, one for all tests, for results that several of them share: leave its weights alone."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_records(shared_tiny_model: Model) -> list[Record]:
+    """Seven records of the shapes world with the codes that the tiny model gives their images."""
     rng = np.random.default_rng(0)
     scenes = shapes.sample_scenes("train", 7, seed=0)
     records = [shapes.make_record(scene, f"train-{index}", rng) for index, scene in enumerate(scenes)]
-    codes = tiny_model.encode_images(np.stack([record.image for record in records])).numpy().astype(np.int32)
+    codes = shared_tiny_model.encode_images(np.stack([record.image for record in records])).numpy().astype(np.int32)
     return [replace(record, codes=row, image=None) for record, row in zip(records, codes, strict=True)]

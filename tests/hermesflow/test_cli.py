@@ -269,6 +269,24 @@ def test_generate_draws_the_same_whatever_the_batch(model, monkeypatch):
         assert one[:2] == other[:2] and (one.pixels == other.pixels).all()
 
 
+def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys, recwarn):
+    monkeypatch.setattr(models, "load_model", lambda name: tiny_model)
+    monkeypatch.chdir(tmp_path)
+    prompts = ["a small red circle", "a blue square"]
+    assert cli.main(["generate", *prompts, "--num-images", "2", "-o", "all", "--set", "eval.num_steps=3"]) == 0
+    assert cli.main(["generate", prompts[1], "--seed", "3", "-o", "one", "--set", "eval.num_steps=3"]) == 0
+    again, image = (str(tmp_path / folder / "a-blue-square-seed3.png") for folder in ("one", "all"))
+    assert (tasks.read_image(again, 64) == tasks.read_image(image, 64)).all()
+    capsys.readouterr()
+    assert cli.main(["caption", again, image]) == 0
+    captions = [json.loads(line)["caption"] for line in capsys.readouterr().out.splitlines()]
+    assert len(captions) == 2 and captions[0] == captions[1]
+    assert cli.main(["answer", image, "what color is the circle ?", "--choices", "red,green"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["probabilities"]) == {"red", "green"}
+    assert cli.main(["answer", image, "what color is the circle ?"]) == 0
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "no prompts; give them as arguments or with --prompts-file"),
     (["a circle", " "], "prompt 2: expected words, got ' '"),

@@ -85,7 +85,7 @@ def test_bert_scores_are_cosines_of_cls(tiny_bert) -> None:
 
 def test_a_bert_that_is_not_there_is_an_input_error(tmp_path) -> None:
     name = str(tmp_path / "no-bert")
-    with pytest.raises(InputError, match=r"no-bert: this BERT cannot be loaded \(.*set curation.caption_scorer to token_f1"):
+    with pytest.raises(InputError, match=r"no-bert: this BERT cannot be loaded \(.*set curation.caption_scorer to"):
         caption_scores("bert", ["a"], "a", bert_name=name)
 
 
@@ -166,9 +166,9 @@ def test_self_vqa_of_nothing(tiny_model: Model, tiny_records: list[Record]) -> N
 
 def test_self_vqa_refuses_what_it_cannot_score(tiny_model: Model, tiny_records: list[Record]) -> None:
     codes = torch.zeros(2, 3, 16, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"self_vqa: expected codes \[B, n, N\] for 1 records, got \[2, 3, 16\]; stack"):
+    with pytest.raises(ValueError, match=r"self_vqa: expected codes \[B, n, N\] for 1 records, got \[2, 3, 16\]"):
         self_vqa(tiny_model, codes, tiny_records[:1])
-    with pytest.raises(ValueError, match=r"self_vqa: expected codes \[B, n, N\] for 3 records, got \[3, 16\]; stack"):
+    with pytest.raises(ValueError, match=r"self_vqa: expected codes \[B, n, N\] for 3 records, got \[3, 16\]"):
         self_vqa(tiny_model, codes[0], tiny_records[:3])
     silent = replace(tiny_records[0], questions=())
     with pytest.raises(ValueError, match="self_vqa: expected questions in record 'train-0', got none"):
@@ -181,7 +181,7 @@ def test_self_vqa_refuses_what_it_cannot_score(tiny_model: Model, tiny_records: 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_self_vqa_stops_at_a_broken_model(bad: float) -> None:
     model = ScriptedModel([[[bad, -1.0]]])
-    with pytest.raises(RuntimeError, match=r"of \['yes', 'no'\] are not finite for record 'a', question 'is there a circle"):
+    with pytest.raises(RuntimeError, match=r"of \['yes', 'no'\] are not finite for record 'a', question 'is there"):
         self_vqa(model, torch.zeros(1, 1, 3, dtype=torch.int64), [record("a", YES_NO)])
 
 

@@ -21,15 +21,16 @@ def test_known_answers(key, counter, words):
     assert tuple(int(word) for word in result) == words
 
 
-def test_known_answer_through_a_key():
-    """The pi vector with its block as the last of many, a seed that is positive and a stream other than the ops' own."""
-    seed, block = (0x299F31D0 << 32) | 0xA4093822, 0x243F6A88
-    words = philox4x32(*(torch.tensor(word) for word in (seed & 0xFFFFFFFF, seed >> 32, block, 1, 2, 3)))
-    key = RandomKey(torch.tensor([seed]), torch.tensor(1), torch.tensor([2]))
-    near = philox4x32(*(torch.tensor(word) for word in (seed & 0xFFFFFFFF, seed >> 32, 5, 1, 2, 3)))
-    blocks = random_words(key, 6, 3)
-    assert [int(word[0, 5]) for word in blocks] == [int(word) for word in near]
-    assert [int(word) for word in words] != [int(word) for word in near]
+def test_counter_layout():
+    """The key is the seed's two words, the counter (block, step, position, stream)."""
+    seed = (0x299F31D0 << 32) | 0xA4093822
+    key = RandomKey(torch.tensor([seed, -seed]), torch.tensor(7), torch.tensor([8, -1]))
+    words = random_words(key, 6, MASK_STREAM)
+    # Two's complement: -seed has the words below.
+    rows = ((0xA4093822, 0x299F31D0, 8), (0x5BF6C7DE, 0xD660CE2F, 0xFFFFFFFF))
+    for row, (seed_lo, seed_hi, position) in enumerate(rows):
+        expected = philox4x32(*(torch.tensor(word) for word in (seed_lo, seed_hi, 5, 7, position, MASK_STREAM)))
+        assert [int(word[row, 5]) for word in words] == [int(word) for word in expected]
 
 
 def test_every_part_of_the_key_matters():

@@ -1,0 +1,72 @@
+"""Schedules of parallel decoding."""
+
+import math
+
+import pytest
+import torch
+
+from hermesflow.engine.mask_schedule import mask_ratio, mask_temperatures, num_to_mask
+
+SCHEDULES = ["cosine", "linear", "sigmoid", "pow2", "pow0.5", "pow3"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_ratio_falls_from_one_to_zero(schedule, dtype):
+    ratio = mask_ratio(torch.linspace(0, 1, 101, dtype=dtype), schedule)
+    assert ratio.dtype == dtype
+    assert ratio[0].item() == pytest.approx(1, abs=1e-6)
+    assert ratio[-1].item() == pytest.approx(0, abs=1e-6)
+    assert (ratio.diff() < 0).all()
+    assert ((ratio >= 0) & (ratio <= 1)).all()
+
+
+def test_ratio_at_one_half():
+    half = torch.tensor(0.5, dtype=torch.float64)
+    assert mask_ratio(half).item() == pytest.approx(math.sqrt(0.5))
+    assert mask_ratio(half, "linear").item() == 0.5
+    assert mask_ratio(half, "pow2").item() == 0.75
+    assert mask_ratio(half, "pow0.5").item() == pytest.approx(1 - math.sqrt(0.5))
+    assert mask_ratio(half, "sigmoid").item() == pytest.approx(0.5)
+
+
+def test_counts_of_the_published_rule():
+    """floor(16 cos(pi / 2 * (step + 1) / 8)), worked out by hand."""
+    assert num_to_mask(16, 8) == [15, 14, 13, 11, 8, 6, 3, 0]
+    assert num_to_mask(16, 4, "linear") == [12, 8, 4, 0]
+    # cos(pi / 3) is a little below 1/2 in fp32, and so the published code masks 127 tokens, not 128.
+    assert num_to_mask(256, 3) == [221, 127, 0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("num_tokens", "num_steps"), [(1, 1), (1, 4), (2, 9), (16, 1), (16, 16), (16, 50), (1024, 18)])
+def test_each_step_settles_a_token_until_one_is_left(schedule, num_tokens, num_steps):
+    counts = num_to_mask(num_tokens, num_steps, schedule)
+    assert len(counts) == num_steps
+    assert counts[-1] == 0
+    for before, after in zip([num_tokens, *counts], counts[:-1], strict=False):
+        assert 1 <= after <= max(1, before - 1)
+
+
+def test_temperatures():
+    assert mask_temperatures(4.0, 4) == [3.0, 2.0, 1.0, 0.0]
+    # The published code overwrites the temperature that it decays: 4 * 3/4, then * 2/4, then * 1/4.
+    assert mask_temperatures(4.0, 4, "showo") == [3.0, 1.5, 0.375, 0.0]
+    assert mask_temperatures(4.0, 1) == [0.0]
+
+
+@pytest.mark.parametrize("schedule", ["cos", "pow", "powx", "pow-1", "pow0", "pownan", "powinf", ""])
+def test_unknown_schedule(schedule):
+    with pytest.raises(ValueError, match="mask_ratio: expected schedule cosine, linear, sigmoid, powX"):
+        mask_ratio(torch.tensor(0.5), schedule)
+
+
+def test_other_messages():
+    with pytest.raises(ValueError, match="num_to_mask: expected num_steps of at least 1, got 0"):
+        num_to_mask(16, 0)
+    with pytest.raises(ValueError, match="num_to_mask: expected num_tokens of at least 1, got 0"):
+        num_to_mask(0, 4)
+    with pytest.raises(ValueError, match="mask_temperatures: expected num_steps of at least 1, got 0"):
+        mask_temperatures(1.0, 0)
+    with pytest.raises(ValueError, match="expected decay 'linear' or 'showo', got 'none'"):
+        mask_temperatures(1.0, 4, "none")

@@ -1,0 +1,126 @@
+"""The transformer over span trees against dense masked attention, and cached against uncached."""
+
+import pytest
+import torch
+
+from hermesflow.engine.span_tree import SpanTree
+from hermesflow.engine.transformer import Transformer, TransformerConfig
+
+TEXT, IMAGE, QUESTION = [3, 4, 5, 6], list(range(50, 68)), [7, 8, 9]
+SPANS = [
+    (TEXT, -1, "causal"), (IMAGE, 0, "full"), (IMAGE[::-1], 0, "full"),
+    (IMAGE, -1, "full"), (QUESTION, 3, "causal"), ([1, 2], 4, "causal"), ([2, 1, 3], 4, "causal"),
+]  # fmt: skip
+MODEL_NAMES = ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied", "relu2-no-rotary"]
+
+
+@pytest.fixture(params=MODEL_NAMES)
+def transformer(request, naive):
+    return naive.tiny_model(request.param, dtype=torch.float64)
+
+
+def test_every_kind_of_model_is_tested(naive):
+    assert list(naive.MODELS) == MODEL_NAMES
+
+
+def test_forward_and_all_gradients_in_float64(naive, transformer):
+    tree = SpanTree.build(SPANS)
+    weight = torch.randn(len(tree.token_ids), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = naive.dense_hidden(transformer, tree.token_ids, tree.position_ids, tree.allowed())
+    got = transformer(tree)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+    names, parameters = zip(*transformer.named_parameters(), strict=True)
+    options = {"allow_unused": True, "materialize_grads": True}  # the head of an untied model has no part in this
+    mine = torch.autograd.grad((got * weight).sum(), parameters, **options)
+    truth = torch.autograd.grad((expected * weight).sum(), parameters, **options)
+    for name, got_gradient, true_gradient in zip(names, mine, truth, strict=True):
+        torch.testing.assert_close(got_gradient, true_gradient, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("branch", [(0, 1), (0, 2), (3, 4, 5), (3, 4, 6)], ids=str)
+def test_branch_equals_its_sequence_alone(naive, transformer, branch):
+    """Sharing a prefix changes nothing: each path from a root is a sequence of its own."""
+    tree = SpanTree.build(SPANS)
+    logits = transformer.head(transformer(tree))
+    alone = naive.chain_logits(transformer, *((SPANS[span][0], SPANS[span][2]) for span in branch))
+    shared = torch.cat([logits[tree.span_rows(span)] for span in branch])
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-10)
+
+
+def nan_cache(transformer, capacity):
+    """A cache that betrays every read of a slot that nobody wrote."""
+    cache = transformer.new_cache(capacity)
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
+    return cache
+
+
+@torch.no_grad()
+def test_cached_prefixes_equal_one_pass(transformer):
+    whole = SpanTree.build(SPANS)
+    expected = transformer(whole)
+    prefix = SpanTree.build([SPANS[0], SPANS[3], (QUESTION, 1, "causal")])
+    leaves = prefix.extend([(IMAGE, 0, "full"), (IMAGE[::-1], 0, "full"), ([1, 2], 2, "causal"), ([2, 1, 3], 2, "causal")])
+    cache = nan_cache(transformer, leaves.capacity + 5)
+    first, then = transformer(prefix, cache), transformer(leaves, cache)
+    for tree, hidden, pairs in [(prefix, first, [(0, 0), (1, 3), (2, 4)]), (leaves, then, [(3, 1), (4, 2), (5, 5), (6, 6)])]:
+        for mine, truth in pairs:
+            torch.testing.assert_close(hidden[tree.span_rows(mine)], expected[whole.span_rows(truth)], rtol=0, atol=1e-11)
+    # The next step of generation: other tokens on the same structure.
+    swapped = leaves.with_tokens(leaves.token_ids.flip(0))
+    again = prefix.extend([(swapped.token_ids[swapped.span_rows(span)].tolist(), parent, mode)
+                           for span, parent, mode in [(3, 0, "full"), (4, 0, "full"), (5, 2, "causal"), (6, 2, "causal")]])  # fmt: skip
+    fresh = nan_cache(transformer, again.capacity)
+    transformer(prefix, fresh)
+    torch.testing.assert_close(transformer(swapped, cache), transformer(again, fresh), rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_growing_token_by_token_equals_one_pass(transformer):
+    answers = [[11, 12, 13, 14], [21, 22], [31, 32, 33]]
+    prefix = SpanTree.build([(IMAGE, -1, "full"), (QUESTION, 0, "causal")])
+    tree = prefix.extend([(ids[:1], 1, "causal") for ids in answers], reserve=3)
+    whole = prefix.extend([(ids, 1, "causal") for ids in answers])
+    cache, other = nan_cache(transformer, tree.capacity), nan_cache(transformer, whole.capacity)
+    transformer(prefix, cache)
+    transformer(prefix, other)
+    expected = transformer(whole, other)
+    for step in range(4):
+        active = [row for row, ids in enumerate(answers) if step < len(ids)]
+        if step:
+            tree = tree.grow([2 + row for row in active], torch.tensor([answers[row][step] for row in active]))
+        hidden = transformer(tree, cache)
+        for row, got in zip(active, hidden, strict=True):
+            truth = expected[whole.span_rows(2 + row)][step]
+            torch.testing.assert_close(got, truth, rtol=0, atol=1e-11)
+
+
+def test_initial_weights_come_from_the_seed():
+    config = TransformerConfig(vocab_size=20, hidden_size=16, num_layers=8, num_heads=2, num_kv_heads=2, mlp_size=64)
+    one, same = (Transformer(config).init_weights(torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert one.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    assert one.blocks[0].mlp.up.bias.abs().max() == 0
+
+
+def test_tied_head_is_the_embedding(naive):
+    transformer = naive.tiny_model("rmsnorm-gated-mqa-tied")
+    assert transformer.head.weight is transformer.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "batchnorm"}, "norm must be one of .*, got 'batchnorm'"),
+        ({"block": "serial"}, "block must be one of .*, got 'serial'"),
+        ({"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
+        ({"num_heads": 3}, "hidden_size 16 must be a multiple of num_heads 3"),
+        ({"num_kv_heads": 3}, "that of num_kv_heads 3"),
+    ],
+    ids=["norm", "block", "activation", "heads", "kv-heads"],
+)
+def test_bad_config(change, message):
+    shape = {"vocab_size": 20, "hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 16}
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**(shape | change))

@@ -1,0 +1,306 @@
+"""The measurement is right where the truth is known, its intervals cover, and pairs are resampled together."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from rich.console import Console
+
+from hermesflow import stats, summaries
+from hermesflow.config import EvalConfig, load_config
+from hermesflow.curation import CANDIDATES_SCHEMA
+from hermesflow.evaluation import agreement, evaluate, measure, paired_change, run_evaluation, summarise
+from hermesflow.files import InputError, read_json
+from hermesflow.pairs import PAIRS_SCHEMA
+from hermesflow.worlds import oracle, shapes
+
+SMALL = EvalConfig(num_prompts=5, num_understanding=4, images_per_prompt=2, num_steps=2)
+
+
+class KnowingModel:
+    """Stands in for a model that knows the truth: a code is the number of a known picture.
+
+    It answers rightly, except about the pictures in `blind`, and draws each prompt's own picture, except that the image
+    number 1 of each prompt is empty where `careless`.
+    """
+
+    image_size = shapes.IMAGE_SIZE
+
+    def __init__(self, config, blind=(), careless=False):
+        scenes = shapes.sample_scenes(config.split, max(config.num_prompts, config.num_understanding), config.seed)
+        self.records = [shapes.make_record(scene, "", np.random.default_rng(scene.seed)) for scene in scenes]
+        black = np.zeros((64, 64, 3), np.uint8)
+        self.pictures = np.stack([record.image for record in self.records] + [black])
+        self.blind, self.careless, self.texts, self.seeds = blind, careless, [], []
+        self.layout = SimpleNamespace(num_image_tokens=1)
+        self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices, extend=self._extend)
+
+    def encode_text(self, text):
+        if text not in self.texts:
+            self.texts.append(text)
+        return [self.texts.index(text)]
+
+    def decode_text(self, ids):
+        return self.texts[ids[0]]
+
+    def encode_images(self, images):
+        return torch.tensor([[self._number(image)] for image in images])
+
+    def decode_images(self, codes):
+        return self.pictures[codes[:, 0].numpy()]
+
+    def _number(self, image):
+        return next(number for number, picture in enumerate(self.pictures) if (picture == image).all())
+
+    def _generate(self, prompt_ids, *, num_images, seeds, **settings):
+        assert seeds.shape == (len(prompt_ids), num_images)
+        self.seeds += seeds.flatten().tolist()
+        captions = [record.caption for record in self.records]
+        codes = torch.tensor([[captions.index(self.texts[ids[0]])] * num_images for ids in prompt_ids])
+        if self.careless:
+            codes[:, 1] = len(self.records)
+        return codes[..., None]
+
+    def _score_choices(self, codes, questions, choices):
+        rows = []
+        for [number], asked, offered in zip(codes.tolist(), questions, choices, strict=True):
+            truth = {item.question: item.answer for item in self.records[number].questions}
+            right = [[self.texts[c[0]] == truth[self.texts[q[0]]] for c in row] for q, row in zip(asked, offered)]
+            rows.append([[float(mark != (number in self.blind)) for mark in row] for row in right])
+        return rows
+
+    def _extend(self, codes, questions, *, sampling, seeds):
+        return [[[self.encode_text(self.records[number].caption)]] for [number] in codes.tolist()]
+
+
+def row(answered=None, drawn=None, category="a", id="x", f1=None):
+    """A measured record."""
+    types = ["color"] * len(answered or (drawn or [""])[0])
+    caption = None if f1 is None else "words"
+    return {"id": id, "category": category, "element_types": types, "answered": answered, "drawn": drawn,
+            "caption": caption, "caption_f1": f1, "caption_exact": None if f1 is None else f1 == 1}  # fmt: skip
+
+
+def random_rows(rng, ability, *, understanding, generation):
+    """Records whose difficulty is their own: the same wherever `ability` is."""
+
+    def digits(chance, n):
+        return "".join(str(int(mark)) for mark in rng.random(n) < np.clip(chance, 0, 1))
+
+    return [
+        row(digits(understanding + a, 4), [digits(generation + a, 4) for _ in range(2)], id=str(number), f1=0.5)
+        for number, a in enumerate(ability)
+    ]
+
+
+def test_intervals_cover_the_truth():
+    """300 data sets of 120 records with questions that share their record's difficulty: 95 % within +- 4 points."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        chance = rng.beta(3, 1, size=120)  # mean 0.75
+        asked = rng.integers(3, 6, size=120)
+        right = rng.binomial(asked, chance)
+        samples = stats.resample_ratios(right[:, None], asked[:, None], num_resamples=400)
+        low, high = stats.percentile_interval(samples[:, 0])
+        hits += low <= 0.75 <= high
+    assert 0.91 <= hits / 300 <= 0.99
+
+
+def test_resampling_questions_alone_would_be_too_narrow():
+    right = np.repeat([[4.0], [0.0]], 50, axis=0)  # all of a record's questions fall together
+    clustered = np.ptp(stats.percentile_interval(stats.resample_ratios(right, np.full((100, 1), 4.0))[:, 0]))
+    alone = np.ptp(stats.percentile_interval(stats.resample_ratios(right.repeat(4, axis=0) / 4, np.ones((400, 1)))[:, 0]))
+    assert clustered == pytest.approx(2 * alone, rel=0.15)
+
+
+def test_resampling_leaves_out_what_was_not_measured():
+    samples = stats.resample_ratios(np.array([[1.0], [0.0]]), np.array([[1.0], [0.0]]))
+    assert set(samples[~np.isnan(samples)]) == {1.0} and np.isnan(samples).any()
+    assert stats.percentile_interval(samples[:, 0]) == [1.0, 1.0]
+    assert stats.percentile_interval(np.full(5, np.nan)) is None
+
+
+@pytest.mark.parametrize("shapes_", [((0, 1), (0, 1)), ((2, 1), (3, 1)), ((2,), (2,))], ids=["empty", "unequal", "flat"])
+def test_resampling_refuses(shapes_):
+    with pytest.raises(ValueError, match="resample_ratios: expected numerators and denominators"):
+        stats.resample_ratios(*map(np.zeros, shapes_))
+
+
+def test_rank_correlation():
+    assert stats.rank_correlation([1, 2, 3], [10, 20, 1000]) == pytest.approx(1)
+    assert stats.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert stats.rank_correlation([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # ties share their rank
+    assert stats.rank_correlation([1, 1], [1, 2]) is None
+
+
+def test_roc_auc():
+    assert stats.roc_auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == pytest.approx(0.75)
+    assert stats.roc_auc([1, 1, 1], [True, False, False]) == pytest.approx(0.5)
+    assert stats.roc_auc([1, 2], [True, True]) is None
+
+
+def test_measure_counts_by_question():
+    rows = [row("1101", ["1111", "1011"], "a", f1=1.0), row("10", None, "b", f1=0.5), row(None, ["000"], "b")]
+    metrics = measure(rows)
+    assert metrics["understanding"] == pytest.approx(4 / 6)
+    assert metrics["generation"] == pytest.approx(7 / 11)
+    assert metrics["generation_strict"] == pytest.approx(1 / 3)
+    assert metrics["gap"] == pytest.approx(4 / 6 - 7 / 11)
+    assert metrics["caption_f1"] == 0.75 and metrics["caption_exact"] == 0.5
+    assert (metrics["num_understanding"], metrics["num_prompts"], metrics["num_images"]) == (2, 2, 3)
+    assert metrics["by_category"]["b"]["understanding"] == 0.5 and metrics["by_category"]["b"]["count"] == 2
+    assert metrics["by_element_type"] == {"color": {"understanding": 4 / 6, "generation": 7 / 11, "count": 6}}
+    assert all(metrics[f"{name}_ci95"][0] <= metrics[name] <= metrics[f"{name}_ci95"][1] for name in summaries.LABELS)
+
+
+def test_measure_tells_what_was_not_measured():
+    metrics = measure([row("11", None)])
+    assert metrics["understanding"] == 1 and metrics["generation"] is None and metrics["gap_ci95"] is None
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_a_change_is_paired():
+    """The same records before and after: what makes them hard cancels, so the interval is narrower than the two alone."""
+    rng = np.random.default_rng(1)
+    ability = rng.normal(0, 0.3, size=300)
+    halves = [random_rows(rng, ability, understanding=0.6, generation=chance) for chance in (0.4, 0.5)]
+    before, after = ({"records": rows, "metrics": measure(rows)} for rows in halves)
+    changes = paired_change(before, after)
+    change = changes["generation"]
+    assert change["significant"] and change["change"] == pytest.approx(
+        after["metrics"]["generation"] - before["metrics"]["generation"]
+    )
+    assert change["ci95"][0] < change["change"] < change["ci95"][1]
+    widths = [np.ptp(half["metrics"]["generation_ci95"]) for half in (before, after)]
+    assert np.ptp(change["ci95"]) < 0.8 * np.hypot(*widths)
+    assert not changes["understanding"]["significant"] and not changes["caption_f1"]["significant"]
+    assert changes["gap"]["change"] == pytest.approx(changes["understanding"]["change"] - change["change"])
+    first, rounds = summarise([before, after, before])
+    assert first == before["metrics"] and rounds[0]["change"] == changes
+    assert rounds[1]["change"]["gap"] == {"change": 0.0, "ci95": [0.0, 0.0], "significant": False}
+
+
+@pytest.mark.parametrize(
+    "other", [row("11", ["11"], id="y"), row("11", None), row("11", ["11", "11"])], ids=["id", "drawn", "images"]
+)
+def test_a_change_needs_the_same_records(other):
+    with pytest.raises(ValueError, match="paired_change: expected the same records"):
+        paired_change({"records": [row("11", ["11"])]}, {"records": [other]})
+
+
+def test_a_model_that_knows_everything_scores_full():
+    model = KnowingModel(SMALL)
+    metrics = evaluate(model, SMALL)["metrics"]
+    for name in ("understanding", "generation", "generation_strict", "caption_f1", "caption_exact"):
+        assert metrics[name] == 1, name
+    assert metrics["gap"] == 0
+    assert (metrics["num_understanding"], metrics["num_prompts"], metrics["num_images"]) == (4, 5, 10)
+    assert len(set(model.seeds)) == 10  # no two images share a seed
+
+
+def test_errors_are_counted_where_they_are():
+    result = evaluate(KnowingModel(SMALL, blind={2}, careless=True), SMALL)
+    rows = result["records"]
+    assert [set(item["answered"]) for item in rows[:4]] == [{"1"}, {"1"}, {"0"}, {"1"}] and rows[4]["answered"] is None
+    assert all(set(item["drawn"][0]) == {"1"} and "0" in item["drawn"][1] for item in rows)
+    assert result["metrics"]["generation_strict"] == 0.5
+
+
+def test_evaluation_depends_on_the_settings_alone(shared_tiny_model):
+    result = evaluate(shared_tiny_model, SMALL)
+    assert evaluate(shared_tiny_model, SMALL) == result
+    json.dumps(result, allow_nan=False)
+    fewer = evaluate(shared_tiny_model, EvalConfig(num_prompts=2, num_understanding=1, images_per_prompt=1, num_steps=2))
+    assert fewer["records"][0]["answered"] == result["records"][0]["answered"]
+    assert fewer["records"][1]["drawn"] == result["records"][1]["drawn"][:1]
+    assert fewer["records"][0]["id"] == result["records"][0]["id"]
+
+
+def test_a_model_of_another_size_is_refused():
+    with pytest.raises(InputError, match="the model draws 256 x 256 pixels, the built-in world has 64 x 64"):
+        evaluate(SimpleNamespace(image_size=256), SMALL)
+
+
+def test_run_evaluation_writes_and_prints(tiny_model, tmp_path, capsys):
+    tiny_model.save(tmp_path / "model")
+    settings = [f"model.name={tmp_path / 'model'}", f"run.folder={tmp_path}", "run.name=here", "eval.num_steps=2",
+                "eval.num_prompts=3", "eval.num_understanding=3"]  # fmt: skip
+    result = run_evaluation(load_config(None, settings))
+    assert read_json(tmp_path / "here" / "evaluation.json") == result
+    out = capsys.readouterr().out
+    assert "understanding" in out and "95 % interval" in out and "6 images drawn" in out
+
+
+def judged_candidates(model, scores, fractions_of):
+    rows = []
+    for number, record in enumerate(fractions_of):
+        for index, (code, score) in enumerate(zip((number, len(model.records)), scores, strict=True)):
+            rows.append({"record_id": record, "kind": "image", "index": index, "token_ids": [code], "score": score})
+    rows.append({"record_id": fractions_of[0], "kind": "caption", "index": 0, "token_ids": [1], "score": 9.0})
+    return pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)
+
+
+@pytest.mark.parametrize("scores", [(0.9, 0.1), (0.1, 0.9)], ids=["sees", "errs"])
+def test_agreement_with_the_oracle(scores):
+    """Two records, each with its true picture and an empty one."""
+    model = KnowingModel(SMALL)
+    records = [
+        shapes.make_record(scene, f"r{n}", np.random.default_rng(scene.seed))
+        for n, scene in enumerate(shapes.sample_scenes("test", 2, SMALL.seed))
+    ]
+    sees = scores[0] > scores[1]
+    codes = {"win": [0] if sees else [5], "lose": [5] if sees else [0]}
+    pairs = [
+        {"record_id": "r0", "sides": "both", **{f"{role}_codes": code for role, code in codes.items()}},
+        {"record_id": "r1", "sides": "understanding"},
+    ]
+    result = agreement(
+        model, records, judged_candidates(model, scores, ["r0", "r1"]), pa.Table.from_pylist(pairs, PAIRS_SCHEMA)
+    )
+    empty = [oracle.score(record.questions, oracle.read(model.pictures[-1:])[0])[0] for record in records]
+    assert result["mean_oracle"] == pytest.approx((2 + sum(empty)) / 4) and result["mean_score"] == pytest.approx(0.5)
+    assert result["spearman_within"] == pytest.approx(1 if sees else -1) and result["auc"] == float(sees)
+    assert (result["win_better"], result["win_worse"], result["tie"]) == (float(sees), float(not sees), 0)
+    assert (result["best_strict"], result["mean_strict"], result["worst_strict"]) == (sees, 0.5, not sees)
+    assert (result["num_images"], result["num_pairs"]) == (4, 1)
+
+
+def test_agreement_without_images():
+    model = KnowingModel(SMALL)
+    result = agreement(model, [], CANDIDATES_SCHEMA.empty_table(), PAIRS_SCHEMA.empty_table())
+    assert result["spearman"] is None and result["win_better"] is None and result["num_pairs"] == 0
+    with pytest.raises(ValueError, match="agreement: expected a record for each candidate, got none for 'r0'"):
+        agreement(model, [], judged_candidates(model, (1, 0), ["r0"]), PAIRS_SCHEMA.empty_table())
+
+
+def printed(summary):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    summaries.print_summary(summary, console)
+    return console.export_text()
+
+
+def test_the_closing_table_says_what_changed():
+    rng = np.random.default_rng(2)
+    ability = rng.normal(0, 0.2, size=300)
+    halves = [random_rows(rng, ability, understanding=0.7, generation=chance) for chance in (0.3, 0.5)]
+    before, rounds = summarise([{"records": rows, "metrics": measure(rows)} for rows in halves])
+    rounds[0] |= {"pairs": {"records": 9, "kept": 7}, "seconds": {"training": 3.2}}
+    text = printed({"before": before, "rounds": rounds})
+    lines = text.splitlines()
+    after = {lines[i].strip(): lines[i + 2] for i in range(len(lines) - 2) if lines[i].strip() in summaries.LABELS.values()}
+    assert after["understanding"].rstrip().endswith("no significant change")
+    assert after["generation"].rstrip().endswith("better") and after["gap"].rstrip().endswith("better")
+    assert "7 of 9 records gave pairs" in text and "training 3 s" in text
+    said = summaries.headline({"before": before, "rounds": rounds})
+    assert said.startswith("After 1 round, on 300 held-out prompts: gap: down") and "generation: up" in said
+    assert "understanding: no significant change" in said
+
+
+def test_the_headline_before_any_round():
+    metrics = measure([row("1110", ["10", "11"])])
+    said = summaries.headline({"before": metrics, "rounds": []})
+    assert "75.0 % of the questions" in said and "gap of 0.0 points" in said
+    assert "before" in printed({"before": metrics, "rounds": []})
