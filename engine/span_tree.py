@@ -58,7 +58,7 @@ class SpanTree:
 
     @classmethod
     def build(cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int = 0) -> SpanTree:
-        """A tree whose spans are all new. Parents come before their children; reserve adds storage slots to each span."""
+        """A tree whose spans are all new, parents before children; reserve adds storage slots to each span."""
         none = np.zeros(0, dtype=np.int64)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         root = cls(empty, empty, empty, none, none, none, none.astype(bool), none, none)

@@ -25,7 +25,9 @@ class TokenLayout:
     def __post_init__(self) -> None:
         for name in ("sot", "eot"):
             if not 0 <= getattr(self, name) < self.text_vocab_size:
-                raise ValueError(f"TokenLayout: {name} must be a text id in [0, {self.text_vocab_size}), got {getattr(self, name)}")
+                raise ValueError(
+                    f"TokenLayout: {name} must be a text id in [0, {self.text_vocab_size}), got {getattr(self, name)}"
+                )
 
     @property
     def pad(self) -> int:

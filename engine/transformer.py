@@ -1,4 +1,4 @@
-"""One config-driven decoder over span trees: the built-in tiny model, Show-o (Phi) and later families by a weight map."""
+"""One config-driven decoder over span trees: the built-in tiny model, and other families by a weight map."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name, choices in (("norm", NORMS), ("block", ("sequential", "parallel")), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"TransformerConfig: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"TransformerConfig: {name} must be one of {list(choices)}, got {getattr(self, name)!r}"
+                )
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"TransformerConfig: hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}, "
@@ -139,7 +141,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids of a span tree -> hidden states; the head stays outside, so that callers run it on the rows they need."""
+    """Token ids of a span tree -> hidden states; the head stays outside, so callers run it on the rows they need."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         super().__init__()
         multipliers = config.channel_multipliers
         width = config.channels * multipliers[-1]
-        # A level is as wide and deep as the encoder's next finer one: the published decoder narrows before it upsamples.
+        # A level is as wide and deep as the encoder's next finer one: the published decoder narrows, then upsamples.
         finer = [max(level - 1, 0) for level in range(len(multipliers))]
         self.post_quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
         self.conv_in = nn.Conv2d(config.code_bits, width, 3, padding=1)
@@ -200,7 +200,8 @@ class VQTokenizer(nn.Module):
         factor = self.config.downsampling
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(
-                f"VQTokenizer: expected images [B, 3, H, W] with H and W multiples of {factor}, got {tuple(images.shape)}"
+                f"VQTokenizer: expected images [B, 3, H, W] with H and W multiples of {factor}, "
+                f"got {tuple(images.shape)}"
             )
         return self.encoder(F.pixel_unshuffle(images, self.config.patch_size))
 
@@ -209,11 +210,11 @@ class VQTokenizer(nn.Module):
         return self.latent_to_codes(self.encode_latent(images))
 
     def latent_to_codes(self, z: Tensor) -> Tensor:
-        """z [B, code_bits, h, w] -> codes int64 [B, h * w]: bit set where the channel is positive, first channel highest."""
+        """z [B, code_bits, h, w] -> codes int64 [B, h * w]: a bit is set where its channel is positive."""
         return ((z > 0).long() * self._bit_values(z.device)[:, None, None]).sum(1).flatten(1)
 
     def decode(self, codes: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """codes int64 [B, h * w] -> images [B, 3, H, W], about [-1, 1]; height and width in tokens, a square by default.
+        """codes int64 [B, h * w] -> images [B, 3, H, W], about [-1, 1]; height and width in tokens, else a square.
 
         Raises:
             ValueError: a grid that does not fit, or a code outside [0, codebook_size).
@@ -221,10 +222,13 @@ class VQTokenizer(nn.Module):
         side = int(codes.shape[1] ** 0.5)
         height, width = height or side, width or side
         if height * width != codes.shape[1]:
-            raise ValueError(f"VQTokenizer: {codes.shape[1]} codes do not make a {height} x {width} grid; pass height and width")
+            raise ValueError(
+                f"VQTokenizer: {codes.shape[1]} codes do not make a {height} x {width} grid; pass height and width"
+            )
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
             raise ValueError(
-                f"VQTokenizer: codes must lie in [0, {self.config.codebook_size}), got [{int(codes.min())}, {int(codes.max())}]"
+                f"VQTokenizer: codes must lie in [0, {self.config.codebook_size}), "
+                f"got [{int(codes.min())}, {int(codes.max())}]"
             )
         return self.decode_latent(self.codes_to_latent(codes, height, width))
 

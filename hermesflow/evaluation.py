@@ -27,7 +27,7 @@ from .prompting import MAX_CAPTION_TOKENS, caption_prompt
 from .records import Record
 from .scoring import self_vqa, token_f1
 from .stats import percentile_interval, rank_correlation, resample_ratios, roc_auc
-from .summaries import LABELS, metrics_table
+from .summaries import LABELS, print_metrics
 from .worlds import oracle, shapes
 
 _RATIOS = ("understanding", "generation", "generation_strict", "caption_f1", "caption_exact")
@@ -46,7 +46,7 @@ def run_evaluation(config: Config) -> dict[str, Any]:
     path = config.run_folder / "evaluation.json"
     write_json(path, result)
     console = Console()
-    console.print(metrics_table(result["metrics"]))
+    print_metrics(result["metrics"], console)
     console.print(f"evaluation: {path}", soft_wrap=True, highlight=False)
     return result
 

@@ -60,7 +60,9 @@ class Model:
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
-        words = [self.text_tokenizer.id_to_token(int(token)) for token in ids if int(token) < self.layout.text_vocab_size]
+        words = [
+            self.text_tokenizer.id_to_token(int(token)) for token in ids if int(token) < self.layout.text_vocab_size
+        ]
         return " ".join(word for word in words if word and word != END_OF_TEXT)
 
     @torch.no_grad()
@@ -113,12 +115,16 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
         raise InputError(f"no model {name_or_path!r}: give 'tiny' or a folder that holds config.json")
     try:
         config = json.loads((folder / "config.json").read_text())
-        vq_config = {key: tuple(value) if isinstance(value, list) else value for key, value in config["vq_tokenizer"].items()}
+        vq_config = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in config["vq_tokenizer"].items()
+        }
         transformer = Transformer(TransformerConfig(**config["transformer"]))
         vq_tokenizer = VQTokenizer(VQTokenizerConfig(**vq_config))
         layout, image_size = TokenLayout(**config["layout"]), int(config["image_size"])
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'}: not a model configuration ({error}); restore it from its source") from error
+        raise InputError(
+            f"{folder / 'config.json'}: not a model configuration ({error}); restore it from its source"
+        ) from error
     try:
         load_weights(transformer, folder / "model.safetensors")
         load_weights(vq_tokenizer, folder / "vq_tokenizer.safetensors")
@@ -127,7 +133,9 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
     try:
         text_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore it from its source") from error
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore it from its source"
+        ) from error
     model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
     model.transformer.to(device)
     model.vq_tokenizer.to(device)

@@ -1,9 +1,9 @@
 """How the built-in tiny model is made from a seed: first its image tokenizer, then its transformer.
 
-The transformer trains in Show-o's way (arXiv 2408.12528): masked image tokens under a cosine schedule given the caption,
-and next-token prediction of captions and answers given the image. Every batch is one forest of span trees: a caption
-carries two differently masked copies of its image, an image carries its caption and several questions. A step's batch is
-a pure function of (seed, step, rank), so that a run that was killed goes on from its checkpoint to the same result.
+The transformer trains in Show-o's way (arXiv 2408.12528): masked image tokens under a cosine schedule given the
+caption, and next-token prediction of captions and answers given the image. Every batch is one forest of span trees: a
+caption carries two differently masked copies of its image, an image carries its caption and several questions. A step's
+batch is a pure function of (seed, step, rank), so that a killed run goes on from its checkpoint to the same result.
 
 Under torchrun each process draws its own batch and the gradients are averaged; on a CPU, one process a core is faster
 than one process with a thread a core.
@@ -67,8 +67,15 @@ def run_pretraining(config: PretrainConfig) -> Path:
     )  # fmt: skip
     transformer = Transformer(
         TransformerConfig(
-            vocab_size=layout.vocab_size, hidden_size=128, num_layers=6, num_heads=4, num_kv_heads=4, mlp_size=512,
-            activation="relu2", qk_norm=True, bias=False,
+            vocab_size=layout.vocab_size,
+            hidden_size=128,
+            num_layers=6,
+            num_heads=4,
+            num_kv_heads=4,
+            mlp_size=512,
+            activation="relu2",
+            qk_norm=True,
+            bias=False,
         )  # fmt: skip
     ).init_weights(torch.Generator().manual_seed(config.seed))
     vq_tokenizer = VQTokenizer(TOKENIZER)
@@ -167,7 +174,7 @@ class SceneBatches:
         self.codes = torch.cat(codes).numpy()
 
     def draw(self, rng: np.random.Generator, num_generation: int, num_understanding: int, dropout: float) -> Batch:
-        """num_generation captions with MASKS_PER_IMAGE masked images each, num_understanding images with their texts."""
+        """num_generation captions with masked copies of their images, num_understanding images with their texts."""
         chosen = rng.integers(len(self.scenes), size=num_generation + num_understanding)
         captions = self._encode([shapes.caption(self.scenes[index], rng) for index in chosen])
         spans: list[Span] = []
@@ -220,7 +227,9 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
     """Trains model.transformer in place on fixed scenes, with Muon on the blocks' matrices and AdamW on the rest."""
     transformer = model.transformer.train()
     matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in transformer.parameters() if all(parameter is not matrix for matrix in matrices)]
+    others = [
+        parameter for parameter in transformer.parameters() if all(parameter is not matrix for matrix in matrices)
+    ]
     optimizers = [
         torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay),
@@ -305,7 +314,11 @@ def validate(transformer: Transformer, batches: SceneBatches, config: PretrainCo
 def save_checkpoint(config: PretrainConfig, step: int, transformer: Transformer, optimizers: list) -> None:
     """Writes checkpoint.pt: the number of steps done, the weights and both optimizers' states."""
     with atomic_write(Path(config.folder) / "checkpoint.pt") as temporary:
-        state = {"step": step, "model": transformer.state_dict(), "optimizers": [item.state_dict() for item in optimizers]}
+        state = {
+            "step": step,
+            "model": transformer.state_dict(),
+            "optimizers": [item.state_dict() for item in optimizers],
+        }
         torch.save(state, temporary)
 
 

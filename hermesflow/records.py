@@ -193,8 +193,8 @@ def _read_image(id: str, data: bytes) -> np.ndarray:
         return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(
-            f"records_from_table: expected the bytes of a PNG or other image file, got {len(data)} bytes that are none in "
-            f"record {id!r}; write the column anew"
+            f"records_from_table: expected the bytes of a PNG or other image file, got {len(data)} bytes that are none "
+            f"in record {id!r}; write the column anew"
         ) from error
 
 

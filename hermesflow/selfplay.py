@@ -24,7 +24,16 @@ from rich.console import Console
 from .config import Config, load_config, to_toml
 from .curation import curate
 from .evaluation import agreement, evaluate, summarise
-from .files import InputError, atomic_folder, read_json, read_parquet, remove_leftovers, write_json, write_parquet, write_text
+from .files import (
+    InputError,
+    atomic_folder,
+    read_json,
+    read_parquet,
+    remove_leftovers,
+    write_json,
+    write_parquet,
+    write_text,
+)
 from .models import Model, load_model
 from .pairs import make_pairs, pair_statistics
 from .records import Record, read_records, write_records
@@ -87,7 +96,9 @@ class Run:
             f"{section}.{key}"
             for section in now
             for key in now[section]
-            if section != "pretrain" and now[section][key] != saved[section][key] and (section, key) != ("run", "folder")
+            if section != "pretrain"
+            and now[section][key] != saved[section][key]
+            and (section, key) != ("run", "folder")
         ]
         if changed:
             raise InputError(
@@ -113,7 +124,9 @@ class Run:
         else:
             records = read_records(data.source)[:count]
             if len(records) < count:
-                raise InputError(f"{data.source}: has {len(records)} records, {count} are needed; lower data.num_records")
+                raise InputError(
+                    f"{data.source}: has {len(records)} records, {count} are needed; lower data.num_records"
+                )
         return with_codes(self.model(0), records)
 
     def round_records(self, number: int) -> list[Record]:
@@ -167,7 +180,11 @@ class Run:
             model = self.model(number - 1)
             self._loaded = None  # the policy changes in place
             means = train_pairs(
-                model, pairs, self.config.train, seed=self.config.run.seed * 1_000 + number, folder=self._path(number, "train")
+                model,
+                pairs,
+                self.config.train,
+                seed=self.config.run.seed * 1_000 + number,
+                folder=self._path(number, "train"),
             )
             write_json(self._path(number, "training.json"), means)
             with atomic_folder(target) as temporary:

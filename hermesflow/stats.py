@@ -66,8 +66,10 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     Args:
         x: [n].
         y: [n].
-    Returns: a value in [-1, 1], or None if either is constant.
+    Returns: a value in [-1, 1], or None if either is constant or there is nothing.
     """
+    if not len(x):
+        return None
     ranks = np.stack([average_ranks(np.asarray(x)), average_ranks(np.asarray(y))])
     ranks -= ranks.mean(axis=1, keepdims=True)
     spread = np.sqrt((ranks**2).sum(axis=1))

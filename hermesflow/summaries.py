@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,26 +20,28 @@ LABELS = {
 captions state the facts of the scene and no others."""
 
 
-def metrics_table(metrics: dict[str, Any]) -> Table:
-    """The metrics of one evaluation in per cent: the whole with its interval, then each category.
+def print_metrics(metrics: dict[str, Any], console: Console) -> None:
+    """Prints one evaluation in per cent: the whole with its intervals, then each category.
 
     Args:
         metrics: "metrics" of hermesflow.evaluation.evaluate.
+        console: where it goes.
     """
-    table = Table(
-        title=f"{metrics['num_understanding']} real images asked about, {metrics['num_images']} images drawn for "
-        f"{metrics['num_prompts']} prompts; in per cent",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("")
-    for label in LABELS.values():
-        table.add_column(label, justify="right")
-    table.add_row("all", *(format_value(metrics[name]) for name in LABELS))
-    table.add_row("95 % interval", *(format_interval(metrics[f"{name}_ci95"]) for name in LABELS), end_section=True)
+    asked, drawn, prompts = (metrics[f"num_{name}"] for name in ("understanding", "images", "prompts"))
+    whole = _table()
+    for name, justify in (("", "left"), ("%", "right"), ("95 % interval", "left")):
+        whole.add_column(name, justify=justify)
+    for name, label in LABELS.items():
+        whole.add_row(label, format_value(metrics[name]), format_interval(metrics[f"{name}_ci95"]))
+    shown = [name for name in LABELS if name != "caption_f1"]  # one fewer, to fit into 80 columns
+    categories = _table()
+    categories.add_column("by category, %")
+    for name in shown:
+        categories.add_column(LABELS[name], justify="right")
     for category, values in metrics["by_category"].items():
-        table.add_row(category.replace("_", " "), *(format_value(values[name]) for name in LABELS))
-    return table
+        categories.add_row(category.replace("_", " "), *(format_value(values[name]) for name in shown))
+    console.print(f"{asked} real images asked about, {drawn} images drawn for {prompts} prompts")
+    console.print(whole, "", categories, sep="\n")
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
@@ -52,7 +53,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     """
     stages = [("before", summary["before"])]
     stages += [(f"round {number}", metrics) for number, metrics in enumerate(summary["rounds"], 1)]
-    table = Table(title="Self-play, measured on held-out scenes", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = _table()
     for name, justify in (("", "left"), ("%, 95 % interval", "right"), ("change in points", "left"), ("", "left")):
         table.add_column(name, justify=justify)
     for name, label in LABELS.items():
@@ -61,7 +62,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             value = f"{format_value(metrics.get(name))} {format_interval(metrics.get(f'{name}_ci95'))}"
             change = metrics.get("change", {}).get(name)
             table.add_row(f"  {stage}", value, *((format_change(change), tell_verdict(name, change)) if change else ()))
-    console.print(table)
+    console.print("Self-play, measured on held-out scenes", table, sep="\n")
     for number, metrics in enumerate(summary["rounds"], 1):
         for line in describe_round(metrics):
             console.print(f"round {number}: {line}", highlight=False)
@@ -131,6 +132,11 @@ def tell_verdict(name: str, change: dict[str, Any]) -> str:
     if not change["significant"]:
         return "no significant change"
     return "better" if (change["change"] > 0) != (name == "gap") else "worse"
+
+
+def _table() -> Table:
+    """Without lines, so that a row of the closing table fits into 80 columns."""
+    return Table(box=None, padding=(0, 1, 0, 0))
 
 
 def _tell(change: dict[str, Any]) -> str:

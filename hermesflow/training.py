@@ -1,8 +1,8 @@
-"""Pair-DPO: one packed pass over homologous pairs, against a frozen reference (HermesFlow, arXiv 2502.12148, section 4).
+"""Pair-DPO over packed homologous pairs, against a frozen reference (HermesFlow, arXiv 2502.12148, section 4).
 
 Every pair of a step brings both its sides, as two span trees: prompt -> win image, lose image, which share one random
-mask, and image -> question -> win caption, lose caption. Prefixes are computed once and the head runs on labelled tokens
-only. All draws are pure functions of (seed, step), so that a run resumes to the same weights, bit by bit.
+mask, and image -> question -> win caption, lose caption. Prefixes are computed once, and the head runs on labelled
+tokens only. All draws are pure functions of (seed, step), so that a run resumes to the same weights, bit by bit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIDES = ("generation", "understanding")
 
 @dataclass(frozen=True)
 class Side:
-    """What one side of a step's pairs must predict: packed rows, targets, the segment of each, and the pairs' weights."""
+    """What one side of a step's pairs must predict: packed rows, targets and segments, and the pairs' weights."""
 
     rows: Tensor
     targets: Tensor

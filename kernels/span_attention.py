@@ -82,9 +82,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def _gather(storage: Tensor, rows: Tensor) -> Tensor:
-    """storage [S, H, d] at rows [G, L] -> [G, H, L, d]. Embedding's backward adds in parallel, plain indexing's does not."""
+    """storage [S, H, d] at rows [G, L] -> [G, H, L, d]. Embedding's backward is parallel, indexing's is not."""
     flat = F.embedding(rows, storage.flatten(1))
     return flat.view(*rows.shape, *storage.shape[1:]).transpose(1, 2)
 
 
-registry.register("span_attention", "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)
+registry.register(
+    "span_attention", "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None
+)

@@ -1,1 +1,1 @@
-"""Worlds whose truth is known: scenes, their pictures, captions and questions, and an oracle that reads pixels alone."""
+"""Worlds whose truth is known: scenes, pictures, captions and questions, and an oracle that reads pixels alone."""

@@ -2,8 +2,8 @@
 
 Each pixel is explained as background mixed with one palette colour; where the colour's share passes one half, the pixel
 belongs to an object of that colour. Connected pixels of one colour are one object. Its shape is the one whose ideal
-picture, of the same area at the same place, overlaps it best; a poor overlap leaves the shape unknown. No learnt part and
-no knowledge of the prompt enters, so a model cannot talk the oracle into a picture that it did not draw.
+picture, of the same area at the same place, overlaps it best; a poor overlap leaves the shape unknown. No learnt part
+and no knowledge of the prompt enters, so a model cannot talk the oracle into a picture that it did not draw.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def _find_backgrounds(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
 def _classify_pixels(pixels: np.ndarray, background_rgb: np.ndarray) -> np.ndarray:
     """Each pixel's colour int8 [n, 64, 64]: 1 + its index in COLORS, 0 for background.
 
-    The nearest palette colour alone would call the blend of yellow and black green: so a pixel is compared with the whole
-    line from the background to each colour.
+    The nearest palette colour alone would call the blend of yellow and black green: so a pixel is compared with the
+    whole line from the background to each colour.
     """
     offset = pixels - background_rgb[:, None, None]
     best = np.full(pixels.shape[:3], np.inf, dtype=np.float32)
@@ -163,10 +163,10 @@ def _classify_pixels(pixels: np.ndarray, background_rgb: np.ndarray) -> np.ndarr
 
 
 def _connected_components(colors: np.ndarray) -> np.ndarray:
-    """Component of each pixel int64 [n, 64, 64], -1 for background; a component is connected by edges and has one colour.
+    """Component of each pixel int64 [n, 64, 64], -1 for background; it is connected by edges and of one colour.
 
-    Runs of one colour in a row are joined to the runs they touch in the next row; the lowest run number spreads until it
-    is everywhere in the component, which halves the longest chain at each turn.
+    Runs of one colour in a row are joined to the runs they touch in the next row; the lowest run number spreads until
+    it is everywhere in the component, which halves the longest chain at each turn.
     """
     starts = np.ones(colors.shape, dtype=bool)
     starts[:, :, 1:] = colors[:, :, 1:] != colors[:, :, :-1]

@@ -91,7 +91,7 @@ class Scene:
 
 
 def split_key(scene: Scene) -> str:
-    """The key by which a scene is held out: its pair of kinds, its one object's kind, size and cell, or kind and count."""
+    """What a scene is held out by: its pair of kinds, its one object's kind, size and cell, or kind and count."""
     kinds = sorted({item.kind for item in scene.objects})
     if len(kinds) == 2:
         return _pair_key(*kinds)
@@ -206,7 +206,7 @@ def _shuffled(pair: tuple, rng: np.random.Generator) -> tuple:
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels from a shape's edge, negative inside (at a corner's outside: of the nearest side's line).
+    """Signed distance in pixels from a shape's edge, negative inside (outside a corner: of the nearest side's line).
 
     Args:
         shape: one of SHAPES.
@@ -316,7 +316,7 @@ def _relation(first: Object, second: Object) -> str:
 
 
 def relation(dx: float, dy: float) -> str:
-    """Where a first thing is relative to a second that lies (dx, dy) to the right of and below it, on the dominant axis."""
+    """Where a first thing is relative to a second that lies (dx, dy) right of and below it, on the dominant axis."""
     if abs(dx) >= abs(dy):
         return "left" if dx > 0 else "right"
     return "above" if dy > 0 else "below"
@@ -336,8 +336,9 @@ def parse_caption(text: str) -> frozenset[tuple[str, ...]]:
 
     Args:
         text: a caption, for instance one that a model wrote.
-    Returns: facts ("count", kind, number), ("size", kind, size), ("place", kind, place), ("left" or "above", kind, other
-        kind) and ("background", color), where a kind is such as "red circle". Right and below are stored as left and above.
+    Returns: facts ("count", kind, number), ("size", kind, size), ("place", kind, place), ("left" or "above", kind,
+        other kind) and ("background", color), where a kind is such as "red circle". Right and below are stored as left
+        and above.
     """
     text = " ".join(text.lower().split())
     facts: set[tuple[str, ...]] = {("background", match[1]) for match in _BACKGROUND.finditer(text)}
@@ -407,7 +408,8 @@ def record_questions(scene: Scene, text: str) -> tuple[Question, ...]:
     """
     if not scene_facts(scene) <= parse_caption(text):
         raise ValueError(
-            f"record_questions: expected a caption that states {sorted(scene_facts(scene))}, got {text!r}; make it with caption()"
+            f"record_questions: expected a caption that states {sorted(scene_facts(scene))}, "
+            f"got {text!r}; make it with caption()"
         )
     return _RECORD_QUESTIONS[scene.category](scene)
 

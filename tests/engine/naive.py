@@ -18,20 +18,22 @@ LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, 
 MODELS = {
     "sequential": {},
     "parallel-gqa-partial-qknorm": {
-        "block": "parallel", "num_kv_heads": 2, "rotary_fraction": 0.5, "qk_norm": True, "activation": "gelu_tanh", "head_bias": True
+        "block": "parallel", "num_kv_heads": 2, "rotary_fraction": 0.5, "qk_norm": True, "activation": "gelu_tanh",
+        "head_bias": True,
     },
     "rmsnorm-gated-mqa-tied": {
-        "norm": "rmsnorm", "gated": True, "activation": "silu", "num_kv_heads": 1, "bias": False, "tie_embeddings": True, "qk_norm": True
+        "norm": "rmsnorm", "gated": True, "activation": "silu", "num_kv_heads": 1, "bias": False,
+        "tie_embeddings": True, "qk_norm": True,
     },
     "relu2-no-rotary": {"activation": "relu2", "rotary_fraction": 0.0, "num_kv_heads": 2},
-}
+}  # fmt: skip
 
 
 def tiny_model(kind="sequential", layout=LAYOUT, dtype=torch.float32, seed=0):
     """A random transformer with weights large enough for distributions that are far from uniform."""
-    shape = {"vocab_size": layout.vocab_size, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 48}
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 48}
     generator = torch.Generator().manual_seed(seed)
-    transformer = Transformer(TransformerConfig(**(shape | MODELS[kind])))
+    transformer = Transformer(TransformerConfig(vocab_size=layout.vocab_size, **(shape | MODELS[kind])))
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             mean = 1.0 if name.endswith("norm.weight") else 0.0
@@ -114,6 +116,7 @@ def draw_image(transformer, layout, prompt, seed, params):
     codes = torch.full((num_tokens,), -1)
     every = torch.arange(num_tokens)
     seeds = torch.full((num_tokens,), seed)
+    image_ids = slice(layout.code_offset, layout.code_offset + layout.codebook_size)
     mask_temperature = params.mask_temperature
     for step in range(params.num_steps):
         ratio = (step + 1) / params.num_steps
@@ -122,7 +125,7 @@ def draw_image(transformer, layout, prompt, seed, params):
         for text in (prompt, []):
             condition = [layout.special("t2i"), layout.sot, *text, layout.eot]
             logits = chain_logits(transformer, (condition, "causal"), ([layout.soi, *image, layout.eoi], "full"))
-            halves.append(logits[len(condition) + 1 : -1, layout.code_offset : layout.code_offset + layout.codebook_size])
+            halves.append(logits[len(condition) + 1 : -1, image_ids])
         drawn, logprob = guided_sample(
             halves[0], halves[1], guidance_scale=params.guidance_scale, temperature=params.temperature,
             key=RandomKey(seeds, torch.tensor(step), every),

@@ -14,8 +14,9 @@ def transformer(request, naive):
 
 def image_tree(layout):
     """A prompt with a win and a lose image under one mask: the tree of a training step."""
-    masked = torch.arange(layout.num_image_tokens) % 3 == 0
-    images = torch.randint(0, layout.codebook_size, (2, layout.num_image_tokens), generator=torch.Generator().manual_seed(0))
+    num_tokens, generator = layout.num_image_tokens, torch.Generator().manual_seed(0)
+    masked = torch.arange(num_tokens) % 3 == 0
+    images = torch.randint(0, layout.codebook_size, (2, num_tokens), generator=generator)
     prompt = layout.text_prompt([5, 6])
     leaves = []
     for codes in images:

@@ -17,7 +17,8 @@ def forests(draw, first=0, minimum=1):
     lengths = [draw(st.integers(1, 11)) for _ in range(count)]
     modes = [draw(st.sampled_from(["causal", "full"])) for _ in range(count)]
     ids = iter(range(1000))
-    return [([next(ids) for _ in range(n)], parent, mode) for n, parent, mode in zip(lengths, parents, modes, strict=True)]
+    tokens = [[next(ids) for _ in range(length)] for length in lengths]
+    return list(zip(tokens, parents, modes, strict=True))
 
 
 def truth(tree, spans, new):

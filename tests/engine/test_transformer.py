@@ -35,7 +35,8 @@ def test_forward_and_all_gradients_in_float64(naive, transformer):
     mine = torch.autograd.grad((got * weight).sum(), parameters, **options)
     truth = torch.autograd.grad((expected * weight).sum(), parameters, **options)
     for name, got_gradient, true_gradient in zip(names, mine, truth, strict=True):
-        torch.testing.assert_close(got_gradient, true_gradient, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        label = lambda message, name=name: f"{name}: {message}"  # noqa: E731
+        torch.testing.assert_close(got_gradient, true_gradient, rtol=1e-9, atol=1e-10, msg=label)
 
 
 @pytest.mark.parametrize("branch", [(0, 1), (0, 2), (3, 4, 5), (3, 4, 6)], ids=str)
@@ -60,17 +61,17 @@ def nan_cache(transformer, capacity):
 def test_cached_prefixes_equal_one_pass(transformer):
     whole = SpanTree.build(SPANS)
     expected = transformer(whole)
+    branches = [(IMAGE, 0, "full"), (IMAGE[::-1], 0, "full"), ([1, 2], 2, "causal"), ([2, 1, 3], 2, "causal")]
     prefix = SpanTree.build([SPANS[0], SPANS[3], (QUESTION, 1, "causal")])
-    leaves = prefix.extend([(IMAGE, 0, "full"), (IMAGE[::-1], 0, "full"), ([1, 2], 2, "causal"), ([2, 1, 3], 2, "causal")])
+    leaves = prefix.extend(branches)
     cache = nan_cache(transformer, leaves.capacity + 5)
-    first, then = transformer(prefix, cache), transformer(leaves, cache)
-    for tree, hidden, pairs in [(prefix, first, [(0, 0), (1, 3), (2, 4)]), (leaves, then, [(3, 1), (4, 2), (5, 5), (6, 6)])]:
-        for mine, truth in pairs:
-            torch.testing.assert_close(hidden[tree.span_rows(mine)], expected[whole.span_rows(truth)], rtol=0, atol=1e-11)
+    got = torch.cat([transformer(prefix, cache), transformer(leaves, cache)])
+    truth = torch.cat([expected[whole.span_rows(span)] for span in (0, 3, 4, 1, 2, 5, 6)])
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-11)
     # The next step of generation: other tokens on the same structure.
     swapped = leaves.with_tokens(leaves.token_ids.flip(0))
-    again = prefix.extend([(swapped.token_ids[swapped.span_rows(span)].tolist(), parent, mode)
-                           for span, parent, mode in [(3, 0, "full"), (4, 0, "full"), (5, 2, "causal"), (6, 2, "causal")]])  # fmt: skip
+    tokens = iter(swapped.token_ids.tolist())
+    again = prefix.extend([([next(tokens) for _ in ids], parent, mode) for ids, parent, mode in branches])
     fresh = nan_cache(transformer, again.capacity)
     transformer(prefix, fresh)
     torch.testing.assert_close(transformer(swapped, cache), transformer(again, fresh), rtol=0, atol=1e-11)

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 GOLDEN = Path(__file__).parents[1] / "data" / "magvit"
-TINY = VQTokenizerConfig(code_bits=6, channels=8, channel_multipliers=(1, 2), num_res_blocks=(1, 1), num_groups=4, patch_size=2)
+TINY = VQTokenizerConfig(
+    code_bits=6, channels=8, channel_multipliers=(1, 2), num_res_blocks=(1, 1), num_groups=4, patch_size=2
+)
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model, tmp_path_factory):
+def settings(shared_tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model.save(folder)
+    shared_tiny_model.save(folder)
     return [*SETTINGS, f"model.name={folder}"]
 
 

@@ -25,11 +25,15 @@ def make_pairs(model, count=6, sides=("both",)):
         win, lose = ([words[i] for i in rng.integers(len(words), size=n)] for n in (4, 3))
         rows.append(
             {
-                "record_id": f"r{index}", "category": "colors", "caption": "a red circle", "sides": sides[index % len(sides)],
+                "record_id": f"r{index}",
+                "category": "colors",
+                "caption": "a red circle",
+                "sides": sides[index % len(sides)],
                 "record_codes": rng.integers(codebook, size=tokens).tolist(),
                 "win_codes": rng.integers(codebook, size=tokens).tolist(),
                 "lose_codes": rng.integers(codebook, size=tokens).tolist(),
-                "win_caption_ids": model.encode_text(" ".join(win)), "lose_caption_ids": model.encode_text(" ".join(lose)),
+                "win_caption_ids": model.encode_text(" ".join(win)),
+                "lose_caption_ids": model.encode_text(" ".join(lose)),
                 "prompt_ids": model.encode_text("a red circle"),
             }  # fmt: skip
         )
@@ -42,7 +46,7 @@ def model(tiny_model):
 
 
 def naive_side_sums(transformer, layout, pair, batch, index):
-    """Summed log-probabilities of (win image, lose image, win caption, lose caption) by dense passes over one sequence."""
+    """Summed log-probabilities of win image, lose image, win caption and lose caption, each by one dense pass."""
 
     def logprobs(ids, full_from, full_to):
         length = len(ids)
@@ -58,7 +62,11 @@ def naive_side_sums(transformer, layout, pair, batch, index):
         image = layout.image(pair[name])
         start = int(side.rows[wanted].min())
         tree_ids = batch.tree.token_ids
-        span = next(i for i in range(batch.tree.num_spans) if batch.tree.span_rows(i).start <= start < batch.tree.span_rows(i).stop)
+        span = next(
+            i
+            for i in range(batch.tree.num_spans)
+            if batch.tree.span_rows(i).start <= start < batch.tree.span_rows(i).stop
+        )
         rows = batch.tree.span_rows(span)
         logp = logprobs([*prompt, *tree_ids[rows].tolist()], len(prompt), len(prompt) + len(image))
         offsets = side.rows[wanted] - rows.start
@@ -108,7 +116,9 @@ def test_packed_sums_equal_one_sequence_at_a_time(model):
             for side in batch.sides.values():
                 logp = span_logprobs(model.transformer, batch.tree, side.rows, side.targets)
                 packed += [logp[side.segment == 2 * index + lose].sum().item() for lose in (0, 1)]
-            assert packed == pytest.approx(naive_side_sums(model.transformer, model.layout, pair, batch, index), abs=1e-3)
+            assert packed == pytest.approx(
+                naive_side_sums(model.transformer, model.layout, pair, batch, index), abs=1e-3
+            )
 
 
 def test_win_and_lose_share_condition_and_mask(model):
@@ -129,7 +139,11 @@ def test_win_and_lose_share_condition_and_mask(model):
 def test_captions_are_conditioned_on_the_record_s_own_image(model):
     rows = make_pairs(model, 2)
     tree = pair_batch(rows, model.layout, QUESTION, np.random.default_rng(1)).tree
-    images = [tree.token_ids[tree.span_rows(i)].tolist() for i in range(tree.num_spans) if tree.parents[i] < 0 and tree.full[i]]
+    images = [
+        tree.token_ids[tree.span_rows(i)].tolist()
+        for i in range(tree.num_spans)
+        if tree.parents[i] < 0 and tree.full[i]
+    ]
     assert images == [model.layout.image_prefix(row["record_codes"]) for row in rows]
 
 
@@ -176,7 +190,10 @@ def test_resume_is_bit_identical(model, tmp_path, monkeypatch):
     for name, tensor in whole.transformer.state_dict().items():
         assert torch.equal(tensor, resumed.transformer.state_dict()[name]), name
     records = [
-        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in path.read_text().splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+            for line in path.read_text().splitlines()
+        ]
         for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "broken/metrics.jsonl")
     ]
     assert records[0] == records[1]
