@@ -125,8 +125,8 @@ class TextDecoder:
         choices = [choice_ids[image][question] for image, question in pairs]
         num_choices = [len(of_question) for of_question in choices]
         first_question, first_choice = len(spans) - len(pairs), len(spans)
-        for parent, of_question in enumerate(choices, start=first_question):
-            spans = spans + [(ids, parent, "causal") for ids in of_question]
+        asked = enumerate(choices, start=first_question)
+        spans = [*spans, *((ids, parent, "causal") for parent, of_question in asked for ids in of_question)]
         if len(spans) == first_choice:
             return [[] for _ in pairs]
         tree = SpanTree.build(spans, self.transformer.embed.weight.device)

@@ -203,8 +203,8 @@ def _rounds(rounds: Sequence[dict[str, Any]]) -> str:
     tables = [
         _round_table("Records that gave pairs", kept, str),
         _round_table("Sides of records rejected", [item.get("rejected", {}) for item in pairs], str),
-        _round_table("The model's own score held against the oracle, %", percent, format_value),
-        _round_table("The same as ranks", ranks, "{:.2f}".format),
+        _round_table("The model's own score and the oracle, %", percent, format_value),
+        _round_table("Own score and oracle by rank", ranks, "{:.2f}".format),
         _round_table("End of training", [metrics.get("training", {}) for metrics in rounds], "{:.4g}".format),
         _round_table("Seconds", [metrics.get("seconds", {}) for metrics in rounds], "{:.0f}".format),
     ]

@@ -52,7 +52,9 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Returns: what summary.json holds.
     Raises: InputError if the folder holds a run with other settings or cannot be written, or if a round keeps no pair.
     """
+    console = console or Console()
     run = Run(config)
+    console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
     run.evaluation(0)
     for number in range(1, config.selfplay.num_rounds + 1):
         run.curate(number)
@@ -61,7 +63,6 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     summary = run.summary()
     write_json(run.folder / "summary.json", summary)
     page = write_report(run.folder)
-    console = console or Console()
     print_summary(summary, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return summary

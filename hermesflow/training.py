@@ -30,7 +30,7 @@ from hermesflow.kernels.pair_dpo import PairDPOOutput, pair_dpo
 
 from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .files import InputError, write_text
+from .files import InputError, write_problem, write_text
 from .models import Model
 from .progress import track
 from .prompting import CAPTION_QUESTION
@@ -265,8 +265,11 @@ class MetricLog:
     def add(self, record: dict[str, float]) -> None:
         """Appends one line."""
         self._records.append(record)
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise write_problem(self._path, error) or error from error
 
     def tail_means(self, count: int) -> dict[str, float]:
         """Mean of every metric over the last `count` steps that have it; speeds and step numbers are left out."""

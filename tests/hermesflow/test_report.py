@@ -1,0 +1,236 @@
+"""The page of a run: whole in itself, nothing of the data taken as HTML, and honest about what is not there."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pytest
+
+from hermesflow.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
+from hermesflow.config import load_config, to_toml
+from hermesflow.curation import CANDIDATES_SCHEMA, curate
+from hermesflow.evaluation import agreement, evaluate, summarise
+from hermesflow.files import InputError, read_json, read_parquet, write_json, write_parquet, write_text
+from hermesflow.pairs import PAIRS_SCHEMA, make_pairs, pair_statistics
+from hermesflow.report import write_report
+
+EVIL = "<script>alert('x')</script> & \"quoted\""
+SETTINGS = (
+    "run.name=t", "selfplay.num_rounds=1", "curation.num_images=3", "curation.num_steps=2", "curation.threshold=0",
+    "curation.margin=0", "curation.keep=any", "curation.caption_top_k=[4]", "eval.num_prompts=6",
+    "eval.num_understanding=6", "eval.num_steps=2",
+)  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """Collects elements and texts, and fails where an element is closed that is not open."""
+
+    VOID = ("meta", "img", "circle", "line", "path", "polygon", "polyline", "rect", "br")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def finished(shared_tiny_model, tiny_records, tmp_path_factory):
+    """A run of one round, its files made as self-play makes them, training aside."""
+    folder = tmp_path_factory.mktemp("run")
+    shared_tiny_model.save(folder / "model")
+    config = load_config(None, [*SETTINGS, f"model.name={folder / 'model'}"])
+    run, model = folder / "t", shared_tiny_model
+    write_text(run / "config.toml", to_toml(config))
+    candidates = curate(model, tiny_records, config.curation, seed=1, folder=run / "round-1" / "candidates")
+    pairs, rejected = make_pairs(tiny_records, candidates, config.curation)
+    assert len(pairs) > 3, "the tiny model must give pairs, or there is nothing to show"
+    write_parquet(run / "round-1" / "rejected.parquet", rejected)
+    write_parquet(run / "round-1" / "pairs.parquet", pairs)
+    evaluations = [evaluate(model, config.eval), evaluate(model, config.eval)]
+    evaluations[1]["agreement"] = agreement(model, tiny_records, candidates, pairs)
+    for number, evaluation in enumerate(evaluations):
+        write_json(run / f"round-{number}" / "evaluation.json", evaluation)
+        write_json(run / f"round-{number}" / "seconds.json", {"evaluation": 1.25})
+    write_json(run / "round-1" / "training.json", {"loss": 0.6931})
+    before, rounds = summarise(evaluations)
+    rounds[0] |= {
+        "pairs": pair_statistics(pairs, rejected) | {"rejected": {"generation: margin of images too small": 2}},
+        "agreement": evaluations[1]["agreement"],
+        "training": {"loss": 0.6931},
+        "seconds": {"evaluation": 1.25},
+    }
+    write_json(run / "summary.json", {"settings": {}, "seed": 0, "before": before, "rounds": rounds})
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(finished, tmp_path / "t")
+
+
+def read(run):
+    path = write_report(run)
+    assert path == run / "report" / "index.html"
+    return Reader(path.read_text("utf-8"))
+
+
+def change_rows(path, schema, **columns):
+    rows = [row | columns for row in read_parquet(path).to_pylist()]
+    write_parquet(path, pa.Table.from_pylist(rows, schema))
+
+
+def test_the_page_is_whole_in_itself(finished):
+    page = read(finished)
+    text = (finished / "report" / "index.html").read_text("utf-8")
+    assert not re.search(r"http|//|@import|url\(", re.sub(r'src="data:[^"]*"', "", text))
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    assert all(image["alt"] for image in page.all("img")) and all(svg["aria-label"] for svg in page.all("svg"))
+    boxes = [page.elements[i - 1][1].get("class") for i, (tag, _) in enumerate(page.elements) if tag == "table"]
+    assert set(boxes) == {"scroll"}, "a wide table scrolls in its box, the page does not"
+
+
+def test_the_page_tells_what_was_measured(finished):
+    page, summary = read(finished), read_json(finished / "summary.json")
+    assert "no significant change" in page.text  # both evaluations are of one model
+    assert f"{100 * summary['before']['understanding']:.1f}" in page.text
+    assert len(page.all("svg")) == 4
+    for words in ("Before and after", "By category", "margin of images too small", "win truly better", "0.6931"):
+        assert words in page.text
+    assert "num_images = 3" in page.text  # the settings
+    assert "not finished" not in page.text
+
+
+def test_the_pairs_are_shown_with_their_marks(finished):
+    page, pairs = read(finished), read_parquet(finished / "round-1" / "pairs.parquet").to_pylist()
+    assert all(pair["caption"] in page.text for pair in pairs)
+    with_images = [pair for pair in pairs if pair["win_codes"]]
+    for role in ("win", "lose"):
+        assert [figure.get("class") for figure in page.all("figure")].count(role) == len(with_images)
+        assert [item.get("class") for item in page.all("li")].count(role) == len(
+            [pair for pair in pairs if pair["win_caption"] is not None]
+        )
+    assert len(page.all("figure")) == 3 * len(pairs)  # num_images
+    assert len(page.all("img")) == 4 * len(pairs)  # and the real one
+
+
+def test_text_of_the_data_is_no_html(run):
+    change_rows(run / "round-1" / "pairs.parquet", PAIRS_SCHEMA, caption=EVIL, category=EVIL, win_caption=EVIL)
+    answers = json.dumps([{"question": EVIL, "answer": EVIL, "expected": EVIL, "probability": 0.5}])
+    for part in (run / "round-1" / "candidates").iterdir():
+        change_rows(part, CANDIDATES_SCHEMA, text=EVIL, answers=answers)
+    summary = read_json(run / "summary.json")
+    for metrics in (summary["before"], *summary["rounds"]):
+        metrics["by_category"] = {EVIL: next(iter(metrics["by_category"].values()))}
+    summary["rounds"][0]["pairs"]["rejected"] = {EVIL: 1}
+    write_json(run / "summary.json", summary)
+    page = read(run)
+    assert not page.all("script")
+    assert EVIL in page.text
+
+
+@pytest.mark.parametrize(
+    ("gone", "told", "shows"),
+    [
+        (["round-0", "round-1"], "Nothing has been measured yet", "No round has its pairs yet"),
+        (["round-1"], "the pairs of round 1, the evaluation of round 1", "Before self-play the model answers"),
+        (
+            ["round-1/evaluation.json", "round-1/training.json"],
+            "yet: the evaluation of round 1.",
+            "Pairs of round 1",
+        ),
+        ([], "After 1 round", "the oracle's score, mean"),
+    ],
+    ids=["begun", "measured once", "curated", "all but the summary"],
+)
+def test_an_unfinished_run_says_what_is_missing(run, gone, told, shows):
+    (run / "summary.json").unlink()
+    for name in gone:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    page = read(run)
+    assert told in page.text and shows in page.text
+    assert ("This run is not finished" in page.text) == bool(gone)
+
+
+def test_a_round_without_pairs(run):
+    write_parquet(run / "round-1" / "pairs.parquet", PAIRS_SCHEMA.empty_table())
+    assert "Round 1 kept no pair." in read(run).text
+
+
+def test_candidates_that_were_deleted(run):
+    shutil.rmtree(run / "round-1" / "candidates")
+    assert "The candidates are not there any more." in read(run).text
+
+
+def test_images_of_the_round_before_are_known_by_their_codes(run):
+    path = run / "round-1" / "candidates" / "part-00000.parquet"
+    rows = read_parquet(path).to_pylist()
+    pairs = [row for row in read_parquet(run / "round-1" / "pairs.parquet").to_pylist() if row["win_codes"]][:1]
+    image = next(row for row in rows if row["record_id"] == pairs[0]["record_id"] and row["kind"] == "image")
+    pairs[0] |= {"lose_image_index": -1, "lose_caption": "an older one", "lose_caption_score": 0.125}
+    rows.append(image | {"kind": "previous_win", "token_ids": pairs[0]["lose_codes"]})
+    write_parquet(path, pa.Table.from_pylist(rows, CANDIDATES_SCHEMA))
+    write_parquet(run / "round-1" / "pairs.parquet", pa.Table.from_pylist(pairs, PAIRS_SCHEMA))
+    page = read(run)
+    assert [figure.get("class") for figure in page.all("figure")].count("lose") == 1
+    assert any("previous win" in image["alt"] and "lose" in image["alt"] for image in page.all("img"))
+    assert "an older one" in page.text and "previous round" in page.text
+
+
+def test_a_data_set_of_ones_own_has_no_oracle(run):
+    config = (run / "config.toml").read_text("utf-8").replace('source = "shapes"', 'source = "mine.parquet"')
+    (run / "config.toml").write_text(config)
+    page = read(run)
+    assert not any("oracle" in image["alt"] for image in page.all("img"))
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run .there is no config.toml.; give the folder of one"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "round-1/pairs.parquet", "round-1/candidates/part-00000.parquet"])
+def test_a_damaged_file_is_named(run, name):
+    (run / name).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=f"{name}: damaged"):
+        write_report(run)
+    assert not (run / "report").exists() or not list((run / "report").glob(".*"))
+
+
+def test_charts_of_one_stage_and_of_missing_values():
+    full, none = Measured(1.0, 1.0, 1.0), Measured(0.0, 0.0, 0.0)
+    for stages in ([Stage("before", full, none)], [Stage("<a>", full, full), Stage("b", none, none)]):
+        chart = Reader(gap_chart(stages))
+        assert len(chart.all("circle")) == 2 * len(stages)
+        for point in chart.all("circle"):
+            assert 0 <= float(point["cy"]) <= 290 and 0 <= float(point["cx"]) <= 400
+    rows = [CategoryBars("a", full, None), CategoryBars("b", None, none)]
+    bars = Reader(category_chart("generation", rows, ("x", "y")))
+    assert [bar["class"] for bar in bars.all("rect") if "bar" in bar["class"]] == [
+        "bar generation before", "bar generation after",
+    ]  # fmt: skip
