@@ -78,11 +78,11 @@ class CurationConfig:
 
     num_images: int = 6
     """Images drawn for each prompt."""
-    num_steps: int = 12
+    num_steps: int = 8
     """Decoding steps of an image."""
     guidance_scale: float = 1.0
     """Classifier-free guidance g in (1 + g) * conditional - g * unconditional."""
-    mask_temperature: float = 3.0
+    mask_temperature: float = 1.0
     """Noise on the confidence that decides which image tokens are masked again."""
     caption_temperatures: tuple[float, ...] = (0.1, 0.7, 1.0)
     """Sampling temperatures of captions; each is combined with each top-k."""
@@ -169,11 +169,11 @@ class EvalConfig:
     """Prompts that images are drawn for."""
     images_per_prompt: int = 2
     """Images drawn for each prompt."""
-    num_steps: int = 12
+    num_steps: int = 8
     """Decoding steps of an image."""
     guidance_scale: float = 1.0
     """Classifier-free guidance."""
-    mask_temperature: float = 3.0
+    mask_temperature: float = 1.0
     """Noise on the confidence that decides which image tokens are masked again."""
     num_understanding: int = 400
     """Images that questions are asked about."""
