@@ -64,7 +64,7 @@ class DataConfig:
 
     source: str = "shapes"
     """"shapes" for the built-in world, or a Parquet file of records."""
-    num_records: int = 256
+    num_records: int = 512
     """Training prompts in each round."""
 
     def __post_init__(self) -> None:
@@ -76,11 +76,11 @@ class DataConfig:
 class CurationConfig:
     """Candidates of a record, their scores, and which become a pair."""
 
-    num_images: int = 6
+    num_images: int = 8
     """Images drawn for each prompt."""
-    num_steps: int = 8
+    num_steps: int = 4
     """Decoding steps of an image."""
-    guidance_scale: float = 1.0
+    guidance_scale: float = 0.5
     """Classifier-free guidance g in (1 + g) * conditional - g * unconditional."""
     mask_temperature: float = 1.0
     """Noise on the confidence that decides which image tokens are masked again."""
@@ -94,7 +94,7 @@ class CurationConfig:
     """An image's score: mean probability of the right answers, or the fraction answered right."""
     threshold: float = 0.6
     """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
-    margin: float = 0.2
+    margin: float = 0.1
     """The best must score above the worst by at least this much."""
     caption_scorer: Literal["token_f1", "bert"] = "token_f1"
     """How a caption is compared with the true one."""
@@ -124,7 +124,7 @@ class CurationConfig:
 class TrainConfig:
     """Pair-DPO (HermesFlow, arXiv 2502.12148, section 4)."""
 
-    num_steps: int = 60
+    num_steps: int = 100
     """Optimizer steps in a round."""
     pairs_per_step: int = 16
     """Pairs in one optimizer step."""
@@ -146,7 +146,7 @@ class TrainConfig:
     """Weight of the caption side."""
     nll_weight: float = 0.0
     """Weight of the win's negative log-likelihood."""
-    checkpoint_every: int = 20
+    checkpoint_every: int = 25
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
@@ -165,17 +165,17 @@ class EvalConfig:
 
     split: Literal["train", "validation", "test"] = "test"
     """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""
-    num_prompts: int = 400
+    num_prompts: int = 600
     """Prompts that images are drawn for."""
     images_per_prompt: int = 2
     """Images drawn for each prompt."""
-    num_steps: int = 8
+    num_steps: int = 4
     """Decoding steps of an image."""
-    guidance_scale: float = 1.0
+    guidance_scale: float = 0.5
     """Classifier-free guidance."""
     mask_temperature: float = 1.0
     """Noise on the confidence that decides which image tokens are masked again."""
-    num_understanding: int = 400
+    num_understanding: int = 600
     """Images that questions are asked about."""
     seed: int = 1234
     """Seed of prompts and images, the same before and after each round."""
@@ -193,8 +193,8 @@ class SelfPlayConfig:
 
     num_rounds: int = 2
     """Rounds in the run."""
-    fresh_prompts: bool = True
-    """Take new prompts in each round, rather than the same ones again."""
+    fresh_prompts: bool = False
+    """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -217,9 +217,9 @@ class PretrainConfig:
     """Images in one step of the tokenizer."""
     tokenizer_lr: float = 2e-3
     """Peak learning rate of the tokenizer."""
-    steps: int = 4000
+    steps: int = 1600
     """Optimizer steps of the transformer."""
-    batch_images: int = 64
+    batch_images: int = 12
     """Captions in one step of a process, each with two masked copies of its image."""
     batch_understanding: int = 32
     """Images captioned and asked about in one step of a process."""
@@ -231,9 +231,9 @@ class PretrainConfig:
     """Fraction of prompts emptied, which teaches the unconditional branch of guidance."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
-    eval_every: int = 250
+    eval_every: int = 200
     """Steps between evaluations."""
-    checkpoint_every: int = 250
+    checkpoint_every: int = 200
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:

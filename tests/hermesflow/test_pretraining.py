@@ -1,0 +1,133 @@
+"""Making the tiny model: its batches, a killed run that goes on alike, damaged files, and the shipped result."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hermesflow.pretraining as pretraining
+from hermesflow.config import PretrainConfig
+from hermesflow.files import InputError
+from hermesflow.models import ASSETS, load_model
+from hermesflow.pretraining import SceneBatches, run_pretraining
+from hermesflow.worlds import oracle, shapes
+
+SMALL = {
+    "num_scenes": 64,
+    "tokenizer_steps": 3,
+    "tokenizer_batch": 4,
+    "steps": 6,
+    "batch_images": 4,
+    "batch_understanding": 3,
+    "warmup_steps": 2,
+    "eval_every": 100,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    return folder, run_pretraining(PretrainConfig(folder=str(folder), **SMALL))
+
+
+def test_it_leaves_a_model_that_loads(made):
+    folder, model_folder = made
+    model = load_model(str(model_folder))
+    assert model.decode_text(model.encode_text("a small red circle")) == "a small red circle"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"tokenizer", "transformer", "validation"}
+    assert all(math.isfinite(line["image"]) for line in lines if line["stage"] != "tokenizer")
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
+    calls, original = iter(range(100)), pretraining.batch_losses
+
+    def killed(*args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    config = PretrainConfig(folder=str(tmp_path), **SMALL)
+    monkeypatch.setattr(pretraining, "batch_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_pretraining(config)
+    monkeypatch.setattr(pretraining, "batch_losses", original)
+    run_pretraining(config)
+    whole, resumed = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (made[0], tmp_path)
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_named(made, tmp_path):
+    (tmp_path / "vq_tokenizer.safetensors").write_bytes((made[0] / "vq_tokenizer.safetensors").read_bytes())
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match="checkpoint.pt: damaged checkpoint"):
+        run_pretraining(PretrainConfig(folder=str(tmp_path), **SMALL))
+
+
+def test_batches_predict_codes_and_the_texts_that_belong_to_them(made):
+    model = load_model(str(made[1]))
+    layout = model.layout
+    batches = SceneBatches(model, "train", 20, seed=0)
+    batch = batches.draw(np.random.default_rng(0), 5, 4, dropout=0.0)
+    ids, codes = batch.tree.token_ids, torch.from_numpy(batches.codes) + layout.code_offset
+    assert (ids[batch.rows["image"]] == layout.mask_id).all()
+    known = {tuple(row.tolist()) for row in codes}
+    for span in np.flatnonzero(batch.tree.full & (batch.tree.parents >= 0)):
+        rows = batch.tree.span_rows(span)
+        image = ids[rows][1:-1].clone()
+        inside = (batch.rows["image"] >= rows.start) & (batch.rows["image"] < rows.stop)
+        image[batch.rows["image"][inside] - rows.start - 1] = batch.targets["image"][inside]
+        assert tuple(image.tolist()) in known
+    # A text row predicts its span's next token, and eot after the last.
+    ends = set(np.cumsum(batch.tree.num_new).tolist())
+    for task in ("caption", "answer"):
+        for row, target in zip(batch.rows[task].tolist(), batch.targets[task].tolist(), strict=True):
+            assert target == (layout.eot if row + 1 in ends else ids[row + 1])
+
+
+def test_the_shipped_model_fits_ten_megabytes_and_reads_and_draws_its_world():
+    folder = ASSETS / "tiny"
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 10e6
+    assert "Measured" in (folder / "README.md").read_text()
+    model = load_model("tiny")
+    scenes = shapes.sample_scenes("validation", 300, seed=7)
+    rng = np.random.default_rng(7)
+    records = [shapes.make_record(scene, str(index), rng) for index, scene in enumerate(scenes)]
+    codes = model.encode_images(np.stack([record.image for record in records]))
+    seen = oracle.read(model.decode_images(codes))
+    marks = [oracle.score(record.questions, item)[0] for record, item in zip(records, seen, strict=True)]
+    assert np.mean(marks) >= 0.95  # the tokenizer keeps what the oracle asks for
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "vq_tokenizer.safetensors", "tokenizer.json"])
+def test_a_damaged_model_file_is_named(made, tmp_path, damage):
+    for path in made[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / damage).write_bytes(b"{]")
+    with pytest.raises(InputError, match=damage):
+        load_model(str(tmp_path))
+
+
+def test_weights_of_another_size_are_listed(made, tmp_path):
+    for path in made[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["transformer"]["num_layers"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="does not fit the configuration: missing blocks.6"):
+        load_model(str(tmp_path))
+
+
+def test_an_unknown_model_says_what_to_give():
+    with pytest.raises(InputError, match="no model 'giant': give 'tiny' or a folder"):
+        load_model("giant")
+
+
+def test_an_unknown_word_is_named():
+    with pytest.raises(InputError, match="does not know the word 'hexagon'"):
+        load_model("tiny").encode_text("a red hexagon")
