@@ -1,4 +1,4 @@
-# make demo   set everything up and run two rounds of self-play; ends with a table and a page
+# make demo   set everything up and run three rounds of self-play; ends with a table and a page
 # make test   set everything up, check the style and run the tests
 # Options: PYTHON=python3.12 (3.11 to 3.13), TORCH_INDEX_URL=https://... (where torch alone comes from), VENV=folder
 

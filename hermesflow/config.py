@@ -124,7 +124,7 @@ class CurationConfig:
 class TrainConfig:
     """Pair-DPO (HermesFlow, arXiv 2502.12148, section 4)."""
 
-    num_steps: int = 100
+    num_steps: int = 60
     """Optimizer steps in a round."""
     pairs_per_step: int = 16
     """Pairs in one optimizer step."""
@@ -146,7 +146,7 @@ class TrainConfig:
     """Weight of the caption side."""
     nll_weight: float = 0.0
     """Weight of the win's negative log-likelihood."""
-    checkpoint_every: int = 25
+    checkpoint_every: int = 20
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
@@ -191,9 +191,9 @@ class EvalConfig:
 class SelfPlayConfig:
     """Rounds of curation, training and evaluation."""
 
-    num_rounds: int = 2
+    num_rounds: int = 3
     """Rounds in the run."""
-    fresh_prompts: bool = False
+    fresh_prompts: bool = True
     """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
 
     def __post_init__(self) -> None:
