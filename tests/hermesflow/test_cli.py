@@ -276,7 +276,9 @@ def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys,
     assert cli.main(["generate", *prompts, "--num-images", "2", "-o", "all", "--set", "eval.num_steps=3"]) == 0
     assert cli.main(["generate", prompts[1], "--seed", "3", "-o", "one", "--set", "eval.num_steps=3"]) == 0
     again, image = (str(tmp_path / folder / "a-blue-square-seed3.png") for folder in ("one", "all"))
-    assert (tasks.read_image(again, 64) == tasks.read_image(image, 64)).all()
+    # The codes are equal (tests/engine); convolutions round by batch size, which may move a pixel by one level of 255.
+    first, second = (tasks.read_image(path, 64).astype(int) for path in (again, image))
+    assert abs(first - second).max() <= 1
     capsys.readouterr()
     assert cli.main(["caption", again, image]) == 0
     captions = [json.loads(line)["caption"] for line in capsys.readouterr().out.splitlines()]

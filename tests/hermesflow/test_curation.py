@@ -22,6 +22,8 @@ from hermesflow.records import Record
 from hermesflow.scoring import self_vqa, token_f1
 
 CONFIG = CurationConfig(
+    guidance_scale=1.0,
+    mask_temperature=3.0,
     num_images=3, num_steps=3, caption_temperatures=(0.7, 1.0), caption_top_k=(2, 0), batch_records=3,
     threshold=0.0, margin=1e-4, keep="any",
 )  # fmt: skip

@@ -62,8 +62,9 @@ def test_sees_every_object_as_it_was_drawn(asked):
         assert seen.background == scene.background
         for item in seen.objects:
             truth = next(o for o in scene.objects if o.cell == item.cell)
-            # A triangle's centre of mass is up to 3.3 px below the middle of its bounding box.
-            assert abs(item.x - truth.x) < 0.5 and abs(item.y - truth.y) < 3.8
+            # A triangle's centre of mass lies a quarter of its circumradius below the middle of its bounding box.
+            sag = 0.25 * shapes.TRIANGLE_CIRCUMRADIUS * truth.radius
+            assert abs(item.x - truth.x) < 0.5 and abs(item.y - truth.y) < sag + 0.5
 
 
 def test_a_picture_is_read_alike_in_any_batch(asked):

@@ -49,7 +49,7 @@ def table(rows: list[dict]) -> pa.Table:
 
 def choose(rows: list[dict], previous: pa.Table | None = None, **changes) -> tuple[list[dict], dict[str, str]]:
     """Pairs, and reasons by side, of the one record "a"."""
-    pairs, rejected = make_pairs([record()], table(rows), CurationConfig(**changes), previous)
+    pairs, rejected = make_pairs([record()], table(rows), CurationConfig(**{"margin": 0.2, **changes}), previous)
     return pairs.to_pylist(), {row["side"]: row["reason"] for row in rejected.to_pylist()}
 
 
