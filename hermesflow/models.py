@@ -76,7 +76,7 @@ class Model:
 
     @torch.no_grad()
     def decode_images(self, codes: Tensor) -> np.ndarray:
-        """codes int64 [n, N] -> uint8 [n, H, W, 3]; convolutions round by batch, which may move a pixel by one level."""
+        """codes int64 [n, N] -> uint8 [n, H, W, 3]; rounding by batch may move a pixel by a level."""
         if not len(codes):
             return np.zeros((0, self.image_size, self.image_size, 3), dtype=np.uint8)
         device = self.vq_tokenizer.encoder.conv_in.weight.device
