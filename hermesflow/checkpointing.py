@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,14 +40,24 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
     found = checkpoints(folder)
     if not found:
         return 0
-    path = found[-1] / "state.pt"
+    state = read_state(found[-1] / "state.pt", found[-1])
     try:
-        state = torch.load(path, weights_only=True)
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except Exception as error:  # torch.load raises many kinds on damaged files
-        raise damaged(path, "checkpoint", error) from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise damaged(found[-1], "checkpoint", error) from error
+
+
+def read_state(path: Path, named: Path) -> dict[str, Any]:
+    """What torch.save wrote to path, tensors and plain values only.
+
+    Raises: InputError that calls `named` (the file or its folder) damaged if torch cannot read it.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, and advises to trust the file
+        raise damaged(named, "checkpoint", ValueError("torch cannot read it")) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -31,6 +31,7 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 from hermesflow.kernels.linear_logprob import linear_logprob
 
+from .checkpointing import read_state
 from .config import PretrainConfig
 from .files import atomic_write, damaged, make_folder
 from .models import END_OF_TEXT, Model, word_tokenizer
@@ -327,13 +328,13 @@ def load_checkpoint(config: PretrainConfig, transformer: Transformer, optimizers
     path = Path(config.folder) / "checkpoint.pt"
     if not path.exists():
         return 0
+    state = read_state(path, path)
     try:
-        state = torch.load(path, weights_only=True)
         transformer.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return int(state["step"])
-    except Exception as error:  # torch.load raises many kinds on damaged files
+    except (KeyError, RuntimeError, ValueError) as error:
         raise damaged(path, "checkpoint", error) from error
 
 

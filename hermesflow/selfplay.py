@@ -142,8 +142,17 @@ class Run:
         if self._loaded is None or self._loaded[0] != number:
             if number and not self._path(number, "model").exists():
                 raise InputError(f"{self._path(number, 'model')}: round {number} is not trained yet; run it first")
-            self._loaded = (number, load_model(str(self._path(number, "model")) if number else self.config.model.name))
+            self._loaded = (number, self._load(number))
         return self._loaded[1]
+
+    def _load(self, number: int) -> Model:
+        if number == 0:
+            return load_model(self.config.model.name)
+        folder = self._path(number, "model")
+        try:
+            return load_model(str(folder))
+        except InputError as error:
+            raise InputError(f"{error}, or delete {folder} and run the same command again to train it anew") from error
 
     def curate(self, number: int) -> None:
         """Candidates, pairs and rejected records of a round."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,3 +120,30 @@ def test_training_before_curation_names_the_missing_file(settings, tmp_path):
 def test_a_round_without_pairs_says_what_to_lower(settings, tmp_path):
     with pytest.raises(InputError, match="round 1 kept no pair; lower curation.threshold"):
         run_selfplay(config_for(settings, tmp_path, "curation.threshold=1", "curation.keep=both"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "redo", "message"),
+    [
+        ("round-1/pairs.parquet", "summary.json", "pairs.parquet: damaged Parquet"),
+        ("round-0/evaluation.json", "summary.json", "evaluation.json: damaged JSON"),
+        ("config.toml", "summary.json", "config.toml: not a TOML file"),
+        ("round-2/candidates/part-00001.parquet", "round-2/pairs.parquet", "part-00001.parquet: damaged Parquet"),
+        (
+            "round-1/model/model.safetensors",
+            "round-2/pairs.parquet",
+            "or delete .*round-1/model and run the same command",
+        ),
+        ("round-2/train/step-000010/state.pt", "round-2/model", "step-000010: damaged checkpoint"),
+    ],
+    ids=["pairs", "evaluation", "config", "candidates", "model", "checkpoint"],
+)
+def test_a_damaged_file_is_named_and_nothing_is_lost(settings, whole, tmp_path, damage, redo, message):
+    shutil.copytree(whole / "t", tmp_path / "t")
+    missing = tmp_path / "t" / redo
+    shutil.rmtree(missing) if missing.is_dir() else missing.unlink()
+    (tmp_path / "t" / damage).write_bytes(b"garbage")
+    files = sorted((tmp_path / "t").rglob("*"))
+    with pytest.raises(InputError, match=message):
+        run_selfplay(config_for(settings, tmp_path))
+    assert sorted((tmp_path / "t").rglob("*")) == files
