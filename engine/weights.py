@@ -19,7 +19,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """Fills a module from a safetensors file, converting to the module's dtypes.
 
     Raises:
-        ValueError: the file is missing or damaged, or keys are missing, unexpected or misshapen; all are listed.
+        ValueError: the file is missing or damaged, or keys are missing, unexpected or misshapen (all are listed),
+            or a tensor holds NaN or infinity in the module's dtype.
     """
     try:
         state = load_file(path)
@@ -35,6 +36,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     ]
     if problems:
         raise ValueError(f"{path} does not fit the configuration: " + "; ".join(problems))
+    for name, tensor in state.items():
+        if not tensor.to(own[name].dtype).isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity; restore it from its source")
     module.load_state_dict(state)
 
 

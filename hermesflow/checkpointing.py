@@ -45,7 +45,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise damaged(found[-1], "checkpoint", error) from error
 
 
@@ -61,5 +61,5 @@ def read_state(path: Path, named: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training folder, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    """The checkpoints of a training folder that hold a state, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/state.pt"))

@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(
         commands, "eval", _eval, "measure understanding and generation",
-        "hermesflow eval --set model.name=tiny --set eval.num_prompts=200", continues=True,
+        "hermesflow eval --set model.name=tiny --set eval.num_prompts=200",
     )  # fmt: skip
     report = _command(commands, "report", _report, "write the page that shows a run", "hermesflow report runs/demo")
     report.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="the run's folder [as configured]")

@@ -220,9 +220,9 @@ class PretrainConfig:
     steps: int = 1600
     """Optimizer steps of the transformer."""
     batch_images: int = 12
-    """Captions in one step of a process, each with two masked copies of its image."""
+    """Captions in each of a step's two half-batches, each with two masked copies of its image."""
     batch_understanding: int = 32
-    """Images captioned and asked about in one step of a process."""
+    """Images captioned and asked about in each half-batch."""
     lr: float = 1.2e-3
     """Peak learning rate of the transformer."""
     warmup_steps: int = 200

@@ -42,7 +42,7 @@ def run_evaluation(config: Config) -> dict[str, Any]:
     Returns: as evaluate.
     Raises: InputError on a model that is none or cannot draw the built-in world, or an unwritable folder.
     """
-    result = evaluate(load_model(config.model.name), config.eval)
+    result = {"model": config.model.name} | evaluate(load_model(config.model.name), config.eval)
     path = config.run_folder / "evaluation.json"
     write_json(path, result)
     console = Console()

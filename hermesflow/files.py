@@ -160,7 +160,7 @@ def read_json(path: str | os.PathLike) -> Any:
 def write_parquet(path: str | os.PathLike, table: pa.Table) -> None:
     """Write a table as Parquet, all at once. Raises: InputError if it cannot be written."""
     with atomic_write(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> pa.Table:
@@ -172,7 +172,7 @@ def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> p
     Raises: InputError if it is missing, unreadable, damaged or lacks a column.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(path)), page_checksum_verification=True)
         names = file.schema_arrow.names
         missing = [name for name in columns or [] if name not in names]
         if missing:
@@ -205,22 +205,6 @@ def damaged(path: str | os.PathLike, kind: str, error: BaseException) -> InputEr
         f"{path}: damaged {kind} file ({reason}); restore it from a copy, "
         "or, if a run made it, delete it and run the same command again"
     )
-
-
-def resolve_under(root: str | os.PathLike, name: str | os.PathLike) -> Path:
-    """The path `root/name`, refused where it would lie outside `root`, as with "..", an absolute name or a link.
-
-    Args:
-        root: the folder that must not be left.
-        name: a relative path below it, from a user or a file.
-    Returns: the resolved path.
-    Raises: InputError if it leaves `root`.
-    """
-    base = Path(root).resolve()
-    path = (base / name).resolve()
-    if not path.is_relative_to(base):
-        raise InputError(f"{name}: leads out of {root}; give a path that stays inside it")
-    return path
 
 
 def _disk_full(path: str | os.PathLike) -> InputError:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -115,13 +116,11 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
         raise InputError(f"no model {name_or_path!r}: give 'tiny' or a folder that holds config.json")
     try:
         config = json.loads((folder / "config.json").read_text())
-        vq_config = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in config["vq_tokenizer"].items()
-        }
-        transformer = Transformer(TransformerConfig(**config["transformer"]))
-        vq_tokenizer = VQTokenizer(VQTokenizerConfig(**vq_config))
-        layout, image_size = TokenLayout(**config["layout"]), int(config["image_size"])
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        transformer = Transformer(_make_config(TransformerConfig, config["transformer"]))
+        vq_tokenizer = VQTokenizer(_make_config(VQTokenizerConfig, config["vq_tokenizer"]))
+        layout, image_size = _make_config(TokenLayout, config["layout"]), int(config["image_size"])
+        _check_sizes(transformer.config, vq_tokenizer.config, layout, image_size)
+    except Exception as error:  # wrong values make the constructors raise many types: ArithmeticError, RuntimeError ...
         raise InputError(
             f"{folder / 'config.json'}: not a model configuration ({error}); restore it from its source"
         ) from error
@@ -136,10 +135,47 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
         raise InputError(
             f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore it from its source"
         ) from error
+    num_texts = max(text_tokenizer.get_vocab().values(), default=-1) + 1
+    if num_texts > layout.text_vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: has {num_texts} text ids, the model {layout.text_vocab_size}; "
+            "restore it from its source"
+        )
     model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
     model.transformer.to(device)
     model.vq_tokenizer.to(device)
     return model
+
+
+def _make_config(kind: type, values: dict[str, Any]) -> Any:
+    """A configuration from JSON, whose values must have the types of its fields; no size is negative."""
+    hints = get_type_hints(kind)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in values.items():
+        expected = hints.get(name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if expected == tuple[int, ...]:
+            fits = isinstance(value, tuple) and all(type(item) is int for item in value)
+        else:
+            fits = expected is None or type(value) is expected or (expected is float and type(value) is int)
+        if not fits or any(type(item) is int and item < 0 for item in numbers):
+            raise ValueError(f"{kind.__name__}: {name} is {value!r}")
+    return kind(**values)
+
+
+def _check_sizes(
+    transformer: TransformerConfig, vq_tokenizer: VQTokenizerConfig, layout: TokenLayout, image_size: int
+) -> None:
+    """Refuses, with ValueError, parts that each are well but do not fit one another."""
+    side = image_size // vq_tokenizer.downsampling
+    for name, value, expected in (
+        ("image_size", image_size, max(side, 1) * vq_tokenizer.downsampling),
+        ("layout.num_image_tokens", layout.num_image_tokens, side**2),
+        ("layout.codebook_size", layout.codebook_size, vq_tokenizer.codebook_size),
+        ("transformer.vocab_size", transformer.vocab_size, layout.vocab_size),
+    ):
+        if value != expected:
+            raise ValueError(f"{name} is {value}, the other sizes make it {expected}")
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:

@@ -3,10 +3,10 @@
 The transformer trains in Show-o's way (arXiv 2408.12528): masked image tokens under a cosine schedule given the
 caption, and next-token prediction of captions and answers given the image. Every batch is one forest of span trees: a
 caption carries two differently masked copies of its image, an image carries its caption and several questions. A step's
-batch is a pure function of (seed, step, rank), so that a killed run goes on from its checkpoint to the same result.
+batch is a pure function of (seed, step), so that a killed run goes on from its checkpoint to the same result.
 
-Under torchrun each process draws its own batch and the gradients are averaged; on a CPU, one process a core is faster
-than one process with a thread a core.
+A step has two half-batches. One process works on both in turn; under torchrun two processes take one each and average
+their gradients, which on two cores is faster than one process with two threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from hermesflow.kernels.linear_logprob import linear_logprob
 
 from .checkpointing import read_state
 from .config import PretrainConfig
-from .files import atomic_write, damaged, make_folder
+from .files import InputError, atomic_folder, atomic_write, damaged, make_folder, read_json, write_json, write_problem
 from .models import END_OF_TEXT, Model, word_tokenizer
 from .progress import track
 from .worlds import shapes
@@ -47,6 +47,7 @@ OBJECT_WEIGHT = 10.0
 """Weight of pixels on or within 3 px of an object: backgrounds are easy and large."""
 QUESTIONS_PER_IMAGE = 6
 MASKS_PER_IMAGE = 2
+HALF_BATCHES = 2
 
 
 def run_pretraining(config: PretrainConfig) -> Path:
@@ -60,6 +61,9 @@ def run_pretraining(config: PretrainConfig) -> Path:
     folder = make_folder(config.folder)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
+    if HALF_BATCHES % num_processes():
+        raise InputError(f"pretraining: a step has {HALF_BATCHES} half-batches; start 1 or {HALF_BATCHES} processes")
+    check_settings(config, folder / "settings.json")
     text_tokenizer = word_tokenizer(shapes.vocabulary())
     layout = TokenLayout(
         text_vocab_size=text_tokenizer.get_vocab_size(), codebook_size=TOKENIZER.codebook_size,
@@ -81,20 +85,41 @@ def run_pretraining(config: PretrainConfig) -> Path:
     ).init_weights(torch.Generator().manual_seed(config.seed))
     vq_tokenizer = VQTokenizer(TOKENIZER)
     weights = folder / "vq_tokenizer.safetensors"
-    if weights.exists():
-        load_weights(vq_tokenizer, weights)
-    elif rank() == 0:
-        vq_tokenizer = train_tokenizer(config)
+    if not weights.exists() and rank() == 0:
+        trained = train_tokenizer(config)
         with atomic_write(weights) as temporary:
-            save_weights(vq_tokenizer, temporary)
+            save_weights(trained, temporary)
     if dist.is_initialized():
         dist.barrier()
+    try:
         load_weights(vq_tokenizer, weights)
+    except ValueError as error:
+        raise InputError(f"{error}, or delete it and run the same command again to train it anew") from error
     model = Model(transformer, vq_tokenizer.eval(), text_tokenizer, layout, IMAGE_SIZE)
     train_transformer(model, config)
     if rank() == 0:
-        model.save(folder / "model", dtype=torch.float16)
+        with atomic_folder(folder / "model") as temporary:
+            model.save(temporary, dtype=torch.float16)
     return folder / "model"
+
+
+def check_settings(config: PretrainConfig, path: Path) -> None:
+    """Keeps the settings beside the checkpoints; refuses to go on under others.
+
+    Raises: InputError that names the settings which differ.
+    """
+    now = {name: value for name, value in asdict(config).items() if name != "folder"}
+    if not path.exists():
+        if rank() == 0:
+            write_json(path, now)
+        return
+    saved = read_json(path)
+    changed = [f"pretrain.{name}" for name in now if not isinstance(saved, dict) or now[name] != saved.get(name)]
+    if changed:
+        raise InputError(
+            f"{path}: the folder holds a run with other settings ({', '.join(changed)}); choose another "
+            f"pretrain.folder, or delete {path.parent} to start over"
+        )
 
 
 def train_tokenizer(config: PretrainConfig) -> VQTokenizer:
@@ -244,18 +269,18 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
     for step in steps:
         for optimizer in optimizers:
             set_lr(optimizer, config.lr, step, config.steps, config.warmup_steps)
-        rng = np.random.default_rng([config.seed, step, rank()])
-        losses, _ = batch_losses(
-            transformer, train.draw(rng, config.batch_images, config.batch_understanding, config.condition_dropout)
-        )
-        loss = sum(losses.values())
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"pretraining: the loss is {loss.item()} at step {step}; lower pretrain.lr")
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        halves = range(rank(), HALF_BATCHES, num_processes())
+        for half in halves:
+            rng = np.random.default_rng([config.seed, step, half])
+            batch = train.draw(rng, config.batch_images, config.batch_understanding, config.condition_dropout)
+            losses, _ = batch_losses(transformer, batch)
+            (sum(losses.values()) / len(halves)).backward()
         average_gradients(transformer)
-        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0).item()
+        if not math.isfinite(norm):
+            raise InputError(f"pretraining: the gradient's norm is {norm} at step {step}; lower pretrain.lr")
         for optimizer in optimizers:
             optimizer.step()
         if step % 50 == 0 and rank() == 0:
@@ -275,6 +300,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def num_processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def average_gradients(module: nn.Module) -> None:
     """Replaces every gradient by its mean over the processes."""
     if not dist.is_initialized():
@@ -283,7 +313,7 @@ def average_gradients(module: nn.Module) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([item.numel() for item in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient) / dist.get_world_size())
+        gradient.copy_(mean.view_as(gradient) / num_processes())
 
 
 def batch_losses(transformer: Transformer, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -334,7 +364,7 @@ def load_checkpoint(config: PretrainConfig, transformer: Transformer, optimizers
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return int(state["step"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise damaged(path, "checkpoint", error) from error
 
 
@@ -348,5 +378,9 @@ def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, num_steps: 
 
 def log(config: PretrainConfig, record: dict) -> None:
     """Appends one JSON line to metrics.jsonl in the run's folder."""
-    with (Path(config.folder) / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    path = Path(config.folder) / "metrics.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise write_problem(path, error) or error from error

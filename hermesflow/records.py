@@ -191,7 +191,7 @@ def _question(id: str, row: dict | None) -> Question:
 def _read_image(id: str, data: bytes) -> np.ndarray:
     try:
         return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises many types, DecompressionBombError among them
         raise ValueError(
             f"records_from_table: expected the bytes of a PNG or other image file, got {len(data)} bytes that are none "
             f"in record {id!r}; write the column anew"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from .charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from .config import Config, load_config
 from .evaluation import summarise
-from .files import InputError, read_json, read_parquet, write_text
+from .files import InputError, damaged, read_json, read_parquet, write_text
 from .markup import details, document, scrolling
 from .models import load_model
 from .pairs import pair_statistics
@@ -58,12 +59,13 @@ def write_report(run_folder: Path) -> Path:
     summary, missing = read_summary(folder, config)
     number = _last_round_with_pairs(folder, config)
     shown = choose_shown(folder / f"round-{number}", load_model(config.model.name)) if number else []
+    header, measurements, categories, rounds = _show_summary(config, summary, missing)
     sections = [
-        _header(config, summary, missing),
-        _measurements(summary),
-        _categories(summary),
+        header,
+        measurements,
+        categories,
         pairs_section(shown, number, judged=config.data.source == "shapes"),
-        _rounds(summary["rounds"]),
+        rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
     ]
     page = folder / "report" / "index.html"
@@ -82,7 +84,10 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     Raises: InputError if a file is damaged.
     """
     if (folder / "summary.json").exists():
-        return read_json(folder / "summary.json"), []
+        summary = read_json(folder / "summary.json")
+        with _naming(folder / "summary.json", "summary"):
+            _show_summary(config, summary)
+        return summary, []
     evaluations, missing = [], []
     for number in range(config.selfplay.num_rounds + 1):
         path = folder / f"round-{number}"
@@ -92,6 +97,10 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
             missing.append(f"the evaluation of round {number}" if number else "the evaluation before self-play")
         elif len(evaluations) == number:
             evaluations.append(read_json(path / "evaluation.json"))
+            with _naming(path / "evaluation.json", "evaluation"):
+                before, rounds = summarise([evaluations[0], evaluations[-1]])
+                agreement = evaluations[-1].get("agreement", {})
+                _show_summary(config, {"before": before, "rounds": [rounds[0] | {"agreement": agreement}]})
     if not evaluations:
         return {"before": None, "rounds": []}, missing
     before, rounds = summarise(evaluations)
@@ -100,9 +109,27 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
         tables = (read_parquet(path / name) for name in ("pairs.parquet", "rejected.parquet"))
         metrics["pairs"] = pair_statistics(*tables)
         metrics["agreement"] = evaluations[number].get("agreement", {})
-        metrics["training"] = read_json(path / "training.json") if (path / "training.json").exists() else {}
-        metrics["seconds"] = read_json(path / "seconds.json") if (path / "seconds.json").exists() else {}
+        for name in ("training", "seconds"):
+            source = path / f"{name}.json"
+            metrics[name] = read_json(source) if source.exists() else {}
+            with _naming(source, name):
+                _rounds([{name: metrics[name]}])
     return {"before": before, "rounds": rounds}, missing
+
+
+@contextlib.contextmanager
+def _naming(path: Path, kind: str) -> Iterator[None]:
+    """Trial use of a value from a JSON file: where that fails, the file is not what it should be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise damaged(path, kind, ValueError(reason)) from error
+
+
+def _show_summary(config: Config, summary: dict[str, Any], missing: Sequence[str] = ()) -> tuple[str, str, str, str]:
+    """All sections that show measurements: header, measurements, categories, rounds."""
+    return _header(config, summary, missing), _measurements(summary), _categories(summary), _rounds(summary["rounds"])
 
 
 def _last_round_with_pairs(folder: Path, config: Config) -> int:
@@ -112,7 +139,7 @@ def _last_round_with_pairs(folder: Path, config: Config) -> int:
 
 
 def _header(config: Config, summary: dict[str, Any], missing: Sequence[str]) -> str:
-    lead = headline(summary) if summary["before"] else "Nothing has been measured yet."
+    lead = headline(summary) if summary["before"] is not None else "Nothing has been measured yet."
     waiting = ", ".join(missing)
     notice = f'<p class="notice">This run is not finished. Not there yet: {escape(waiting)}.</p>' if missing else ""
     return (
@@ -127,7 +154,7 @@ def _stages(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _measurements(summary: dict[str, Any]) -> str:
     """The gap as a chart, and all metrics with their changes as a table."""
-    if not summary["before"]:
+    if summary["before"] is None:
         return ""
     stages = [
         Stage(label, _measured(metrics, "understanding"), _measured(metrics, "generation"))
@@ -137,11 +164,12 @@ def _measurements(summary: dict[str, Any]) -> str:
     for number in range(1, len(summary["rounds"]) + 1):
         heads += f"<th>round {number}</th><th>change, in points</th>"
     rows = [_metric_row(name, summary) for name in LABELS]
+    real, images, prompts = (escape(str(first[f"num_{name}"])) for name in ("understanding", "images", "prompts"))
     return f"""<section><h2>The gap by round</h2>
 <div class="split wide"><div class="card">{gap_chart(stages)}</div>
-<div class="note"><p><b>Understanding</b> is how many questions about {first["num_understanding"]} real images the
-model answers rightly. <b>Generation</b> is how many questions its own {first["num_images"]} images of
-{first["num_prompts"]} prompts answer rightly, read by an oracle that sees pixels alone; <b>strict</b> asks for all of
+<div class="note"><p><b>Understanding</b> is how many questions about {real} real images the
+model answers rightly. <b>Generation</b> is how many questions its own {images} images of
+{prompts} prompts answer rightly, read by an oracle that sees pixels alone; <b>strict</b> asks for all of
 an image's questions. The <b>gap</b> is understanding less generation.</p>
 <p>Bars and brackets are 95 % intervals, bootstrapped over records. Changes are to before self-play, paired: the same
 scenes, prompts and seeds. Where an interval holds zero there is no significant change.</p></div></div>
@@ -170,7 +198,7 @@ def _change_cell(name: str, change: dict[str, Any]) -> str:
 
 def _categories(summary: dict[str, Any]) -> str:
     """Bars of three metrics by category, before and after the last round."""
-    if not summary["before"]:
+    if summary["before"] is None:
         return ""
     last_label, last = _stages(summary)[-1]
     panels = []

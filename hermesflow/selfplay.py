@@ -10,15 +10,19 @@ and ends with the same result.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
+import torch
+from PIL import Image
 from rich.console import Console
 
 from .config import Config, load_config, to_toml
@@ -27,20 +31,26 @@ from .evaluation import agreement, evaluate, summarise
 from .files import (
     InputError,
     atomic_folder,
+    damaged,
+    make_folder,
     read_json,
     read_parquet,
     remove_leftovers,
     write_json,
     write_parquet,
+    write_problem,
     write_text,
 )
 from .models import Model, load_model
-from .pairs import make_pairs, pair_statistics
+from .pairs import REJECTED_SCHEMA, make_pairs, pair_statistics, read_pairs
 from .records import Record, read_records, write_records
 from .report import write_report
 from .summaries import print_summary
+from .tasks import fit_image
 from .training import train_pairs
 from .worlds import shapes
+
+_SCENE_SEEDS = 2**32
 
 
 def run_selfplay(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -83,6 +93,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.run_folder
+        self._lock = self._locked()
         settings = self.folder / "config.toml"
         if settings.exists():
             self._check_settings(settings)
@@ -90,6 +101,22 @@ class Run:
         else:
             write_text(settings, to_toml(config))
         self._loaded: tuple[int, Model] | None = None
+
+    def _locked(self) -> TextIO:
+        """The open lock file; the system frees it when this process ends, however it ends."""
+        path = make_folder(self.folder) / ".lock"
+        try:
+            lock = path.open("w")
+        except OSError as error:
+            raise write_problem(path, error) or error from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise InputError(
+                f"{self.folder}: another process is at work on this run; wait for it or choose another run.name"
+            ) from error
+        return lock
 
     def _check_settings(self, path: Path) -> None:
         saved, now = asdict(load_config(path)), asdict(self.config)
@@ -119,8 +146,12 @@ class Run:
         data, rounds = self.config.data, self.config.selfplay.num_rounds if self.config.selfplay.fresh_prompts else 1
         count = data.num_records * rounds
         if data.source == "shapes":
-            scenes = shapes.sample_scenes("train", count, seed=self.config.run.seed)
-            rng = np.random.default_rng([self.config.run.seed, 2])
+            # A stream of its own: pretraining draws the scenes of small seeds.
+            seed = _SCENE_SEEDS + self.config.run.seed
+            scenes, rng = (
+                shapes.sample_scenes("train", count, seed=seed),
+                np.random.default_rng([seed, len(shapes.SPLITS)]),
+            )
             records = [shapes.make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes)]
         else:
             records = read_records(data.source)[:count]
@@ -147,28 +178,59 @@ class Run:
 
     def _load(self, number: int) -> Model:
         if number == 0:
-            return load_model(self.config.model.name)
+            model = load_model(self.config.model.name)
+            self._check_origin(model)
+            return model
         folder = self._path(number, "model")
         try:
             return load_model(str(folder))
         except InputError as error:
             raise InputError(f"{error}, or delete {folder} and run the same command again to train it anew") from error
 
+    def _check_origin(self, model: Model) -> None:
+        """Refuses a run that began with other weights of the same name."""
+        path, digest = self.folder / "origin.json", {"model": model_digest(model)}
+        if not path.exists():
+            write_json(path, digest)
+        elif read_json(path) != digest:
+            raise InputError(
+                f"{path}: the run began with other weights than {self.config.model.name!r} holds now; choose another "
+                f"run.name, or delete {self.folder} to start over"
+            )
+
+    def _check_round(self, number: int) -> None:
+        if number > self.config.selfplay.num_rounds:
+            raise InputError(
+                f"round {number}: the run has {self.config.selfplay.num_rounds} rounds; give a smaller --round, or a "
+                "larger selfplay.num_rounds under another run.name"
+            )
+
+    def _previous(self, number: int) -> pa.Table | None:
+        """The pairs that a round's win and lose are compared with, where its records are the same."""
+        if number == 1 or self.config.selfplay.fresh_prompts:
+            return None
+        return read_pairs(self._path(number - 1, "pairs.parquet"))
+
+    def _candidates(self, number: int) -> pa.Table:
+        """A round's candidates; what is on disk is read, the rest made."""
+        return curate(
+            self.model(number - 1),
+            self.round_records(number),
+            self.config.curation,
+            seed=self.config.run.seed * 1_000 + number,
+            folder=self._path(number, "candidates"),
+            previous=self._previous(number),
+        )
+
     def curate(self, number: int) -> None:
         """Candidates, pairs and rejected records of a round."""
-        if self._path(number, "pairs.parquet").exists():
+        self._check_round(number)
+        if self._path(number, "pairs.parquet").exists() and self._path(number, "rejected.parquet").exists():
             return
-        previous = None
-        if number > 1 and not self.config.selfplay.fresh_prompts:
-            previous = read_parquet(self._path(number - 1, "pairs.parquet"))
 
         def work() -> None:
-            records, folder = self.round_records(number), self._path(number, "candidates")
-            seed = self.config.run.seed * 1_000 + number
-            candidates = curate(
-                self.model(number - 1), records, self.config.curation, seed=seed, folder=folder, previous=previous
-            )
-            pairs, rejected = make_pairs(records, candidates, self.config.curation, previous)
+            records, candidates = self.round_records(number), self._candidates(number)
+            pairs, rejected = make_pairs(records, candidates, self.config.curation, self._previous(number))
             write_parquet(self._path(number, "rejected.parquet"), rejected)
             write_parquet(self._path(number, "pairs.parquet"), pairs)
 
@@ -176,10 +238,11 @@ class Run:
 
     def train(self, number: int) -> None:
         """Pair-DPO on a round's pairs."""
+        self._check_round(number)
         target = self._path(number, "model")
-        if target.exists():
+        if target.exists() and self._path(number, "training.json").exists():
             return
-        pairs = read_parquet(self._path(number, "pairs.parquet"))
+        pairs = read_pairs(self._path(number, "pairs.parquet"))
         if not len(pairs):
             raise InputError(
                 f"{self._path(number, 'pairs.parquet')}: round {number} kept no pair; lower curation.threshold or "
@@ -207,16 +270,17 @@ class Run:
         path = self._path(number, "evaluation.json")
         if not path.exists():
             self._timed(number, "evaluation", lambda: write_json(path, self._evaluate(number)))
-        return read_json(path)
+        result = read_json(path)
+        if not isinstance(result, dict) or not {"metrics", "records"} <= result.keys():
+            raise damaged(path, "evaluation", ValueError("it has no metrics"))
+        return result
 
     def _evaluate(self, number: int) -> dict[str, Any]:
-        result = evaluate(self.model(number), self.config.eval)
+        agreed = {}
         if number and self.config.data.source == "shapes":
-            parts = sorted(self._path(number, "candidates").glob("part-*.parquet"))
-            candidates = pa.concat_tables([read_parquet(part) for part in parts])
-            pairs = read_parquet(self._path(number, "pairs.parquet"))
-            result["agreement"] = agreement(self.model(number), self.round_records(number), candidates, pairs)
-        return result
+            candidates, pairs = self._candidates(number), read_pairs(self._path(number, "pairs.parquet"))
+            agreed = {"agreement": agreement(self.model(number), self.round_records(number), candidates, pairs)}
+        return evaluate(self.model(number), self.config.eval) | agreed
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds: before, and each round with its paired changes."""
@@ -224,13 +288,14 @@ class Run:
         evaluations = [self.evaluation(number) for number in numbers]
         before, rounds = summarise(evaluations)
         for number, metrics in enumerate(rounds, start=1):
-            pairs, rejected = (read_parquet(self._path(number, name)) for name in ("pairs.parquet", "rejected.parquet"))
+            pairs = read_pairs(self._path(number, "pairs.parquet"))
+            rejected = read_parquet(self._path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
             metrics["pairs"] = pair_statistics(pairs, rejected)
             metrics["training"] = read_json(self._path(number, "training.json"))
             if "agreement" in evaluations[number]:
                 metrics["agreement"] = evaluations[number]["agreement"]
-            metrics["seconds"] = read_json(self._path(number, "seconds.json"))
-        before["seconds"] = read_json(self._path(0, "seconds.json"))
+            metrics["seconds"] = self._seconds(number)
+        before["seconds"] = self._seconds(0)
         settings = asdict(replace(self.config))
         del settings["pretrain"]
         return {"settings": settings, "seed": self.config.run.seed, "before": before, "rounds": rounds}
@@ -242,22 +307,51 @@ class Run:
         """Runs a phase and notes its seconds; of a phase that was killed, those since it went on."""
         began = time.perf_counter()
         work()
+        seconds = self._seconds(number) | {phase: round(time.perf_counter() - began, 2)}
+        write_json(self._path(number, "seconds.json"), seconds)
+
+    def _seconds(self, number: int) -> dict[str, float]:
+        """Seconds by phase; a kill right after a phase loses its entry, and nothing else."""
         path = self._path(number, "seconds.json")
-        seconds = read_json(path) if path.exists() else {}
-        write_json(path, seconds | {phase: round(time.perf_counter() - began, 2)})
+        return read_json(path) if path.exists() else {}
+
+
+def model_digest(model: Model) -> str:
+    """A fingerprint of a model's weights, backbone and image tokenizer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in (model.transformer, model.vq_tokenizer):
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def with_codes(model: Model, records: Sequence[Record]) -> list[Record]:
     """The records with their images tokenised where they have no codes yet; pixels are dropped.
 
-    Raises: InputError if a record has neither image nor codes.
+    Images of other sizes are resized to the model's, shorter side first, and cropped at the centre.
+
+    Raises: InputError if a record has neither image nor codes, or codes that are not this model's.
     """
-    empty = [record.id for record in records if record.image is None and record.codes is None]
-    if empty:
-        raise InputError(f"record {empty[0]}: has neither an image nor codes; add one of them")
-    missing = [index for index, record in enumerate(records) if record.codes is None]
-    codes = model.encode_images(np.stack([records[index].image for index in missing])) if missing else []
-    done = list(records)
+    done = [_with_codes(model, record) for record in records]
+    missing = [index for index, record in enumerate(done) if record.codes is None]
+    pixels = [fit_image(Image.fromarray(records[index].image), model.image_size) for index in missing]
+    codes = model.encode_images(np.stack(pixels)) if missing else []
     for index, row in zip(missing, codes, strict=True):
-        done[index] = replace(records[index], codes=row.numpy().astype(np.int32))
-    return [replace(record, image=None) for record in done]
+        done[index] = replace(done[index], codes=row.numpy().astype(np.int32))
+    return done
+
+
+def _with_codes(model: Model, record: Record) -> Record:
+    """The record without its pixels, after a look at its codes."""
+    layout, codes = model.layout, record.codes
+    if codes is None and record.image is None:
+        raise InputError(f"record {record.id}: has neither an image nor codes; add one of them")
+    if codes is not None:
+        num_tokens, size = layout.num_image_tokens, layout.codebook_size
+        if len(codes) != num_tokens or not 0 <= codes.min() <= codes.max() < size:
+            raise InputError(
+                f"record {record.id}: expected {num_tokens} image codes in [0, {size}), got {len(codes)} from "
+                f"{codes.min(initial=0)} to {codes.max(initial=0)}; give codes of this model's tokenizer, or the image"
+            )
+    return replace(record, image=None)

@@ -125,7 +125,7 @@ def _figure(row: dict[str, Any], role: str, judged: bool) -> str:
         lines += f"<span>oracle {right}/{len(row['answers'])}</span>"
         alt += f", the oracle finds {right} of {len(row['answers'])} right"
     if row["kind"] != "image":
-        lines += f"<span>{name}</span>"
+        lines += f"<span>{escape(name)}</span>"
     mark = f'<b class="mark">{role}</b> ' if role else ""
     image = picture(row["pixels"], f"{alt}, {role}" if role else alt)
     return f'<figure class="{role}">{image}<figcaption>{mark}{row["score"]:.2f}{lines}</figcaption></figure>'

@@ -43,10 +43,11 @@ def percentile_interval(samples: np.ndarray) -> list[float] | None:
 
     Args:
         samples: float64 [num_resamples]; NaN is left out.
-    Returns: [low, high], or None if every value is NaN.
+    Returns: [low, high], rounded to 1e-9 since matrix products may add in another order from run to run; None if every
+        value is NaN.
     """
     samples = samples[~np.isnan(samples)]
-    return np.percentile(samples, (2.5, 97.5)).tolist() if len(samples) else None
+    return np.percentile(samples, (2.5, 97.5)).round(9).tolist() if len(samples) else None
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:

@@ -30,10 +30,10 @@ from hermesflow.kernels.pair_dpo import PairDPOOutput, pair_dpo
 
 from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .files import InputError, write_problem, write_text
+from .files import InputError, damaged, write_problem, write_text
 from .models import Model
 from .progress import track
-from .prompting import CAPTION_QUESTION
+from .prompting import CAPTION_QUESTION, MAX_CAPTION_TOKENS
 
 SIDES = ("generation", "understanding")
 
@@ -67,8 +67,8 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
         seed: seeds the order of pairs and the masks.
         folder: receives step-*/ checkpoints and metrics.jsonl, one line a step.
     Returns: means over the last tenth of the steps of every metric.
-    Raises: InputError on an empty table, an unwritable folder or a damaged checkpoint; RuntimeError naming the step on
-        a loss that is not finite.
+    Raises: InputError on an empty table, an unwritable folder, a damaged checkpoint, or a loss or gradient that is not
+        finite; the last names the step.
     """
     if not len(pairs):
         raise InputError("no pairs to train on; lower curation.threshold or curation.margin, or raise data.num_records")
@@ -88,11 +88,13 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
         chosen = [rows[index] for index in step_indices(len(rows), config.pairs_per_step, step, seed)]
         batch = pair_batch(chosen, model.layout, question, np.random.default_rng([seed, 1, step]))
         loss, metrics = pair_losses(policy, reference, batch, config)
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"Pair-DPO: the loss is {loss.item()} at step {step}; lower train.lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise InputError(
+                f"Pair-DPO: loss {loss.item()} and gradient norm {norm.item()} at step {step}; lower train.lr"
+            )
         optimizer.step()
         seconds = time.perf_counter() - began
         metrics |= {"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(config, step)}
@@ -153,15 +155,15 @@ def _add_images(builder: _ForestBuilder, index: int, pair: dict, layout: TokenLa
 def _add_captions(
     builder: _ForestBuilder, index: int, pair: dict, layout: TokenLayout, question_ids: Sequence[int]
 ) -> None:
-    """image -> question -> win caption, lose caption: next-token prediction, the end of text included."""
+    """image -> question -> win caption, lose caption: next tokens, and eot where a caption ended by itself."""
     image = builder.add(layout.image_prefix(pair["record_codes"]), -1, "full")
     question = builder.add(layout.question(question_ids), image, "causal")
     last_of_question = builder.packed - 1
     for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
         caption = list(pair[name])
-        targets = [*caption, layout.eot]
+        targets = [*caption, layout.eot][:MAX_CAPTION_TOKENS]
         rows = np.concatenate([[last_of_question - builder.packed], np.arange(len(caption))]).astype(np.int64)
-        builder.predict("understanding", 2 * index + lose, rows, targets)
+        builder.predict("understanding", 2 * index + lose, rows[: len(targets)], targets)
         if caption:
             builder.add(caption, question, "causal")
 
@@ -259,6 +261,8 @@ class MetricLog:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
         kept = list(itertools.takewhile(lambda record: record["step"] < start, _parsed(lines)))
+        if [record["step"] for record in kept] != list(range(start)):
+            raise damaged(path, "metrics", ValueError(f"it lacks some of the first {start} steps"))
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._records = kept
 

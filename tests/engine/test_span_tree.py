@@ -23,6 +23,7 @@ def forests(draw, first=0, minimum=1):
 
 def truth(tree, spans, new):
     """What the rule says: allowed [Tq, capacity] and positions [Tq] of the new tokens, given as (span, index) pairs."""
+
     def ancestors(span):
         parent = spans[span][1]
         return [] if parent < 0 else [parent, *ancestors(parent)]

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +136,25 @@ def test_an_unknown_model_says_what_to_give():
 def test_an_unknown_word_is_named():
     with pytest.raises(InputError, match="does not know the word 'hexagon'"):
         load_model("tiny").encode_text("a red hexagon")
+
+
+def test_other_settings_in_the_same_folder_are_refused(made):
+    with pytest.raises(InputError, match=r"other settings \(pretrain.seed\); choose another pretrain.folder"):
+        run_pretraining(PretrainConfig(folder=str(made[0]), **(SMALL | {"seed": 1})))
+
+
+def test_two_processes_make_the_model_of_one(made, tmp_path):
+    (tmp_path / "vq_tokenizer.safetensors").write_bytes((made[0] / "vq_tokenizer.safetensors").read_bytes())
+    settings = [item for name, value in SMALL.items() for item in ("--set", f"pretrain.{name}={value}")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
+    command = [*torchrun, "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "hermesflow", "pretrain"]
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, *settings, "--set", f"pretrain.folder={tmp_path}"], env=environment, check=True, timeout=200
+    )
+    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (made[0], tmp_path))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=2e-2)

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from hermesflow.files import InputError
 from hermesflow.records import (
@@ -101,6 +102,14 @@ def test_a_table_that_is_none_of_records_is_refused_with_its_file(make, match, t
     with pytest.raises(InputError, match=f"mine.parquet: is no table of records .*{match}") as error:
         read_records(path)
     assert "\n" not in str(error.value)
+
+
+def test_an_image_too_large_to_be_honest_is_refused_with_its_record(tmp_path, monkeypatch):
+    path = tmp_path / "records.parquet"
+    write_records(path, [_record()], include_images=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses more than twice as many
+    with pytest.raises(InputError, match="records.parquet: is no table of records .* in record 'a'"):
+        read_records(path)
 
 
 def test_damaged_file_is_named(tmp_path):

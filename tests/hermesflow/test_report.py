@@ -147,6 +147,7 @@ def test_text_of_the_data_is_no_html(run):
     summary = read_json(run / "summary.json")
     for metrics in (summary["before"], *summary["rounds"]):
         metrics["by_category"] = {EVIL: next(iter(metrics["by_category"].values()))}
+        metrics |= dict.fromkeys(("num_understanding", "num_images", "num_prompts"), EVIL)
     summary["rounds"][0]["pairs"]["rejected"] = {EVIL: 1}
     write_json(run / "summary.json", summary)
     page = read(run)
@@ -220,6 +221,35 @@ def test_a_damaged_file_is_named(run, name):
     with pytest.raises(InputError, match=f"{name}: damaged"):
         write_report(run)
     assert not (run / "report").exists() or not list((run / "report").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "value", [{}, [], None, 7, {"before": {}, "rounds": []}, {"before": {"gap": "x"}, "rounds": [1]}]
+)
+@pytest.mark.parametrize("name", ["summary", "round-0/evaluation", "round-1/evaluation"])
+def test_json_that_is_something_else_is_named(run, name, value):
+    if name != "summary":
+        (run / "summary.json").unlink()
+    write_json(run / f"{name}.json", value)
+    with pytest.raises(InputError, match=f"{name}.json: damaged (summary|evaluation) file .*; restore it"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("value", [[], {"a": "x"}, {"a": []}], ids=["list", "text", "nested"])
+@pytest.mark.parametrize("name", ["training", "seconds"])
+def test_numbers_of_a_round_that_are_something_else_are_named(run, name, value):
+    (run / "summary.json").unlink()
+    write_json(run / "round-1" / f"{name}.json", value)
+    with pytest.raises(InputError, match=f"{name}.json: damaged {name} file"):
+        write_report(run)
+
+
+def test_a_kind_of_candidate_is_no_html(run):
+    path = run / "round-1" / "candidates" / "part-00000.parquet"
+    rows = [row | {"kind": "<script>"} if row["kind"] == "image" else row for row in read_parquet(path).to_pylist()]
+    write_parquet(path, pa.Table.from_pylist(rows, CANDIDATES_SCHEMA))
+    page = read(run)
+    assert not page.all("script") and "<script>" in page.text
 
 
 def test_charts_of_one_stage_and_of_missing_values():

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from hermesflow.config import load_config
+from hermesflow.config import PretrainConfig, load_config
 from hermesflow.files import InputError
-from hermesflow.selfplay import run_curation, run_selfplay, run_training
+from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training, with_codes
+from hermesflow.worlds import shapes
 
 SETTINGS = (
     "data.num_records=8", "curation.num_images=3", "curation.num_steps=3", "curation.threshold=0", "curation.margin=0",
@@ -73,10 +77,15 @@ def test_the_summary_has_what_it_promises(whole):
         assert {"pairs", "training", "agreement"} <= set(metrics)
 
 
-@pytest.mark.parametrize(
-    "moment", ["round-1/candidates/part-00001.parquet", "round-1/train/step-000004", "round-2/pairs.parquet"],
-    ids=["curation", "training", "second round"],
-)  # fmt: skip
+MOMENTS = {
+    "evaluation": "round-0/evaluation.json",
+    "curation": "round-1/candidates/part-00001.parquet",
+    "training": "round-1/train/step-000004",
+    "second round": "round-2/pairs.parquet",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
 def test_sigkill_and_the_same_command_again_end_alike(settings, whole, tmp_path, moment):
     arguments = [item for setting in (*settings, f"run.folder={tmp_path}", "run.name=t") for item in ("--set", setting)]
     command = [sys.executable, "-m", "hermesflow", "selfplay", *arguments]
@@ -147,3 +156,77 @@ def test_a_damaged_file_is_named_and_nothing_is_lost(settings, whole, tmp_path, 
     with pytest.raises(InputError, match=message):
         run_selfplay(config_for(settings, tmp_path))
     assert sorted((tmp_path / "t").rglob("*")) == files
+
+
+@pytest.mark.parametrize("lost", ["round-0/seconds.json", "round-1/training.json", "round-2/rejected.parquet"])
+def test_a_phase_whose_file_is_lost_is_done_again(settings, whole, tmp_path, lost):
+    shutil.copytree(whole / "t", tmp_path / "t")
+    (tmp_path / "t" / lost).unlink()
+    (tmp_path / "t/summary.json").unlink()
+    run_selfplay(config_for(settings, tmp_path))
+    assert comparable(tmp_path) == comparable(whole)
+
+
+def test_lost_candidates_are_made_again_before_they_are_judged(settings, whole, tmp_path):
+    shutil.copytree(whole / "t", tmp_path / "t")
+    for lost in ("round-1/candidates/part-00002.parquet", "round-1/evaluation.json", "summary.json"):
+        (tmp_path / "t" / lost).unlink()
+    run_selfplay(config_for(settings, tmp_path))
+    assert comparable(tmp_path) == comparable(whole)
+
+
+def test_other_weights_under_the_same_name_are_refused(settings, whole, tmp_path):
+    shutil.copytree(whole / "t", tmp_path / "t")
+    (tmp_path / "t/origin.json").write_text('{"model": "another"}')
+    (tmp_path / "t/round-0/evaluation.json").unlink()
+    with pytest.raises(InputError, match="the run began with other weights"):
+        run_selfplay(config_for(settings, tmp_path))
+
+
+def test_a_second_process_is_refused(settings, whole):
+    run = Run(config_for(settings, whole))
+    with pytest.raises(InputError, match="another process is at work on this run"):
+        run_selfplay(config_for(settings, whole))
+    assert run.summary()["seed"] == 0
+
+
+def test_a_round_beyond_the_run_is_refused(settings, whole):
+    with pytest.raises(InputError, match="round 3: the run has 2 rounds"):
+        run_curation(config_for(settings, whole), 3)
+
+
+def test_self_play_draws_other_scenes_than_pretraining(whole):
+    seen = {(scene.background, scene.objects) for scene in shapes.sample_scenes("train", 5000, PretrainConfig().seed)}
+    mine = shapes.sample_scenes("train", 100, _SCENE_SEEDS)
+    assert not [scene for scene in mine if (scene.background, scene.objects) in seen]
+
+
+def image_records(*sizes):
+    scenes = shapes.sample_scenes("train", len(sizes), 3)
+    rng = np.random.default_rng(0)
+    records = [shapes.make_record(scene, f"r{i}", rng) for i, scene in enumerate(scenes)]
+    return [
+        replace(record, image=np.asarray(Image.fromarray(record.image).resize(size)))
+        for record, size in zip(records, sizes, strict=True)
+    ]
+
+
+def test_images_of_any_size_are_fitted_to_the_model(shared_tiny_model):
+    records = with_codes(shared_tiny_model, image_records((64, 64), (100, 100), (128, 64)))
+    assert [record.codes.shape for record in records] == [(16,)] * 3
+    assert not [record for record in records if record.image is not None]
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros(64, dtype=np.int32), "record r0: expected 16 image codes in .0, 32., got 64"),
+        (np.full(16, 64, dtype=np.int32), "record r0: expected 16 image codes in .0, 32."),
+        (None, "record r0: has neither an image nor codes"),
+    ],
+    ids=["length", "range", "none"],
+)
+def test_codes_that_do_not_fit_the_model_are_refused(shared_tiny_model, codes, message):
+    [record] = image_records((64, 64))
+    with pytest.raises(InputError, match=message):
+        with_codes(shared_tiny_model, [replace(record, codes=codes, image=None)])

@@ -214,7 +214,7 @@ def test_no_pairs_is_an_error(model, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_step(model, tmp_path):
     with torch.no_grad():
         model.transformer.head.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="at step 0; lower train.lr"):
+    with pytest.raises(InputError, match="at step 0; lower train.lr"):
         train_pairs(model, pa.Table.from_pylist(make_pairs(model)), TrainConfig(), seed=0, folder=tmp_path)
 
 

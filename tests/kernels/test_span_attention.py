@@ -33,8 +33,11 @@ TREES = {
         [(ids(3), -1, "causal"), (ids(12), -1, "causal"), *[(ids(18), parent, "full") for parent in (0, 1, 1)]]
     ),
     "answers-of-ragged-questions": lambda: SpanTree.build(
-        [(ids(19), -1, "full"), *[(ids(2 + 3 * k), 0, "causal") for k in range(4)],
-         *[(ids(1 + k), 1 + k % 4, "causal") for k in range(9)]]
+        [
+            (ids(19), -1, "full"),
+            *[(ids(2 + 3 * k), 0, "causal") for k in range(4)],
+            *[(ids(1 + k), 1 + k % 4, "causal") for k in range(9)],
+        ]
     ),  # fmt: skip
     "deep-chain": lambda: SpanTree.build([(ids(4), span - 1, "full" if span % 2 else "causal") for span in range(6)]),
     "cached-leaves": cached_leaves,

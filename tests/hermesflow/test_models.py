@@ -1,0 +1,76 @@
+"""Model folders: one that is damaged, or whose files do not fit one another, is refused in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hermesflow.files import InputError
+from hermesflow.models import load_model, word_tokenizer
+
+
+@pytest.fixture
+def folder(shared_tiny_model, tmp_path):
+    shared_tiny_model.save(tmp_path)
+    return tmp_path
+
+
+def test_a_saved_model_loads(folder, shared_tiny_model):
+    assert load_model(str(folder)).layout == shared_tiny_model.layout
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        (None, "vq_tokenizer", [], "no attribute 'items'"),
+        (None, "layout", None, "no attribute 'items'"),
+        (None, "image_size", "wide", "invalid literal"),
+        (None, "image_size", 65, "image_size is 65, the other sizes make it 64"),
+        (None, "image_size", 80, "num_image_tokens is 16, the other sizes make it 25"),
+        (None, "image_size", -64, "image_size is -64"),
+        ("transformer", "num_heads", 0, "zero"),
+        ("transformer", "hidden_size", -32, "hidden_size is -32"),
+        ("transformer", "rope_theta", "high", "rope_theta is 'high'"),
+        ("transformer", "num_layer", 2, "unexpected keyword argument"),
+        ("transformer", "vocab_size", 7, "vocab_size is 7, the other sizes make it"),
+        ("vq_tokenizer", "num_groups", 0, "zero"),
+        ("vq_tokenizer", "num_groups", -4, "num_groups is -4"),
+        ("vq_tokenizer", "num_res_blocks", [1, 1, 1.5], "num_res_blocks is"),
+        ("vq_tokenizer", "num_groups", 3, "divisible"),
+        ("layout", "codebook_size", 64, "codebook_size is 64, the other sizes make it 32"),
+        ("layout", "num_image_tokens", 15, "num_image_tokens is 15, the other sizes make it 16"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(folder, section, key, value, told):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    (config[section] if section else config)[key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"config.json: not a model configuration .*{told}.*; restore it"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000], ids=["list", "null", "deep"])
+def test_json_that_is_no_configuration_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json: not a model configuration"):
+        load_model(str(folder))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    word_tokenizer([f"word{index}" for index in range(500)]).save(str(folder / "tokenizer.json"))
+    with pytest.raises(InputError, match="tokenizer.json: has 502 text ids, the model .*; restore it"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["model", "vq_tokenizer"])
+def test_weights_that_are_no_numbers_are_refused(folder, name, value):
+    path = folder / f"{name}.safetensors"
+    state = load_file(path)
+    key = sorted(state)[-1]
+    state[key] = torch.full_like(state[key], value)
+    save_file(state, path)
+    with pytest.raises(InputError, match=f"{name}.safetensors: {key} holds NaN or infinity; restore it"):
+        load_model(str(folder))
