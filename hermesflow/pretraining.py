@@ -271,13 +271,7 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
             set_lr(optimizer, config.lr, step, config.steps, config.warmup_steps)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        halves = range(rank(), HALF_BATCHES, num_processes())
-        for half in halves:
-            rng = np.random.default_rng([config.seed, step, half])
-            batch = train.draw(rng, config.batch_images, config.batch_understanding, config.condition_dropout)
-            losses, _ = batch_losses(transformer, batch)
-            (sum(losses.values()) / len(halves)).backward()
-        average_gradients(transformer)
+        losses = add_gradients(transformer, train, config, step)
         norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0).item()
         if not math.isfinite(norm):
             raise InputError(f"pretraining: the gradient's norm is {norm} at step {step}; lower pretrain.lr")
@@ -293,6 +287,23 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
         if rank() == 0 and (last or (step + 1) % config.checkpoint_every == 0):
             save_checkpoint(config, step + 1, transformer, optimizers)
     transformer.eval()
+
+
+def add_gradients(
+    transformer: Transformer, train: SceneBatches, config: PretrainConfig, step: int
+) -> dict[str, Tensor]:
+    """Adds the gradient of a step's mean loss, the same however many processes share its half-batches.
+
+    Returns: the losses of this process's last half-batch.
+    """
+    halves = range(rank(), HALF_BATCHES, num_processes())
+    for half in halves:
+        rng = np.random.default_rng([config.seed, step, half])
+        batch = train.draw(rng, config.batch_images, config.batch_understanding, config.condition_dropout)
+        losses, _ = batch_losses(transformer, batch)
+        (sum(losses.values()) / len(halves)).backward()
+    average_gradients(transformer)
+    return losses
 
 
 def rank() -> int:
