@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +25,7 @@ def save_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch
     Raises: InputError if the folder cannot be written or the disk is full.
     """
     with atomic_folder(folder / f"step-{step:06d}") as temporary:
-        state = {"step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, temporary / "state.pt")
+        write_state(temporary / "state.pt", step, module, [optimizer])
     for older in checkpoints(folder)[:-keep]:
         shutil.rmtree(older)
 
@@ -40,24 +39,32 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
     found = checkpoints(folder)
     if not found:
         return 0
-    state = read_state(found[-1] / "state.pt", found[-1])
-    try:
-        module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise damaged(found[-1], "checkpoint", error) from error
+    return read_state(found[-1] / "state.pt", found[-1], module, [optimizer])
 
 
-def read_state(path: Path, named: Path) -> dict[str, Any]:
-    """What torch.save wrote to path, tensors and plain values only.
+def write_state(path: Path, step: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Writes the number of steps done, the weights and the optimizers' states to one file; not atomic by itself."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"step": step, "model": module.state_dict(), "optimizers": states}, path)
 
-    Raises: InputError that calls `named` (the file or its folder) damaged if torch cannot read it.
+
+def read_state(path: Path, named: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Restores in place what write_state wrote.
+
+    Returns: the number of steps done.
+    Raises: InputError that calls `named` (the file or its folder) damaged if it cannot be read or does not fit.
     """
     try:
-        return torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)
     except Exception as error:  # torch.load raises many kinds, and advises to trust the file
         raise damaged(named, "checkpoint", ValueError("torch cannot read it")) from error
+    try:
+        module.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return int(state["step"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise damaged(named, "checkpoint", error) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -31,9 +31,9 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 from hermesflow.kernels.linear_logprob import linear_logprob
 
-from .checkpointing import read_state
+from .checkpointing import read_state, write_state
 from .config import PretrainConfig
-from .files import InputError, atomic_folder, atomic_write, damaged, make_folder, read_json, write_json, write_problem
+from .files import InputError, atomic_folder, atomic_write, make_folder, read_json, write_json, write_problem
 from .models import END_OF_TEXT, Model, word_tokenizer
 from .progress import track
 from .worlds import shapes
@@ -260,7 +260,8 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
         torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay),
     ]
-    start = load_checkpoint(config, transformer, optimizers)
+    checkpoint = Path(config.folder) / "checkpoint.pt"
+    start = read_state(checkpoint, checkpoint, transformer, optimizers) if checkpoint.exists() else 0
     if start == config.steps:
         return
     train = SceneBatches(model, "train", config.num_scenes, seed=config.seed)
@@ -285,7 +286,8 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
         if rank() == 0 and (last or (step + 1) % config.eval_every == 0):
             log(config, {"stage": "validation", "step": step + 1, **validate(transformer, held_out, config)})
         if rank() == 0 and (last or (step + 1) % config.checkpoint_every == 0):
-            save_checkpoint(config, step + 1, transformer, optimizers)
+            with atomic_write(checkpoint) as temporary:
+                write_state(temporary, step + 1, transformer, optimizers)
     transformer.eval()
 
 
@@ -351,32 +353,6 @@ def validate(transformer: Transformer, batches: SceneBatches, config: PretrainCo
         result[f"{task}_accuracy"] = round((best == batch.targets[task]).float().mean().item(), 4)
     transformer.train()
     return result
-
-
-def save_checkpoint(config: PretrainConfig, step: int, transformer: Transformer, optimizers: list) -> None:
-    """Writes checkpoint.pt: the number of steps done, the weights and both optimizers' states."""
-    with atomic_write(Path(config.folder) / "checkpoint.pt") as temporary:
-        state = {
-            "step": step,
-            "model": transformer.state_dict(),
-            "optimizers": [item.state_dict() for item in optimizers],
-        }
-        torch.save(state, temporary)
-
-
-def load_checkpoint(config: PretrainConfig, transformer: Transformer, optimizers: list) -> int:
-    """Restores checkpoint.pt if there is one; returns the number of steps done."""
-    path = Path(config.folder) / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    state = read_state(path, path)
-    try:
-        transformer.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        return int(state["step"])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise damaged(path, "checkpoint", error) from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, num_steps: int, warmup: int) -> None:
