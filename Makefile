@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint check-cuda check-triton clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -32,6 +32,12 @@ test: lint
 
 lint: setup
 	$(BIN)/ruff check .
+
+check-cuda:
+	.ci/check-cuda
+
+check-triton: setup
+	$(BIN)/python .ci/check-triton
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .ruff_cache

@@ -9,22 +9,43 @@ TORCH_LIBRARY(hermesflow, library) {
   library.def(
       "mask_topk(Tensor logprob, Tensor known, Tensor num_masked, Tensor temperature, "
       "Tensor seed, Tensor step) -> Tensor masked");
+  library.def(
+      "token_sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+      "Tensor seed, Tensor step, Tensor position) -> (Tensor token, Tensor logprob)");
+  library.def(
+      "token_logprob(Tensor logits, Tensor target, int ignore_index) -> (Tensor logprob, Tensor lse, Tensor entropy)");
+  library.def(
+      "token_logprob_backward(Tensor logits, Tensor target, Tensor lse, Tensor grad_logprob, int ignore_index) "
+      "-> Tensor grad_logits");
+  // One block of columns [first_id, first_id + C) of the logits that linear_logprob never holds as a whole.
+  library.def(
+      "linear_logprob_block(Tensor logits, Tensor? bias, Tensor target, int first_id, int ignore_index, "
+      "Tensor(a!) largest, Tensor(b!) total, Tensor(c!) weighted, Tensor(d!) chosen) -> ()");
+  library.def(
+      "linear_logprob_block_backward(Tensor logits, Tensor? bias, Tensor target, Tensor lse, Tensor grad_logprob, "
+      "int first_id, int ignore_index, Tensor(a!) grad_logits) -> ()");
+  library.def(
+      "pair_dpo(Tensor policy_logprob, Tensor reference_logprob, Tensor segment, int num_pairs, float beta, "
+      "str loss_type, float label_smoothing, bool length_normalize, Tensor? pair_weight) "
+      "-> (Tensor loss, Tensor win_reward, Tensor lose_reward, Tensor margin, Tensor accuracy, Tensor grad_policy)");
 }
 
 namespace hermesflow {
-const char* row_instructions();  // cpu/guided_sample.cpp
+const char* instruction_set_name();  // cpu/instruction_set.cpp
 }
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_facts", [] {
     pybind11::dict facts;
     facts["compiler"] = __VERSION__;
-    facts["cpu_instructions"] = hermesflow::row_instructions();
 #ifdef HERMESFLOW_CUDA
-    facts["cuda"] = true;
+    facts["cuda"] = HERMESFLOW_CUDA;
 #else
-    facts["cuda"] = false;
+    facts["cuda"] = "none";
+#endif
+#ifndef HERMESFLOW_EMULATED
+    facts["cpu_instructions"] = hermesflow::instruction_set_name();
 #endif
     return facts;
-  }, "Compiler, the instruction set that the CPU kernels chose on this machine, and whether CUDA kernels are in.");
+  }, "Compiler, targets of the CUDA kernels, and the instruction set that the CPU kernels chose on this machine.");
 }

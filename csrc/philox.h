@@ -42,4 +42,14 @@ HERMESFLOW_HOST_DEVICE float uniform(uint32_t word) {
   return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f;
 }
 
+// Where the key of each row lies: int64 seed, step and position with strides in elements (0 for a shared step).
+struct RowKeys {
+  const int64_t *seeds, *steps, *positions;
+  int64_t seed_stride, step_stride, position_stride;
+
+  HERMESFLOW_HOST_DEVICE int64_t seed(int64_t row) const { return seeds[row * seed_stride]; }
+  HERMESFLOW_HOST_DEVICE int64_t step(int64_t row) const { return steps[row * step_stride]; }
+  HERMESFLOW_HOST_DEVICE int64_t position(int64_t row) const { return positions[row * position_stride]; }
+};
+
 }  // namespace hermesflow

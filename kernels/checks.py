@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +81,17 @@ def not_on_triton_device(*tensors: Tensor | None) -> str | None:
     return not_on("cpu" if triton_interprets() else "cuda", *tensors)
 
 
+def not_on_cuda_device(*tensors: Tensor | None) -> str | None:
+    """The can_run reason of a CUDA backend: CUDA tensors, or CPU tensors where the tests emulate CUDA."""
+    return not_on("cpu" if cuda_emulated() else "cuda", *tensors)
+
+
+def can_read_values(device: torch.device) -> bool:
+    """Whether a check may look at values: without waiting for a device, and not while torch.compile traces."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@torch.compiler.assume_constant_result
 def triton_interprets() -> bool:
     """Whether Triton kernels run in Triton's interpreter; read before the first kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -89,7 +101,7 @@ def triton_interprets() -> bool:
 def extension_missing() -> str | None:
     """Why the C++ extension hermesflow.kernels._C cannot be used, or None."""
     try:
-        importlib.import_module("hermesflow.kernels._C")
+        _extension()
     except ImportError as error:
         recorded = Path(__file__).with_name("_C_build_error.txt")
         if recorded.exists():
@@ -98,15 +110,32 @@ def extension_missing() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def cuda_emulated() -> bool:
+    """Whether the extension is the tests' own, whose CUDA kernels run on the CPU (tests/csrc)."""
+    return extension_missing() is None and _extension().build_facts()["cuda"] == "emulated"
+
+
+def cpu_missing() -> str | None:
+    """Why the extension's CPU kernels cannot be used, or None."""
+    return extension_missing() or ("the extension holds emulated CUDA kernels only" if cuda_emulated() else None)
+
+
 @functools.cache
 def cuda_missing() -> str | None:
     """Why the extension's CUDA kernels cannot be used, or None."""
+    if cuda_emulated():
+        return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     missing = extension_missing()
-    if missing is None and not importlib.import_module("hermesflow.kernels._C").build_facts()["cuda"]:
+    if missing is None and _extension().build_facts()["cuda"] == "none":
         return f"the extension was built without CUDA; with nvcc and a CUDA torch run: {INSTALL_HINT}"
     return missing
+
+
+def _extension() -> ModuleType:
+    return importlib.import_module("hermesflow.kernels._C")
 
 
 def triton_missing() -> str | None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checks import FLOAT_DTYPES, check_key, check_number, check_tensor, not_on, not_on_triton_device
+from .checks import (
+    FLOAT_DTYPES, check_key, check_number, check_tensor, not_on, not_on_cuda_device, not_on_triton_device,
+)  # fmt: skip
 from .philox import RandomKey
 from .sampling import sample_rows
 
@@ -31,7 +33,7 @@ def guided_sample(
         guidance_scale: g; 0 is no guidance.
         temperature: at least 0; 0 takes the argmax, the lower id on ties.
         key: RandomKey of R rows on cond's device.
-        backend: "cpu", "triton" or "torch"; None takes the first that can run.
+        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R] under the tempered distribution (temperature 0: under
         the untempered one), without gradient. Token -1 and NaN in rows that hold NaN or +inf, or nothing but -inf.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
@@ -62,6 +64,10 @@ def guided_sample_reference(
     return sample_rows(logits, temperature, key)
 
 
+def _cuda_can_run(cond: Tensor, uncond: Tensor | None, **_: object) -> str | None:
+    return not_on_cuda_device(cond, uncond)
+
+
 def _cpu_can_run(cond: Tensor, uncond: Tensor | None, **_: object) -> str | None:
     return not_on("cpu", cond, uncond)
 
@@ -72,6 +78,7 @@ def _triton_can_run(cond: Tensor, uncond: Tensor | None, **_: object) -> str | N
     return not_on_triton_device(cond, uncond)
 
 
-registry.register(OP, "cpu", "hermesflow.kernels.cpu_ops:guided_sample", _cpu_can_run)
+registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:guided_sample", _cuda_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:guided_sample", _cpu_can_run)
 registry.register(OP, "triton", "hermesflow.kernels.guided_sample_triton:guided_sample", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.guided_sample:guided_sample_reference", lambda *_, **__: None)

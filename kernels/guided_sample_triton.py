@@ -177,3 +177,17 @@ def guided_sample(
         BLOCK_TILES=min(MAX_BLOCK_TILES, triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLE_TILE))),
     )
     return token, logprob
+
+
+def _production(dtype: str, vocab_size: int, block_tiles: int) -> tuple:
+    arguments = {
+        "cond_ptr": f"*{dtype}", "uncond_ptr": f"*{dtype}", "seed_ptr": "*i64", "step_ptr": "*i64",
+        "position_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32", "vocab_size": "i32:16" if vocab_size % 16 == 0
+        else "i32", "stride_cr": "i32:16", "stride_cv": 1, "stride_ur": "i32:16", "stride_uv": 1, "stride_seed": 1,
+        "stride_step": "i32", "stride_position": 1, "guidance_scale": "fp32", "inverse_temperature": "fp32",
+        "STREAM": TOKEN_STREAM, "HAS_UNCOND": True, "GREEDY": False, "TILE": SAMPLE_TILE, "BLOCK_TILES": block_tiles,
+    }  # fmt: skip
+    return _guided_sample_kernel, arguments, {"num_warps": 4}
+
+
+PRODUCTION = [_production("fp32", 8192, 16), _production("bf16", 8192, 16), _production("bf16", 58498, 16)]

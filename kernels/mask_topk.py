@@ -67,5 +67,5 @@ def _cpu_can_run(logprob: Tensor, *_: object, **__: object) -> str | None:
     return not_on("cpu", logprob)
 
 
-registry.register(OP, "cpu", "hermesflow.kernels.cpu_ops:mask_topk", _cpu_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:mask_topk", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.mask_topk:mask_topk_reference", lambda *_, **__: None)

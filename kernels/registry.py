@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
+
 from . import OPS, checks
 
 ENVIRONMENT_VARIABLE = "HERMESFLOW_BACKEND"
@@ -19,8 +21,9 @@ ENVIRONMENT_VARIABLE = "HERMESFLOW_BACKEND"
 # Why a backend of this name can run nothing at all on this machine, or None. Other names need nothing but torch.
 ENVIRONMENT_CHECKS: dict[str, Callable[[], str | None]] = {
     "cuda": checks.cuda_missing,
-    "cpu": checks.extension_missing,
+    "cpu": checks.cpu_missing,
     "triton": checks.triton_missing,
+    "chunked": checks.triton_missing,
 }
 
 
@@ -53,7 +56,8 @@ def dispatch(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     for candidate in names:
         reason = _refusal(op, candidate, args, kwargs)
         if reason is None:
-            return _load(_registered[op][candidate].target)(*args, **kwargs)
+            _load(_registered[op][candidate].target)
+            return _loaded[_registered[op][candidate].target](*args, **kwargs)
         reasons.append(f"{candidate}: {reason}")
     what = f"no backend of {op} can run these arguments" if name is None else f"{op} cannot run on backend {name!r}"
     raise BackendError(f"{what} ({'; '.join(reasons)})")
@@ -77,11 +81,14 @@ def _refusal(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
     return _environment_refusal(name) or _registered[op][name].can_run(*args, **kwargs)
 
 
+# torch.compile takes what these three return at trace time as constants, so that it can trace through the choice.
+@torch.compiler.assume_constant_result
 def _environment_refusal(name: str) -> str | None:
     check = ENVIRONMENT_CHECKS.get(name)
     return check() if check else None
 
 
+@torch.compiler.assume_constant_result
 def _from_environment(op: str) -> str | None:
     """HERMESFLOW_BACKEND is a backend's name, or "op=backend,op=backend" to speak of those ops only."""
     value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
@@ -99,8 +106,8 @@ def _from_environment(op: str) -> str | None:
     return choices.get(op)
 
 
-def _load(target: str) -> Callable[..., Any]:
+@torch.compiler.assume_constant_result
+def _load(target: str) -> None:
     if target not in _loaded:
         module, function = target.split(":")
         _loaded[target] = getattr(import_module(module), function)
-    return _loaded[target]

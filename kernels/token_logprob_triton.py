@@ -117,3 +117,6 @@ class _TokenLogprob(torch.autograd.Function):
 def token_logprob(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     """hermesflow.kernels.token_logprob.token_logprob on the GPU."""
     return _TokenLogprob.apply(logits, target.contiguous(), ignore_index)
+
+
+PRODUCTION = []

@@ -1,66 +1,12 @@
-// One row of guided_sample. Plain C++ that the compiler vectorises; guided_sample.cpp includes this file once for each
-// instruction set, inside a namespace of that name. So: no include guard, no includes, no templates, static functions only.
+// One row of guided_sample, included once for each instruction set (vector_math.h says what that asks for).
 //
 // A row is read once, tile by tile. Of each tile only its maximum and mass stay; of the winner so far also its logits and
 // its masses, so nothing of the row's length is ever stored.
 
-static inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// exp of x <= 0 (or NaN) to about 1 ulp, 0 below the normal range. Polynomial of degree 6 on [-ln2 / 2, ln2 / 2].
-static inline float exp_nonpositive(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded quotient in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  const float value = p * bits_to_float((bits + 127u) << 23);
-  return x < -87.0f ? 0.0f : value;
-}
-
-static inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  // The multiplication moves the exponent's bias and makes subnormals right; infinity and NaN need their exponent set.
-  float value = bits_to_float(magnitude << 13) * 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
-  return bits_to_float(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
-}
-
-// Logits of one tile to fp32, scaled; ids past the row's end become -inf.
+// Logits of one tile to fp32; ids past the row's end become -inf.
 static inline void load_tile(const void* row, Dtype dtype, int64_t first, int count, float* out) {
-  if (dtype == Dtype::kFloat) {
-    const float* source = static_cast<const float*>(row) + first;
-    for (int i = 0; i < count; ++i) out[i] = source[i];
-  } else if (dtype == Dtype::kBFloat16) {
-    const uint16_t* source = static_cast<const uint16_t*>(row) + first;
-    for (int i = 0; i < count; ++i) out[i] = bits_to_float(static_cast<uint32_t>(source[i]) << 16);
-  } else {
-    const uint16_t* source = static_cast<const uint16_t*>(row) + first;
-    for (int i = 0; i < count; ++i) out[i] = half_to_float(source[i]);
-  }
+  load_floats(row, dtype, first, count, out);
   for (int i = count; i < kTile; ++i) out[i] = -INFINITY;
-}
-
-static inline float tile_max(const float* logits) {
-  float lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = -INFINITY;
-  for (int i = 0; i < kTile; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] = logits[i + l] > lanes[l] ? logits[i + l] : lanes[l];
-  float value = lanes[0];
-  for (int l = 1; l < kLanes; ++l) value = lanes[l] > value ? lanes[l] : value;
-  return value;
 }
 
 // mass[i] = exp(logits[i] - shift); returns the sum.
@@ -124,7 +70,7 @@ static void sample_row(const void* cond, const void* uncond, const Options& opti
     }
     for (int i = 0; i < kTile; ++i) tile->logits[i] *= options.inverse_temperature;
 
-    tile->max = tile_max(tile->logits);
+    tile->max = max_of(tile->logits, kTile);
     const float shift = tile->max == -INFINITY ? 0.0f : tile->max;
     tile->sum = tile_mass(tile->logits, shift, tile->mass);
     if (tile->sum == 0) continue;  // nothing but -inf; NaN goes on and makes the row's sum NaN

@@ -1,12 +1,74 @@
-"""What the kernels' tests share."""
+"""What the kernels' tests share: every backend that this process can run, and the rules of tolerance and memory.
 
+A test that takes the argument `backend`, in a module with a constant OP, runs once for each backend of that op. Triton and
+CUDA need a GPU; where there is none, test_without_a_gpu.py runs those cases in processes of their own: by Triton's
+interpreter (TRITON_INTERPRET=1) and by the emulator of CUDA (HERMESFLOW_TEST_EXTENSION names the library that
+tests/csrc/build_emulator.py makes).
+"""
+
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+if "HERMESFLOW_TEST_EXTENSION" in os.environ and "hermesflow.kernels._C" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("hermesflow.kernels._C", os.environ["HERMESFLOW_TEST_EXTENSION"])
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
+from hermesflow.kernels import checks, registry  # noqa: E402 - after the extension that it is to find
+
+GPU_BACKENDS = ("cuda", "triton", "chunked")
+INTERPRETED, EMULATED = checks.triton_interprets(), checks.cuda_emulated()
+ONLY = ("triton", "chunked") if INTERPRETED else ("cuda",) if EMULATED else None  # of a process without a GPU
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One case for each backend of the module's op; those that are not installed are skipped with their reason."""
+    if "backend" not in metafunc.fixturenames or not hasattr(metafunc.module, "OP"):
+        return
+    import_module(f"hermesflow.kernels.{metafunc.module.OP}")
+    cases = []
+    for name in registry._registered[metafunc.module.OP]:
+        reason = registry._environment_refusal(name)
+        if ONLY is not None and name not in ONLY or ONLY is None and name in GPU_BACKENDS and _not_here():
+            continue
+        cases.append(pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []))
+    metafunc.parametrize("backend", cases)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process without a GPU: only the cases of its backends; in Triton's interpreter no bf16 and no torch.compile."""
+    if ONLY is None:
+        return
+    kept = []
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        low = any(value is torch.bfloat16 for value in values.values())
+        untrusted = INTERPRETED and (low or "compiles" in item.name)
+        if values.get("backend") in ONLY and not untrusted:
+            kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _not_here() -> bool:
+    return not torch.cuda.is_available()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the case's tensors lie: on the GPU if there is one, but for the C++ backend."""
+    values = getattr(getattr(request.node, "callspec", None), "params", {})
+    on_gpu = torch.cuda.is_available() and ONLY is None and values.get("backend") != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture

@@ -1,0 +1,56 @@
+// Arguments that the ops' C++ entry points share, on every device: the random key of each row, row strides, dtypes.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "philox.h"
+
+namespace hermesflow {
+
+enum class Dtype { kFloat, kBFloat16, kHalf };
+
+inline Dtype to_dtype(const char* op, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Dtype::kFloat;
+    case at::kBFloat16: return Dtype::kBFloat16;
+    case at::kHalf: return Dtype::kHalf;
+    default: TORCH_CHECK_VALUE(false, op, ": expected fp32, bf16 or fp16, got ", type);
+  }
+}
+
+inline at::Tensor with_unit_column_stride(const at::Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// The random key of each row, from int64 tensors of any stride; step may be 0-dim.
+inline RowKeys row_keys(const char* op, int64_t num_rows, const at::Tensor& seed, const at::Tensor& step,
+                        const at::Tensor& position) {
+  for (const at::Tensor& part : {seed, position, step.dim() ? step : seed}) {
+    TORCH_CHECK_VALUE(part.dim() == 1 && part.size(0) == num_rows && part.scalar_type() == at::kLong, op,
+                      ": expected int64 seed, step and position [", num_rows, "], got ", part.sizes(), " ",
+                      part.scalar_type());
+  }
+  TORCH_CHECK_VALUE(step.scalar_type() == at::kLong, op, ": expected int64 step, got ", step.scalar_type());
+  return {seed.const_data_ptr<int64_t>(), step.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(),
+          seed.stride(0), step.dim() ? step.stride(0) : 0, position.stride(0)};
+}
+
+// Number of rows of guided_sample's logits.
+inline int64_t check_guided_sample(const at::Tensor& cond, const std::optional<at::Tensor>& uncond) {
+  TORCH_CHECK_VALUE(cond.dim() == 2, "guided_sample: expected cond [R, V], got ", cond.sizes());
+  TORCH_CHECK_VALUE(cond.size(1) > 0, "guided_sample: expected at least one token id, got cond ", cond.sizes());
+  if (uncond) {
+    TORCH_CHECK_VALUE(uncond->sizes() == cond.sizes() && uncond->scalar_type() == cond.scalar_type(),
+                      "guided_sample: expected uncond like cond ", cond.sizes(), " ", cond.scalar_type(), ", got ",
+                      uncond->sizes(), " ", uncond->scalar_type());
+  }
+  return cond.size(0);
+}
+
+}  // namespace hermesflow

@@ -1,0 +1,107 @@
+"""The C++ and CUDA backends: calls into the extension, which torch dispatches by device, their autograd functions, and
+the fake kernels that tell torch.compile shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _C  # noqa: F401 - loading it registers torch.ops.hermesflow
+from .philox import RandomKey
+
+
+def guided_sample(
+    cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, temperature: float, key: RandomKey
+) -> tuple[Tensor, Tensor]:
+    """Backends "cuda" and "cpu" of kernels/guided_sample.py."""
+    return torch.ops.hermesflow.guided_sample(cond, uncond, guidance_scale, temperature, *key)
+
+
+def mask_topk(
+    logprob: Tensor, known: Tensor, num_masked: Tensor, *, temperature: float | Tensor, key: RandomKey
+) -> Tensor:
+    """Backends "cuda" and "cpu" of kernels/mask_topk.py."""
+    noise = torch.as_tensor(temperature, dtype=torch.float32, device=logprob.device)
+    return torch.ops.hermesflow.mask_topk(logprob, known, num_masked, noise, key.seed, key.step)
+
+
+def token_sample(
+    logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: RandomKey
+) -> tuple[Tensor, Tensor]:
+    """Backends "cuda" and "cpu" of kernels/token_sample.py."""
+    return torch.ops.hermesflow.token_sample(logits, temperature, top_k, top_p, min_p, *key)
+
+
+def token_logprob(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Backends "cuda" and "cpu" of kernels/token_logprob.py: log-probability and entropy."""
+    return _TokenLogprob.apply(logits, target, ignore_index)
+
+
+class _TokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        logprob, lse, entropy = torch.ops.hermesflow.token_logprob(logits, target, ignore_index)
+        ctx.save_for_backward(logits, target, lse)
+        ctx.ignore_index = ignore_index
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, lse = ctx.saved_tensors
+        grad = torch.ops.hermesflow.token_logprob_backward(logits, target, lse, grad_logprob, ctx.ignore_index)
+        return grad, None, None
+
+
+@torch.library.register_fake("hermesflow::guided_sample")
+def _guided_sample_fake(cond, uncond, guidance_scale, temperature, seed, step, position):
+    return cond.new_empty(cond.shape[0], dtype=torch.int64), cond.new_empty(cond.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("hermesflow::mask_topk")
+def _mask_topk_fake(logprob, known, num_masked, temperature, seed, step):
+    return known.new_empty(known.shape)
+
+
+@torch.library.register_fake("hermesflow::token_sample")
+def _token_sample_fake(logits, temperature, top_k, top_p, min_p, seed, step, position):
+    return logits.new_empty(logits.shape[0], dtype=torch.int64), logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("hermesflow::token_logprob")
+def _token_logprob_fake(logits, target, ignore_index):
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.register_fake("hermesflow::token_logprob_backward")
+def _token_logprob_backward_fake(logits, target, lse, grad_logprob, ignore_index):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("hermesflow::linear_logprob_block")
+def _linear_logprob_block_fake(logits, bias, target, first_id, ignore_index, largest, total, weighted, chosen):
+    return None
+
+
+@torch.library.register_fake("hermesflow::linear_logprob_block_backward")
+def _linear_logprob_block_backward_fake(
+    logits, bias, target, lse, grad_logprob, first_id, ignore_index, grad_logits
+):
+    return None
+
+
+@torch.library.register_fake("hermesflow::pair_dpo")
+def _pair_dpo_fake(
+    policy_logprob, reference_logprob, segment, num_pairs, beta, loss_type, label_smoothing, length_normalize,
+    pair_weight,
+):  # fmt: skip
+    scalar, pairs = policy_logprob.new_empty(()), policy_logprob.new_empty(num_pairs)
+    return (
+        scalar, pairs, torch.empty_like(pairs), torch.empty_like(pairs), torch.empty_like(scalar),
+        policy_logprob.new_empty(policy_logprob.shape),
+    )  # fmt: skip
