@@ -7,7 +7,13 @@ from torch import Tensor
 
 from . import registry
 from .checks import (
-    FLOAT_DTYPES, check_key, check_number, check_tensor, not_on, not_on_cuda_device, not_on_triton_device,
+    FLOAT_DTYPES,
+    check_key,
+    check_number,
+    check_tensor,
+    not_on,
+    not_on_cuda_device,
+    not_on_triton_device,
 )  # fmt: skip
 from .philox import RandomKey
 from .sampling import sample_rows

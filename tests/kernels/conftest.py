@@ -1,9 +1,9 @@
 """What the kernels' tests share: every backend that this process can run, and the rules of tolerance and memory.
 
-A test that takes the argument `backend`, in a module with a constant OP, runs once for each backend of that op. Triton and
-CUDA need a GPU; where there is none, test_without_a_gpu.py runs those cases in processes of their own: by Triton's
-interpreter (TRITON_INTERPRET=1) and by the emulator of CUDA (HERMESFLOW_TEST_EXTENSION names the library that
-tests/csrc/build_emulator.py makes).
+A test that takes the argument `backend`, in a module with a constant OP, runs once for each backend of that op.
+Triton and CUDA need a GPU; where there is none, test_without_a_gpu.py runs those cases in processes of their own: by
+Triton's interpreter (TRITON_INTERPRET=1) and by the emulator of CUDA (HERMESFLOW_TEST_EXTENSION names the library
+that tests/csrc/build_emulator.py makes).
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a process without a GPU: only the cases of its backends; in Triton's interpreter no bf16 and no torch.compile."""
+    """In a process without a GPU: the cases of its backends alone; for Triton no bf16 and no torch.compile."""
     if ONLY is None:
         return
     kept = []

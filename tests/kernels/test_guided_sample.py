@@ -11,7 +11,7 @@ from hermesflow.kernels.philox import RandomKey
 
 OP = "guided_sample"
 needs_extension = pytest.mark.skipif(checks.cpu_missing() is not None, reason=str(checks.cpu_missing()))
-# An interpreter and an emulator need time; both draw the reference's tokens, whose distribution is tested with more draws.
+# An interpreter and an emulator need time; both draw the tokens of the reference, which is tested with more draws.
 NUM_ROWS = {"torch": 10, "cpu": 10_000, "cuda": 10_000, "triton": 10_000 if torch.cuda.is_available() else 400}
 NUM_DRAWS = {"torch": 20_000, "cpu": 60_000, "cuda": 4_000, "triton": 4_000 if torch.cuda.is_available() else 400}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
