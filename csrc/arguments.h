@@ -41,14 +41,19 @@ inline RowKeys row_keys(const char* op, int64_t num_rows, const at::Tensor& seed
           seed.stride(0), step.dim() ? step.stride(0) : 0, position.stride(0)};
 }
 
-// Number of rows of guided_sample's logits.
-inline int64_t check_guided_sample(const at::Tensor& cond, const std::optional<at::Tensor>& uncond) {
+// Number of rows of guided_sample's logits. The bias, fp32 [V] added to cond, is for logits that come from a head without it.
+inline int64_t check_guided_sample(const at::Tensor& cond, const std::optional<at::Tensor>& uncond,
+                                   const std::optional<at::Tensor>& bias) {
   TORCH_CHECK_VALUE(cond.dim() == 2, "guided_sample: expected cond [R, V], got ", cond.sizes());
   TORCH_CHECK_VALUE(cond.size(1) > 0, "guided_sample: expected at least one token id, got cond ", cond.sizes());
   if (uncond) {
     TORCH_CHECK_VALUE(uncond->sizes() == cond.sizes() && uncond->scalar_type() == cond.scalar_type(),
                       "guided_sample: expected uncond like cond ", cond.sizes(), " ", cond.scalar_type(), ", got ",
                       uncond->sizes(), " ", uncond->scalar_type());
+  }
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == cond.size(1) && bias->scalar_type() == at::kFloat,
+                      "guided_sample: expected bias fp32 [", cond.size(1), "], got ", bias->sizes(), " ", bias->scalar_type());
   }
   return cond.size(0);
 }

@@ -4,7 +4,7 @@
 
 TORCH_LIBRARY(hermesflow, library) {
   library.def(
-      "guided_sample(Tensor cond, Tensor? uncond, float guidance_scale, float temperature, "
+      "guided_sample(Tensor cond, Tensor? uncond, Tensor? bias, float guidance_scale, float temperature, "
       "Tensor seed, Tensor step, Tensor position) -> (Tensor token, Tensor logprob)");
   library.def(
       "mask_topk(Tensor logprob, Tensor known, Tensor num_masked, Tensor temperature, "

@@ -15,10 +15,16 @@ from .philox import RandomKey
 
 
 def guided_sample(
-    cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, temperature: float, key: RandomKey
+    cond: Tensor,
+    uncond: Tensor | None,
+    *,
+    guidance_scale: float,
+    temperature: float,
+    key: RandomKey,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Backends "cuda" and "cpu" of kernels/guided_sample.py."""
-    return torch.ops.hermesflow.guided_sample(cond, uncond, guidance_scale, temperature, *key)
+    """Backends "cuda" and "cpu" of kernels/guided_sample.py; bias, fp32 [V], is added to cond."""
+    return torch.ops.hermesflow.guided_sample(cond, uncond, bias, guidance_scale, temperature, *key)
 
 
 def mask_topk(
@@ -59,7 +65,7 @@ class _TokenLogprob(torch.autograd.Function):
 
 
 @torch.library.register_fake("hermesflow::guided_sample")
-def _guided_sample_fake(cond, uncond, guidance_scale, temperature, seed, step, position):
+def _guided_sample_fake(cond, uncond, bias, guidance_scale, temperature, seed, step, position):
     return cond.new_empty(cond.shape[0], dtype=torch.int64), cond.new_empty(cond.shape[0], dtype=torch.float32)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checks import FLOAT_DTYPES, check_key, check_number
+from .checks import FLOAT_DTYPES, check_key, check_number, not_on, not_on_cuda_device, not_on_triton_device
 from .linear_logprob import check_linear, linear_wide, row_blocks
 from .philox import RandomKey
 from .sampling import sample_rows
@@ -34,7 +34,7 @@ def linear_sample(
         bias: [V], dtype and device of hidden, or None.
         temperature: at least 0; 0 takes the argmax, the lower id on ties.
         key: RandomKey of R rows on hidden's device.
-        backend: "torch"; None takes the first that can run.
+        backend: "cuda", "triton", "cpu" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R], both as guided_sample gives them for the fp32 logits
         hidden @ weight.T + bias: under the tempered distribution, token -1 and NaN in rows without a distribution.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
@@ -62,4 +62,23 @@ def linear_sample_reference(
     return torch.cat(token), torch.cat(logprob)
 
 
+def _cuda_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:
+    return not_on_cuda_device(hidden, weight, bias)
+
+
+def _triton_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:
+    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
+        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
+    return not_on_triton_device(hidden, weight, bias)
+
+
+def _cpu_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:
+    return not_on("cpu", hidden, weight, bias)
+
+
+# cuda before triton is a guess until both are timed on a GPU: cuBLAS is the faster matmul, the fused epilogue saves the
+# logits' way through memory.
+registry.register(OP, "cuda", "hermesflow.kernels.linear_sample_blocked:linear_sample", _cuda_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.linear_sample_blocked:linear_sample", _cpu_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.linear_sample_triton:linear_sample", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.linear_sample:linear_sample_reference", lambda *_, **__: None)

@@ -59,6 +59,8 @@ static void sample_row(const void* cond, const void* uncond, const Options& opti
     const int64_t first = index * kTile;
     const int count = static_cast<int>(std::min<int64_t>(kTile, options.vocab_size - first));
     load_tile(cond, options.dtype, first, count, tile->logits);
+    if (options.bias != nullptr)
+      for (int i = 0; i < count; ++i) tile->logits[i] += options.bias[first + i];
     if (uncond != nullptr) {
       load_tile(uncond, options.dtype, first, count, other);
       for (int i = 0; i < kTile; ++i) {

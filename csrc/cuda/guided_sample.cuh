@@ -13,6 +13,7 @@ constexpr int kGuidedSampleThreads = 256;
 template <typename T>
 struct GuidedSampleArguments {
   const T *cond, *uncond;  // uncond: null without guidance
+  const float* bias;       // [V] added to cond; null: none
   int64_t cond_stride, uncond_stride;
   int64_t vocab_size;
   float guidance_scale, inverse_temperature;
@@ -28,6 +29,12 @@ __device__ __forceinline__ void load_guided(const T* cond, const T* uncond, cons
   const int64_t left = args.vocab_size - first;
   const int count = left > 4 ? 4 : static_cast<int>(left);
   load_four(cond + first, is_aligned_for_four(cond + first), count, -INFINITY, logits);
+  if (args.bias != nullptr) {
+    float bias[4];
+    load_four(args.bias + first, is_aligned_for_four(args.bias + first), count, 0.0f, bias);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) logits[i] += bias[i];
+  }
   if (uncond != nullptr) {
     float other[4];
     load_four(uncond + first, is_aligned_for_four(uncond + first), count, 0.0f, other);

@@ -257,8 +257,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 def test_opcheck():
     cond, uncond = make_logits(5, 200)
     key = make_key(5)
-    for other in (uncond, None):
-        torch.library.opcheck(torch.ops.hermesflow.guided_sample.default, (cond, other, 1.0, 0.7, *key))
+    for other, bias in ((uncond, None), (None, torch.zeros(200))):
+        torch.library.opcheck(torch.ops.hermesflow.guided_sample.default, (cond, other, bias, 1.0, 0.7, *key))
 
 
 @needs_extension
@@ -267,13 +267,15 @@ def test_extension_checks_its_arguments():
     registry.dispatch("guided_sample", "cpu", *make_logits(1, 4), guidance_scale=1.0, temperature=1.0, key=make_key(1))
     call, key = torch.ops.hermesflow.guided_sample, make_key(2)
     with pytest.raises(ValueError, match=r"expected cond \[R, V\]"):
-        call(torch.zeros(4), None, 0.0, 1.0, *key)
+        call(torch.zeros(4), None, None, 0.0, 1.0, *key)
     with pytest.raises(ValueError, match="expected fp32, bf16 or fp16"):
-        call(torch.zeros(2, 4).double(), None, 0.0, 1.0, *key)
+        call(torch.zeros(2, 4).double(), None, None, 0.0, 1.0, *key)
     with pytest.raises(ValueError, match="expected uncond like cond"):
-        call(torch.zeros(2, 4), torch.zeros(2, 5), 0.0, 1.0, *key)
+        call(torch.zeros(2, 4), torch.zeros(2, 5), None, 0.0, 1.0, *key)
+    with pytest.raises(ValueError, match=r"expected bias fp32 \[4\]"):
+        call(torch.zeros(2, 4), None, torch.zeros(5), 0.0, 1.0, *key)
     with pytest.raises(ValueError, match="expected int64 seed, step and position"):
-        call(torch.zeros(3, 4), None, 0.0, 1.0, *key)
+        call(torch.zeros(3, 4), None, None, 0.0, 1.0, *key)
 
 
 def test_error_messages():
