@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint check-cuda check-triton clean
+.PHONY: help setup demo test lint check-cuda check-triton sanitize clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -38,6 +38,14 @@ check-cuda:
 
 check-triton: setup
 	$(BIN)/python .ci/check-triton
+
+# Leaks are not looked for: Python and torch keep memory to the end. Pairs of new and free are torch's own libraries'.
+SANITIZERS = $(foreach name,asan ubsan,$(shell $(CXX) -print-file-name=lib$(name).so))
+sanitize: setup
+	$(BIN)/python tests/csrc/build_extension.py sanitized build/sanitized
+	HERMESFLOW_TEST_EXTENSION=build/sanitized/_C.so LD_PRELOAD="$(SANITIZERS)" \
+	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest tests/kernels -k "cpu and not compiles"
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .ruff_cache

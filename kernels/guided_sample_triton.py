@@ -131,7 +131,8 @@ def _guided_sample_kernel(
     else:
         _, word, _, _ = tl.philox(seed, best_tile.to(tl.uint32), step, position, STREAM)
         mass = tl.exp(logits - tile_max)
-        hit = tl.cumsum(mass, axis=0) > _uniform(word) * tl.sum(mass, axis=0)
+        # A scan adds in another order for each id, so that rounding could let one without mass pass.
+        hit = (tl.cumsum(mass, axis=0) > _uniform(word) * tl.sum(mass, axis=0)) & (mass > 0)
         # Rounding may leave no id that passes; then the last id that has mass.
         last = tl.max(tl.where(mass > 0, offs_in_tile, 0), axis=0)
         hit = hit | (offs_in_tile == last)

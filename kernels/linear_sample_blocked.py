@@ -1,7 +1,7 @@
 """Backends "cuda" and "cpu" of linear_sample: a library matmul per block of rows, guided_sample's kernel on its logits.
 
-The kernel adds the bias where it reads the logits, so that they are written once and read once. A block's fp32 logits are
-all the memory that is needed.
+The kernel adds the bias where it reads the logits, so that they are written once and read once. A block's fp32 logits
+are all the memory that is needed.
 """
 
 from __future__ import annotations

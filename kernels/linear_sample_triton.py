@@ -1,10 +1,10 @@
 """Triton backend of linear_sample: a matmul whose epilogue draws, so that logits are never stored.
 
-Formula: logits = (hidden weight^T + bias) / temperature, then the rule of kernels/sampling.py: the tile of SAMPLE_TILE ids
-with the largest log-sum-exp + Gumbel noise wins, an inverse CDF draws inside it.
-Layout: a program takes BLOCK_R rows and one of SPLITS runs of tiles. Its [BLOCK_R, TILE] accumulator is one tile of every
-row; the epilogue draws inside the tile while it lies in registers and keeps the best tile so far. A second kernel picks
-each row's best split. What is stored: four numbers a row and split.
+Formula: logits = (hidden weight^T + bias) / temperature, then the rule of kernels/sampling.py: the tile of SAMPLE_TILE
+ids with the largest log-sum-exp + Gumbel noise wins, an inverse CDF draws inside it.
+Layout: a program takes BLOCK_R rows and one of SPLITS runs of tiles. Its [BLOCK_R, TILE] accumulator is one tile of
+every row; the epilogue draws inside the tile while it lies in registers and keeps the best tile so far. A second kernel
+picks each row's best split. What is stored: five numbers a row and split.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _uniform(word):
 
 @triton.jit
 def _first_passed(cumulative, mass, target, SIZE: tl.constexpr):
-    """First index with mass whose cumulative mass exceeds the row's target; rounding may leave none, then the last one."""
+    """First index with mass whose cumulative mass exceeds the row's target; if rounding leaves none, the last one."""
     index = tl.arange(0, SIZE)[None, :]
     first = tl.min(tl.where((cumulative > target[:, None]) & (mass > 0), index, SIZE), axis=1)
     last = tl.max(tl.where(mass > 0, index, 0), axis=1)

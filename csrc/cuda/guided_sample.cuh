@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kGuidedSampleThreads) guided_sample_kernel(Gui
     return;
   }
 
-  float logits[4], before[4], mass = 0.0f;
+  float logits[4];
   load_guided(cond, uncond, args, best_tile * kSampleTile + 4 * lane, logits);
   const float largest = warp_max(fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3])));
   int inside = kSampleTile, last = 0;
@@ -123,20 +123,23 @@ __global__ void __launch_bounds__(kGuidedSampleThreads) guided_sample_kernel(Gui
       if (logits[i] == largest) inside = 4 * lane + i;
   } else {
     const float shift = LogSumExp::shift(largest);
+    float mass[4], up_to[4], lane_mass = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float value = expf(logits[i] - shift);
-      mass += value;
-      before[i] = mass;
-      if (value > 0) last = 4 * lane + i;
+      mass[i] = expf(logits[i] - shift);
+      lane_mass += mass[i];
+      up_to[i] = lane_mass;
     }
-    const float up_to = warp_inclusive_sum(mass, lane);
-    const float total = __shfl_sync(kFullWarp, up_to, kWarpSize - 1);
+    const float up_to_lane = warp_inclusive_sum(lane_mass, lane);
+    const float total = __shfl_sync(kFullWarp, up_to_lane, kWarpSize - 1);
     const Words words = philox(seed, static_cast<uint32_t>(best_tile), step, position, kTokenStream);
     const float target = uniform(words.w[1]) * total;
 #pragma unroll
-    for (int i = 3; i >= 0; --i)
-      if (up_to - mass + before[i] > target) inside = 4 * lane + i;
+    for (int i = 3; i >= 0; --i) {
+      // A scan adds in another order for each id, so that rounding could let one without mass pass.
+      if (mass[i] > 0 && up_to_lane - lane_mass + up_to[i] > target) inside = 4 * lane + i;
+      if (mass[i] > 0) last = max(last, 4 * lane + i);
+    }
   }
   // The first id that passes; rounding may leave none, then the last id that has mass.
 #pragma unroll

@@ -3,7 +3,7 @@
 A test that takes the argument `backend`, in a module with a constant OP, runs once for each backend of that op.
 Triton and CUDA need a GPU; where there is none, test_without_a_gpu.py runs those cases in processes of their own: by
 Triton's interpreter (TRITON_INTERPRET=1) and by the emulator of CUDA (HERMESFLOW_TEST_EXTENSION names the library
-that tests/csrc/build_emulator.py makes).
+that tests/csrc/build_extension.py makes).
 """
 
 import importlib.util

@@ -41,7 +41,7 @@ def emulator():
     """The library of emulated CUDA kernels."""
     if platform.machine() != "x86_64" or not shutil.which("c++"):
         pytest.skip("the emulator of CUDA needs x86-64 and a C++ compiler")
-    builder = [sys.executable, str(ROOT / "tests/csrc/build_emulator.py"), str(ROOT / "build/emulator")]
+    builder = [sys.executable, str(ROOT / "tests/csrc/build_extension.py"), "emulated", str(ROOT / "build/emulator")]
     done = subprocess.run(builder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.strip()
