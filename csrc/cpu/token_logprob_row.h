@@ -14,9 +14,9 @@ static inline const float* load_block(const void* row, Dtype dtype, int64_t firs
 // Adds exp(y) to total and, for the entropy, y exp(y) to weighted, over y = logits - shift.
 static inline void add_block(const float* logits, int count, float shift, bool with_entropy, double* total, double* weighted) {
   float totals[kLanes] = {}, weights[kLanes] = {};
-  for (int i = 0; i < count; i += kLanes)
+  for (const float* next = logits; next < logits + count; next += kLanes)
     for (int l = 0; l < kLanes; ++l) {
-      const float y = logits[i + l] - shift, mass = exp_nonpositive(y);
+      const float y = next[l] - shift, mass = exp_nonpositive(y);
       totals[l] += mass;
       if (with_entropy) weights[l] += mass * (y < -100.0f ? -100.0f : y);  // there mass is 0, and 0 * -inf would be NaN
     }

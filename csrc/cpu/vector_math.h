@@ -93,8 +93,11 @@ static inline float max_of(const float* values, int n) {
   float lanes[kLanes];
   for (int l = 0; l < kLanes; ++l) lanes[l] = -INFINITY;
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] = values[i + l] > lanes[l] ? values[i + l] : lanes[l];
+  for (; i + kLanes <= n; i += kLanes) {
+    const float* next = values + i;  // where int may wrap around (Python builds with -fwrapv), values[i + l] is no vector
+#pragma GCC unroll 1  // unrolled, GCC takes the lanes for 16 scalars
+    for (int l = 0; l < kLanes; ++l) lanes[l] = next[l] > lanes[l] ? next[l] : lanes[l];
+  }
   float value = -INFINITY;
   for (; i < n; ++i) value = values[i] > value ? values[i] : value;
   for (int l = 0; l < kLanes; ++l) value = lanes[l] > value ? lanes[l] : value;
