@@ -97,9 +97,7 @@ def token_logprob_reference(
         return logprob, torch.where(kept, -summands.sum(dim=1), 0.0)
 
 
-def _torch(
-    logits: Tensor, target: Tensor, *, ignore_index: int, return_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+def _torch(logits: Tensor, target: Tensor, *, ignore_index: int, return_entropy: bool) -> tuple[Tensor, Tensor | None]:
     result = token_logprob_reference(logits, target, ignore_index=ignore_index, return_entropy=return_entropy)
     return result if isinstance(result, tuple) else (result, None)
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_BLOCK_V = 4096
+MIN_BLOCK_V, MAX_BLOCK_V = 16, 4096  # at least 16 bytes: only the first block may reach before the row
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _backward_kernel(
         if whole:
             logits = tl.load(logits_ptrs).to(tl.float32)
         else:
-            logits = tl.load(logits_ptrs, mask=inside, other=0.0).to(tl.float32)
+            logits = tl.load(logits_ptrs, mask=inside, other=float("-inf")).to(tl.float32)
         grad_logprob = tl.load(grad_logprob_ptr + row * stride_grad)
         one_hot = tl.where(offs_v - shift == target, grad_logprob, 0.0)
         grad = one_hot - tl.exp(logits - tl.load(largest_ptr + row)) * (grad_logprob / tl.load(total_ptr + row))
@@ -153,7 +153,7 @@ def _options(logits: Tensor, grad_logits: Tensor) -> dict[str, int]:
     aligned = 16 // logits.element_size()
     (stride_lt, stride_lv), (stride_gt, stride_gv) = logits.stride(), grad_logits.stride()
     alike = stride_lv == stride_gv == 1 and (stride_lt - stride_gt) % aligned == 0
-    block_v = min(MAX_BLOCK_V, triton.next_power_of_2(logits.shape[1]))
+    block_v = max(MIN_BLOCK_V, min(MAX_BLOCK_V, triton.next_power_of_2(logits.shape[1])))
     return {"ALIGNED": aligned if alike else 1, "BLOCK_V": block_v, "num_warps": 8 if block_v > 1024 else 4}
 
 
