@@ -1,4 +1,8 @@
 // token_logprob on the CPU, forward and backward: rows in parallel, each in one pass (token_logprob_row.h).
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "row_kernels.h"
 
 namespace hermesflow {
@@ -32,6 +36,18 @@ float float_at(const void* row, Dtype dtype, int64_t index) {
   float value;
   portable::load_floats(row, dtype, index, 1, &value);
   return value;
+}
+
+// Asks for large pages behind a large new tensor: its page faults, 4 KiB at a time, take most of the backward pass's time. From
+// 32 MiB on glibc gives it a mapping of its own, so that the advice ends with the tensor.
+void advise_large_pages(const at::Tensor& fresh) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  if (fresh.nbytes() < 16 * kPage) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.const_data_ptr()), end = (start + fresh.nbytes()) / kPage * kPage;
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // where it is refused, small pages serve
+#endif
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprob(const at::Tensor& logits_in, const at::Tensor& target,
@@ -68,6 +84,7 @@ at::Tensor token_logprob_backward(const at::Tensor& logits_in, const at::Tensor&
   const Options options{logits_in.size(1), to_dtype("token_logprob", logits_in.scalar_type()), false};
   const at::Tensor logits = with_unit_column_stride(logits_in);
   at::Tensor grad_logits = at::empty(logits.sizes(), logits.options());
+  advise_large_pages(grad_logits);
   const int64_t row_bytes = options.vocab_size * grad_logits.element_size();
   char* grad_rows = static_cast<char*>(grad_logits.mutable_data_ptr());
   const int64_t* targets = target.const_data_ptr<int64_t>();
