@@ -58,4 +58,26 @@ inline int64_t check_guided_sample(const at::Tensor& cond, const std::optional<a
   return cond.size(0);
 }
 
+// Number of rows of token_logprob's logits.
+inline int64_t check_token_logprob(const at::Tensor& logits, const at::Tensor& target) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) > 0, "token_logprob: expected logits [T, V] of at least one token id, got ",
+                    logits.sizes());
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0) && target.scalar_type() == at::kLong &&
+                        target.device() == logits.device(),
+                    "token_logprob: expected target int64 [", logits.size(0), "] on ", logits.device(), ", got ",
+                    target.scalar_type(), " ", target.sizes(), " on ", target.device());
+  return logits.size(0);
+}
+
+// The same for token_logprob_backward, with its fp32 values of each row.
+inline int64_t check_token_logprob_backward(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& largest,
+                                            const at::Tensor& total, const at::Tensor& grad_logprob) {
+  for (const at::Tensor& part : {largest, total, grad_logprob}) {
+    TORCH_CHECK_VALUE(part.sizes() == target.sizes() && part.scalar_type() == at::kFloat && part.device() == logits.device(),
+                      "token_logprob_backward: expected fp32 largest, total and grad_logprob ", target.sizes(), " on ",
+                      logits.device(), ", got ", part.scalar_type(), " ", part.sizes(), " on ", part.device());
+  }
+  return check_token_logprob(logits, target);
+}
+
 }  // namespace hermesflow

@@ -13,10 +13,11 @@ TORCH_LIBRARY(hermesflow, library) {
       "token_sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
       "Tensor seed, Tensor step, Tensor position) -> (Tensor token, Tensor logprob)");
   library.def(
-      "token_logprob(Tensor logits, Tensor target, int ignore_index) -> (Tensor logprob, Tensor lse, Tensor entropy)");
+      "token_logprob(Tensor logits, Tensor target, int ignore_index, bool return_entropy) "
+      "-> (Tensor logprob, Tensor largest, Tensor total, Tensor entropy)");
   library.def(
-      "token_logprob_backward(Tensor logits, Tensor target, Tensor lse, Tensor grad_logprob, int ignore_index) "
-      "-> Tensor grad_logits");
+      "token_logprob_backward(Tensor logits, Tensor target, Tensor largest, Tensor total, Tensor grad_logprob, "
+      "int ignore_index) -> Tensor grad_logits");
   // One block of columns [first_id, first_id + C) of the logits that linear_logprob never holds as a whole.
   library.def(
       "linear_logprob_block(Tensor logits, Tensor? bias, Tensor target, int first_id, int ignore_index, "

@@ -42,26 +42,30 @@ def token_sample(
     return torch.ops.hermesflow.token_sample(logits, temperature, top_k, top_p, min_p, *key)
 
 
-def token_logprob(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Backends "cuda" and "cpu" of kernels/token_logprob.py: log-probability and entropy."""
-    return _TokenLogprob.apply(logits, target, ignore_index)
+def token_logprob(
+    logits: Tensor, target: Tensor, *, ignore_index: int, return_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Backends "cuda" and "cpu" of kernels/token_logprob.py."""
+    logprob, entropy = _TokenLogprob.apply(logits, target, ignore_index, return_entropy)
+    return logprob, entropy if return_entropy else None
 
 
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        logprob, lse, entropy = torch.ops.hermesflow.token_logprob(logits, target, ignore_index)
-        ctx.save_for_backward(logits, target, lse)
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, return_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logprob, *softmax, entropy = torch.ops.hermesflow.token_logprob(logits, target, ignore_index, return_entropy)
+        ctx.save_for_backward(logits, target, *softmax)
         ctx.ignore_index = ignore_index
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        logits, target, lse = ctx.saved_tensors
-        grad = torch.ops.hermesflow.token_logprob_backward(logits, target, lse, grad_logprob, ctx.ignore_index)
-        return grad, None, None
+    def backward(ctx: Any, grad_logprob: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = torch.ops.hermesflow.token_logprob_backward(*ctx.saved_tensors, grad_logprob, ctx.ignore_index)
+        return grad, None, None, None
 
 
 @torch.library.register_fake("hermesflow::guided_sample")
@@ -80,12 +84,14 @@ def _token_sample_fake(logits, temperature, top_k, top_p, min_p, seed, step, pos
 
 
 @torch.library.register_fake("hermesflow::token_logprob")
-def _token_logprob_fake(logits, target, ignore_index):
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+def _token_logprob_fake(logits, target, ignore_index, return_entropy):
+    num_rows = logits.shape[0]
+    lengths = (num_rows, num_rows, num_rows, num_rows if return_entropy else 0)
+    return tuple(logits.new_empty(length, dtype=torch.float32) for length in lengths)
 
 
 @torch.library.register_fake("hermesflow::token_logprob_backward")
-def _token_logprob_backward_fake(logits, target, lse, grad_logprob, ignore_index):
+def _token_logprob_backward_fake(logits, target, largest, total, grad_logprob, ignore_index):
     return logits.new_empty(logits.shape)
 
 
