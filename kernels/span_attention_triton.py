@@ -252,12 +252,13 @@ def _launches(dtype: torch.dtype, head_dim: int, num_rows: int) -> tuple[_Launch
     most_rows = max(16, triton.next_power_of_2(num_rows))
     block_d = _block_d(head_dim)
     if dtype == torch.float32:
-        side = 32 if block_d <= 128 else 16
-        forward = backward = _Launch(side, side, 4, 2)
+        # Without tensor cores the products are unrolled, which larger tiles spill.
+        sizes = (32, 32, 8, 2) if block_d <= 64 else (32, 16, 8, 2) if block_d <= 128 else (16, 16, 4, 2)
+        forward = backward = _Launch(*sizes)
     elif block_d <= 64:
         forward, backward = _Launch(128, 64, 8, 3), _Launch(64, 64, 4, 3)
     elif block_d <= 128:
-        forward, backward = _Launch(128, 64, 8, 2), _Launch(64, 64, 8, 2)
+        forward, backward = _Launch(128, 64, 8, 2), _Launch(64, 32, 4, 2)
     else:
         forward, backward = _Launch(64, 32, 8, 2), _Launch(32, 32, 8, 2)
     return (
@@ -336,25 +337,22 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
     return _SpanAttention.apply(q, k, v, tree, q.shape[2] ** -0.5 if scale is None else scale)
 
 
-def _production() -> list[tuple]:
-    """Show-o: bf16, head_dim 64, as many key as query heads."""
-    forward, backward = _launches(torch.bfloat16, 64, 16_384)
+def _production(head_dim: int, group: int | str) -> list[tuple]:
+    forward, backward = _launches(torch.bfloat16, head_dim, 16_384)
     tensors = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
     types = {f"{name}_ptr": "*bf16" for name in tensors} | {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-    types |= {"scale": "fp32", "scale_log2": "fp32", "num_rows": "i32", "num_keys": "i32", "group": 1}
+    types |= {"scale": "fp32", "scale_log2": "fp32", "num_rows": "i32", "num_keys": "i32", "group": group}
     found = []
     for kernel, launch in (
         (_forward_kernel, forward), (_backward_dq_kernel, backward), (_backward_dk_dv_kernel, backward)
     ):  # fmt: skip
-        options = launch.options(64)
+        options = launch.options(head_dim)
         compiler = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        arguments = {
-            name: options.get(name) or types.get(name) or ("i32:16" if name.startswith("stride") else "*i32")
-            for name in kernel.arg_names
-        }
+        types_of_rest = {name: "i32:16" if name.startswith("stride") else "*i32" for name in kernel.arg_names}
+        arguments = {name: (types_of_rest | types | options)[name] for name in kernel.arg_names}
         found.append((kernel, arguments, compiler))
     return found
 
 
-# For .ci/check-triton.
-PRODUCTION = _production()
+# For .ci/check-triton: Show-o, and grouped queries at the head size of larger models.
+PRODUCTION = [*_production(64, 1), *_production(128, "i32")]
