@@ -4,11 +4,11 @@
     delta = sum(d_out * out)    ds = p * (d_out v^T - delta)
     dq = scale ds k       dk = scale ds^T q      dv = p^T d_out
 
-Forward and dq: a program takes a block of sorted rows of one head and walks the tiles of keys that meet it, the tiles
-that are allowed as a whole first, without a mask. dk, dv: a program takes a tile of keys of one key/value head and walks
-the blocks of rows that meet it, for each query head of the group. Each result has one writer, so results repeat to the
-last bit. Kept for the backward pass: out and lse (fp32 [H, R], base 2, in the order of sorted rows). Softmax, sums and
-delta are fp32; products take the inputs' dtype, fp32 without TF32.
+Forward and dq: a program takes a block of sorted rows of one head and walks the tiles of keys that meet it, those that
+are allowed as a whole first, without a mask. dk, dv: a program takes a tile of keys of one key/value head and walks the
+blocks of rows that meet it, for each query head of the group. Each result has one writer, so results repeat to the last
+bit. Kept for the backward pass: out and lse (fp32 [H, R], base 2, in the order of sorted rows). Softmax, sums and delta
+are fp32; products take the inputs' dtype, fp32 without TF32.
 Source: FlashAttention-2 (arXiv 2307.08691).
 """
 
