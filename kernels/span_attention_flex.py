@@ -8,8 +8,6 @@ Source: FlexAttention (arXiv 2412.05496).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from hermesflow.engine.span_tree import SpanTree
 
 BLOCK = 128
+_compiled = torch.compile(flex_attention)
 
 
 class _FlexPlan(NamedTuple):
@@ -42,14 +41,9 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
         tensor.index_select(0, index).transpose(0, 1)[None]
         for tensor, index in ((q, plan.rows), (k, plan.slots), (v, plan.slots))
     )
-    attend = _compiled() if q.device.type == "cuda" else flex_attention
+    attend = _compiled if q.device.type == "cuda" else flex_attention
     out = attend(query, key, value, block_mask=plan.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1).index_select(0, plan.sorted_rows)
-
-
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
 
 
 def _make_plan(tree: SpanTree) -> _FlexPlan:
