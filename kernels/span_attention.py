@@ -33,8 +33,8 @@ def span_attention(
         q: queries [Tq, H, head_dim], one a new token, packed in the tree's order; fp32, bf16, fp16 or fp64.
         k, v: storage [slots, Hkv, head_dim] of at least tree.capacity slots, H a multiple of Hkv; dtype and device of
             q. Slots that no token attends to are not read and have gradient 0.
-        tree: the SpanTree, on q's device. The first call over a structure plans it; torch.compile(fullgraph=True)
-            needs a call before (for the backend "torch", tree.groups()), since it does not trace the planning.
+        tree: the SpanTree, on q's device. The first call over a structure plans it, which torch.compile does not trace:
+            with fullgraph=True call the op before, with its backward pass (for "torch", tree.groups() will do).
         scale: factor on q k^T; None is head_dim ** -0.5.
         backend: "triton", "torch", "flex", "flash_attn" or "xformers"; None takes the first that can run.
     Returns: [Tq, H, head_dim]. Differentiable in q, k and v.
@@ -93,8 +93,8 @@ def _gather(storage: Tensor, rows: Tensor) -> Tensor:
 
 
 def _triton_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
-    if q.dtype not in FLOAT_DTYPES:
-        return f"q is {q.dtype}, needs fp32, bf16 or fp16"
+    if q.dtype not in FLOAT_DTYPES or q.shape[2] > 256:
+        return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at most 256"
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
     return not_on_triton_device(q, k, v)

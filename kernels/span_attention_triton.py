@@ -236,6 +236,13 @@ class _Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def for_rows(self, num_rows: int) -> _Launch:
+        """No larger blocks than hold num_rows, which is small in a decoding step."""
+        block_rows = 16
+        while block_rows < self.block_rows and block_rows < num_rows:
+            block_rows *= 2
+        return self._replace(block_rows=block_rows)
+
     def options(self, head_dim: int) -> dict[str, int]:
         return {
             "HEAD_DIM": head_dim, "BLOCK_M": self.block_rows, "BLOCK_N": self.tile_keys, "BLOCK_D": _block_d(head_dim),
@@ -248,8 +255,7 @@ def _block_d(head_dim: int) -> int:
 
 
 def _launches(dtype: torch.dtype, head_dim: int, num_rows: int) -> tuple[_Launch, _Launch]:
-    """For forward and for both backward kernels; decoding steps have few rows."""
-    most_rows = max(16, triton.next_power_of_2(num_rows))
+    """For forward and for both backward kernels."""
     block_d = _block_d(head_dim)
     if dtype == torch.float32:
         # Without tensor cores the products are unrolled, which larger tiles spill.
@@ -261,10 +267,7 @@ def _launches(dtype: torch.dtype, head_dim: int, num_rows: int) -> tuple[_Launch
         forward, backward = _Launch(128, 64, 8, 2), _Launch(64, 32, 4, 2)
     else:
         forward, backward = _Launch(64, 32, 8, 2), _Launch(32, 32, 8, 2)
-    return (
-        forward._replace(block_rows=min(forward.block_rows, most_rows)),
-        backward._replace(block_rows=min(backward.block_rows, most_rows)),
-    )
+    return forward.for_rows(num_rows), backward.for_rows(num_rows)
 
 
 def _head_strides(*tensors: Tensor) -> list[int]:

@@ -462,8 +462,8 @@ def test_messages():
     [
         (torch.float64, 16, {"triton": "needs fp32, bf16 or fp16", "flex": "needs fp32, bf16 or fp16"}),
         (torch.float32, 20, {"flash_attn": "needs fp16 or bf16", "xformers": "a multiple of 8"}),
-        (torch.float16, 512, {"flash_attn": "head_dim of at most 256", "xformers": "on meta, needs cuda"}),
-        (torch.float16, 8, {"flex": "head_dim of at least 16", "triton": "a tensor is on meta"}),
+        (torch.float16, 512, {"triton": "head_dim of at most 256", "flash_attn": "head_dim of at most 256"}),
+        (torch.float16, 8, {"flex": "head_dim of at least 16", "xformers": "a tensor is on meta, needs cuda"}),
     ],
     ids=["fp64", "fp32", "wide", "narrow"],
 )
