@@ -8,8 +8,9 @@ of this project is a forest of such trees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class SpanTree:
     slots: int64 [Tq], the storage slot (row of the key/value storage) of each new token.
     starts, lengths, parents, full, num_new, regions: one entry a span, on the host. starts is the storage slot of the
     span's first token, num_new counts its trailing tokens that are new (0: cached), regions the slots it may grow into.
+    capacity: storage slots that the tree needs, reserved ones included.
     """
 
     token_ids: Tensor
@@ -54,7 +56,12 @@ class SpanTree:
     full: np.ndarray
     num_new: np.ndarray
     regions: np.ndarray
-    _groups: list[AttentionGroup] | None = field(default=None, repr=False)
+    _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    capacity: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A plain int, not a property over numpy: torch.compile reads it while it traces.
+        self.capacity = int(self.starts[-1] + self.regions[-1]) if len(self.starts) else 0
 
     @classmethod
     def build(cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int = 0) -> SpanTree:
@@ -110,7 +117,7 @@ class SpanTree:
         return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.full, num_new, self.regions)
 
     def with_tokens(self, token_ids: Tensor) -> SpanTree:
-        """The same structure over other token ids [Tq]; the attention plan is shared.
+        """The same structure over other token ids [Tq]; the attention plans are shared.
 
         Raises:
             ValueError: token_ids is not [Tq].
@@ -119,10 +126,9 @@ class SpanTree:
             raise ValueError(
                 f"SpanTree.with_tokens: expected token_ids {list(self.token_ids.shape)}, got {list(token_ids.shape)}"
             )
-        groups = self.groups()
         return SpanTree(
             token_ids, self.position_ids, self.slots, self.starts, self.lengths, self.parents, self.full, self.num_new,
-            self.regions, groups,
+            self.regions, self._plans,
         )  # fmt: skip
 
     @classmethod
@@ -149,11 +155,6 @@ class SpanTree:
         return len(self.starts)
 
     @property
-    def capacity(self) -> int:
-        """Storage slots that the tree needs, reserved ones included."""
-        return int(self.starts[-1] + self.regions[-1]) if len(self.starts) else 0
-
-    @property
     def packed_starts(self) -> np.ndarray:
         """First packed row of each span's new tokens, int64 [S]."""
         return np.cumsum(self.num_new) - self.num_new
@@ -178,13 +179,17 @@ class SpanTree:
             allowed[rows, start : start + length] = own if self.full[span] else own.tril(length - new)
         return allowed.to(self.token_ids.device)
 
-    def groups(self) -> list[AttentionGroup]:
-        """The attention plan: query spans bucketed by mode and length, computed once a structure."""
-        if self._groups is None:
-            self._groups = self._plan()
-        return self._groups
+    def plan(self, key: Hashable, make: Callable[[SpanTree], Any]) -> Any:
+        """What make(tree) derives from the structure alone, computed once for all trees that share it (with_tokens)."""
+        if key not in self._plans:
+            self._plans[key] = make(self)
+        return self._plans[key]
 
-    def _plan(self) -> list[AttentionGroup]:
+    def groups(self) -> list[AttentionGroup]:
+        """The attention plan of batched calls: query spans bucketed by mode and length."""
+        return self.plan("groups", SpanTree._make_groups)
+
+    def _make_groups(self) -> list[AttentionGroup]:
         spans = np.flatnonzero(self.num_new)
         chains = [level[spans] for level in reversed(_ancestor_levels(self.parents))] + [spans]
         key_lengths = sum(np.where(level >= 0, self.lengths[level], 0) for level in chains)

@@ -145,3 +145,19 @@ def triton_missing() -> str | None:
     if not torch.cuda.is_available() and not triton_interprets():
         return "torch sees no CUDA device (TRITON_INTERPRET=1 runs Triton's slow interpreter)"
     return None
+
+
+def flash_attn_missing() -> str | None:
+    """Why FlashAttention cannot run on this machine, or None."""
+    return _cuda_package_missing("flash_attn", "flash-attn")
+
+
+def xformers_missing() -> str | None:
+    """Why xFormers cannot run on this machine, or None."""
+    return _cuda_package_missing("xformers", "xformers")
+
+
+def _cuda_package_missing(module: str, package: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed; run: pip install {package}"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"

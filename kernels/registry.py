@@ -24,6 +24,8 @@ ENVIRONMENT_CHECKS: dict[str, Callable[[], str | None]] = {
     "cpu": checks.cpu_missing,
     "triton": checks.triton_missing,
     "chunked": checks.triton_missing,
+    "flash_attn": checks.flash_attn_missing,
+    "xformers": checks.xformers_missing,
 }
 
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import registry
+from .checks import FLOAT_DTYPES, not_on, not_on_triton_device
 
 if TYPE_CHECKING:
     from hermesflow.engine.span_tree import SpanTree
+
+OP = "span_attention"
 
 
 def span_attention(
@@ -28,10 +31,12 @@ def span_attention(
 
     Args:
         q: queries [Tq, H, head_dim], one a new token, packed in the tree's order; fp32, bf16, fp16 or fp64.
-        k, v: storage [capacity, Hkv, head_dim], H a multiple of Hkv; dtype and device of q.
-        tree: the SpanTree; its plan (groups()) must lie on q's device.
+        k, v: storage [slots, Hkv, head_dim] of at least tree.capacity slots, H a multiple of Hkv; dtype and device of
+            q. Slots that no token attends to are not read and have gradient 0.
+        tree: the SpanTree, on q's device. The first call over a structure plans it, which torch.compile does not trace:
+            with fullgraph=True call the op before, with its backward pass (for "torch", tree.groups() will do).
         scale: factor on q k^T; None is head_dim ** -0.5.
-        backend: "torch"; None takes the first that can run.
+        backend: "triton", "torch", "flex", "flash_attn" or "xformers"; None takes the first that can run.
     Returns: [Tq, H, head_dim]. Differentiable in q, k and v.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
     Source: attention rule of Show-o (arXiv 2408.12528), section 3.2, restated for shared prefixes.
@@ -51,7 +56,7 @@ def span_attention(
             f"span_attention: q, k, v and tree must share dtype and device, got {q.dtype}/{q.device}, "
             f"{k.dtype}/{k.device}, {v.dtype}/{v.device}, tree on {tree.token_ids.device}"
         )
-    return registry.dispatch("span_attention", backend, q, k, v, tree, scale=scale)
+    return registry.dispatch(OP, backend, q, k, v, tree, scale=scale)
 
 
 def span_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None) -> Tensor:
@@ -87,6 +92,39 @@ def _gather(storage: Tensor, rows: Tensor) -> Tensor:
     return flat.view(*rows.shape, *storage.shape[1:]).transpose(1, 2)
 
 
-registry.register(
-    "span_attention", "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None
-)
+def _triton_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if q.dtype not in FLOAT_DTYPES or q.shape[2] > 256:
+        return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at most 256"
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
+    return not_on_triton_device(q, k, v)
+
+
+def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if q.device.type == "cpu":
+        wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return "FlexAttention has no gradient on the CPU" if wants_gradient else None
+    if q.dtype not in FLOAT_DTYPES or q.shape[2] < 16:
+        return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at least 16"
+    return not_on("cuda", q, k, v)
+
+
+def _flash_attn_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256:
+        return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp16 or bf16 and a head_dim of at most 256"
+    return not_on("cuda", q, k, v)
+
+
+def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if q.dtype not in FLOAT_DTYPES or q.shape[2] % 8:
+        return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a multiple of 8"
+    return not_on("cuda", q, k, v)
+
+
+# On CUDA the order from torch on is a guess, not measured; all give the same results. The libraries read a shared
+# ancestor once a span, and FlexAttention compiles for minutes, so neither comes before what needs nothing else.
+registry.register(OP, "triton", "hermesflow.kernels.span_attention_triton:span_attention", _triton_can_run)
+registry.register(OP, "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)
+registry.register(OP, "flex", "hermesflow.kernels.span_attention_flex:span_attention", _flex_can_run)
+registry.register(OP, "flash_attn", "hermesflow.kernels.span_attention_varlen:flash_attn", _flash_attn_can_run)
+registry.register(OP, "xformers", "hermesflow.kernels.span_attention_varlen:xformers", _xformers_can_run)

@@ -1,11 +1,22 @@
 """Attention over span trees against dense masked attention: forward and every gradient."""
 
+import importlib.util
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from hermesflow.engine.span_tree import SpanTree
+from hermesflow.kernels import registry, span_attention_flex, span_attention_varlen
 from hermesflow.kernels.registry import BackendError
 from hermesflow.kernels.span_attention import span_attention
+
+OP = "span_attention"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def ids(length):
@@ -25,6 +36,22 @@ def grown_answers():
     return tree.grow([3, 5], torch.tensor([4, 5])).grow([3], torch.tensor([6]))
 
 
+def answers_of_one_image():
+    """64 answers with one token each, the image and its questions cached: rows of different spans share a block."""
+    tree = SpanTree.build([(ids(40), -1, "full"), *[(ids(3 + k), 0, "causal") for k in range(8)]])
+    return tree.extend([([1], 1 + k % 8, "causal") for k in range(64)], reserve=1)
+
+
+def ragged_forest():
+    """Several roots, children created in turns, so that the packed and the depth-first order differ."""
+    generator = np.random.default_rng(0)
+    spans = [(ids(int(generator.integers(1, 60))), -1, "full") for _ in range(3)]
+    for span in range(3, 14):
+        mode = "full" if span % 3 == 0 else "causal"
+        spans.append((ids(int(generator.integers(1, 30))), int(generator.integers(0, span)), mode))
+    return SpanTree.build(spans, reserve=2)
+
+
 TREES = {
     "one-token": lambda: SpanTree.build([([1], -1, "causal")]),
     "causal": lambda: SpanTree.build([(ids(33), -1, "causal")]),
@@ -42,6 +69,10 @@ TREES = {
     "deep-chain": lambda: SpanTree.build([(ids(4), span - 1, "full" if span % 2 else "causal") for span in range(6)]),
     "cached-leaves": cached_leaves,
     "grown-answers": grown_answers,
+    "deeper-chain": lambda: SpanTree.build([(ids(1 + k % 3), k - 1, ("causal", "full")[k % 2]) for k in range(40)]),
+    "images-of-one-prompt": lambda: SpanTree.build([(ids(5), -1, "causal"), *[(ids(18), 0, "full")] * 16]),
+    "answers-of-one-image": answers_of_one_image,
+    "ragged-forest": ragged_forest,
 }
 
 
@@ -57,90 +88,363 @@ def dense_attention(q, k, v, tree, scale=None):
     return torch.stack(heads, 1)
 
 
-def inputs(tree, dtype, num_heads=4, num_kv_heads=2, head_dim=8, seed=0):
+def inputs(tree, dtype, num_heads=4, num_kv_heads=2, head_dim=16, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(len(tree.token_ids), num_heads), (tree.capacity, num_kv_heads), (tree.capacity, num_kv_heads)]
-    return [torch.randn(*shape, head_dim, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [torch.randn(*shape, head_dim, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def on_device(tree, device):
+    """The same structure with its tokens, and so its plans, on the device."""
+    moved = [tensor.to(device) for tensor in (tree.token_ids, tree.position_ids, tree.slots)]
+    return SpanTree(*moved, tree.starts, tree.lengths, tree.parents, tree.full, tree.num_new, tree.regions)
+
+
+def skip_what_is_refused(backend, *arguments):
+    """A library's backend takes fewer dtypes and head sizes than the op."""
+    reason = dict(registry.explain(OP, *arguments))[backend]
+    if backend in ("flash_attn", "xformers") and reason is not None:
+        pytest.skip(reason)
+
+
+def results(function, tensors, tree, weight):
+    """Output, and the gradients of q, k and v given that of the output; without them where weight is None."""
+    if weight is None:
+        return [function(*tensors, tree)]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*tensors, tree)
+    return [out.detach(), *torch.autograd.grad(out, tensors, weight)]
+
+
+def weight_of(q, backend):
+    """A gradient of the output; None where the backend has none (FlexAttention on the CPU)."""
+    if backend == "flex" and q.device.type == "cpu":
+        return None
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.device, q.dtype)
+
+
+def check_against_dense(tree, tensors, backend, check_error_budget, **options):
+    """Forward and gradients err no more than twice as much as dense attention in the same dtype."""
+    skip_what_is_refused(backend, *tensors, tree)
+    weight = weight_of(tensors[0], backend)
+
+    def mine(q, k, v, tree):
+        return span_attention(q, k, v, tree, backend=backend, **options)
+
+    def dense(q, k, v, tree):
+        return dense_attention(q, k, v, tree, **options)
+
+    exact = [tensor.double() for tensor in tensors]
+    truths = results(dense, exact, tree, None if weight is None else weight.double())
+    found, plain = results(mine, tensors, tree, weight), results(dense, tensors, tree, weight)
+    for got, truth, same_dtype in zip(found, truths, plain, strict=True):
+        assert got.dtype == tensors[0].dtype
+        check_error_budget(got, truth, same_dtype)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("name", TREES)
-def test_forward_and_gradients_in_float64(name, num_kv_heads):
+def test_reference_in_float64(name, num_kv_heads):
     tree = TREES[name]()
-    tensors = [tensor.requires_grad_() for tensor in inputs(tree, torch.float64, num_kv_heads=num_kv_heads)]
-    got, expected = span_attention(*tensors, tree), dense_attention(*tensors, tree)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for mine, truth in zip(
-        torch.autograd.grad((got * weight).sum(), tensors),
-        torch.autograd.grad((expected * weight).sum(), tensors),
-        strict=True,
+    tensors = inputs(tree, torch.float64, num_kv_heads=num_kv_heads, head_dim=8)
+    weight = weight_of(tensors[0], "torch")
+    for got, truth in zip(
+        results(span_attention, tensors, tree, weight), results(dense_attention, tensors, tree, weight), strict=True
     ):
-        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["causal", "images-of-two-prompts", "answers-of-ragged-questions", "grown-answers"])
-def test_error_is_that_of_plain_torch(name, dtype, check_error_budget):
-    """Forward and gradients in low precision err no more than twice as much as dense attention in the same dtype."""
-    tree = TREES[name]()
-    low = inputs(tree, dtype)
-    weight = torch.randn(low[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def results(function, tensors, weight):
-        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = function(*tensors, tree)
-        return [out.detach(), *torch.autograd.grad(out, tensors, weight)]
-
-    truths = results(dense_attention, [tensor.double() for tensor in low], weight.double())
-    for got, truth, plain in zip(
-        results(span_attention, low, weight), truths, results(dense_attention, low, weight), strict=True
-    ):
-        check_error_budget(got, truth, plain)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", [name for name in TREES if name != "one-token"])
+def test_error_is_that_of_plain_torch(name, dtype, backend, device, check_error_budget):
+    tree = on_device(TREES[name](), device)
+    check_against_dense(tree, inputs(tree, dtype, device=device), backend, check_error_budget)
 
 
-def test_slots_that_are_not_attended_may_hold_anything():
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_one_token(dtype, backend, device):
+    """Its output is its value; the gradients of q and k are 0, save the rounding of the two equal terms they subtract,
+    for which a bound relative to the truth would leave nothing."""
+    tree = on_device(TREES["one-token"](), device)
+    q, k, v = inputs(tree, dtype, num_kv_heads=4, device=device)
+    skip_what_is_refused(backend, q, k, v, tree)
+    weight = weight_of(q, backend)
+
+    def mine(q, k, v, tree):
+        return span_attention(q, k, v, tree, backend=backend)
+
+    found = results(mine, (q, k, v), tree, weight)
+    epsilon = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0], v, rtol=epsilon, atol=0)
+    if weight is not None:
+        term = float((v.double() * weight.double()).sum(2).abs().max()) * 16**-0.5
+        assert found[1].abs().max() <= 4 * epsilon * term * k.abs().max()
+        assert found[2].abs().max() <= 4 * epsilon * term * q.abs().max()
+        torch.testing.assert_close(found[3], weight, rtol=epsilon, atol=0)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 1], ids=["mha", "mqa"])
+def test_heads_that_share_keys(num_kv_heads, backend, device, check_error_budget):
+    tree = on_device(TREES["answers-of-ragged-questions"](), device)
+    tensors = inputs(tree, torch.float16, num_kv_heads=num_kv_heads, device=device)
+    check_against_dense(tree, tensors, backend, check_error_budget)
+
+
+@pytest.mark.parametrize("head_dim", [8, 20, 32, 64, 80, 128, 256])
+def test_head_sizes(head_dim, backend, device, check_error_budget):
+    """Powers of two and others, and below the least size of a matrix product in Triton."""
+    if backend == "flex" and device.type == "cuda" and head_dim < 16:
+        pytest.skip("FlexAttention needs 16 channels on CUDA")
+    tree = on_device(TREES["images-of-two-prompts"](), device)
+    tensors = inputs(tree, torch.float16, num_heads=2, num_kv_heads=1, head_dim=head_dim, device=device)
+    check_against_dense(tree, tensors, backend, check_error_budget)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.0, -0.3])
+def test_scale(scale, backend, device, check_error_budget):
+    tree = on_device(TREES["images-of-two-prompts"](), device)
+    tensors = inputs(tree, torch.float16, device=device)
+    check_against_dense(tree, tensors, backend, check_error_budget, scale=scale)
+
+
+def test_long_spans(backend, device, check_error_budget):
+    """Blocks of rows and tiles of keys that are allowed as a whole, before, beside and after those that are not."""
+    spans = [(ids(140), -1, "causal"), (ids(150), 0, "full"), (ids(70), 1, "causal"), (ids(40), 0, "full")]
+    tree = on_device(SpanTree.build(spans), device)
+    tensors = inputs(tree, torch.float16, num_heads=2, num_kv_heads=1, device=device)
+    check_against_dense(tree, tensors, backend, check_error_budget)
+
+
+@pytest.mark.parametrize("name", ["grown-answers", "answers-of-one-image"])
+def test_slots_that_are_not_attended_may_hold_anything(name, backend, device):
     """A cache's unused slots are never initialised to something finite by contract."""
-    tree = TREES["grown-answers"]()
-    q, k, v = inputs(tree, torch.float32)
-    expected = span_attention(q, k, v, tree)
+    tree = on_device(TREES[name](), device)
+    tensors = inputs(tree, torch.float16, device=device)
+    skip_what_is_refused(backend, *tensors, tree)
+    weight = weight_of(tensors[0], backend)
+
+    def mine(q, k, v, tree):
+        return span_attention(q, k, v, tree, backend=backend)
+
+    expected = results(mine, tensors, tree, weight)
     unused = ~tree.allowed().any(0)
     assert unused.any()
+    q, k, v = (tensor.clone() for tensor in tensors)
     k[unused], v[unused] = float("nan"), float("inf")
-    assert torch.equal(span_attention(q, k, v, tree), expected)
+    found = results(mine, (q, k, v), tree, weight)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
+    assert all((grad[unused] == 0).all() for grad in found[2:])
 
 
-def test_storage_may_be_larger_than_the_tree():
-    tree = TREES["cached-leaves"]()
-    q, k, v = inputs(tree, torch.float32)
-    more = torch.full((7, *k.shape[1:]), float("nan"))
-    expected = span_attention(q, k, v, tree)
-    assert torch.equal(span_attention(q, torch.cat([k, more]), torch.cat([v, more]), tree), expected)
+def test_storage_may_be_larger_than_the_tree(backend, device):
+    tree = on_device(TREES["cached-leaves"](), device)
+    q, k, v = inputs(tree, torch.float16, device=device)
+    skip_what_is_refused(backend, q, k, v, tree)
+    more = torch.full((7, *k.shape[1:]), float("nan"), dtype=k.dtype, device=device)
+    expected = span_attention(q, k, v, tree, backend=backend)
+    found = span_attention(q, torch.cat([k, more]), torch.cat([v, more]), tree, backend=backend)
+    assert torch.equal(found, expected)
 
 
-def test_views_of_one_projection():
-    """Queries, keys and values as the model has them: slices of one tensor."""
+def test_strides(backend, device):
+    """Slices of one projection, as the model has them; a layer of a cache; channels that lie apart; expanded heads."""
+    tree = on_device(TREES["images-of-two-prompts"](), device)
+    heads = torch.randn(len(tree.token_ids), 8, 16, generator=torch.Generator().manual_seed(0)).to(device).half()
+    slices = heads.split([4, 2, 2], dim=1)
+    apart = [view.transpose(1, 2).contiguous().transpose(1, 2) for view in slices]
+    expanded = [slices[0], *(view[:, :1].expand(-1, 2, -1) for view in slices[1:])]
+    skip_what_is_refused(backend, *slices, tree)
+    for views in (slices, apart, expanded):
+        weight = weight_of(views[0], backend)
+        weight = weight if weight is None else weight.transpose(0, 1).contiguous().transpose(0, 1)
+
+        def mine(q, k, v, tree):
+            return span_attention(q, k, v, tree, backend=backend)
+
+        dense = [view.contiguous() for view in views]
+        contiguous = weight if weight is None else weight.contiguous()
+        for got, expected in zip(
+            results(mine, views, tree, weight), results(mine, dense, tree, contiguous), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+def test_strides_beyond_two_to_the_31(backend, device):
+    """The third row starts at element 2^31, though the stride fits into 32 bits; on the CPU pages that nobody touches
+    are never allocated."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2**34:
+        pytest.skip("needs 16 GiB of GPU memory")
+    tree = on_device(SpanTree.build([([1, 2, 3], -1, "causal")]), device)
+    near = inputs(tree, torch.float16, num_heads=2, num_kv_heads=2, device=device)
+    skip_what_is_refused(backend, *near, tree)
+    far = []
+    for tensor in near:
+        storage = torch.empty(2**31 + 32, dtype=torch.float16, device=device)
+        far.append(storage.as_strided((3, 2, 16), (2**30, 16, 1)).copy_(tensor))
+    weight = weight_of(near[0], backend)
+
+    def mine(q, k, v, tree):
+        return span_attention(q, k, v, tree, backend=backend)
+
+    for got, expected in zip(results(mine, far, tree, weight), results(mine, near, tree, weight), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("build", [lambda: SpanTree.build([]), lambda: SpanTree.build([([1], -1, "full")]).extend([])])
+def test_nothing_new(build, backend, device):
+    """An empty tree, and one whose spans are all cached."""
+    tree = on_device(build(), device)
+    tensors = inputs(tree, torch.float16, device=device)
+    skip_what_is_refused(backend, *tensors, tree)
+    assert span_attention(*tensors, tree, backend=backend).shape == (0, 4, 16)
+    if weight_of(tensors[0], backend) is not None and backend == "triton":
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        grads = torch.autograd.grad(span_attention(*tensors, tree, backend=backend).sum(), tensors)
+        assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
+        assert all((grad == 0).all() for grad in grads)
+
+
+def test_results_repeat_to_the_last_bit(backend, device):
+    tree = on_device(TREES["ragged-forest"](), device)
+    tensors = inputs(tree, torch.float16, device=device)
+    skip_what_is_refused(backend, *tensors, tree)
+    weight = weight_of(tensors[0], backend)
+
+    def mine(q, k, v, tree):
+        return span_attention(q, k, v, tree, backend=backend)
+
+    once, again = (results(mine, tensors, tree, weight) for _ in range(2))
+    assert all(torch.equal(first, second) for first, second in zip(once, again, strict=True))
+
+
+def test_compiles_as_a_whole(backend, device):
+    """torch.compile finds no graph break once the tree is planned; the compiled op gives the same, gradients too."""
+    tree = on_device(TREES["cached-leaves"](), device)
+    tensors = inputs(tree, torch.float32, device=device)
+    skip_what_is_refused(backend, *tensors, tree)
+    weight = weight_of(tensors[0], backend)
+
+    def mine(q, k, v, tree):
+        return span_attention(q, k, v, tree, backend=backend)
+
+    expected = results(mine, tensors, tree, weight)
+    # FlexAttention's compiled kernel for the CPU is not what this backend runs there, and refuses this mask.
+    compiler = "eager" if backend == "flex" and device.type == "cpu" else "inductor"
+    found = results(torch.compile(mine, fullgraph=True, backend=compiler), tensors, tree, weight)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+
+
+def stand_in_flash_attn():
+    """flash_attn with flash_attn_varlen_func as its documentation defines it, in plain torch and any dtype."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, deterministic=False,
+    ):  # fmt: skip
+        assert q.dim() == k.dim() == v.dim() == 3 and q.shape[1] % k.shape[1] == 0 and dropout_p == 0
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and deterministic
+        bounds = [cu_seqlens.tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
+        assert [bound[-1] for bound in bounds] == [len(q), len(k)]
+        assert [int(np.diff(bound).max()) for bound in bounds] == [max_seqlen_q, max_seqlen_k]
+        repeats = q.shape[1] // k.shape[1]
+        k, v = (tensor.repeat_interleave(repeats, 1) for tensor in (k, v))
+        return ragged_attention(q, k, v, *bounds, softmax_scale, causal)
+
+    return {"flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func}}
+
+
+def stand_in_xformers():
+    """xformers with memory_efficient_attention and the two masks as its documentation defines them."""
+
+    class BlockDiagonalMask:
+        causal = False
+
+        @classmethod
+        def from_seqlens(cls, q_seqlen, kv_seqlen=None):
+            assert all(type(length) is int for length in q_seqlen + kv_seqlen)
+            mask = cls()
+            mask.bounds = [[0, *np.cumsum(lengths).tolist()] for lengths in (q_seqlen, kv_seqlen)]
+            return mask
+
+    class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
+        causal = True
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
+        assert query.dim() == 4 and query.shape[0] == 1 and query.shape[2:] == key.shape[2:] == value.shape[2:]
+        assert [bound[-1] for bound in attn_bias.bounds] == [query.shape[1], key.shape[1]] and p == 0
+        out = ragged_attention(query[0], key[0], value[0], *attn_bias.bounds, scale, attn_bias.causal)
+        return out[None]
+
+    return {
+        "xformers": {},
+        "xformers.ops": {"memory_efficient_attention": memory_efficient_attention},
+        "xformers.ops.fmha": {},
+        "xformers.ops.fmha.attn_bias": {
+            "BlockDiagonalMask": BlockDiagonalMask,
+            "BlockDiagonalCausalFromBottomRightMask": BlockDiagonalCausalFromBottomRightMask,
+        },
+    }
+
+
+def ragged_attention(q, k, v, query_bounds, key_bounds, scale, causal):
+    """Each sequence by itself; a causal mask is aligned at the bottom right."""
+    outs = []
+    for query, key in zip(
+        map(slice, query_bounds[:-1], query_bounds[1:]), map(slice, key_bounds[:-1], key_bounds[1:]), strict=True
+    ):
+        scores = torch.einsum("qhd,khd->hqk", q[query], k[key]) * (q.shape[2] ** -0.5 if scale is None else scale)
+        if causal:
+            kept = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(~kept, float("-inf"))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(2), v[key]))
+    return torch.cat(outs)
+
+
+@pytest.fixture(params=["flash_attn", "xformers"])
+def library_backend(request, monkeypatch):
+    """The backend of a library, which a stand-in replaces: neither library runs without a GPU."""
+    stand_in = {"flash_attn": stand_in_flash_attn, "xformers": stand_in_xformers}[request.param]
+    for name, members in stand_in().items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members, __path__=[])
+        monkeypatch.setitem(sys.modules, name, module)
+    return getattr(span_attention_varlen, request.param)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_packing_for_libraries(name, library_backend):
+    """What the backends hand to the libraries, against the truth in float64; twice, for the plan is kept."""
+    tree = TREES[name]()
+    tensors = inputs(tree, torch.float64, head_dim=8)
+    weight = weight_of(tensors[0], "torch")
+    expected = results(dense_attention, tensors, tree, weight)
+    for _ in range(2):
+        for got, truth in zip(results(library_backend, tensors, tree, weight), expected, strict=True):
+            torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
+
+
+def test_libraries_with_a_scale_and_nothing_to_do(library_backend):
     tree = TREES["images-of-two-prompts"]()
-    heads = torch.randn(len(tree.token_ids), 8, 8, generator=torch.Generator().manual_seed(0))
-    views = heads.split([4, 2, 2], dim=1)
-    assert torch.equal(span_attention(*views, tree), span_attention(*(view.contiguous() for view in views), tree))
-
-
-def test_scale():
-    tree = TREES["images-of-two-prompts"]()
-    q, k, v = inputs(tree, torch.float64)
-    torch.testing.assert_close(span_attention(q, k, v, tree, scale=0.1), dense_attention(q, k, v, tree, 0.1))
-
-
-def test_empty_tree():
-    tree = SpanTree.build([])
+    tensors = inputs(tree, torch.float64)
+    torch.testing.assert_close(library_backend(*tensors, tree, scale=0.1), dense_attention(*tensors, tree, 0.1))
     empty = torch.zeros(0, 4, 8)
-    assert span_attention(empty, empty[:, :2], empty[:, :2], tree).shape == (0, 4, 8)
+    assert library_backend(empty, empty, empty, SpanTree.build([])).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_flex_block_mask(name):
+    """The block mask from the plan is what FlexAttention makes of the dense mask."""
+    mask = span_attention_flex._make_plan(TREES[name]()).mask
+    dense = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+    for field in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, field), getattr(dense, field)), field
+    assert torch.equal(mask.to_dense(), dense.to_dense())
 
 
 def test_messages():
     tree = SpanTree.build([([1, 2, 3], -1, "causal")])
-    q, k, v = inputs(tree, torch.float32)
+    q, k, v = inputs(tree, torch.float32, head_dim=8)
     with pytest.raises(ValueError, match=r"H a multiple of Hkv, got \(3, 3, 8\)"):
         span_attention(q[:, :3], k, v, tree)
     with pytest.raises(ValueError, match="3 new tokens and 3 slots, got 2 queries and 3 keys"):
@@ -151,3 +455,37 @@ def test_messages():
         span_attention(q, k.double(), v, tree)
     with pytest.raises(BackendError, match="span_attention"):
         span_attention(q, k, v, tree, backend="abacus")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "refusals"),
+    [
+        (torch.float64, 16, {"triton": "needs fp32, bf16 or fp16", "flex": "needs fp32, bf16 or fp16"}),
+        (torch.float32, 20, {"flash_attn": "needs fp16 or bf16", "xformers": "a multiple of 8"}),
+        (torch.float16, 512, {"triton": "head_dim of at most 256", "flash_attn": "head_dim of at most 256"}),
+        (torch.float16, 8, {"flex": "head_dim of at least 16", "xformers": "a tensor is on meta, needs cuda"}),
+    ],
+    ids=["fp64", "fp32", "wide", "narrow"],
+)
+def test_backends_that_cannot_run_say_why(dtype, head_dim, refusals, monkeypatch):
+    monkeypatch.setattr(registry, "ENVIRONMENT_CHECKS", {})
+    tree = SpanTree.build([([1, 2, 3], -1, "causal")])
+    reasons = dict(registry.explain(OP, *inputs(tree, dtype, head_dim=head_dim, device="meta"), tree))
+    assert list(reasons) == ["triton", "torch", "flex", "flash_attn", "xformers"] and reasons["torch"] is None
+    assert all(reason in reasons[backend] for backend, reason in refusals.items())
+
+
+def test_flex_has_no_gradient_on_the_cpu():
+    tree = SpanTree.build([([1, 2, 3], -1, "causal")])
+    q, k, v = inputs(tree, torch.float32)
+    with pytest.raises(BackendError, match="FlexAttention has no gradient on the CPU"):
+        span_attention(q.requires_grad_(), k, v, tree, backend="flex")
+    with torch.no_grad():
+        assert span_attention(q, k, v, tree, backend="flex").shape == q.shape
+
+
+def test_missing_libraries_are_named():
+    for module, package in (("flash_attn", "flash-attn"), ("xformers", "xformers")):
+        if importlib.util.find_spec(module) is None:
+            reason = registry.backends()[OP][module]
+            assert reason == f"{module} is not installed; run: pip install {package}"

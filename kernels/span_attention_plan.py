@@ -1,0 +1,133 @@
+"""How the tiled backends of span_attention walk a span tree.
+
+Rows (the new tokens) and keys (the storage slots that some row attends to) are sorted depth first: a span's own rows,
+then those of its descendants, child by child. The rows that see a key are then one interval: all rows of its span (in a
+causal span those from the key's own row on) and of the descendants, which follow without a gap. So two numbers a key
+are the whole mask, spans that share ancestors sit together, and cutting rows and keys into equal blocks and tiles
+leaves few pairs of a block and a tile that meet.
+Source: a mask of row intervals a key, FlashMask (arXiv 2410.01359).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hermesflow.engine.span_tree import SpanTree
+
+
+class SortedTree(NamedTuple):
+    """Depth-first order: packed row [R] of each sorted row; slot [K] of each sorted key, seen by the sorted rows
+    [first_row, end_row)."""
+
+    rows: np.ndarray
+    slots: np.ndarray
+    first_row: np.ndarray
+    end_row: np.ndarray
+
+
+class TileLists(NamedTuple):
+    """For each block b the tiles that it meets, int32, ascending: tiles[bounds[2 b] : bounds[2 b + 1]] are allowed as
+    a whole, tiles[bounds[2 b + 1] : bounds[2 b + 2]] need the mask."""
+
+    bounds: Tensor
+    tiles: Tensor
+
+
+class TilePlan(NamedTuple):
+    """A SortedTree cut into blocks of rows and tiles of keys, int32 on the tree's device.
+
+    rows is padded to whole blocks with its last entry, slots to whole tiles likewise (so that nothing is read that
+    nobody attends to); no row sees the padding keys.
+    """
+
+    num_rows: int
+    num_keys: int
+    rows: Tensor
+    slots: Tensor
+    first_row: Tensor
+    end_row: Tensor
+    tiles_of_block: TileLists
+    blocks_of_tile: TileLists
+
+
+def tile_plan(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
+    """The tree's plan for these sizes, computed once a structure."""
+    make = functools.partial(_cut, block_rows=block_rows, tile_keys=tile_keys)
+    return tree.plan(("tiles", block_rows, tile_keys), make)
+
+
+def depth_first(tree: SpanTree) -> SortedTree:
+    """Sort the tree's rows and keys."""
+    parents, num_new = tree.parents.tolist(), tree.num_new.tolist()
+    # Entry -1, which is the last, stands for the parent of all roots.
+    num_below = [*num_new, 0]
+    for span in reversed(range(len(parents))):
+        num_below[parents[span]] += num_below[span]
+    first, free = list(parents), [0] * (len(parents) + 1)
+    for span, parent in enumerate(parents):
+        first[span] = free[parent]
+        free[parent] += num_below[span]
+        free[span] = first[span] + num_new[span]
+    first, num_below = np.array(first, dtype=np.int64), np.array(num_below[:-1], dtype=np.int64)
+
+    rows = np.empty(len(tree.token_ids), dtype=np.int64)
+    rows[np.repeat(first, tree.num_new) + _counting(tree.num_new)] = np.arange(len(rows))
+
+    spans = np.argsort(first, kind="stable")
+    spans = spans[num_below[spans] > 0]
+    span, position = np.repeat(spans, tree.lengths[spans]), _counting(tree.lengths[spans])
+    num_cached = (tree.lengths - tree.num_new)[span]
+    own_row = np.where(tree.full[span], 0, np.maximum(position - num_cached, 0))
+    return SortedTree(rows, tree.starts[span] + position, first[span] + own_row, (first + num_below)[span])
+
+
+def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
+    order = depth_first(tree)
+    num_rows, num_keys = len(order.rows), len(order.slots)
+    num_blocks, num_tiles = -(-num_rows // block_rows), -(-num_keys // tile_keys)
+    padding = (0, num_tiles * tile_keys - num_keys)
+    first_row, end_row = np.pad(order.first_row, padding), np.pad(order.end_row, padding)
+
+    # Every (block, tile) in which a row sees a key; an interval inside its predecessor's in the same tile adds none.
+    inside = (first_row[1:] >= first_row[:-1]) & (end_row[1:] <= end_row[:-1])
+    kept = np.flatnonzero(~np.insert(inside, 0, False)[: len(first_row)] | (np.arange(len(first_row)) % tile_keys == 0))
+    first_block = first_row[kept] // block_rows
+    num_met = -(-end_row[kept] // block_rows) - first_block
+    block = np.repeat(first_block, num_met) + _counting(num_met)
+    tile = np.repeat(kept // tile_keys, num_met)
+
+    last_first = first_row.reshape(-1, tile_keys).max(axis=1)[tile]
+    first_end = end_row.reshape(-1, tile_keys).min(axis=1)[tile]
+    masked = (last_first > block * block_rows) | (first_end < (block + 1) * block_rows)
+
+    device = tree.token_ids.device
+
+    def to_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(device)
+
+    def lists(outer: np.ndarray, inner: np.ndarray, num_outer: int, num_inner: int) -> TileLists:
+        codes = np.unique((2 * outer + masked) * num_inner + inner)
+        bounds = np.searchsorted(codes, np.arange(2 * num_outer + 1) * num_inner)
+        return TileLists(to_device(bounds), to_device(codes % max(num_inner, 1)))
+
+    return TilePlan(
+        num_rows,
+        num_keys,
+        to_device(np.pad(order.rows, (0, num_blocks * block_rows - num_rows), mode="edge" if num_rows else "constant")),
+        to_device(np.pad(order.slots, padding, mode="edge" if num_keys else "constant")),
+        to_device(first_row),
+        to_device(end_row),
+        lists(block, tile, num_blocks, num_tiles),
+        lists(tile, block, num_tiles, num_blocks),
+    )
+
+
+def _counting(lengths: np.ndarray) -> np.ndarray:
+    """Concatenation of range(length) over all lengths."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,0 +1,105 @@
+"""The depth-first plan of a span tree against the dense truth."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermesflow.engine.span_tree import SpanTree
+from hermesflow.kernels.span_attention_plan import depth_first, tile_plan
+
+
+@st.composite
+def spans_below(draw, num_parents):
+    """1 to 8 spans, each below an earlier one or at a root."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+    return [
+        ([0] * length, draw(st.integers(-1, num_parents + index - 1)), draw(st.sampled_from(["causal", "full"])))
+        for index, length in enumerate(lengths)
+    ]
+
+
+@st.composite
+def trees(draw):
+    """Trees in all states: all new, with cached spans, grown by single tokens, with reserved slots."""
+    tree = SpanTree.build(draw(spans_below(0)), reserve=draw(st.integers(0, 3)))
+    if draw(st.booleans()):
+        tree = tree.extend(draw(spans_below(tree.num_spans)), reserve=2)
+    if draw(st.booleans()):
+        room = np.flatnonzero(tree.lengths < tree.regions)
+        grown = sorted(draw(st.sets(st.sampled_from(room.tolist()), min_size=1))) if len(room) else []
+        tree = tree.grow(grown, torch.zeros(len(grown), dtype=torch.int64))
+    return tree
+
+
+def allowed_in_sorted_order(plan):
+    """bool [rows, keys] of a plan's intervals, padding included."""
+    row = torch.arange(len(plan.rows))[:, None]
+    return (plan.first_row <= row) & (row < plan.end_row) & (row < plan.num_rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(trees())
+def test_intervals_are_the_mask(tree):
+    order = depth_first(tree)
+    row = np.arange(len(order.rows))[:, None]
+    allowed = np.zeros((len(order.rows), tree.capacity), dtype=bool)
+    allowed[np.ix_(order.rows, order.slots)] = (order.first_row <= row) & (row < order.end_row)
+    assert np.array_equal(allowed, tree.allowed().numpy())
+    # A key that nobody attends to must not be read.
+    assert set(order.slots) == set(np.flatnonzero(allowed.any(axis=0)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(trees(), st.sampled_from([(4, 8), (8, 4), (2, 2), (64, 16)]))
+def test_lists_name_every_tile_that_meets_a_block(tree, sizes):
+    plan = tile_plan(tree, *sizes)
+    order = depth_first(tree)
+    assert plan.rows[: plan.num_rows].tolist() == order.rows.tolist()
+    assert plan.slots[: plan.num_keys].tolist() == order.slots.tolist()
+    assert set(plan.slots.tolist()) == set(order.slots.tolist()), "padding reads an attended slot"
+    tiles = allowed_in_sorted_order(plan).unflatten(1, (-1, sizes[1])).unflatten(0, (-1, sizes[0]))
+    some, whole = tiles.any(3).any(1), tiles.all(3).all(1)
+    for lists, meets, full in ((plan.tiles_of_block, some, whole), (plan.blocks_of_tile, some.T, whole.T)):
+        assert len(lists.bounds) == 2 * len(meets) + 1 and int(lists.bounds[-1]) == len(lists.tiles)
+        for index in range(len(meets)):
+            begin, middle, end = lists.bounds[2 * index : 2 * index + 3].tolist()
+            assert lists.tiles[begin:middle].tolist() == full[index].nonzero().flatten().tolist()
+            assert lists.tiles[middle:end].tolist() == (meets & ~full)[index].nonzero().flatten().tolist()
+
+
+def test_answers_of_one_image_share_a_block():
+    """A decoding step of 64 answers to 8 questions reads the image, the questions and the answers once."""
+    tree = SpanTree.build([([0] * 1027, -1, "full"), *[([0] * 20, 0, "causal")] * 8])
+    tree = tree.extend([([0], 1 + answer % 8, "causal") for answer in range(64)], reserve=9)
+    for _ in range(9):
+        tree = tree.grow(np.arange(9, 73), torch.zeros(64, dtype=torch.int64))
+    plan = tile_plan(tree, 64, 64)
+    assert len(plan.rows) == 64 and plan.num_keys == 1027 + 8 * 20 + 64 * 10
+    assert plan.tiles_of_block.tiles.tolist() == list(range(-(-plan.num_keys // 64)))
+    assert int(plan.tiles_of_block.bounds[1]) == 1027 // 64, "the image's tiles need no mask"
+
+
+def test_images_of_one_prompt_do_not_read_one_another():
+    """A block inside one image meets the prompt's tiles and the image's own, not those of its 15 siblings."""
+    tree = SpanTree.build([([0] * 128, -1, "causal"), *[([0] * 256, 0, "full")] * 16])
+    plan = tile_plan(tree, 64, 64)
+    bounds = plan.tiles_of_block.bounds[::2]
+    assert (bounds.diff()[2:] == 2 + 4).all()
+
+
+def test_plans_are_shared_by_trees_of_one_structure():
+    tree = SpanTree.build([([1, 2], -1, "causal"), ([3, 4, 5], 0, "full")])
+    other = tree.with_tokens(torch.tensor([6, 7, 8, 9, 10]))
+    plan = tile_plan(other, 16, 16)
+    assert tile_plan(tree, 16, 16) is plan and tile_plan(tree, 32, 16) is not plan
+    assert other.groups() is tree.groups()
+
+
+@pytest.mark.parametrize(
+    "tree", [SpanTree.build([]), SpanTree.build([([1, 2], -1, "causal")]).extend([])], ids=["no-spans", "all-cached"]
+)
+def test_nothing_to_attend(tree):
+    plan = tile_plan(tree, 16, 16)
+    assert plan.num_rows == plan.num_keys == len(plan.rows) == len(plan.slots) == len(plan.tiles_of_block.tiles) == 0
