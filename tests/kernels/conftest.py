@@ -25,22 +25,23 @@ if "HERMESFLOW_TEST_EXTENSION" in os.environ and "hermesflow.kernels._C" not in 
 
 from hermesflow.kernels import checks, registry  # noqa: E402 - after the extension that it is to find
 
-GPU_BACKENDS = ("cuda", "triton", "chunked")
+GPU_BACKENDS, LIBRARIES = ("cuda", "triton", "chunked"), ("flash_attn", "xformers")
 INTERPRETED, EMULATED = checks.triton_interprets(), checks.cuda_emulated()
 ONLY = ("triton", "chunked") if INTERPRETED else ("cuda",) if EMULATED else None  # of a process without a GPU
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case for each backend of the module's op; those that are not installed are skipped with their reason."""
+    """One case for each backend of the op that this process can run; libraries that are not installed and
+    kernels that need a GPU have none, an extension that was not built is told as a skip."""
     if "backend" not in metafunc.fixturenames or not hasattr(metafunc.module, "OP"):
         return
     import_module(f"hermesflow.kernels.{metafunc.module.OP}")
     cases = []
     for name in registry._registered[metafunc.module.OP]:
         reason = registry._environment_refusal(name)
-        if ONLY is not None and name not in ONLY or ONLY is None and name in GPU_BACKENDS and _not_here():
-            continue
-        cases.append(pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []))
+        absent = name in LIBRARIES or (name in GPU_BACKENDS and not torch.cuda.is_available())
+        if (name in ONLY) if ONLY is not None else not (reason and absent):
+            cases.append(pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []))
     metafunc.parametrize("backend", cases)
 
 
@@ -57,10 +58,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-
-
-def _not_here() -> bool:
-    return not torch.cuda.is_available()
 
 
 @pytest.fixture
