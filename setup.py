@@ -23,12 +23,19 @@ except ImportError as error:
         'Run: pip install "torch>=2.11,<2.14" setuptools wheel && pip install --no-build-isolation -e .'
     ) from error
 
+# package -> folder
+FOLDERS = {
+    "hermesflow": "hermesflow",
+    "hermesflow.benchmarks": "benchmarks",
+    "hermesflow.engine": "engine",
+    "hermesflow.kernels": "kernels",
+}
 COMPILE_ARGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def packages() -> list[str]:
     inside = [f"hermesflow.{name}" for name in find_packages("hermesflow")]
-    return ["hermesflow", "hermesflow.engine", "hermesflow.kernels", *inside]
+    return [*FOLDERS, *inside]
 
 
 def extension() -> cpp_extension.CppExtension:
@@ -97,7 +104,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 setup(
     packages=packages(),
-    package_dir={"hermesflow": "hermesflow", "hermesflow.engine": "engine", "hermesflow.kernels": "kernels"},
+    package_dir=FOLDERS,
     package_data={"hermesflow": ["assets/**/*"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
