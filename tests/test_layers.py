@@ -1,4 +1,4 @@
-"""The layers: benchmarks, hermesflow, engine, kernels, each importing downward only; read from the source, nothing is run."""
+"""The layers: benchmarks, hermesflow, engine, kernels, each importing downward only; read from the source, not run."""
 
 import ast
 from pathlib import Path
