@@ -55,9 +55,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-def span_cases(shape: str, device: torch.device) -> Iterator[Case]:
+def span_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """The cases of a shape class, each made when it is asked for, so that only one holds its tensors."""
-    sizes = SHAPES[shape]
     yield _case("images", sizes, _images(sizes, device), device)
     asked = _asked(sizes, device)
     yield _case("questions", sizes, asked, device)

@@ -25,6 +25,7 @@ from hermesflow.files import InputError
 from hermesflow.kernels import registry
 
 from . import peers, roofline
+from .attention_cases import SHAPES as ATTENTION_SHAPES
 from .attention_cases import span_cases
 from .case import Call, Case
 from .lines import MEASURED, Line, console_table, write_lines
@@ -118,7 +119,7 @@ def _save(settings: Settings, lines: list[Line]) -> None:
 def _cases(op: str, shape: str, device: torch.device) -> Iterator[Case]:
     torch.manual_seed(0)
     if op == "span_attention":
-        yield from span_cases(shape, device)
+        yield from span_cases(ATTENTION_SHAPES[shape], device)
     else:
         yield BUILDERS[op](*OP_SHAPES[shape][op], device)
 
