@@ -79,7 +79,7 @@ def _cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         if "failed" in line:
             rows.append([*row, f"failed: {line['failed']}", *[""] * (len(header) - 4)])
             continue
-        row += [_number(line["ms_p50"]), f"{line['roof_fraction']:.0%}", _rate(line), _number(line["peak_mib"])]
+        row += [_number(line["ms_p50"]), _share(line["roof_fraction"]), _rate(line), _number(line["peak_mib"])]
         rows.append(row + [_against(by_baseline.get(name)) for name in baselines])
     return header, rows
 
@@ -96,6 +96,10 @@ def _rate(line: Line) -> str:
     if line["tflop_s"] * 1000 > 10 * line["gb_s"]:
         return f"{_number(line['tflop_s'])} TFLOP/s"
     return f"{_number(line['gb_s'])} GB/s"
+
+
+def _share(fraction: float) -> str:
+    return f"{fraction:.0%}" if fraction >= 0.1 else f"{100 * fraction:.2g}%"
 
 
 def _number(value: float) -> str:

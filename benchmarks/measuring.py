@@ -37,7 +37,7 @@ class Times:
 class Effort:
     """How long to measure."""
 
-    seconds: float = 5.0
+    seconds: float = 3.0
     """Aim for the rounds of one case."""
     min_rounds: int = 5
     """Rounds, however long they take."""
@@ -98,12 +98,17 @@ def _cuda_timer(device: torch.device) -> Callable[[Call], Callable[[], float]]:
 
 
 def as_cuda_graph(call: Call) -> Call:
-    """The call's replay as a CUDA graph. Raises: RuntimeError if it cannot be captured."""
+    """The call's replay as a CUDA graph. Raises: RuntimeError if it cannot be captured: it waits for the device."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        call()
+        # A capture that fails halfway leaves torch's random generator unusable; a wait is what makes it fail.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -126,7 +126,8 @@ def mask_topk_case(num_rows: int, num_tokens: int, device: torch.device) -> Case
     logprob = -3 * torch.rand(num_rows, num_tokens, device=device)
     known = torch.rand(num_rows, num_tokens, device=device) < 1 / 3
     num_masked = torch.full((num_rows,), num_tokens // 2, device=device)
-    options = {"temperature": 1.0, "key": _key(num_rows, device)}
+    # A temperature on the device, for a number would have to be copied there.
+    options = {"temperature": torch.ones(num_rows, device=device), "key": _key(num_rows, device)}
 
     def run(backend: str) -> Tensor:
         return mask_topk(logprob, known, num_masked, **options, backend=backend)

@@ -172,8 +172,7 @@ def _measure(case: Case, settings: Settings, roof: Roof, failure: str | None, no
     peaks = {name: peak_bytes(call, device) / MIB for name, call in calls.items()}
     if case.short and device.type == "cuda":
         calls = {name: _as_graph(case, name, call, notes) for name, call in calls.items()}
-    effort = Effort(seconds=0.05, min_rounds=3) if settings.shape == "tiny" else Effort()
-    times = time_rounds(calls, device, effort)
+    times = time_rounds(calls, device, Effort(seconds=0.05, min_rounds=3) if settings.shape == "tiny" else Effort())
     for name in backends:
         mine = times["backend", name]
         seconds = mine.ms_p50 / 1e3

