@@ -49,7 +49,7 @@ sanitize: setup
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .ruff_cache
-	find engine kernels hermesflow tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks engine kernels hermesflow tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/python -m pip install --no-build-isolation -e '.[test]'

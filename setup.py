@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -23,26 +24,55 @@ except ImportError as error:
         'Run: pip install "torch>=2.11,<2.14" setuptools wheel && pip install --no-build-isolation -e .'
     ) from error
 
-COMPILE_ARGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+# package -> folder
+FOLDERS = {
+    "hermesflow": "hermesflow",
+    "hermesflow.benchmarks": "benchmarks",
+    "hermesflow.engine": "engine",
+    "hermesflow.kernels": "kernels",
+}
+COMPILE_ARGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_ARGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
 
 
 def packages() -> list[str]:
     inside = [f"hermesflow.{name}" for name in find_packages("hermesflow")]
-    return ["hermesflow", "hermesflow.engine", "hermesflow.kernels", *inside]
+    return [*FOLDERS, *inside]
 
 
 def extension() -> cpp_extension.CppExtension:
-    cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))
-    with_cuda = bool(cuda_sources and torch.version.cuda and cpp_extension.CUDA_HOME)
-    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    cuda_sources = sorted(glob.glob("csrc/cuda/*.cu")) if cuda_compiler() else []
+    kind, cxx_args = cpp_extension.CppExtension, COMPILE_ARGS
+    if cuda_sources:
+        # Where torch's build reads the targets; if it finds none, it builds for the cards of this machine alone.
+        targets = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_targets()
+        kind, cxx_args = cpp_extension.CUDAExtension, [*COMPILE_ARGS, f'-DHERMESFLOW_CUDA="{shown_targets(targets)}"']
     return kind(
         "hermesflow.kernels._C",
-        ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp")), *(cuda_sources if with_cuda else [])],
+        ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp")), *cuda_sources],
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)),
-        define_macros=[("HERMESFLOW_CUDA", None)] if with_cuda else [],
-        extra_compile_args={"cxx": COMPILE_ARGS, "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": cxx_args, "nvcc": NVCC_ARGS},
         optional=True,
     )
+
+
+def cuda_compiler() -> Path | None:
+    """nvcc, where the installed torch has CUDA."""
+    if torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
+        return None
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    return nvcc if nvcc.exists() else None
+
+
+def default_targets() -> str:
+    """Ampere, Hopper and, as CUDA 12.8 came with it, Blackwell."""
+    version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    return "8.0 9.0a 10.0" if version >= (12, 8) else "8.0 9.0a"
+
+
+def shown_targets(targets: str) -> str:
+    """The targets "8.0 9.0a;10.0+PTX" as "sm_80 sm_90a sm_100+PTX"; names such as Hopper as they are."""
+    return re.sub(r"(\d+)\.(\d+\w*)", r"sm_\1\2", targets.replace(";", " "))
 
 
 def missing_tool() -> str | None:
@@ -97,7 +127,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 setup(
     packages=packages(),
-    package_dir={"hermesflow": "hermesflow", "hermesflow.engine": "engine", "hermesflow.kernels": "kernels"},
+    package_dir=FOLDERS,
     package_data={"hermesflow": ["assets/**/*"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},

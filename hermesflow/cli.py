@@ -17,15 +17,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments after the program's name; None takes those of the process.
-    Returns: the exit code: 0, 2 on bad input (with one line on stderr), 130 when interrupted.
+    Returns: the exit code: 0, 1 if a benchmark met a wrong result, 2 on bad input (with one line on stderr), 130 when
+        interrupted.
     """
     arguments = _parser().parse_args(argv)
     debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
-        arguments.run(arguments, load_config(arguments.config, arguments.set))
+        code = arguments.run(arguments, load_config(arguments.config, arguments.set))
         sys.stdout.flush()
-        return 0
+        return code or 0
     except KeyboardInterrupt:
         if debug:
             raise
@@ -96,6 +97,23 @@ def _doctor(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.doctor import run_doctor
 
     run_doctor()
+
+
+def _bench_ops(arguments: argparse.Namespace, config: Config) -> int:
+    from hermesflow.benchmarks.ops import Settings, run_ops
+
+    return run_ops(
+        Settings(
+            device=arguments.device, shape=arguments.shape, ops=arguments.op, backends=arguments.backend,
+            baselines=arguments.baseline, out=arguments.out, plot=arguments.plot, test=arguments.test,
+        )
+    )  # fmt: skip
+
+
+def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.benchmarks.lines import markdown_table, read_lines
+
+    print(markdown_table([line for path in arguments.files for line in read_lines(path)]), end="")
 
 
 def _generate(arguments: argparse.Namespace, config: Config) -> None:
@@ -210,6 +228,28 @@ def _parser() -> argparse.ArgumentParser:
         commands, "doctor", _doctor, "show what this machine can run, and for the rest why not", "hermesflow doctor",
         configured=False,
     )  # fmt: skip
+
+    bench = _command(
+        commands, "bench", None, "measure speed and memory against the published algorithms and public peers",
+        "hermesflow bench ops --shape small --op guided_sample --out results.jsonl", configured=False,
+    )  # fmt: skip
+    benches = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    ops = _command(
+        benches, "ops", _bench_ops, "every op on every backend that can run; its tests run first",
+        "hermesflow bench ops --shape small --op mask_topk --out results.jsonl --plot roofline.png", configured=False,
+    )  # fmt: skip
+    ops.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    ops.add_argument("--shape", choices=("tiny", "small", "showo-1.3b"), default="small", help="sizes [small]")
+    for option in ("--op", "--backend", "--baseline"):
+        ops.add_argument(option, action="append", default=[], metavar="NAME", help="may be repeated [all that can run]")
+    ops.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
+    ops.add_argument("--plot", type=Path, metavar="FILE.png", help="where to draw the roofline (needs matplotlib)")
+    ops.add_argument("--no-test", dest="test", action="store_false", help="do not run the op's tests first")
+    table = _command(
+        benches, "table", _bench_table, "print lines of a benchmark as a Markdown table",
+        "hermesflow bench table benchmarks/results/ops-cpu.jsonl", configured=False,
+    )  # fmt: skip
+    table.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="files that a benchmark wrote")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The layers: hermesflow imports engine imports kernels, never upward; read from the source, so nothing is run."""
+"""The layers: benchmarks, hermesflow, engine, kernels, each importing downward only; read from the source, not run."""
 
 import ast
 from pathlib import Path
@@ -11,6 +11,7 @@ LAYERS = {
     "kernels": ("hermesflow.kernels", ("hermesflow.kernels",)),
     "engine": ("hermesflow.engine", ("hermesflow.engine", "hermesflow.kernels")),
     "hermesflow": ("hermesflow", ("hermesflow",)),
+    "benchmarks": ("hermesflow.benchmarks", ("hermesflow",)),
 }
 FILES = [(folder, path) for folder in LAYERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -55,6 +56,13 @@ def test_imports_only_downward(folder: str, path: Path) -> None:
         and not any(module == layer or module.startswith(f"{layer}.") for layer in allowed)
     ]
     assert not upward, f"{path.relative_to(ROOT)} ({name}) may import {', '.join(allowed)}, but imports {upward}"
+
+
+@pytest.mark.parametrize("path", [path for folder, path in FILES if folder == "hermesflow"], ids=file_id)
+def test_only_the_command_line_knows_the_benchmarks(path: Path) -> None:
+    if path.name != "cli.py":
+        upward = [name for name in imported_modules(path, "hermesflow") if name.startswith("hermesflow.benchmarks")]
+        assert not upward, f"{path.name} imports {upward}"
 
 
 @pytest.mark.parametrize("path", [path for folder, path in FILES if folder == "kernels"], ids=file_id)

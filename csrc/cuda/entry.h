@@ -1,8 +1,9 @@
 // What the CUDA ops' entry points (NAME.cu) share: torch's device guard and stream, a check of each launch, dtypes.
 #pragma once
 
-#include <ATen/cuda/CUDAContext.h>
+// Not ATen/cuda/CUDAContext.h, which needs the headers of cuBLAS, cuSPARSE and cuSOLVER: a toolkit may lack them.
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include "../arguments.h"
 #include "block.cuh"

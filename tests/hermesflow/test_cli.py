@@ -18,7 +18,10 @@ from hermesflow.config import load_config
 from hermesflow.files import InputError
 from hermesflow.kernels.registry import BackendError
 
-COMMANDS = ["selfplay", "pretrain", "generate", "caption", "answer", "curate", "train", "eval", "report", "doctor"]
+COMMANDS = [
+    "selfplay", "pretrain", "generate", "caption", "answer", "curate", "train", "eval", "report", "doctor", "bench",
+    "bench ops", "bench table",
+]  # fmt: skip
 SIZE = 16
 
 
@@ -104,7 +107,7 @@ def error_line(capsys):
 
 def example(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     line = text.partition("example:\n")[2].strip()

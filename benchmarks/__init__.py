@@ -1,0 +1,1 @@
+"""Benchmarks: each against the published algorithm, torch.compile and the public peers that are installed."""

@@ -1,0 +1,260 @@
+"""`hermesflow bench ops`: every op on every backend against the published algorithm, torch.compile and public peers.
+
+An op's tests run first, then each backend's result is compared with the reference on the case's own inputs; what is
+not right is not timed. Backends come from the registry, baselines from the cases.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hermesflow.files import InputError
+from hermesflow.kernels import registry
+
+from . import peers, roofline
+from .attention_cases import SHAPES as ATTENTION_SHAPES
+from .attention_cases import span_cases
+from .case import Call, Case
+from .lines import MEASURED, Line, console_table, write_lines
+from .measuring import Effort, Roof, as_cuda_graph, measure_roof, peak_bytes, time_rounds
+from .op_cases import BUILDERS
+from .op_cases import SHAPES as OP_SHAPES
+
+SHAPES = tuple(OP_SHAPES)
+OPS = (*BUILDERS, "span_attention")
+BASELINES = ("naive", "compile", "liger", "cut_cross_entropy", "trl", "flashinfer", "quack", "flex")
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What to measure."""
+
+    device: str = "cpu"
+    shape: str = "small"
+    """tiny, small or showo-1.3b."""
+    ops: Sequence[str] = ()
+    """None is all."""
+    backends: Sequence[str] = ()
+    """None is every backend that can run."""
+    baselines: Sequence[str] = ()
+    """None is every baseline that can run."""
+    out: Path | None = None
+    """File of JSON lines."""
+    plot: Path | None = None
+    """PNG."""
+    test: bool = True
+    """Run the op's tests first, where they are."""
+
+    def __post_init__(self) -> None:
+        _check_names("--shape", [self.shape], SHAPES)
+        _check_names("--op", self.ops, OPS)
+        _check_names("--backend", self.backends, {name for of_op in registry.backends().values() for name in of_op})
+        _check_names("--baseline", self.baselines, BASELINES)
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"--device: expected cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no CUDA device; `hermesflow doctor` says why")
+        if self.plot:
+            roofline.check_matplotlib()
+
+
+def _check_names(option: str, names: Sequence[str], known: Collection[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"{option}: expected {', '.join(sorted(known))}, got {unknown[0]!r}")
+
+
+def run_ops(settings: Settings) -> int:
+    """Measure, print the table, write lines and picture.
+
+    Args:
+        settings: what to measure and where to write.
+    Returns: 0, or 1 if a result was wrong.
+    Raises: InputError if nothing could be measured or a file cannot be written.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    device = torch.device(settings.device)
+    lines, notes = [], []
+    _save(settings, lines)  # a path that cannot be written shows now
+    roof, facts = measure_roof(device), _facts(device)
+    console.print(f"{facts['device']}: copy {roof.bytes_per_s / 1e9:.3g} GB/s")
+    for op in settings.ops or OPS:
+        failure = _test_failure(op, console) if settings.test else None
+        for case in _cases(op, settings.shape, device):
+            console.print(f"{case.name} [{case.shape}, {_dtype(case)}]")
+            lines += [line | facts for line in _measure(case, settings, roof, failure, notes)]
+            _save(settings, lines)
+            torch.compiler.reset()
+    if not lines:
+        raise InputError(f"bench ops: nothing could be measured ({'; '.join(notes)})")
+    title = f"ops, {settings.shape}, {facts['device']}: median ms; times as fast as each baseline (its ms and peak MiB)"
+    console.print(console_table(lines, title))
+    for note in dict.fromkeys(notes):
+        console.print(f"not measured: {note}")
+    if settings.plot:
+        roofline.plot_roofline(lines, settings.plot)
+    return int(any("failed" in line for line in lines))
+
+
+def _save(settings: Settings, lines: list[Line]) -> None:
+    if settings.out:
+        write_lines(settings.out, lines)
+
+
+def _cases(op: str, shape: str, device: torch.device) -> Iterator[Case]:
+    torch.manual_seed(0)
+    if op == "span_attention":
+        yield from span_cases(ATTENTION_SHAPES[shape], device)
+    else:
+        yield BUILDERS[op](*OP_SHAPES[shape][op], device)
+
+
+def _test_failure(op: str, console: Console) -> str | None:
+    """Run the op's tests; None, or that they fail. Only a source checkout has them."""
+    tests = ROOT / "tests" / "kernels" / f"test_{op}.py"
+    if not tests.exists():
+        console.print(f"{op}: no source checkout, so its tests are not run; its results are compared all the same")
+        return None
+    console.print(f"{op}: {tests.relative_to(ROOT)}")
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return None
+    console.print(done.stdout[-4000:] + done.stderr[-2000:])
+    return f"{tests.name} fails"
+
+
+def _measure(case: Case, settings: Settings, roof: Roof, failure: str | None, notes: list[str]) -> list[Line]:
+    """The case's lines, without what all lines of a run share; what cannot run goes into the notes."""
+    backends: dict[str, Call] = {}
+    lines = []
+    of_op = registry.backends()[case.op]
+    for name in settings.backends or of_op:
+        reason = of_op.get(name, f"not a backend of {case.op}")
+        if reason:
+            notes.append(f"{name}: {reason}")
+            continue
+        try:
+            wrong = failure or case.check(name)
+        except registry.BackendError as refusal:
+            notes.append(str(refusal))
+            continue
+        except Exception as error:  # whatever a kernel raises makes its gate red; the other backends go on
+            wrong = _in_one_line(error)
+        if wrong is None:
+            backends[name] = partial(case.run, name)
+        else:
+            lines.append(_line(case, name, None) | dict.fromkeys(MEASURED) | {"failed": wrong})
+    baselines = _baselines(case, settings, notes) if backends else {}
+    calls = {("backend", name): call for name, call in backends.items()}
+    calls |= {("baseline", name): call for name, call in baselines.items()}
+    if not backends:
+        return lines
+
+    device = roof.device
+    peaks = {name: peak_bytes(call, device) / MIB for name, call in calls.items()}
+    if case.short and device.type == "cuda":
+        calls = {name: _as_graph(case, name, call, notes) for name, call in calls.items()}
+    times = time_rounds(calls, device, Effort(seconds=0.05, min_rounds=3) if settings.shape == "tiny" else Effort())
+    for name in backends:
+        mine = times["backend", name]
+        seconds = mine.ms_p50 / 1e3
+        measured = asdict(mine) | {
+            "peak_mib": peaks["backend", name],
+            "gb_s": case.num_bytes / seconds / 1e9,
+            "tflop_s": case.num_flops / seconds / 1e12,
+            "roof_fraction": roof.seconds(case.num_bytes, case.num_flops, case.dtype) / seconds,
+        }
+        for baseline in baselines or [None]:
+            theirs = times.get(("baseline", baseline))
+            compared = {
+                "baseline_ms_p50": theirs and theirs.ms_p50,
+                "speedup": theirs and theirs.ms_p50 / mine.ms_p50,
+                "baseline_peak_mib": peaks.get(("baseline", baseline)),
+            }
+            values = measured | compared
+            lines.append(_line(case, name, baseline) | {field: values[field] for field in MEASURED})
+    return lines
+
+
+def _baselines(case: Case, settings: Settings, notes: list[str]) -> dict[str, Call]:
+    """The baselines that run here and compute the same function."""
+    ready: dict[str, Callable[[], Call]] = {"naive": lambda: case.naive, "compile": lambda: case.compiled} | case.peers
+    calls = {}
+    for name, prepare in ready.items():
+        if settings.baselines and name not in settings.baselines:
+            continue
+        try:
+            call = prepare()
+            if case.agrees(call()):
+                calls[name] = call
+            else:
+                notes.append(f"{name} on {case.name}: its result is another one")
+        except peers.Unavailable as reason:
+            notes.append(f"{name}: {reason}")
+        except Exception as error:  # a library of others must not end our run
+            notes.append(f"{name} on {case.name}: {_in_one_line(error)}")
+    return calls
+
+
+def _as_graph(case: Case, name: tuple[str, str], call: Call, notes: list[str]) -> Call:
+    try:
+        return as_cuda_graph(call)
+    except RuntimeError as error:
+        notes.append(f"{case.name}: {' '.join(name)} timed without a CUDA graph: {_in_one_line(error)}")
+        return call
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _line(case: Case, backend: str, baseline: str | None) -> Line:
+    return {
+        "bench": "ops", "case": case.name, "shape": case.shape, "dtype": _dtype(case), "backend": backend,
+        "baseline": baseline,
+    }  # fmt: skip
+
+
+def _dtype(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    """The fields that all lines of a run share."""
+    triton = next((found.version for found in metadata.distributions(name="triton")), None)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit, "date": date}
+
+
+def _cpu_name() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        facts = []
+    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()}, {threads} threads, {capability}"
