@@ -57,6 +57,9 @@ static float lowest_of_top_k(const Options& options, int64_t top_k, const Scratc
   return kth_largest(scratch.candidate, count, top_k);
 }
 
+// 1 or 0, to multiply a mass by. GCC 12 sums half of `condition ? mass : 0` wrongly for AVX2 where the sum is a double.
+static inline float where(bool condition) { return static_cast<float>(condition); }
+
 // Sum of exp(logit - largest) over the logits of at least lowest.
 static double mass_from(const Options& options, float lowest, float largest, const Scratch& scratch) {
   double lanes[kLanes] = {};
@@ -65,7 +68,7 @@ static double mass_from(const Options& options, float lowest, float largest, con
     const float* tile = scratch.tempered + index * kTile;
     for (int i = 0; i < kTile; i += kLanes)
       for (int l = 0; l < kLanes; ++l)
-        lanes[l] += tile[i + l] >= lowest ? exp_nonpositive(tile[i + l] - largest) : 0.0f;
+        lanes[l] += exp_nonpositive(tile[i + l] - largest) * where(tile[i + l] >= lowest);
   }
   double sum = 0;
   for (int l = 0; l < kLanes; ++l) sum += lanes[l];
@@ -76,7 +79,7 @@ static double mass_from(const Options& options, float lowest, float largest, con
 static double mass_above(const float* value, const float* mass, int64_t count, float threshold) {
   double lanes[kLanes] = {};
   for (int64_t i = 0; i < count; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += value[i + l] > threshold ? mass[i + l] : 0.0f;
+    for (int l = 0; l < kLanes; ++l) lanes[l] += mass[i + l] * where(value[i + l] > threshold);
   double sum = 0;
   for (int l = 0; l < kLanes; ++l) sum += lanes[l];
   return sum;
