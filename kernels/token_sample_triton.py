@@ -156,7 +156,8 @@ def _token_sample_kernel(
                 # The ids below this bound have less than half of 1 - top_p together.
                 bound = largest + tl.log(((1 - top_p) * 0.5 * (total / vocab_size)).to(tl.float32))
                 bound = tl.maximum(bound, lowest)
-                target = total * top_p
+                # The largest logit's mass is 1: it stays even where top_p is 0.
+                target = tl.maximum(total * top_p, 0.5)
                 lowest = _lowest_reaching(
                     logits_ptr, vocab_size, stride_v, temperature, bound, largest, target, True, BLOCK, NUM_THRESHOLDS
                 )

@@ -107,7 +107,7 @@ FILTERS = {
 def test_distribution(vocab_size, settings, backend, device):
     logits = 1.5 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(1))
     expected = filtered_by_hand(logits.tolist(), **settings)
-    num_draws = at_most(2000 if vocab_size == 8192 else 20_000, backend)
+    num_draws = at_most(6000, backend) // 3 if vocab_size == 8192 else at_most(20_000, backend)
     token, logprob = sample(logits.to(device).expand(num_draws, -1), **settings, backend=backend)
     check_distribution(token, expected)
     exact = torch.tensor([math.log(expected[t]) for t in token.tolist()])
@@ -143,7 +143,7 @@ def test_tokens_equal_the_reference(vocab_size, dtype, backend, device):
 
     Which ids are kept may differ only where a mass comes within rounding of top_p.
     """
-    num_rows = at_most(10_000, backend) if vocab_size == 300 else at_most(20, backend) // 10
+    num_rows = at_most(10_000, backend) if vocab_size == 300 else at_most(800, backend) // 40
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (2 * torch.randn(num_rows, vocab_size, generator=generator)).to(device, dtype)
     settings = random_settings(num_rows, vocab_size, generator)
