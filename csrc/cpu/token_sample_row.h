@@ -57,10 +57,8 @@ static float lowest_of_top_k(const Options& options, int64_t top_k, const Scratc
   return kth_largest(scratch.candidate, count, top_k);
 }
 
-// 1 or 0, to multiply a mass by. GCC 12 sums half of `condition ? mass : 0` wrongly for AVX2 where the sum is a double.
-static inline float where(bool condition) { return static_cast<float>(condition); }
-
-// Sum of exp(logit - largest) over the logits of at least lowest.
+// Sum of exp(logit - largest) over the logits of at least lowest. The masses that do not count are multiplied by 0: of a sum
+// of doubles over `counts ? mass : 0` GCC 12.2 for AVX2 drops half.
 static double mass_from(const Options& options, float lowest, float largest, const Scratch& scratch) {
   double lanes[kLanes] = {};
   for (int64_t index = 0; index < options.num_tiles; ++index) {
@@ -68,7 +66,7 @@ static double mass_from(const Options& options, float lowest, float largest, con
     const float* tile = scratch.tempered + index * kTile;
     for (int i = 0; i < kTile; i += kLanes)
       for (int l = 0; l < kLanes; ++l)
-        lanes[l] += exp_nonpositive(tile[i + l] - largest) * where(tile[i + l] >= lowest);
+        lanes[l] += exp_nonpositive(tile[i + l] - largest) * (tile[i + l] >= lowest ? 1.0f : 0.0f);
   }
   double sum = 0;
   for (int l = 0; l < kLanes; ++l) sum += lanes[l];
@@ -79,7 +77,7 @@ static double mass_from(const Options& options, float lowest, float largest, con
 static double mass_above(const float* value, const float* mass, int64_t count, float threshold) {
   double lanes[kLanes] = {};
   for (int64_t i = 0; i < count; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += mass[i + l] * where(value[i + l] > threshold);
+    for (int l = 0; l < kLanes; ++l) lanes[l] += mass[i + l] * (value[i + l] > threshold ? 1.0f : 0.0f);
   double sum = 0;
   for (int l = 0; l < kLanes; ++l) sum += lanes[l];
   return sum;
@@ -156,7 +154,8 @@ static void sample_row(const void* logits, const Options& options, const Samplin
   }
   if (winner->index < 0) return;  // min_p above 1
 
-  const int inside = greedy ? first_equal(winner->kept, largest) : inverse_cdf(winner->mass, uniform(winner->word) * winner->sum);
+  const int inside = greedy ? first_equal(winner->kept, largest)
+                            : inverse_cdf(winner->mass, uniform(winner->word) * winner->sum);
   *token = winner->index * kTile + inside;
   *logprob = winner->kept[inside] - (largest + std::log(total));
 }
