@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "philox.h"
+#include "sampling_settings.h"
 
 namespace hermesflow {
 
@@ -78,6 +79,24 @@ inline int64_t check_token_logprob_backward(const at::Tensor& logits, const at::
                       logits.device(), ", got ", part.scalar_type(), " ", part.sizes(), " on ", part.device());
   }
   return check_token_logprob(logits, target);
+}
+
+// Settings of token_sample's rows, from tensors of any stride.
+inline RowSettings check_token_sample(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& top_k,
+                                      const at::Tensor& top_p, const at::Tensor& min_p) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "token_sample: expected logits [R, V], got ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(1) > 0, "token_sample: expected at least one token id, got logits ", logits.sizes());
+  const auto check = [&](const char* name, const at::Tensor& setting, at::ScalarType type) {
+    TORCH_CHECK_VALUE(setting.dim() == 1 && setting.size(0) == logits.size(0) && setting.scalar_type() == type,
+                      "token_sample: expected ", name, " ", type, " [", logits.size(0), "], got ", setting.sizes(), " ",
+                      setting.scalar_type());
+  };
+  check("temperature", temperature, at::kFloat);
+  check("top_k", top_k, at::kLong);
+  check("top_p", top_p, at::kFloat);
+  check("min_p", min_p, at::kFloat);
+  return {temperature.const_data_ptr<float>(), top_k.const_data_ptr<int64_t>(), top_p.const_data_ptr<float>(),
+          min_p.const_data_ptr<float>(), temperature.stride(0), top_k.stride(0), top_p.stride(0), min_p.stride(0)};
 }
 
 }  // namespace hermesflow

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
-from .checks import FLOAT_DTYPES, check_key, check_tensor
+from .checks import (
+    FLOAT_DTYPES,
+    can_read_values,
+    check_key,
+    check_tensor,
+    not_on,
+    not_on_cuda_device,
+    not_on_triton_device,
+)  # fmt: skip
 from .philox import RandomKey
 from .sampling import argmax_rows, sample_tiles
 
@@ -29,14 +37,14 @@ def token_sample(
     Each filter keeps the ids from some probability upwards, so that ids of equal probability stay or go together.
 
     Args:
-        logits: [R, V]; fp32, bf16 or fp16. -inf entries are never drawn.
+        logits: [R, V]; fp32, bf16 or fp16, any stride. -inf entries are never drawn.
         temperature: fp32 [R], at least 0; 0 takes the argmax, the lower id on ties, and no filter.
         top_k: int64 [R]; keeps the top_k most probable ids and those that tie with the last of them; 0 is off.
         top_p: fp32 [R] in [0, 1]; keeps the fewest most probable ids whose mass, after top_k, reaches top_p, at least
             one, and those that tie with the last of them; 1 is off.
         min_p: fp32 [R] in [0, 1]; keeps the ids with at least min_p times the largest probability; 0 is off.
         key: RandomKey of R rows on logits' device.
-        backend: "torch"; None takes the first that can run.
+        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R] under the filtered distribution, made to sum to 1 again
         (temperature 0: under softmax(logits)). Token -1 and NaN in rows that hold NaN or +inf, or nothing but -inf.
     Raises: ValueError on shapes, dtypes, devices or, on the CPU, settings out of range; BackendError if the named
@@ -62,7 +70,7 @@ def _check_setting(
 ) -> None:
     """Raise ValueError unless the setting fits and, where no wait is needed to look, lies in [0, largest]."""
     check_tensor(OP, name, setting, "[R]", (num_rows,), dtypes=(dtype,), device=device)
-    if device.type != "cpu":
+    if not can_read_values(device):
         return
     right = (setting >= 0) & torch.isfinite(setting)
     if largest is not None:
@@ -103,4 +111,21 @@ def _lowest_kept(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) ->
     return torch.maximum(lowest, ordered[:, :1] + min_p.log()[:, None])
 
 
+def _cuda_can_run(logits: Tensor, **_: object) -> str | None:
+    return not_on_cuda_device(logits)
+
+
+def _cpu_can_run(logits: Tensor, **_: object) -> str | None:
+    return not_on("cpu", logits)
+
+
+def _triton_can_run(logits: Tensor, **_: object) -> str | None:
+    if logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
+        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
+    return not_on_triton_device(logits)
+
+
+registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:token_sample", _cuda_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:token_sample", _cpu_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.token_sample_triton:token_sample", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.token_sample:token_sample_reference", lambda *_, **__: None)
