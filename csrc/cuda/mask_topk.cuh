@@ -43,7 +43,7 @@ __device__ __forceinline__ void find_digit(const int* histogram, int rank, int l
 }
 
 template <bool kKeep>
-__global__ void __launch_bounds__(kMaskTopkThreads) mask_topk_kernel(MaskTopkArguments args) {
+__global__ void __launch_bounds__(kMaskTopkThreads, 1) mask_topk_kernel(MaskTopkArguments args) {
   __shared__ uint32_t kept[kKeep ? kKeptKeys : 1];
   __shared__ int histograms[4][kDigits];
   __shared__ int num_unknown, digit, rank_inside, end_of_ties;

@@ -49,7 +49,7 @@ __device__ __forceinline__ void sum_over_block(double (&values)[kNum]) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPairThreads) pair_dpo_kernel(PairDPOArguments<T> args) {
+__global__ void __launch_bounds__(kPairThreads, 1) pair_dpo_kernel(PairDPOArguments<T> args) {
   __shared__ T win_grad, lose_grad;  // of every token of a side
   __shared__ bool is_last;
 
