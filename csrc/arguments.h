@@ -4,11 +4,15 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "mask_topk.h"
+#include "pair_dpo.h"
 #include "philox.h"
 #include "sampling_settings.h"
 
@@ -97,6 +101,67 @@ inline RowSettings check_token_sample(const at::Tensor& logits, const at::Tensor
   check("min_p", min_p, at::kFloat);
   return {temperature.const_data_ptr<float>(), top_k.const_data_ptr<int64_t>(), top_p.const_data_ptr<float>(),
           min_p.const_data_ptr<float>(), temperature.stride(0), top_k.stride(0), top_p.stride(0), min_p.stride(0)};
+}
+
+// Checks mask_topk's arguments; makes the columns of logprob and known lie side by side, and the result.
+inline MaskTopkArguments mask_topk_arguments(at::Tensor& logprob, at::Tensor& known, const at::Tensor& num_masked,
+                                             double temperature, const std::optional<at::Tensor>& temperatures,
+                                             const at::Tensor& seed, const at::Tensor& step, at::Tensor& masked) {
+  TORCH_CHECK_VALUE(logprob.dim() == 2 && logprob.scalar_type() == at::kFloat,
+                    "mask_topk: expected logprob fp32 [B, N], got ", logprob.sizes(), " ", logprob.scalar_type());
+  const int64_t num_rows = logprob.size(0), num_tokens = logprob.size(1);
+  TORCH_CHECK_VALUE(num_tokens < int64_t{1} << 31, "mask_topk: expected N below 2^31, got ", num_tokens);
+  TORCH_CHECK_VALUE(known.sizes() == logprob.sizes() && known.scalar_type() == at::kBool,
+                    "mask_topk: expected known bool ", logprob.sizes(), ", got ", known.sizes(), " ", known.scalar_type());
+  TORCH_CHECK_VALUE(num_masked.scalar_type() == at::kLong, "mask_topk: expected int64 num_masked, got ",
+                    num_masked.scalar_type());
+  TORCH_CHECK_VALUE(!temperatures || temperatures->scalar_type() == at::kFloat,
+                    "mask_topk: expected temperatures fp32 [B], got ", temperatures->scalar_type());
+  for (const at::Tensor& part : {num_masked, temperatures ? *temperatures : num_masked})
+    TORCH_CHECK_VALUE(part.dim() == 1 && part.size(0) == num_rows, "mask_topk: expected [", num_rows,
+                      "] per-row values, got ", part.sizes());
+  const RowKeys key = row_keys("mask_topk", num_rows, seed, step, seed);  // the position is not used
+  logprob = with_unit_column_stride(logprob);
+  known = with_unit_column_stride(known);
+  masked = at::empty({num_rows, num_tokens}, known.options());
+  return {logprob.const_data_ptr<float>(),
+          known.const_data_ptr<bool>(),
+          num_masked.const_data_ptr<int64_t>(),
+          temperatures ? temperatures->const_data_ptr<float>() : nullptr,
+          logprob.stride(0),
+          known.stride(0),
+          num_masked.stride(0),
+          temperatures ? temperatures->stride(0) : 0,
+          static_cast<float>(temperature),
+          key,
+          num_tokens,
+          masked.mutable_data_ptr<bool>()};
+}
+
+// Checks the shapes, dtypes and settings of pair_dpo; segments and weights are read by the kernels alone.
+inline PairLossSettings check_pair_dpo(const at::Tensor& policy, const at::Tensor& reference, const at::Tensor& segment,
+                                       int64_t num_pairs, double beta, c10::string_view loss_type, double label_smoothing,
+                                       bool length_normalize, const std::optional<at::Tensor>& pair_weight) {
+  const at::ScalarType type = policy.scalar_type();
+  TORCH_CHECK_VALUE(policy.dim() == 1 && (type == at::kFloat || type == at::kDouble),
+                    "pair_dpo: expected policy_logprob fp32 or fp64 [T], got ", policy.sizes(), " ", type);
+  TORCH_CHECK_VALUE(reference.sizes() == policy.sizes() && reference.scalar_type() == type,
+                    "pair_dpo: expected reference_logprob like policy_logprob ", policy.sizes(), " ", type, ", got ",
+                    reference.sizes(), " ", reference.scalar_type());
+  TORCH_CHECK_VALUE(segment.sizes() == policy.sizes() && segment.scalar_type() == at::kLong,
+                    "pair_dpo: expected segment int64 ", policy.sizes(), ", got ", segment.sizes(), " ",
+                    segment.scalar_type());
+  TORCH_CHECK_VALUE(num_pairs >= 0, "pair_dpo: expected num_pairs of at least 0, got ", num_pairs);
+  if (pair_weight) {
+    TORCH_CHECK_VALUE(pair_weight->dim() == 1 && pair_weight->size(0) == num_pairs && pair_weight->scalar_type() == type,
+                      "pair_dpo: expected pair_weight [", num_pairs, "] ", type, ", got ", pair_weight->sizes(), " ",
+                      pair_weight->scalar_type());
+  }
+  constexpr const char* kNames[] = {"sigmoid", "ipo", "hinge", "robust"};  // in PairLoss's order
+  const auto* name = std::find(std::begin(kNames), std::end(kNames), loss_type);
+  TORCH_CHECK_VALUE(name != std::end(kNames), "pair_dpo: expected loss_type to be sigmoid, ipo, hinge or robust, got ",
+                    loss_type);
+  return {static_cast<PairLoss>(name - kNames), beta, label_smoothing, length_normalize};
 }
 
 }  // namespace hermesflow

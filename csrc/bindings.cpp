@@ -6,8 +6,9 @@ TORCH_LIBRARY(hermesflow, library) {
   library.def(
       "guided_sample(Tensor cond, Tensor? uncond, Tensor? bias, float guidance_scale, float temperature, "
       "Tensor seed, Tensor step, Tensor position) -> (Tensor token, Tensor logprob)");
+  // temperatures, one a row, take temperature's place.
   library.def(
-      "mask_topk(Tensor logprob, Tensor known, Tensor num_masked, Tensor temperature, "
+      "mask_topk(Tensor logprob, Tensor known, Tensor num_masked, float temperature, Tensor? temperatures, "
       "Tensor seed, Tensor step) -> Tensor masked");
   library.def(
       "token_sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "

@@ -41,7 +41,7 @@ def check_tensor(
         shape: the sizes in words for the message, "[R, V]".
     """
     fits = tensor.dim() == len(sizes)
-    fits = fits and all(size in (None, got) for size, got in zip(sizes, tensor.shape, strict=True))
+    fits = fits and all(size is None or size == got for size, got in zip(sizes, tensor.shape, strict=True))
     if fits and (dtypes is None or tensor.dtype in dtypes) and (device is None or tensor.device == device):
         return
     expected = [shape if None in sizes or not sizes else f"{shape} = {list(sizes)}"]

@@ -31,8 +31,8 @@ def mask_topk(
     logprob: Tensor, known: Tensor, num_masked: Tensor, *, temperature: float | Tensor, key: RandomKey
 ) -> Tensor:
     """Backends "cuda" and "cpu" of kernels/mask_topk.py."""
-    noise = torch.as_tensor(temperature, dtype=torch.float32, device=logprob.device)
-    return torch.ops.hermesflow.mask_topk(logprob, known, num_masked, noise, key.seed, key.step)
+    one, each = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+    return torch.ops.hermesflow.mask_topk(logprob, known, num_masked, one, each, key.seed, key.step)
 
 
 def token_sample(
@@ -68,13 +68,48 @@ class _TokenLogprob(torch.autograd.Function):
         return grad, None, None, None
 
 
+def pair_dpo(
+    policy_logprob: Tensor,
+    reference_logprob: Tensor,
+    segment: Tensor,
+    num_pairs: int,
+    *,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float = 0.0,
+    length_normalize: bool = False,
+    pair_weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Backends "cuda" and "cpu" of kernels/pair_dpo.py."""
+    settings = (num_pairs, beta, loss_type, label_smoothing, length_normalize)
+    return _PairDPO.apply(policy_logprob, reference_logprob, segment, pair_weight, *settings)
+
+
+class _PairDPO(torch.autograd.Function):
+    """The forward pass also gives the gradient of the loss, which is all that the backward pass needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, policy: Tensor, reference: Tensor, segment: Tensor, pair_weight: Tensor | None, *settings: Any
+    ) -> tuple[Tensor, ...]:
+        *outputs, grad_policy = torch.ops.hermesflow.pair_dpo(policy, reference, segment, *settings, pair_weight)
+        ctx.save_for_backward(grad_policy)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_loss * ctx.saved_tensors[0], *(None,) * 8
+
+
 @torch.library.register_fake("hermesflow::guided_sample")
 def _guided_sample_fake(cond, uncond, bias, guidance_scale, temperature, seed, step, position):
     return cond.new_empty(cond.shape[0], dtype=torch.int64), cond.new_empty(cond.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("hermesflow::mask_topk")
-def _mask_topk_fake(logprob, known, num_masked, temperature, seed, step):
+def _mask_topk_fake(logprob, known, num_masked, temperature, temperatures, seed, step):
     return known.new_empty(known.shape)
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checks import check_key, check_number, check_tensor, not_on
+from .checks import check_key, check_number, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
 from .philox import MASK_STREAM, RandomKey, gumbel, random_words
 
 OP = "mask_topk"
+MAX_TRITON_TOKENS = 16384
 
 
 def mask_topk(
@@ -29,7 +30,7 @@ def mask_topk(
         num_masked: int64 [B]; cut to 0 .. the row's number of unknown tokens.
         temperature: of the noise, one number or fp32 [B]; 0 is no noise.
         key: RandomKey of B rows on logprob's device; its position is not used.
-        backend: "cpu" or "torch"; None takes the first that can run.
+        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
     Returns: masked bool [B, N]; on equal scores the lower index is masked first.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
     Source: re-masking of MaskGIT (arXiv 2202.04200), section 3.2, with the noise of its published code.
@@ -63,9 +64,21 @@ def mask_topk_reference(
     return torch.zeros_like(known).scatter(1, order, first)
 
 
+def _cuda_can_run(logprob: Tensor, *_: object, **__: object) -> str | None:
+    return not_on_cuda_device(logprob)
+
+
 def _cpu_can_run(logprob: Tensor, *_: object, **__: object) -> str | None:
     return not_on("cpu", logprob)
 
 
+def _triton_can_run(logprob: Tensor, *_: object, **__: object) -> str | None:
+    if logprob.shape[1] > MAX_TRITON_TOKENS:
+        return f"a program keeps a row of at most {MAX_TRITON_TOKENS} tokens in registers, got {logprob.shape[1]}"
+    return not_on_triton_device(logprob)
+
+
+registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:mask_topk", _cuda_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:mask_topk", _cpu_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.mask_topk_triton:mask_topk", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.mask_topk:mask_topk_reference", lambda *_, **__: None)

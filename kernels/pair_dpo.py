@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
-from .checks import check_tensor
+from .checks import can_read_values, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
 
 OP = "pair_dpo"
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
@@ -69,7 +69,7 @@ def pair_dpo(
         label_smoothing: s in [0, 0.5), for "sigmoid" and "robust".
         length_normalize: take the mean over each side's tokens instead of the sum.
         pair_weight: weight of each pair, at least 0, dtype and device of policy_logprob [P]; None is 1 each.
-        backend: "torch"; None takes the first that can run.
+        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
     Returns: PairDPOOutput in policy_logprob's dtype; loss is differentiable in policy_logprob.
     Raises: ValueError on shapes, dtypes, devices, settings or, on the CPU, segments or weights out of range;
         BackendError if the named backend cannot run.
@@ -86,10 +86,11 @@ def pair_dpo(
         check_tensor(OP, "pair_weight", pair_weight, "[P]", (num_pairs,), **same)
     _check_settings(beta, loss_type, label_smoothing)
     _check_values(segment, num_pairs, pair_weight)
-    return registry.dispatch(
-        OP, backend, policy_logprob, reference_logprob, segment, num_pairs, beta=beta, loss_type=loss_type,
-        label_smoothing=label_smoothing, length_normalize=length_normalize, pair_weight=pair_weight,
+    results = registry.dispatch(
+        OP, backend, policy_logprob, reference_logprob, segment, num_pairs, beta=float(beta), loss_type=loss_type,
+        label_smoothing=float(label_smoothing), length_normalize=length_normalize, pair_weight=pair_weight,
     )  # fmt: skip
+    return PairDPOOutput(*results)
 
 
 def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
@@ -107,8 +108,8 @@ def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None
 
 
 def _check_values(segment: Tensor, num_pairs: int, pair_weight: Tensor | None) -> None:
-    """The checks that read values, where no wait is needed to look."""
-    if segment.device.type != "cpu":
+    """The checks that read values."""
+    if not can_read_values(segment.device):
         return
     wrong = (segment < -1) | (segment >= 2 * num_pairs)
     if wrong.any():
@@ -169,4 +170,19 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (weight * values).sum() / torch.where(total > 0, total, 1.0)
 
 
+def _cuda_can_run(*args: object, pair_weight: Tensor | None = None, **_: object) -> str | None:
+    return not_on_cuda_device(*args[:3], pair_weight)
+
+
+def _cpu_can_run(*args: object, pair_weight: Tensor | None = None, **_: object) -> str | None:
+    return not_on("cpu", *args[:3], pair_weight)
+
+
+def _triton_can_run(*args: object, pair_weight: Tensor | None = None, **_: object) -> str | None:
+    return not_on_triton_device(*args[:3], pair_weight)
+
+
+registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:pair_dpo", _cuda_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:pair_dpo", _cpu_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.pair_dpo_triton:pair_dpo", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.pair_dpo:pair_dpo_reference", lambda *_, **__: None)

@@ -39,12 +39,22 @@ def philox4x32(
     Returns: four int64 tensors holding uint32 words, broadcast shape.
     """
     for _ in range(10):
-        # The int64 product wraps, yet holds the right 64 bits: the shift's copies of the sign are masked away.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((product1 >> 32) & _WORD) ^ c1 ^ key_lo, product1 & _WORD
-        c2, c3 = ((product0 >> 32) & _WORD) ^ c3 ^ key_hi, product0 & _WORD
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ key_lo, low1, high0 ^ c3 ^ key_hi, low0
         key_lo, key_hi = (key_lo + _WEYL[0]) & _WORD, (key_hi + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a product of two words.
+
+    By halves of the factor: the whole product may pass int64's range, and the C++ that torch.compile writes has no
+    defined overflow (its compiler drew other words).
+    """
+    low = word * (factor & 0xFFFF)
+    high = word * (factor >> 16) + (low >> 16)
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def random_words(key: RandomKey, num_blocks: int, stream: int, *, use_position: bool = True) -> tuple[Tensor, ...]:

@@ -27,6 +27,29 @@ static inline float exp_nonpositive(float x) {
   return x < -87.3365402f ? 0.0f : value;  // the last float whose exp is at least 2^-126
 }
 
+// Natural logarithm within 1 ulp, subnormals included; -inf at 0, NaN below, inf and NaN as they are.
+// x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); with s = f / (2 + f), log(1 + f) is 2 atanh(s) = 2 s + s R, where
+// R = 2/3 s^2 + 2/5 s^4 + ..., and 2 s is f - f^2 / 2 + s f^2 / 2, of which the first term alone is large.
+static inline float natural_log(float x) {
+  const bool subnormal = x < 0x1p-126f;
+  const float scaled = subnormal ? x * 0x1p23f : x;
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, sizeof bits);
+  bits += 0x3f800000u - 0x3f3504f3u;  // sqrt(1/2) and above carry into the exponent
+  const int32_t exponent = static_cast<int32_t>(bits >> 23) - 127;
+  const float n = static_cast<float>(subnormal ? exponent - 23 : exponent);
+  const float f = bits_to_float((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  const float s = f / (2.0f + f), z = s * s, half_square = 0.5f * f * f;
+  float p = 2.0f / 9;
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  // ln2 in two parts; n times the first, which has 16 bits, is exact.
+  const float small = s * (half_square + p * z) + n * 9.0580006e-6f;
+  const float value = n * 0.69313812f - ((half_square - small) - f);
+  return x == INFINITY ? x : x > 0 ? value : x == 0 ? -INFINITY : NAN;
+}
+
 static inline float half_to_float(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu;
   // The multiplication moves the exponent's bias and makes subnormals right; infinity and NaN need their exponent set.

@@ -65,7 +65,7 @@ def test_token_and_logprob(shape, dtype, temperature, backend, device):
 
 
 def distance_to_a_tie(logits, key):
-    """How far the draw of each row, tempered fp64 logits [R, V], is from another tile's and another id's in its tile."""
+    """How far the draw of each row, tempered fp64 logits [R, V], is from another tile's and another id's in it."""
     tiles = torch.nn.functional.pad(logits, (0, -logits.shape[1] % SAMPLE_TILE), value=-INF)
     tiles = tiles.view(len(logits), -1, SAMPLE_TILE)
     words = random_words(key, tiles.shape[1], TOKEN_STREAM)

@@ -69,3 +69,12 @@ def test_gumbel_moments():
     # Mean is Euler's constant, variance pi^2 / 6; the bounds are five standard errors of 200,000 draws.
     assert abs(noise.mean().item() - 0.577216) < 5 * 1.2825 / 200_000**0.5
     assert abs(noise.var().item() - 1.644934) < 5 * (4.4 * 1.644934**2 / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize("num_blocks", [3, 50])
+def test_compiled_words_are_equal(num_blocks):
+    """A product beyond int64 has no defined value in the C++ that torch.compile writes."""
+    key = RandomKey(torch.arange(6) * 977 - 5, torch.tensor(2), torch.arange(6))
+    compiled = torch.compile(random_words, fullgraph=True)(key, num_blocks, MASK_STREAM)
+    for found, expected in zip(compiled, random_words(key, num_blocks, MASK_STREAM), strict=True):
+        assert torch.equal(found, expected)
