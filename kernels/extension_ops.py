@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _C  # noqa: F401 - loading it registers torch.ops.hermesflow
+from . import (
+    _C,  # noqa: F401 - loading it registers torch.ops.hermesflow
+    linear_logprob_blocked,
+)
 from .philox import RandomKey
 
 
@@ -39,6 +42,20 @@ def token_sample(
 def token_logprob(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Backends "cuda" and "cpu" of kernels/token_logprob.py: log-probability and entropy."""
     return _TokenLogprob.apply(logits, target, ignore_index)
+
+
+linear_logprob_blocked.KERNELS["extension"] = linear_logprob_blocked.with_epilogues(
+    torch.ops.hermesflow.linear_logprob_block, torch.ops.hermesflow.linear_logprob_block_backward
+)
+
+
+def linear_logprob(
+    x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int, return_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Backends "cuda" and "cpu" of kernels/linear_logprob.py: log-probability and, if asked for, entropy."""
+    return linear_logprob_blocked.linear_logprob(
+        "extension", x, weight, target, bias, ignore_index, return_entropy
+    )
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -84,14 +101,12 @@ def _token_logprob_backward_fake(logits, target, lse, grad_logprob, ignore_index
 
 
 @torch.library.register_fake("hermesflow::linear_logprob_block")
-def _linear_logprob_block_fake(logits, bias, target, first_id, ignore_index, largest, total, weighted, chosen):
+def _linear_logprob_block_fake(logits, bias, target, first_id, state):
     return None
 
 
 @torch.library.register_fake("hermesflow::linear_logprob_block_backward")
-def _linear_logprob_block_backward_fake(
-    logits, bias, target, lse, grad_logprob, first_id, ignore_index, grad_logits
-):
+def _linear_logprob_block_backward_fake(logits, bias, target, lse, grad_logprob, first_id, grad_logits):
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checks import FLOAT_DTYPES, check_tensor, not_on_triton_device
+from .checks import FLOAT_DTYPES, can_read_values, check_tensor, not_on_triton_device
 
 OP = "token_logprob"
 LOGPROB_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -39,7 +39,7 @@ def check_target(
     check_tensor(op, "target", target, "[T]", (num_tokens,), dtypes=(torch.int64,), device=device)
     if vocab_size == 0:
         raise ValueError(f"{op}: expected at least one token id, got a vocabulary of 0")
-    if device.type != "cpu":
+    if not can_read_values(device):
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if wrong.any():
