@@ -164,4 +164,40 @@ inline PairLossSettings check_pair_dpo(const at::Tensor& policy, const at::Tenso
   return {static_cast<PairLoss>(name - kNames), beta, label_smoothing, length_normalize};
 }
 
+// A block of linear_logprob: fp32 logits [R, C] with unit column stride, fp32 bias [C], target [R].
+inline void check_linear_logprob_block(const at::Tensor& logits, const std::optional<at::Tensor>& bias,
+                                       const at::Tensor& target) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.scalar_type() == at::kFloat && (logits.stride(1) == 1 || logits.size(1) <= 1),
+                    "linear_logprob_block: expected fp32 logits [R, C] with unit column stride, got ", logits.sizes(), " ",
+                    logits.scalar_type());
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == logits.size(1) && bias->scalar_type() == at::kFloat &&
+                              bias->is_contiguous()),
+                    "linear_logprob_block: expected contiguous fp32 bias [", logits.size(1), "], got ", bias->sizes(), " ",
+                    bias->scalar_type());
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0) && target.scalar_type() == at::kLong &&
+                        target.is_contiguous(),
+                    "linear_logprob_block: expected contiguous int64 target [", logits.size(0), "], got ", target.sizes(), " ",
+                    target.scalar_type());
+}
+
+inline void check_linear_logprob_state(const at::Tensor& logits, const at::Tensor& state) {
+  TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == 4 && state.size(1) == logits.size(0) &&
+                        state.scalar_type() == at::kFloat && (state.stride(1) == 1 || state.size(1) <= 1),
+                    "linear_logprob_block: expected fp32 state [4, ", logits.size(0), "] with unit column stride, got ",
+                    state.sizes(), " ", state.scalar_type());
+}
+
+inline void check_linear_logprob_gradient(const at::Tensor& logits, const at::Tensor& lse, const at::Tensor& grad_logprob,
+                                          const at::Tensor& grad_logits) {
+  for (const at::Tensor& part : {lse, grad_logprob}) {
+    TORCH_CHECK_VALUE(part.dim() == 1 && part.size(0) == logits.size(0) && part.scalar_type() == at::kFloat &&
+                          part.is_contiguous(),
+                      "linear_logprob_block_backward: expected contiguous fp32 lse and grad_logprob [", logits.size(0),
+                      "], got ", part.sizes(), " ", part.scalar_type());
+  }
+  TORCH_CHECK_VALUE(grad_logits.sizes() == logits.sizes() && (grad_logits.stride(1) == 1 || logits.size(1) <= 1),
+                    "linear_logprob_block_backward: expected grad_logits ", logits.sizes(), " with unit column stride, got ",
+                    grad_logits.sizes());
+}
+
 }  // namespace hermesflow

@@ -19,13 +19,14 @@ TORCH_LIBRARY(hermesflow, library) {
   library.def(
       "token_logprob_backward(Tensor logits, Tensor target, Tensor largest, Tensor total, Tensor grad_logprob, "
       "int ignore_index) -> Tensor grad_logits");
-  // One block of columns [first_id, first_id + C) of the logits that linear_logprob never holds as a whole.
+  // One block of the logits that linear_logprob never holds as a whole: fp32 [R, C], of the ids from first_id on; bias fp32
+  // [C]. state is fp32 [4, R]: the running maximum, sum of exp(y), sum of y exp(y) (y = logit - maximum), and target's logit.
   library.def(
-      "linear_logprob_block(Tensor logits, Tensor? bias, Tensor target, int first_id, int ignore_index, "
-      "Tensor(a!) largest, Tensor(b!) total, Tensor(c!) weighted, Tensor(d!) chosen) -> ()");
+      "linear_logprob_block(Tensor logits, Tensor? bias, Tensor target, int first_id, Tensor(a!) state) -> ()");
+  // grad_logits may be logits itself.
   library.def(
       "linear_logprob_block_backward(Tensor logits, Tensor? bias, Tensor target, Tensor lse, Tensor grad_logprob, "
-      "int first_id, int ignore_index, Tensor(a!) grad_logits) -> ()");
+      "int first_id, Tensor(a!) grad_logits) -> ()");
   library.def(
       "pair_dpo(Tensor policy_logprob, Tensor reference_logprob, Tensor segment, int num_pairs, float beta, "
       "str loss_type, float label_smoothing, bool length_normalize, Tensor? pair_weight) "

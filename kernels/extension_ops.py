@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _C  # noqa: F401 - loading it registers torch.ops.hermesflow
+from . import (
+    _C,  # noqa: F401 - loading it registers torch.ops.hermesflow
+    linear_logprob_blocked,
+)
 from .philox import RandomKey
 
 
@@ -48,6 +51,20 @@ def token_logprob(
     """Backends "cuda" and "cpu" of kernels/token_logprob.py."""
     logprob, entropy = _TokenLogprob.apply(logits, target, ignore_index, return_entropy)
     return logprob, entropy if return_entropy else None
+
+
+linear_logprob_blocked.KERNELS["extension"] = linear_logprob_blocked.with_epilogues(
+    torch.ops.hermesflow.linear_logprob_block, torch.ops.hermesflow.linear_logprob_block_backward
+)
+
+
+def linear_logprob(
+    x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int, return_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Backends "cuda" and "cpu" of kernels/linear_logprob.py: log-probability and, if asked for, entropy."""
+    return linear_logprob_blocked.linear_logprob(
+        "extension", x, weight, target, bias, ignore_index, return_entropy
+    )
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -131,14 +148,12 @@ def _token_logprob_backward_fake(logits, target, largest, total, grad_logprob, i
 
 
 @torch.library.register_fake("hermesflow::linear_logprob_block")
-def _linear_logprob_block_fake(logits, bias, target, first_id, ignore_index, largest, total, weighted, chosen):
+def _linear_logprob_block_fake(logits, bias, target, first_id, state):
     return None
 
 
 @torch.library.register_fake("hermesflow::linear_logprob_block_backward")
-def _linear_logprob_block_backward_fake(
-    logits, bias, target, lse, grad_logprob, first_id, ignore_index, grad_logits
-):
+def _linear_logprob_block_backward_fake(logits, bias, target, lse, grad_logprob, first_id, grad_logits):
     return None
 
 

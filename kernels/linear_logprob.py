@@ -5,7 +5,8 @@ Formula: z = x @ weight.T + bias; z[t, target[t]] - log sum_v exp(z[t, v]), in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import registry
-from .checks import check_tensor
-from .token_logprob import LOGPROB_DTYPES, check_target, token_logprob_reference
+from .checks import check_tensor, not_on, not_on_cuda_device, not_on_triton_device
+from .token_logprob import LOGPROB_DTYPES, check_target
 
 OP = "linear_logprob"
 # The reference's logits at one time: small beside the weights of a large model, large enough for an efficient matmul.
@@ -28,8 +29,9 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    return_entropy: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under softmax(x @ weight.T + bias).
 
     Args:
@@ -38,15 +40,20 @@ def linear_logprob(
         target: token ids [T], int64 in [0, V) or ignore_index, on x's device.
         bias: [V], dtype and device of x, or None.
         ignore_index: target of the rows to skip.
-        backend: "torch"; None takes the first that can run.
-    Returns: fp32 [T] (fp64 for fp64 inputs), 0 where ignored. Differentiable in x, weight and bias.
+        return_entropy: also return the entropy of each row's distribution.
+        backend: "cuda" and "cpu" (blocks of logits by the library's matmul, then a fused kernel), "chunked" (the same
+            with Triton's), "triton" (matmul and softmax in one kernel) or "torch"; None takes the first that can run.
+    Returns: fp32 [T] (fp64 for fp64 inputs), 0 where ignored. Differentiable in x, weight and bias. With
+        return_entropy (logprob, entropy); entropy is like logprob, but without gradient.
     Raises: ValueError on shapes, dtypes, devices or, on the CPU, target ids out of range; BackendError if the named
         backend cannot run.
     Source: log-probabilities of Pair-DPO, HermesFlow (arXiv 2502.12148), section 4.
     """
     check_linear(OP, "x", "T", x, weight, bias, LOGPROB_DTYPES)
     check_target(OP, target, x.shape[0], weight.shape[0], ignore_index, x.device)
-    return registry.dispatch(OP, backend, x, weight, target, bias=bias, ignore_index=ignore_index)
+    options = {"bias": bias, "ignore_index": ignore_index, "return_entropy": return_entropy}
+    logprob, entropy = registry.dispatch(OP, backend, x, weight, target, **options)
+    return (logprob, entropy) if return_entropy else logprob
 
 
 def check_linear(
@@ -65,20 +72,42 @@ def check_linear(
 
 
 def linear_logprob_reference(
-    x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """The same in plain torch: the specification. Each row block's logits are computed again in the backward pass."""
     wide = torch.promote_types(x.dtype, torch.float32)
     # Widened once, so that the blocks' gradients of weight and bias add up in the wide dtype.
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
 
-    def block_logprob(rows: slice) -> Tensor:
+    def block_logprob(rows: slice) -> tuple[Tensor, Tensor | None]:
         logits = linear_wide(x[rows].to(wide), weight, bias)
-        return token_logprob_reference(logits, target[rows], ignore_index=ignore_index)
+        return logits_logprob(logits, target[rows], ignore_index, return_entropy)
 
     options = {"use_reentrant": False, "preserve_rng_state": False}
     blocks = row_blocks(x.shape[0], weight.shape[0] * wide.itemsize)
-    return torch.cat([checkpoint(block_logprob, rows, **options) for rows in blocks])
+    logprob, entropy = zip(*(checkpoint(block_logprob, rows, **options) for rows in blocks), strict=True)
+    return torch.cat(logprob), torch.cat(entropy) if return_entropy else None
+
+
+def logits_logprob(
+    logits: Tensor, target: Tensor, ignore_index: int, return_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target under softmax(logits), and the entropy without gradient; 0 where ignored."""
+    kept = target != ignore_index
+    # An ignored row's logits go before the softmax: a NaN there would reach the gradient as 0 * NaN.
+    logprobs = torch.where(kept[:, None], logits, 0.0).log_softmax(dim=1)
+    logprob = torch.where(kept, logprobs.gather(1, torch.where(kept, target, 0)[:, None]).squeeze(1), 0.0)
+    if not return_entropy:
+        return logprob, None
+    logprobs = logprobs.detach()
+    terms = torch.where(logprobs == float("-inf"), 0.0, logprobs.exp() * logprobs)
+    return logprob, torch.where(kept, -terms.sum(dim=1), 0.0)
 
 
 def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,4 +123,28 @@ def row_blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
+def _refusal(x: Tensor, not_on_device: Callable[..., str | None], tensors: tuple[Tensor | None, ...]) -> str | None:
+    return "the kernels compute in fp32, x is fp64" if x.dtype == torch.float64 else not_on_device(x, *tensors)
+
+
+def _cuda_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
+    return _refusal(x, not_on_cuda_device, (weight, target, bias))
+
+
+def _triton_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
+    return _refusal(x, not_on_triton_device, (weight, target, bias))
+
+
+def _cpu_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
+    return _refusal(x, functools.partial(not_on, "cpu"), (weight, target, bias))
+
+
+# The order on a GPU is a guess, unmeasured: cuBLAS with a fused kernel before Triton's own matmul. Forward and backward
+# of "cuda", "chunked" and "triton" side by side at T 16384, D 2048, V 58498, bf16 would settle it.
+registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:linear_logprob", _cuda_can_run)
+registry.register(OP, "chunked", "hermesflow.kernels.linear_logprob_triton:chunked", _triton_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.linear_logprob_triton:fused", _triton_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:linear_logprob", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.linear_logprob:linear_logprob_reference", lambda *_, **__: None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .extension_ops import guided_sample
+from .matmul import logits_of
 from .philox import RandomKey
 
 # A block's fp32 logits. CPU, [2048, 512] x [8192, 512]: 64 MiB takes 1.1 times the bare matmul, 4 MiB twice, for the
@@ -25,7 +26,7 @@ def linear_sample(
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     bias = None if bias is None else bias.float()
     if hidden.device.type == "cpu":
-        weight = weight.float()  # CPU matmuls have no wider output than input
+        hidden, weight = hidden.float(), weight.float()  # CPU matmuls have no wider output than input
     token = torch.empty(num_rows, dtype=torch.int64, device=hidden.device)
     logprob = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     block_rows = max(1, WORKSPACE_BYTES // (4 * vocab_size))
@@ -33,17 +34,9 @@ def linear_sample(
         rows = slice(start, start + block_rows)
         step = key.step[rows] if key.step.dim() else key.step
         block_key = RandomKey(key.seed[rows], step, key.position[rows])
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = logits_of(hidden[rows], weight)
         token[rows], logprob[rows] = guided_sample(
-            _logits(hidden[rows], weight), None, guidance_scale=0.0, temperature=temperature, key=block_key, bias=bias
+            logits, None, guidance_scale=0.0, temperature=temperature, key=block_key, bias=bias
         )
     return token, logprob
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """fp32 hidden @ weight.T, accumulated in fp32, inside an autocast region too."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.device.type == "cpu":
-            return hidden.to(weight.dtype) @ weight.t()
-        if hidden.dtype == torch.float32:
-            return hidden @ weight.t()
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
