@@ -3,7 +3,7 @@
 // each logit is read once and its gradient written once.
 #pragma once
 
-#include "block.cuh"
+#include "running_softmax.cuh"
 
 namespace hermesflow {
 
@@ -15,52 +15,6 @@ struct LogitsBlock {
   const float* bias;  // or null
   const int64_t* target;
   int64_t num_ids, first_id;
-};
-
-// Over y = logit - largest: the sum of exp(y) and the sum of y exp(y), which gives the entropy.
-struct RunningSoftmax {
-  float largest = -INFINITY, total = 0.0f, weighted = 0.0f;
-
-  // Moves the sums to a maximum of `by` more; without mass there is nothing to move, and 0 * -inf would be NaN.
-  __device__ __forceinline__ void move(float by) {
-    if (total == 0.0f) return;
-    const float scale = expf(-by);
-    weighted = scale * (weighted - by * total);
-    total *= scale;
-  }
-
-  __device__ __forceinline__ void merge(RunningSoftmax other) {
-    const float merged = fmaxf(largest, other.largest), shift = LogSumExp::shift(merged);
-    move(shift - largest);
-    other.move(shift - other.largest);
-    largest = merged;
-    total += other.total;
-    weighted += other.weighted;
-  }
-
-  __device__ __forceinline__ void add(const float (&logits)[4]) {
-    RunningSoftmax four;
-    four.largest = fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3]));
-    const float shift = LogSumExp::shift(four.largest);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float y = logits[i] - shift, mass = expf(y);
-      four.total += mass;
-      four.weighted += mass == 0.0f ? 0.0f : mass * y;
-    }
-    merge(four);
-  }
-
-  __device__ __forceinline__ void merge_warp() {
-#pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      RunningSoftmax other;
-      other.largest = __shfl_xor_sync(kFullWarp, largest, step);
-      other.total = __shfl_xor_sync(kFullWarp, total, step);
-      other.weighted = __shfl_xor_sync(kFullWarp, weighted, step);
-      merge(other);
-    }
-  }
 };
 
 // Four logits of a row from `first` on, with the bias; -inf past the end.
@@ -84,7 +38,7 @@ __global__ void __launch_bounds__(kLinearLogprobThreads)
   const int64_t row = blockIdx.x;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const float* logits_row = block.logits + row * block.stride;
-  RunningSoftmax softmax;
+  RunningSoftmax<true> softmax;
   for (int64_t first = 4 * threadIdx.x; first < block.num_ids; first += 4 * kLinearLogprobThreads) {
     float logits[4];
     load_biased(block, logits_row, first, logits);

@@ -99,3 +99,21 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor() -> LargestTensor:
     """with largest_tensor as seen: ... afterwards seen.numel is the size of the largest tensor that was made."""
     return LargestTensor()
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """peak_bytes(function): the most bytes that its allocations on the CPU hold at once, those inside C++ included."""
+
+    def measure(function: Callable[[], object]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            kept = function()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        assert kept is not None and held >= 0
+        return peak
+
+    return measure

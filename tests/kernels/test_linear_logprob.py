@@ -274,23 +274,10 @@ def test_no_tensor_above_the_workspace(set_blocks, largest_tensor):
     assert seen.numel == block_rows * vocab_size
 
 
-def peak_bytes(function):
-    """The most bytes that the function's allocations on the CPU hold at once."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert kept is not None and held >= 0
-    return peak
-
-
 @needs_extension
 @pytest.mark.parametrize("ignored", [[], [0, 900]], ids=["all_rows", "ignored_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_stays_in_the_workspace(dtype, ignored, set_blocks, set_workspace):
+def test_memory_stays_in_the_workspace(dtype, ignored, set_blocks, set_workspace, peak_bytes):
     """Beside gradients and a few vectors; the logits would take 18 times the workspace."""
     num_tokens, width, vocab_size, workspace = 1000, 16, 600, 128 << 10
     inputs, target, grad = make_case(num_tokens, width, vocab_size, dtype, ignored)

@@ -98,7 +98,8 @@ def small_blocks(monkeypatch):
         if checks.extension_missing() is None:
             from hermesflow.kernels import linear_sample_blocked
 
-            monkeypatch.setattr(linear_sample_blocked, "WORKSPACE_BYTES", rows * vocab_size * 4)
+            small = dict.fromkeys(linear_sample_blocked.WORKSPACE_BYTES, rows * vocab_size * 4)
+            monkeypatch.setattr(linear_sample_blocked, "WORKSPACE_BYTES", small)
 
     return set_rows
 
@@ -114,13 +115,20 @@ def test_blocks_give_the_same(shared_step, small_blocks, backend, device):
     torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
 
 
-def test_no_tensor_above_the_workspace(small_blocks, largest_tensor, backend, device):
-    hidden, weight, bias, key = make_case(64, 4, 256, device=device)
-    small_blocks(5, 256)
-    with largest_tensor as seen:
-        sample(hidden, weight, bias, key=key, backend=backend)
-    # The fused kernel has no blocks; what it keeps, and Triton's interpreter beside it, is far less than the logits.
-    assert seen.numel < 64 * 256 / 2 if backend == "triton" else seen.numel == 5 * 256
+def test_no_logits_are_kept(small_blocks, peak_bytes, backend, device):
+    """A block of 50 rows of logits and a few numbers a row; all 1000 rows would take 20 times the block."""
+    if device.type != "cpu":
+        pytest.skip("the profiler's records are the CPU's")
+    hidden, weight, bias, key = make_case(1000, 4, 256, device=device)
+    small_blocks(50, 256)
+
+    def draw():
+        return sample(hidden, weight, bias, key=key, backend=backend)
+
+    draw()  # what is made once is not counted
+    # The reference holds about six temporaries of a block's size, Triton's interpreter its own copies of the arguments.
+    blocks = {"torch": 8, "triton": 8}.get(backend, 1)
+    assert peak_bytes(draw) < blocks * 50 * 256 * 4 + 64 * 1000
 
 
 def test_rows_without_a_distribution(backend, device):
@@ -196,6 +204,14 @@ def test_compiles_as_a_whole(backend, device):
     found, expected = torch.compile(call, fullgraph=True)(hidden, weight, bias, key), call(hidden, weight, bias, key)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck(backend, device):
+    if backend not in ("cpu", "cuda"):
+        return  # the others are no ops of torch's
+    hidden, weight, bias, key = make_case(6, 16, 300, device=device)
+    sample(hidden, weight, bias, key=key, backend=backend)  # loads the op
+    torch.library.opcheck(torch.ops.hermesflow.linear_sample.default, (hidden, weight, bias, 0.8, *key))
 
 
 H, W, B = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5)
