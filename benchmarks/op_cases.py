@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hermesflow.kernels.guided_sample import guided_sample, guided_sample_reference
-from hermesflow.kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.linear_sample import linear_sample, linear_sample_reference
 from hermesflow.kernels.mask_topk import mask_topk, mask_topk_reference
 from hermesflow.kernels.pair_dpo import pair_dpo, pair_dpo_reference
 from hermesflow.kernels.philox import RandomKey
-from hermesflow.kernels.token_logprob import token_logprob, token_logprob_reference
+from hermesflow.kernels.token_logprob import token_logprob
 from hermesflow.kernels.token_sample import token_sample, token_sample_reference
 
 from . import naive, peers
@@ -185,7 +185,7 @@ def token_logprob_case(num_tokens: int, vocab_size: int, dtype: torch.dtype, dev
     def check(backend: str) -> str | None:
         got = graded(lambda leaf: token_logprob(leaf, target, backend=backend), [logits], upstream)
         some = logits.detach()[rows]
-        truth = graded(partial(token_logprob_reference, target=target[rows]), [some.double()], upstream[rows])
+        truth = graded(partial(token_logprob, target=target[rows], backend="torch"), [some.double()], upstream[rows])
         eager = graded(partial(naive.token_logprob, target=target[rows]), [some], upstream[rows])
         return wrong_values("logprob grad_logits", tuple(part[rows] for part in got), truth, eager)
 
@@ -227,7 +227,7 @@ def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: tor
         logprob, grad_x, *grads = graded(on(backend), list(leaves), upstream)
         some = [x.detach()[rows], weight, bias]
         truth = graded(
-            lambda x, weight, bias: linear_logprob_reference(x, weight, target[rows], bias=bias),
+            lambda x, weight, bias: linear_logprob(x, weight, target[rows], bias=bias, backend="torch"),
             [leaf.double() for leaf in some], upstream[rows],
         )  # fmt: skip
         eager = graded(partial(naive.linear_logprob, target=target[rows]), some, upstream[rows])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import registry
 from .checks import check_tensor, not_on, not_on_cuda_device, not_on_triton_device
-from .token_logprob import LOGPROB_DTYPES, check_target
+from .token_logprob import LOGPROB_DTYPES, check_target, token_logprob_reference
 
 OP = "linear_logprob"
 # The reference's logits at one time: small beside the weights of a large model, large enough for an efficient matmul.
@@ -87,27 +87,14 @@ def linear_logprob_reference(
 
     def block_logprob(rows: slice) -> tuple[Tensor, Tensor | None]:
         logits = linear_wide(x[rows].to(wide), weight, bias)
-        return logits_logprob(logits, target[rows], ignore_index, return_entropy)
+        return token_logprob_reference(
+            logits, target[rows], ignore_index=ignore_index, return_entropy=return_entropy
+        )
 
     options = {"use_reentrant": False, "preserve_rng_state": False}
     blocks = row_blocks(x.shape[0], weight.shape[0] * wide.itemsize)
     logprob, entropy = zip(*(checkpoint(block_logprob, rows, **options) for rows in blocks), strict=True)
     return torch.cat(logprob), torch.cat(entropy) if return_entropy else None
-
-
-def logits_logprob(
-    logits: Tensor, target: Tensor, ignore_index: int, return_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target under softmax(logits), and the entropy without gradient; 0 where ignored."""
-    kept = target != ignore_index
-    # An ignored row's logits go before the softmax: a NaN there would reach the gradient as 0 * NaN.
-    logprobs = torch.where(kept[:, None], logits, 0.0).log_softmax(dim=1)
-    logprob = torch.where(kept, logprobs.gather(1, torch.where(kept, target, 0)[:, None]).squeeze(1), 0.0)
-    if not return_entropy:
-        return logprob, None
-    logprobs = logprobs.detach()
-    terms = torch.where(logprobs == float("-inf"), 0.0, logprobs.exp() * logprobs)
-    return logprob, torch.where(kept, -terms.sum(dim=1), 0.0)
 
 
 def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

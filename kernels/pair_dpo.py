@@ -85,7 +85,6 @@ def pair_dpo(
     if pair_weight is not None:
         check_tensor(OP, "pair_weight", pair_weight, "[P]", (num_pairs,), **same)
     _check_settings(beta, loss_type, label_smoothing)
-    _check_values(segment, num_pairs, pair_weight)
     results = registry.dispatch(
         OP, backend, policy_logprob, reference_logprob, segment, num_pairs, beta=float(beta), loss_type=loss_type,
         label_smoothing=float(label_smoothing), length_normalize=length_normalize, pair_weight=pair_weight,
@@ -108,7 +107,7 @@ def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None
 
 
 def _check_values(segment: Tensor, num_pairs: int, pair_weight: Tensor | None) -> None:
-    """The checks that read values."""
+    """The checks that read values, which the C++ kernel makes as it goes."""
     if not can_read_values(segment.device):
         return
     wrong = (segment < -1) | (segment >= 2 * num_pairs)
@@ -133,6 +132,7 @@ def pair_dpo_reference(
     pair_weight: Tensor | None = None,
 ) -> PairDPOOutput:
     """The same in plain torch: the specification."""
+    _check_values(segment, num_pairs, pair_weight)
     ratio = _sum_segments(policy_logprob - reference_logprob.detach(), segment, num_pairs)
     if length_normalize:
         ratio = ratio / _sum_segments(torch.ones_like(reference_logprob), segment, num_pairs).clamp(min=1)

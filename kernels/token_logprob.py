@@ -82,24 +82,19 @@ def check_target(
 
 def token_logprob_reference(
     logits: Tensor, target: Tensor, *, ignore_index: int = -100, return_entropy: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The same in plain torch: the specification."""
+) -> tuple[Tensor, Tensor | None]:
+    """The same in plain torch: the specification. Like every backend it returns logprob and the entropy or None."""
     kept = target != ignore_index
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # An ignored row's logits go before the softmax: a NaN there would reach the gradient as 0 * NaN.
     logprobs = torch.where(kept[:, None], wide, 0.0).log_softmax(dim=1)
     logprob = torch.where(kept, logprobs.gather(1, torch.where(kept, target, 0)[:, None]).squeeze(1), 0.0)
     if not return_entropy:
-        return logprob
-    with torch.no_grad():
-        # An id of probability 0 adds 0, not 0 * -inf.
-        summands = torch.where(logprobs == float("-inf"), 0.0, logprobs * logprobs.exp())
-        return logprob, torch.where(kept, -summands.sum(dim=1), 0.0)
-
-
-def _torch(logits: Tensor, target: Tensor, *, ignore_index: int, return_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    result = token_logprob_reference(logits, target, ignore_index=ignore_index, return_entropy=return_entropy)
-    return result if isinstance(result, tuple) else (result, None)
+        return logprob, None
+    logprobs = logprobs.detach()
+    # An id of probability 0 adds 0, not 0 * -inf.
+    summands = torch.where(logprobs == float("-inf"), 0.0, logprobs * logprobs.exp())
+    return logprob, torch.where(kept, -summands.sum(dim=1), 0.0)
 
 
 def _cuda_can_run(logits: Tensor, target: Tensor, **_: object) -> str | None:
@@ -121,4 +116,4 @@ def _too_wide(logits: Tensor) -> str | None:
 registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:token_logprob", _cuda_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:token_logprob", _cpu_can_run)
 registry.register(OP, "triton", "hermesflow.kernels.token_logprob_triton:token_logprob", _triton_can_run)
-registry.register(OP, "torch", "hermesflow.kernels.token_logprob:_torch", lambda *_, **__: None)
+registry.register(OP, "torch", "hermesflow.kernels.token_logprob:token_logprob_reference", lambda *_, **__: None)

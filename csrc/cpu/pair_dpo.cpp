@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../arguments.h"
@@ -16,20 +17,42 @@ struct Side {
   double sum = 0, length = 0;
 };
 
+// Calls run(segment, begin, end) for each run of neighbouring tokens of one segment: a side's tokens mostly lie together.
+template <typename Run>
+void for_each_run(const int64_t* segments, int64_t num_tokens, Run&& run) {
+  for (int64_t begin = 0, end; begin < num_tokens; begin = end) {
+    const int64_t segment = segments[begin];
+    for (end = begin + 1; end < num_tokens && segments[end] == segment;) ++end;
+    run(segment, begin, end);
+  }
+}
+
+// Sum of policy - reference over n tokens; eight sums side by side, which do not wait for one another.
+template <typename T>
+double sum_differences(const T* policy, const T* reference, int64_t n) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t t = 0;
+  for (; t + kSums <= n; t += kSums)
+    for (int i = 0; i < kSums; ++i) sums[i] += static_cast<double>(policy[t + i]) - static_cast<double>(reference[t + i]);
+  for (; t < n; ++t) sums[0] += static_cast<double>(policy[t]) - static_cast<double>(reference[t]);
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return sum;
+}
+
 template <typename T>
 std::vector<Side> sum_sides(const at::Tensor& policy, const at::Tensor& reference, const at::Tensor& segment,
                             int64_t num_pairs) {
   std::vector<Side> sides(2 * num_pairs);
   const T *policies = policy.const_data_ptr<T>(), *references = reference.const_data_ptr<T>();
-  const int64_t* segments = segment.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < policy.size(0); ++t) {
-    const int64_t s = segments[t];
-    if (s == -1) continue;
+  for_each_run(segment.const_data_ptr<int64_t>(), policy.size(0), [&](int64_t s, int64_t begin, int64_t end) {
+    if (s == -1) return;
     TORCH_CHECK_VALUE(s >= 0 && s < 2 * num_pairs, "pair_dpo: expected segments in [-1, ", 2 * num_pairs, ") for ", num_pairs,
                       " pairs, got ", s);
-    sides[s].sum += static_cast<double>(policies[t]) - static_cast<double>(references[t]);
-    sides[s].length += 1;
-  }
+    sides[s].sum += sum_differences(policies + begin, references + begin, end - begin);
+    sides[s].length += static_cast<double>(end - begin);
+  });
   return sides;
 }
 
@@ -68,9 +91,10 @@ void pair_dpo_rows(const at::Tensor& policy, const at::Tensor& reference, const 
   *loss.mutable_data_ptr<T>() = static_cast<T>(loss_sum / total);
   *accuracy.mutable_data_ptr<T>() = static_cast<T>(correct_sum / total);
 
-  const int64_t* segments = segment.const_data_ptr<int64_t>();
   T* grads = grad.mutable_data_ptr<T>();
-  for (int64_t t = 0; t < grad.size(0); ++t) grads[t] = segments[t] < 0 ? T{0} : token_grads[segments[t]];
+  for_each_run(segment.const_data_ptr<int64_t>(), grad.size(0), [&](int64_t s, int64_t begin, int64_t end) {
+    std::fill(grads + begin, grads + end, s < 0 ? T{0} : token_grads[s]);
+  });
 }
 
 PairDPOTensors pair_dpo(const at::Tensor& policy_in, const at::Tensor& reference_in, const at::Tensor& segment_in,
