@@ -1,9 +1,7 @@
 """Triton backend of guided_sample: one program a row, one pass over its logits.
 
-Formula: logits = ((1 + g) cond - g uncond) / temperature; the tile of SAMPLE_TILE ids with the largest log-sum-exp +
-Gumbel noise wins, an inverse CDF draws inside it (kernels/sampling.py states the rule).
-Layout: a block of BLOCK_TILES x TILE logits at a time; of the tiles only maximum and mass are used, so nothing of the
-row's length is stored. The winning tile is read once more at the end.
+Formula: logits = ((1 + g) cond - g uncond) / temperature, drawn from by the rule of kernels/sampling.py.
+Layout: a block of BLOCK_TILES x TILE logits at a time; the winning tile is read once more at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from .philox import TOKEN_STREAM, RandomKey
 from .sampling import SAMPLE_TILE
+from .tile_sampling_triton import add_tiles, draw_in_tile
 
 MAX_BLOCK_TILES = 16
 
@@ -40,12 +39,6 @@ def _load_logits(
         # -inf - -inf is NaN; what the condition forbids stays forbidden.
         logits = tl.where(logits == -float("inf"), logits, guided)
     return logits * inverse_temperature
-
-
-@triton.jit
-def _uniform(word):
-    """fp32 in (0, 1), as uniform in kernels/philox.py."""
-    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
 
 
 @triton.jit
@@ -81,68 +74,23 @@ def _guided_sample_kernel(
     position = tl.load(position_ptr + row * stride_position).to(tl.uint32)
     offs_in_tile = tl.arange(0, TILE).to(tl.int64)
 
-    best = -float("inf")
-    best_tile = tl.full((), 0, tl.int64)
-    running_max = -float("inf")
-    running_sum = 0.0
+    state = (-float("inf"), tl.full((), 0, tl.int64), -float("inf"), 0.0)
     for first in range(0, tl.cdiv(vocab_size, TILE), BLOCK_TILES):
         tile = first + tl.arange(0, BLOCK_TILES).to(tl.int64)
         offs = tile[:, None] * TILE + offs_in_tile[None, :]
         logits = _load_logits(
-            cond_ptr,
-            uncond_ptr,
-            offs,
-            vocab_size,
-            stride_cv,
-            stride_uv,
-            guidance_scale,
-            inverse_temperature,
+            cond_ptr, uncond_ptr, offs, vocab_size, stride_cv, stride_uv, guidance_scale, inverse_temperature,
             HAS_UNCOND,
-        )
-        tile_max = tl.max(logits, axis=1)
-        shift = tl.where(tile_max == -float("inf"), 0.0, tile_max)
-        tile_sum = tl.sum(tl.exp(logits - shift[:, None]), axis=1)
-        if GREEDY:
-            score = tile_max
-        else:
-            word, _, _, _ = tl.philox(seed, tile.to(tl.uint32), step, position, STREAM)
-            score = shift + tl.log(tile_sum) - tl.log(-tl.log(_uniform(word)))
-        # A tile with NaN must not win; its row is invalid by running_sum.
-        score = tl.where(score == score, score, -float("inf"))
-        block_best = tl.max(score, axis=0)
-        winner = first + tl.argmax(score, axis=0)
-        best_tile = tl.where(block_best > best, winner.to(tl.int64), best_tile)
-        best = tl.maximum(best, block_best)
+        )  # fmt: skip
+        state = add_tiles(logits, tile, state, seed, step, position, GREEDY, STREAM)
 
-        new_max = tl.maximum(running_max, tl.max(tile_max, axis=0))
-        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
-        # A tile without mass adds nothing; its shift of 0 may lie far above the maximum. NaN goes through.
-        block_sum = tl.sum(tl.where(tile_sum == 0, 0.0, tile_sum * tl.exp(shift - safe_max)), axis=0)
-        running_sum = running_sum * tl.exp(running_max - safe_max) + block_sum
-        running_max = new_max
-
-    offs = best_tile * TILE + offs_in_tile
+    offs = state[1] * TILE + offs_in_tile
     logits = _load_logits(
         cond_ptr, uncond_ptr, offs, vocab_size, stride_cv, stride_uv, guidance_scale, inverse_temperature, HAS_UNCOND
     )
-    tile_max = tl.max(logits, axis=0)
-    if GREEDY:
-        hit = logits == tile_max
-    else:
-        _, word, _, _ = tl.philox(seed, best_tile.to(tl.uint32), step, position, STREAM)
-        mass = tl.exp(logits - tile_max)
-        # A scan adds in another order for each id, so that rounding could let one without mass pass.
-        hit = (tl.cumsum(mass, axis=0) > _uniform(word) * tl.sum(mass, axis=0)) & (mass > 0)
-        # Rounding may leave no id that passes; then the last id that has mass.
-        last = tl.max(tl.where(mass > 0, offs_in_tile, 0), axis=0)
-        hit = hit | (offs_in_tile == last)
-    inside = tl.min(tl.where(hit, offs_in_tile, TILE - 1), axis=0)
-    chosen = tl.max(tl.where(offs_in_tile == inside, logits, -float("inf")), axis=0)
-    logprob = chosen - (running_max + tl.log(running_sum))
-    # NaN and +inf make running_sum NaN, nothing but -inf leaves it 0: a row without a distribution.
-    valid = running_sum > 0
-    tl.store(token_ptr + row, tl.where(valid, best_tile * TILE + inside, -1))
-    tl.store(logprob_ptr + row, tl.where(valid, logprob, float("nan")))
+    token, logprob = draw_in_tile(logits, state, seed, step, position, GREEDY, STREAM, TILE)
+    tl.store(token_ptr + row, token)
+    tl.store(logprob_ptr + row, logprob)
 
 
 def guided_sample(

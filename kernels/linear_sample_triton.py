@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .philox import TOKEN_STREAM, RandomKey
 from .sampling import SAMPLE_TILE
+from .tile_sampling_triton import uniform
 
 BLOCK_D, CHUNKS = 64, 8
 OPTIONS = {"num_warps": 8, "num_stages": 3}
@@ -26,12 +27,6 @@ WANTED_PROGRAMS = 296
 def _block_rows(capability: int) -> int:
     """Rows of a program. Before Hopper, 128 rows spill registers: the operands of tl.dot take them too."""
     return 128 if capability >= 90 else 64
-
-
-@triton.jit
-def _uniform(word):
-    """fp32 in (0, 1), as uniform in kernels/philox.py."""
-    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
 
 
 @triton.jit
@@ -100,9 +95,9 @@ def _linear_sample_kernel(
             chunk_sum = tl.sum(mass, axis=2)
             tile_sum = tl.sum(chunk_sum, axis=1)
             gumbel_word, cdf_word, _, _ = tl.philox(seed, tile.to(tl.uint32), step, position, STREAM)
-            score = shift + tl.log(tile_sum) - tl.log(-tl.log(_uniform(gumbel_word)))
+            score = shift + tl.log(tile_sum) - tl.log(-tl.log(uniform(gumbel_word)))
             # The inverse CDF in two steps: the chunk of the tile, then the id in the chunk.
-            target = _uniform(cdf_word) * tile_sum
+            target = uniform(cdf_word) * tile_sum
             chunk = _first_passed(tl.cumsum(chunk_sum, axis=1), chunk_sum, target, CHUNKS)
             before = tl.sum(tl.where(offs_c < chunk[:, None], chunk_sum, 0.0), axis=1)
             mass = tl.sum(tl.where((offs_c == chunk[:, None])[:, :, None], mass, 0.0), axis=1)

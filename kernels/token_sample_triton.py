@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .philox import TOKEN_STREAM, RandomKey
 from .sampling import SAMPLE_TILE
+from .tile_sampling_triton import add_tiles, draw_in_tile
 
 BLOCK = 1024
 NUM_THRESHOLDS = 8
@@ -100,12 +101,6 @@ def _lowest_reaching(
 
 
 @triton.jit
-def _uniform(word):
-    """fp32 in (0, 1), as uniform in kernels/philox.py."""
-    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
-
-
-@triton.jit
 def _token_sample_kernel(
     logits_ptr,
     temperature_ptr,
@@ -163,10 +158,8 @@ def _token_sample_kernel(
                 )
             lowest = tl.maximum(lowest, largest + tl.log(min_p))
 
-    best = -float("inf")
-    best_tile = tl.full((), 0, tl.int64)
-    running_max = -float("inf")
-    running_sum = 0.0
+    greedy = temperature_setting == 0
+    state = (-float("inf"), tl.full((), 0, tl.int64), -float("inf"), 0.0)
     offs_in_tile = tl.arange(0, TILE).to(tl.int64)
     BLOCK_TILES: tl.constexpr = BLOCK // TILE
     for first in range(0, tl.cdiv(vocab_size, TILE), BLOCK_TILES):
@@ -174,44 +167,13 @@ def _token_sample_kernel(
         offs = tile[:, None] * TILE + offs_in_tile[None, :]
         logits = _load_tempered(logits_ptr, offs, vocab_size, stride_v, temperature)
         logits = tl.where(logits < lowest, -float("inf"), logits)
-        tile_max = tl.max(logits, axis=1)
-        shift = tl.where(tile_max == -float("inf"), 0.0, tile_max)
-        tile_sum = tl.sum(tl.exp(logits - shift[:, None]), axis=1)
-        if temperature_setting != 0:
-            word, _, _, _ = tl.philox(seed, tile.to(tl.uint32), step, position, STREAM)
-            score = shift + tl.log(tile_sum) - tl.log(-tl.log(_uniform(word)))
-        else:
-            score = tile_max
-        # A tile with NaN must not win; its row is invalid by running_sum.
-        score = tl.where(score == score, score, -float("inf"))
-        block_best = tl.max(score, axis=0)
-        winner = first + tl.argmax(score, axis=0)
-        best_tile = tl.where(block_best > best, winner.to(tl.int64), best_tile)
-        best = tl.maximum(best, block_best)
+        state = add_tiles(logits, tile, state, seed, step, position, greedy, STREAM)
 
-        new_max = tl.maximum(running_max, tl.max(tile_max, axis=0))
-        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
-        # A tile without mass adds nothing; its shift of 0 may lie far above the maximum. NaN goes through.
-        block_sum = tl.sum(tl.where(tile_sum == 0, 0.0, tile_sum * tl.exp(shift - safe_max)), axis=0)
-        running_sum = running_sum * tl.exp(running_max - safe_max) + block_sum
-        running_max = new_max
-
-    logits = _load_tempered(logits_ptr, best_tile * TILE + offs_in_tile, vocab_size, stride_v, temperature)
+    logits = _load_tempered(logits_ptr, state[1] * TILE + offs_in_tile, vocab_size, stride_v, temperature)
     logits = tl.where(logits < lowest, -float("inf"), logits)
-    tile_max = tl.max(logits, axis=0)
-    mass = tl.exp(logits - tile_max)
-    _, word, _, _ = tl.philox(seed, best_tile.to(tl.uint32), step, position, STREAM)
-    passed = tl.cumsum(mass, axis=0) > _uniform(word) * tl.sum(mass, axis=0)
-    # Rounding may leave no id that passes; then the last id that has mass.
-    last = tl.max(tl.where(mass > 0, offs_in_tile, 0), axis=0)
-    hit = tl.where(temperature_setting != 0, passed | (offs_in_tile == last), logits == tile_max)
-    inside = tl.min(tl.where(hit, offs_in_tile, TILE - 1), axis=0)
-    chosen = tl.max(tl.where(offs_in_tile == inside, logits, -float("inf")), axis=0)
-    logprob = chosen - (running_max + tl.log(running_sum))
-    # NaN and +inf make running_sum NaN, nothing but -inf leaves it 0: a row without a distribution.
-    valid = running_sum > 0
-    tl.store(token_ptr + row, tl.where(valid, best_tile * TILE + inside, -1))
-    tl.store(logprob_ptr + row, tl.where(valid, logprob, float("nan")))
+    token, logprob = draw_in_tile(logits, state, seed, step, position, greedy, STREAM, TILE)
+    tl.store(token_ptr + row, token)
+    tl.store(logprob_ptr + row, logprob)
 
 
 def token_sample(
