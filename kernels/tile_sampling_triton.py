@@ -1,4 +1,4 @@
-"""The rule of kernels/sampling.py in Triton, for programs that draw from one row: which tile wins, and which of its ids.
+"""The rule of kernels/sampling.py in Triton, for programs that draw from one row: which tile wins, and which id in it.
 
 Of a tile only maximum and mass are used, so nothing of the row's length is stored; the winner is read once more.
 """
