@@ -31,6 +31,11 @@ BENCH_SECONDS=${BENCH_SECONDS:-210}
 LINES_FILE=$OUT/ops-$DEVICE-$SHAPE.jsonl
 export PYTHONSAFEPATH=1 # the folder kernels/ must not shadow the package of that name
 
+if [ "$DEVICE" = cuda ]; then missing=cuda_missing; else missing=cpu_missing; fi
+PROBE=("$PYTHON" -c "import sys; from hermesflow.kernels import checks; sys.exit(checks.$missing())")
+green=() # options of the benchmark: after `check`, the ops whose tests passed
+last_code=0
+
 reserved=0 # seconds that the steps to come may count on
 failed=0
 summary=()
@@ -46,12 +51,13 @@ step() {
     left=$((LIMIT - SECONDS - reserved))
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 5 ]; then
-        failed=1
+        failed=1 last_code=1
         note "$name" 0 "left out: no time"
         return
     fi
     echo "== $name, at most $limit s: $*"
     timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
+    last_code=$code
     case $code in
     0) result=ok ;;
     124 | 137) result="cut after $limit s" ;;
@@ -83,17 +89,13 @@ print(f"{major}.{minor}" + "a" * (major == 9))') || true
         export TORCH_CUDA_ARCH_LIST
     fi
     step build 240 "$PYTHON" -m pip install -v --no-build-isolation --no-deps -e .
-}
-
-built() {
-    local missing
-    if [ "$DEVICE" = cuda ]; then missing=cuda_missing; else missing=cpu_missing; fi
-    "$PYTHON" -c "import sys; from hermesflow.kernels import checks; sys.exit(checks.$missing())" 2>/dev/null
+    step extension 60 "${PROBE[@]}" # the install succeeds without it
 }
 
 check() {
     local backend=() sanitizer tool file
     if [ "$DEVICE" = cuda ]; then backend=(--backend cuda); fi
+    step check-triton 90 "$PYTHON" .ci/check-triton
     step doctor 60 "$PYTHON" -m hermesflow doctor
     step every-op 60 "$PYTHON" -m hermesflow.benchmarks.every_op --device "$DEVICE"
     sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
@@ -110,19 +112,23 @@ check() {
     done
     for file in tests/kernels/test_*.py; do
         case $file in *without_a_gpu.py) continue ;; esac
-        step "$(basename "$file" .py)" 90 "$PYTHON" -m pytest -q --import-mode=importlib -p no:cacheprovider "$file"
+        step "$(basename "$file" .py)" 90 "$PYTHON" -m pytest -q -rs --import-mode=importlib -p no:cacheprovider "$file"
+        if [ "$last_code" -eq 0 ] && grep -q '^OP = ' "$file"; then
+            green+=(--op "$(basename "$file" .py | sed 's/^test_//')")
+        fi
     done
 }
 
 bench() {
     local plot=()
     if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then plot=(--plot "${LINES_FILE%.jsonl}.png"); fi
-    # The tests are of `check`; each result is compared with the reference all the same.
+    # After `check` only what passed is timed; by itself the benchmark runs each op's tests first.
+    if [ "${#green[@]}" -gt 0 ]; then green+=(--no-test); fi
     # shellcheck disable=SC2086 # BENCH_OPTIONS is a list of options
-    step bench-ops 400 "$PYTHON" -m hermesflow bench ops --device "$DEVICE" --shape "$SHAPE" --no-test --out "$LINES_FILE" \
-        "${plot[@]}" ${BENCH_OPTIONS:-}
+    step bench-ops 400 "$PYTHON" -m hermesflow bench ops --device "$DEVICE" --shape "$SHAPE" --out "$LINES_FILE" \
+        "${green[@]}" "${plot[@]}" ${BENCH_OPTIONS:-}
     if [ -s "$LINES_FILE" ]; then
-        "$PYTHON" -m hermesflow bench table "$LINES_FILE" | tee "${LINES_FILE%.jsonl}.md"
+        "$PYTHON" -m hermesflow bench table "$LINES_FILE" | tee "${LINES_FILE%.jsonl}.md" || failed=1
     fi
 }
 
@@ -139,7 +145,7 @@ check)
     check
     ;;
 bench)
-    built || build
+    "${PROBE[@]}" 2>/dev/null || build
     bench
     ;;
 *)

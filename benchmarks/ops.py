@@ -48,11 +48,11 @@ class Settings:
     shape: str = "small"
     """tiny, small or showo-1.3b."""
     ops: Sequence[str] = ()
-    """None is all."""
+    """Empty is all."""
     backends: Sequence[str] = ()
-    """None is every backend that can run."""
+    """Empty is every backend that can run."""
     baselines: Sequence[str] = ()
-    """None is every baseline that can run."""
+    """Empty is every baseline that can run."""
     out: Path | None = None
     """File of JSON lines."""
     plot: Path | None = None

@@ -33,9 +33,21 @@ inline at::Tensor with_unit_column_stride(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
 }
 
-// The random key of each row, from int64 tensors of any stride; step may be 0-dim.
-inline RowKeys row_keys(const char* op, int64_t num_rows, const at::Tensor& seed, const at::Tensor& step,
+// Kernels read raw pointers, so that a tensor on another device would be read as memory of this one.
+template <typename... Tensors>
+void check_on_one_device(const char* op, const at::Tensor& first, const Tensors&... others) {
+  const auto check = [&](const std::optional<at::Tensor>& other) {
+    TORCH_CHECK_VALUE(!other || other->device() == first.device(), op, ": expected all tensors on ", first.device(),
+                      ", got one on ", other->device());
+  };
+  (check(others), ...);
+}
+
+// The random key of each row of `rows`, from int64 tensors of any stride; step may be 0-dim.
+inline RowKeys row_keys(const char* op, const at::Tensor& rows, const at::Tensor& seed, const at::Tensor& step,
                         const at::Tensor& position) {
+  const int64_t num_rows = rows.size(0);
+  check_on_one_device(op, rows, seed, step, position);
   for (const at::Tensor& part : {seed, position, step.dim() ? step : seed}) {
     TORCH_CHECK_VALUE(part.dim() == 1 && part.size(0) == num_rows && part.scalar_type() == at::kLong, op,
                       ": expected int64 seed, step and position [", num_rows, "], got ", part.sizes(), " ",
@@ -56,6 +68,7 @@ inline int64_t check_guided_sample(const at::Tensor& cond, const std::optional<a
                       "guided_sample: expected uncond like cond ", cond.sizes(), " ", cond.scalar_type(), ", got ",
                       uncond->sizes(), " ", uncond->scalar_type());
   }
+  check_on_one_device("guided_sample", cond, uncond, bias);
   if (bias) {
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == cond.size(1) && bias->scalar_type() == at::kFloat,
                       "guided_sample: expected bias fp32 [", cond.size(1), "], got ", bias->sizes(), " ", bias->scalar_type());
@@ -99,6 +112,7 @@ inline RowSettings check_token_sample(const at::Tensor& logits, const at::Tensor
   check("top_k", top_k, at::kLong);
   check("top_p", top_p, at::kFloat);
   check("min_p", min_p, at::kFloat);
+  check_on_one_device("token_sample", logits, temperature, top_k, top_p, min_p);
   return {temperature.const_data_ptr<float>(), top_k.const_data_ptr<int64_t>(), top_p.const_data_ptr<float>(),
           min_p.const_data_ptr<float>(), temperature.stride(0), top_k.stride(0), top_p.stride(0), min_p.stride(0)};
 }
@@ -110,7 +124,8 @@ inline MaskTopkArguments mask_topk_arguments(at::Tensor& logprob, at::Tensor& kn
   TORCH_CHECK_VALUE(logprob.dim() == 2 && logprob.scalar_type() == at::kFloat,
                     "mask_topk: expected logprob fp32 [B, N], got ", logprob.sizes(), " ", logprob.scalar_type());
   const int64_t num_rows = logprob.size(0), num_tokens = logprob.size(1);
-  TORCH_CHECK_VALUE(num_tokens < int64_t{1} << 31, "mask_topk: expected N below 2^31, got ", num_tokens);
+  TORCH_CHECK_VALUE(num_tokens <= int64_t{1} << 30, "mask_topk: expected N of at most 2^30, got ", num_tokens);
+  check_on_one_device("mask_topk", logprob, known, num_masked, temperatures);
   TORCH_CHECK_VALUE(known.sizes() == logprob.sizes() && known.scalar_type() == at::kBool,
                     "mask_topk: expected known bool ", logprob.sizes(), ", got ", known.sizes(), " ", known.scalar_type());
   TORCH_CHECK_VALUE(num_masked.scalar_type() == at::kLong, "mask_topk: expected int64 num_masked, got ",
@@ -120,7 +135,7 @@ inline MaskTopkArguments mask_topk_arguments(at::Tensor& logprob, at::Tensor& kn
   for (const at::Tensor& part : {num_masked, temperatures ? *temperatures : num_masked})
     TORCH_CHECK_VALUE(part.dim() == 1 && part.size(0) == num_rows, "mask_topk: expected [", num_rows,
                       "] per-row values, got ", part.sizes());
-  const RowKeys key = row_keys("mask_topk", num_rows, seed, step, seed);  // the position is not used
+  const RowKeys key = row_keys("mask_topk", logprob, seed, step, seed);  // the position is not used
   logprob = with_unit_column_stride(logprob);
   known = with_unit_column_stride(known);
   masked = at::empty({num_rows, num_tokens}, known.options());
@@ -152,6 +167,7 @@ inline PairLossSettings check_pair_dpo(const at::Tensor& policy, const at::Tenso
                     "pair_dpo: expected segment int64 ", policy.sizes(), ", got ", segment.sizes(), " ",
                     segment.scalar_type());
   TORCH_CHECK_VALUE(num_pairs >= 0, "pair_dpo: expected num_pairs of at least 0, got ", num_pairs);
+  check_on_one_device("pair_dpo", policy, reference, segment, pair_weight);
   if (pair_weight) {
     TORCH_CHECK_VALUE(pair_weight->dim() == 1 && pair_weight->size(0) == num_pairs && pair_weight->scalar_type() == type,
                       "pair_dpo: expected pair_weight [", num_pairs, "] ", type, ", got ", pair_weight->sizes(), " ",
@@ -178,6 +194,7 @@ inline void check_linear_logprob_block(const at::Tensor& logits, const std::opti
                         target.is_contiguous(),
                     "linear_logprob_block: expected contiguous int64 target [", logits.size(0), "], got ", target.sizes(), " ",
                     target.scalar_type());
+  check_on_one_device("linear_logprob_block", logits, bias, target);
 }
 
 inline void check_linear_logprob_state(const at::Tensor& logits, const at::Tensor& state) {
@@ -185,6 +202,7 @@ inline void check_linear_logprob_state(const at::Tensor& logits, const at::Tenso
                         state.scalar_type() == at::kFloat && (state.stride(1) == 1 || state.size(1) <= 1),
                     "linear_logprob_block: expected fp32 state [4, ", logits.size(0), "] with unit column stride, got ",
                     state.sizes(), " ", state.scalar_type());
+  check_on_one_device("linear_logprob_block", logits, state);
 }
 
 inline void check_linear_logprob_gradient(const at::Tensor& logits, const at::Tensor& lse, const at::Tensor& grad_logprob,
@@ -198,6 +216,7 @@ inline void check_linear_logprob_gradient(const at::Tensor& logits, const at::Te
   TORCH_CHECK_VALUE(grad_logits.sizes() == logits.sizes() && (grad_logits.stride(1) == 1 || logits.size(1) <= 1),
                     "linear_logprob_block_backward: expected grad_logits ", logits.sizes(), " with unit column stride, got ",
                     grad_logits.sizes());
+  check_on_one_device("linear_logprob_block_backward", logits, lse, grad_logprob, grad_logits);
 }
 
 }  // namespace hermesflow

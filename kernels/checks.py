@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -76,9 +77,16 @@ def not_on(device_type: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-def not_on_triton_device(*tensors: Tensor | None) -> str | None:
-    """The can_run reason of a Triton backend: CUDA tensors, or CPU tensors under Triton's interpreter."""
-    return not_on("cpu" if triton_interprets() else "cuda", *tensors)
+def not_on_triton_device(*tensors: Tensor | None, with_dot: bool = False) -> str | None:
+    """The can_run reason of a Triton backend: CUDA tensors, or CPU tensors under Triton's interpreter.
+
+    Args:
+        with_dot: whether the kernel multiplies matrices, which the interpreter does wrongly in bf16, without a message.
+    """
+    interprets = triton_interprets()
+    if with_dot and interprets and tensors[0].dtype == torch.bfloat16:
+        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
+    return not_on("cpu" if interprets else "cuda", *tensors)
 
 
 def not_on_cuda_device(*tensors: Tensor | None) -> str | None:
@@ -129,9 +137,33 @@ def cuda_missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     missing = extension_missing()
-    if missing is None and _extension().build_facts()["cuda"] == "none":
+    if missing is not None:
+        return missing
+    targets = _extension().build_facts()["cuda"]
+    if targets == "none":
         return f"the extension was built without CUDA; with nvcc and a CUDA torch run: {INSTALL_HINT}"
-    return missing
+    capability = torch.cuda.get_device_capability()
+    if not has_code_for(capability, targets):
+        card = "{}.{}".format(*capability)
+        return f"the extension holds {targets}, this GPU is {card}; run: TORCH_CUDA_ARCH_LIST={card} {INSTALL_HINT}"
+    return None
+
+
+def has_code_for(capability: tuple[int, int], targets: str) -> bool:
+    """Whether one of the targets, as "sm_80 sm_90a sm_100+PTX", runs on a GPU of this capability.
+
+    Machine code runs on its own major version from its minor version on, with an "a" on exactly its version; PTX on
+    every later one.
+    """
+    for target in targets.split():
+        found = re.fullmatch(r"sm_(\d+)(\d)([af]?)(\+PTX)?", target)
+        if not found:
+            return True  # a name such as Hopper: torch's own list of what it stands for decides
+        version = int(found[1]), int(found[2])
+        same_major = capability[0] == version[0] and capability >= version
+        if capability == version or (not found[3] and (same_major or (found[4] and capability > version))):
+            return True
+    return False
 
 
 def _extension() -> ModuleType:

@@ -79,8 +79,6 @@ def _cpu_can_run(cond: Tensor, uncond: Tensor | None, **_: object) -> str | None
 
 
 def _triton_can_run(cond: Tensor, uncond: Tensor | None, **_: object) -> str | None:
-    if cond.dtype == torch.bfloat16 and cond.device.type == "cpu":
-        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
     return not_on_triton_device(cond, uncond)
 
 

@@ -118,10 +118,12 @@ def _cuda_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | N
     return _refusal(x, not_on_cuda_device, (weight, target, bias))
 
 
-def _triton_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
+def _chunked_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
     return _refusal(x, not_on_triton_device, (weight, target, bias))
+
+
+def _triton_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
+    return _refusal(x, functools.partial(not_on_triton_device, with_dot=True), (weight, target, bias))
 
 
 def _cpu_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
@@ -131,7 +133,7 @@ def _cpu_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | No
 # The order on a GPU is a guess, unmeasured: cuBLAS with a fused kernel before Triton's own matmul. Forward and backward
 # of "cuda", "chunked" and "triton" side by side at T 16384, D 2048, V 58498, bf16 would settle it.
 registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:linear_logprob", _cuda_can_run)
-registry.register(OP, "chunked", "hermesflow.kernels.linear_logprob_triton:chunked", _triton_can_run)
+registry.register(OP, "chunked", "hermesflow.kernels.linear_logprob_triton:chunked", _chunked_can_run)
 registry.register(OP, "triton", "hermesflow.kernels.linear_logprob_triton:fused", _triton_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:linear_logprob", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.linear_logprob:linear_logprob_reference", lambda *_, **__: None)

@@ -37,7 +37,7 @@ def _add_to_state(z, axis: tl.constexpr, largest, total, weighted):
     by = largest - shift
     scale = tl.exp(by)
     # What has no mass, y below -104, adds nothing; 0 * -inf would be NaN.
-    weighted = tl.where(total == 0, 0.0, scale * (weighted + by * total))
+    weighted = scale * (weighted + tl.maximum(by, -1000.0) * total)
     weighted += tl.sum(mass * tl.maximum(y, -1000.0), axis)
     return new_largest, total * scale + tl.sum(mass, axis), weighted
 
@@ -145,7 +145,8 @@ def _forward_kernel(
         )  # fmt: skip
         z = tl.where(offs_v[None, :] < num_ids, z, -float("inf"))
         here = tl.sum(tl.where(offs_v[None, :] == target[:, None], z, 0.0), 1)
-        chosen = tl.where(target // BLOCK_V == tile, here, chosen)
+        is_here = (target >= tile * BLOCK_V) & (target < tl.minimum((tile + 1) * BLOCK_V, num_ids))
+        chosen = tl.where(is_here, here, chosen)
         largest, total, weighted = _add_to_state(z, 1, largest, total, weighted)
     states_ptr += split.to(tl.int64) * stride_split + offs_t
     inside = offs_t < num_rows
@@ -241,7 +242,7 @@ def _merge(states: Tensor, split_of_target: Tensor, state: Tensor) -> None:
     by = largest - shift
     scale = by.exp()
     state[driver.TOTAL] = (total * scale).sum(0)
-    state[driver.WEIGHTED] = torch.where(total == 0, 0.0, scale * (weighted + by * total)).sum(0)
+    state[driver.WEIGHTED] = (scale * (weighted + by.clamp(min=-1000.0) * total)).sum(0)
     state[driver.CHOSEN] = chosen.gather(0, split_of_target[None]).squeeze(0)
 
 

@@ -67,9 +67,7 @@ def _cuda_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: obje
 
 
 def _triton_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:
-    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
-    return not_on_triton_device(hidden, weight, bias)
+    return not_on_triton_device(hidden, weight, bias, with_dot=True)
 
 
 def _cpu_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import MASK_STREAM, RandomKey
+from .tile_sampling_triton import uniform
 
 KEYS_A_WARP = 1024  # 32 registers of keys a thread
 KNOWN_KEY = tl.constexpr(0xFFFFFFFF)  # above every score's key, +inf's included
@@ -54,9 +55,7 @@ def _mask_topk_kernel(
     seed = tl.load(seed_ptr + row * stride_seed)
     step = tl.load(step_ptr + row * stride_step).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, offs_n.to(tl.uint32), step, 0, STREAM)
-    # fp32 in (0, 1), as uniform in kernels/philox.py.
-    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
-    score = logprob - temperature * tl.log(-tl.log(uniform))
+    score = logprob - temperature * tl.log(-tl.log(uniform(word)))
     # NaN is the lowest; adding 0 makes -0 equal 0.
     score = tl.where(score == score, score + 0.0, -float("inf"))
     bits = score.to(tl.uint32, bitcast=True)

@@ -31,7 +31,9 @@ def new_block(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _takes_onednn(a: Tensor) -> bool:
-    return a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.numel() > 0
+    # An internal op: where a version of torch has it not, torch.addmm serves.
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return a.device.type == "cpu" and there and a.numel() > 0
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -59,10 +60,17 @@ def dispatch(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
         reason = _refusal(op, candidate, args, kwargs)
         if reason is None:
             _load(_registered[op][candidate].target)
-            return _loaded[_registered[op][candidate].target](*args, **kwargs)
+            with _on_device_of(args):
+                return _loaded[_registered[op][candidate].target](*args, **kwargs)
         reasons.append(f"{candidate}: {reason}")
     what = f"no backend of {op} can run these arguments" if name is None else f"{op} cannot run on backend {name!r}"
     raise BackendError(f"{what} ({'; '.join(reasons)})")
+
+
+def _on_device_of(args: tuple) -> AbstractContextManager:
+    """Makes the GPU of the first tensor the current one, where Triton launches its kernels."""
+    device = args[0].device if isinstance(args[0], torch.Tensor) else None
+    return torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext()
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:

@@ -36,7 +36,8 @@ def span_attention(
         tree: the SpanTree, on q's device. The first call over a structure plans it, which torch.compile does not trace:
             with fullgraph=True call the op before, with its backward pass (for "torch", tree.groups() will do).
         scale: factor on q k^T; None is head_dim ** -0.5.
-        backend: "triton", "torch", "flex", "flash_attn" or "xformers"; None takes the first that can run.
+        backend: "triton", "torch", "cpu" (torch's calls, on the CPU alone), "flex", "flash_attn" or "xformers"; None
+            takes the first that can run.
     Returns: [Tq, H, head_dim]. Differentiable in q, k and v.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
     Source: attention rule of Show-o (arXiv 2408.12528), section 3.2, restated for shared prefixes.
@@ -95,9 +96,7 @@ def _gather(storage: Tensor, rows: Tensor) -> Tensor:
 def _triton_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
     if q.dtype not in FLOAT_DTYPES or q.shape[2] > 256:
         return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at most 256"
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
-    return not_on_triton_device(q, k, v)
+    return not_on_triton_device(q, k, v, with_dot=True)
 
 
 def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
@@ -125,6 +124,10 @@ def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object)
 # ancestor once a span, and FlexAttention compiles for minutes, so neither comes before what needs nothing else.
 registry.register(OP, "triton", "hermesflow.kernels.span_attention_triton:span_attention", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)
+# What the C++ backend is to the other ops: on the CPU the batched calls of torch are the fast way.
+registry.register(
+    OP, "cpu", "hermesflow.kernels.span_attention:span_attention_reference", lambda q, *_, **__: not_on("cpu", q)
+)
 registry.register(OP, "flex", "hermesflow.kernels.span_attention_flex:span_attention", _flex_can_run)
 registry.register(OP, "flash_attn", "hermesflow.kernels.span_attention_varlen:flash_attn", _flash_attn_can_run)
 registry.register(OP, "xformers", "hermesflow.kernels.span_attention_varlen:xformers", _xformers_can_run)

@@ -39,8 +39,8 @@ def _add_block(block, largest, total, weighted, WITH_ENTROPY: tl.constexpr):
     y = block - shift
     mass = tl.exp(y)
     if WITH_ENTROPY:
-        # Where y is -inf, mass or rescale is 0, and 0 * -inf would be NaN.
-        moved = weighted + tl.where(largest == float("-inf"), 0.0, (largest - shift) * total)
+        # Where y is far below 0, mass or rescale is 0, and 0 * -inf would be NaN.
+        moved = weighted + tl.maximum(largest - shift, -1000.0) * total
         weighted = rescale * moved + tl.sum(mass * tl.where(y < -100.0, -100.0, y), 0)
     return new_largest, total * rescale + tl.sum(mass, 0), weighted
 

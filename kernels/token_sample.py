@@ -120,8 +120,6 @@ def _cpu_can_run(logits: Tensor, **_: object) -> str | None:
 
 
 def _triton_can_run(logits: Tensor, **_: object) -> str | None:
-    if logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
-        return "Triton's interpreter is not trusted with bf16; use fp32 or fp16"
     return not_on_triton_device(logits)
 
 

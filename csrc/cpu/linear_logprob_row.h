@@ -28,7 +28,8 @@ static void update_row(const float* logits, const float* bias, int64_t num_ids, 
       }
     if (state->total != 0) {  // what has no mass, its maximum -inf, has nothing to move to the new maximum; NaN has
       const float by = state->largest - shift, scale = std::exp(by);
-      state->weighted = scale * (state->weighted + by * state->total);
+      // Below -100 the scale is 0; a by near -3e38 would make the product -inf, and 0 * -inf is NaN.
+      state->weighted = scale * (state->weighted + std::max(by, -1000.0f) * state->total);
       state->total *= scale;
     }
     for (int l = 0; l < kLanes; ++l) {

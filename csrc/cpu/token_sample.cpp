@@ -37,7 +37,7 @@ std::tuple<at::Tensor, at::Tensor> token_sample(const at::Tensor& logits_in, con
                                                 const at::Tensor& position) {
   const RowSettings settings = check_token_sample(logits_in, temperature, top_k, top_p, min_p);
   const int64_t num_rows = logits_in.size(0), vocab_size = logits_in.size(1);
-  const RowKeys keys = row_keys("token_sample", num_rows, seed, step, position);
+  const RowKeys keys = row_keys("token_sample", logits_in, seed, step, position);
 
   const at::Tensor logits = with_unit_column_stride(logits_in);
   at::Tensor token = at::empty({num_rows}, logits.options().dtype(at::kLong));

@@ -11,7 +11,7 @@ std::tuple<at::Tensor, at::Tensor> guided_sample(const at::Tensor& cond_in, cons
                                                  double temperature, const at::Tensor& seed, const at::Tensor& step,
                                                  const at::Tensor& position) {
   const int64_t num_rows = check_guided_sample(cond_in, uncond_in, bias_in);
-  const RowKeys key = row_keys("guided_sample", num_rows, seed, step, position);
+  const RowKeys key = row_keys("guided_sample", cond_in, seed, step, position);
   const c10::cuda::CUDAGuard guard(cond_in.device());
   const at::Tensor cond = with_unit_column_stride(cond_in);
   const at::Tensor uncond = uncond_in ? with_unit_column_stride(*uncond_in) : at::Tensor();

@@ -15,7 +15,8 @@ struct RunningSoftmax {
     // From nothing there is nothing to rescale; a NaN total stays.
     if (total != 0.0f) {
       const float by = largest - new_largest, scale = __expf(by);
-      if (kEntropy) weighted = scale * (weighted + by * total);
+      // Below -100 the scale is 0; a by near -3e38 would make the product -inf, and 0 * -inf is NaN.
+      if (kEntropy) weighted = scale * (weighted + fmaxf(by, -1000.0f) * total);
       total *= scale;
     }
     largest = new_largest;

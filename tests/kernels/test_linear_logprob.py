@@ -484,3 +484,25 @@ def test_errors(arguments, message):
     x, weight, target, bias = arguments
     with pytest.raises(ValueError, match=message):
         linear_logprob(x, weight, target, bias=bias)
+
+
+def test_ids_masked_by_the_lowest_number(backend, device):
+    """finfo.min in the place of -inf: the running sums move from it to a finite maximum, and its mass is 0."""
+    (x, weight, bias), target, _ = make_case(4, 8, 700, torch.float32, device=device)
+    bias[:300] = torch.finfo(torch.float32).min
+    target[:] = 400
+    logprob, entropy = linear_logprob(x, weight, target, bias=bias, return_entropy=True, backend=backend)
+    kept = F.linear(x.double(), weight[300:].double(), bias[300:].double()).log_softmax(1)
+    torch.testing.assert_close(logprob.double(), kept[:, 100], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(kept.exp() * kept).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_out_of_range_gives_nan(backend, device):
+    """On a GPU and under torch.compile no check reads the targets."""
+    if backend == "torch":
+        return  # torch's gather raises
+    (x, weight, bias), target, _ = make_case(4, 8, 300, torch.float32, device=device)
+    target[:3] = torch.tensor([-5, 300, 9000], device=device)
+    options = {"bias": bias, "ignore_index": -100, "return_entropy": False}
+    logprob, _ = registry.dispatch(OP, backend, x, weight, target, **options)
+    assert logprob[:3].isnan().all() and torch.isfinite(logprob[3])

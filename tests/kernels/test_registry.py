@@ -161,3 +161,22 @@ def test_check_number_messages(value):
     checks.check_number("op", "temperature", 0.0, minimum=0)
     with pytest.raises(ValueError, match="op: expected temperature to be a finite number of at least 0, got"):
         checks.check_number("op", "temperature", value, minimum=0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "targets", "expected"),
+    [
+        ((8, 0), "sm_80 sm_90a", True),
+        ((8, 9), "sm_80 sm_90a", True),
+        ((9, 0), "sm_80 sm_90a", True),
+        ((9, 0), "sm_80", False),
+        ((10, 0), "sm_80 sm_90a", False),
+        ((10, 3), "sm_100", True),
+        ((12, 0), "sm_80 sm_90a sm_100", False),
+        ((12, 0), "sm_100+PTX", True),
+        ((7, 5), "sm_80+PTX", False),
+        ((9, 0), "Hopper", True),
+    ],
+)
+def test_code_for_a_gpu(capability, targets, expected):
+    assert checks.has_code_for(capability, targets) == expected

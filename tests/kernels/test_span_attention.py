@@ -471,7 +471,7 @@ def test_backends_that_cannot_run_say_why(dtype, head_dim, refusals, monkeypatch
     monkeypatch.setattr(registry, "ENVIRONMENT_CHECKS", {})
     tree = SpanTree.build([([1, 2, 3], -1, "causal")])
     reasons = dict(registry.explain(OP, *inputs(tree, dtype, head_dim=head_dim, device="meta"), tree))
-    assert list(reasons) == ["triton", "torch", "flex", "flash_attn", "xformers"] and reasons["torch"] is None
+    assert list(reasons) == ["triton", "torch", "cpu", "flex", "flash_attn", "xformers"] and reasons["torch"] is None
     assert all(reason in reasons[backend] for backend, reason in refusals.items())
 
 

@@ -356,3 +356,15 @@ def test_extension_checks_its_arguments():
             backward(logits, target, *rows, -100)
     with pytest.raises(ValueError, match=r"expected target int64 \[3\]"):
         backward(torch.zeros(3, 5), target, row, row, row, -100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ids_masked_by_the_lowest_number(dtype, backend, device):
+    """finfo.min in the place of -inf: the running sums move from it to a finite maximum, and its mass is 0."""
+    logits, target, _ = make_case(3, 2 * 4096 + 77, dtype, device=device)
+    logits[:, :5000] = torch.finfo(dtype).min
+    target[:] = 6000
+    logprob, entropy = token_logprob(logits, target, return_entropy=True, backend=backend)
+    kept = logits[:, 5000:].double().log_softmax(1)
+    torch.testing.assert_close(logprob.double(), kept[:, 1000], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(kept.exp() * kept).sum(1), rtol=1e-5, atol=1e-5)

@@ -174,11 +174,6 @@ T __shfl_up_sync(unsigned, T value, unsigned delta) {
   const int source = emulated_lane() - static_cast<int>(delta);
   return emulator::exchange(value, source < 0 ? 0 : source, source >= 0);
 }
-template <typename T>
-T __shfl_down_sync(unsigned, T value, unsigned delta) {
-  const int source = emulated_lane() + static_cast<int>(delta);
-  return emulator::exchange(value, source & 31, source < 32);
-}
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const unsigned bit = predicate ? 1u << emulated_lane() : 0u;
   unsigned votes = bit;
@@ -191,7 +186,6 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return votes;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 inline int __syncthreads_or(int predicate) {
   static int votes;
   __syncthreads();
@@ -203,36 +197,15 @@ inline int __syncthreads_or(int predicate) {
   __syncthreads();
   return result;
 }
-inline int __syncthreads_count(int predicate) {
-  static int votes;
-  __syncthreads();
-  votes = 0;
-  __syncthreads();
-  votes += predicate != 0;
-  __syncthreads();
-  const int result = votes;
-  __syncthreads();
-  return result;
-}
 
 template <typename T>
 T atomicAdd(T* address, T value) { const T old = *address; *address += value; return old; }
-template <typename T>
-T atomicMax(T* address, T value) { const T old = *address; *address = std::max(old, value); return old; }
-template <typename T>
-T atomicMin(T* address, T value) { const T old = *address; *address = std::min(old, value); return old; }
 
 inline uint32_t __float_as_uint(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
 inline float __uint_as_float(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
-inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline float __expf(float value) { return std::exp(value); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value ? __builtin_clz(static_cast<unsigned>(value)) : 32; }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
-template <typename T>
-T __ldg(const T* address) { return *address; }
 using std::isfinite;
 using std::isnan;
 using std::max;
