@@ -25,7 +25,8 @@ class AttentionGroup:
     """Query spans of equal shape class that one batched attention call serves.
 
     query_rows [G, Lq] and key_slots [G, Lk] index the packed new tokens and the key/value storage. Both are padded
-    with row 0; mask [G, Lq, Lk] is False on padding and on what causality forbids, or None where everything is allowed.
+    with the span's own first row and slot, so that nothing of another span is read; mask [G, Lq, Lk] is False on
+    padding and on what causality forbids, or None where everything is allowed.
     packed_rows [n] and batch_rows [n] pair the real queries: packed row -> row of the flattened [G * Lq].
     """
 
@@ -205,7 +206,7 @@ class SpanTree:
         spans = chains[-1]
         queries = self.num_new[spans]
         num_queries, num_keys = int(queries.max()), int(key_lengths.max())
-        key_slots = np.zeros((len(spans), num_keys), dtype=np.int64)
+        key_slots = np.repeat(self.starts[spans][:, None], num_keys, axis=1)
         column = np.zeros(len(spans), dtype=np.int64)
         for level in chains:
             lengths = np.where(level >= 0, self.lengths[level], 0)
@@ -215,7 +216,7 @@ class SpanTree:
         row = np.repeat(np.arange(len(spans)), queries)
         offsets = _ranges(np.zeros_like(queries), queries)
         packed_rows = _ranges(self.packed_starts[spans], queries)
-        query_rows = np.zeros((len(spans), num_queries), dtype=np.int64)
+        query_rows = np.repeat(self.packed_starts[spans][:, None], num_queries, axis=1)
         query_rows[row, offsets] = packed_rows
         mask = None
         if not full or (key_lengths != num_keys).any():

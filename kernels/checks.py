@@ -62,6 +62,13 @@ def check_key(op: str, key: RandomKey, num_rows: int, device: torch.device) -> N
     check_tensor(op, "key.position", key.position, "[R]", (num_rows,), dtypes=int64, device=device)
 
 
+def check_temperature(op: str, value: float) -> None:
+    """Raise ValueError unless value is 0 or a number whose inverse fp32 holds: 0 * -inf would be NaN."""
+    check_number(op, "temperature", value, minimum=0)
+    if value > 1e30:
+        raise ValueError(f"{op}: expected temperature to be at most 1e30, got {value}")
+
+
 def check_number(op: str, name: str, value: float, minimum: float | None = None) -> None:
     """Raise ValueError unless value is finite and at least minimum."""
     if not (float("-inf") < value < float("inf")) or (minimum is not None and value < minimum):

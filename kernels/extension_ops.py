@@ -17,6 +17,7 @@ from . import (
 from .philox import RandomKey
 
 
+@torch.no_grad()
 def guided_sample(
     cond: Tensor,
     uncond: Tensor | None,
@@ -38,6 +39,7 @@ def mask_topk(
     return torch.ops.hermesflow.mask_topk(logprob, known, num_masked, one, each, key.seed, key.step)
 
 
+@torch.no_grad()
 def token_sample(
     logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: RandomKey
 ) -> tuple[Tensor, Tensor]:

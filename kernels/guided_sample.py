@@ -10,6 +10,7 @@ from .checks import (
     FLOAT_DTYPES,
     check_key,
     check_number,
+    check_temperature,
     check_tensor,
     not_on,
     not_on_cuda_device,
@@ -37,7 +38,7 @@ def guided_sample(
             whatever uncond holds.
         uncond: unconditional logits, as cond; None (or guidance_scale 0) draws from cond alone.
         guidance_scale: g; 0 is no guidance.
-        temperature: at least 0; 0 takes the argmax, the lower id on ties.
+        temperature: 0 to 1e30; 0 takes the argmax, the lower id on ties.
         key: RandomKey of R rows on cond's device.
         backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R] under the tempered distribution (temperature 0: under
@@ -51,7 +52,7 @@ def guided_sample(
     if uncond is not None:
         check_tensor(OP, "uncond", uncond, "[R, V]", tuple(cond.shape), dtypes=(cond.dtype,), device=cond.device)
     check_number(OP, "guidance_scale", guidance_scale)
-    check_number(OP, "temperature", temperature, minimum=0)
+    check_temperature(OP, temperature)
     check_key(OP, key, cond.shape[0], cond.device)
     options = {"guidance_scale": float(guidance_scale), "temperature": float(temperature), "key": key}
     return registry.dispatch(OP, backend, cond, uncond if guidance_scale else None, **options)

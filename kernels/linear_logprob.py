@@ -39,7 +39,7 @@ def linear_logprob(
         weight: output embedding [V, D]; dtype and device of x.
         target: token ids [T], int64 in [0, V) or ignore_index, on x's device.
         bias: [V], dtype and device of x, or None.
-        ignore_index: target of the rows to skip.
+        ignore_index: target of the rows to skip; such a row of x may hold anything, NaN included.
         return_entropy: also return the entropy of each row's distribution.
         backend: "cuda" and "cpu" (blocks of logits by the library's matmul, then a fused kernel), "chunked" (the same
             with Triton's), "triton" (matmul and softmax in one kernel) or "torch"; None takes the first that can run.
@@ -86,7 +86,9 @@ def linear_logprob_reference(
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
 
     def block_logprob(rows: slice) -> tuple[Tensor, Tensor | None]:
-        logits = linear_wide(x[rows].to(wide), weight, bias)
+        # An ignored row of x goes before the matmul: a NaN there would reach weight's gradient as 0 * NaN.
+        kept = target[rows] != ignore_index
+        logits = linear_wide(torch.where(kept[:, None], x[rows].to(wide), 0.0), weight, bias)
         return token_logprob_reference(
             logits, target[rows], ignore_index=ignore_index, return_entropy=return_entropy
         )

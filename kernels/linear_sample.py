@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checks import FLOAT_DTYPES, check_key, check_number, not_on, not_on_cuda_device, not_on_triton_device
+from .checks import FLOAT_DTYPES, check_key, check_temperature, not_on, not_on_cuda_device, not_on_triton_device
 from .linear_logprob import check_linear, linear_wide, row_blocks
 from .philox import RandomKey
 from .sampling import sample_rows
@@ -32,7 +32,7 @@ def linear_sample(
         hidden: hidden states [R, D], guidance applied; fp32, bf16 or fp16.
         weight: output embedding [V, D], the ids that may be drawn; dtype and device of hidden.
         bias: [V], dtype and device of hidden, or None.
-        temperature: at least 0; 0 takes the argmax, the lower id on ties.
+        temperature: 0 to 1e30; 0 takes the argmax, the lower id on ties.
         key: RandomKey of R rows on hidden's device.
         backend: "cuda", "triton", "cpu" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R], both as guided_sample gives them for the fp32 logits
@@ -42,7 +42,7 @@ def linear_sample(
     check_linear(OP, "hidden", "R", hidden, weight, bias, FLOAT_DTYPES)
     if weight.shape[0] == 0:
         raise ValueError(f"{OP}: expected at least one token id, got weight {list(weight.shape)}")
-    check_number(OP, "temperature", temperature, minimum=0)
+    check_temperature(OP, temperature)
     check_key(OP, key, hidden.shape[0], hidden.device)
     return registry.dispatch(OP, backend, hidden, weight, bias, temperature=float(temperature), key=key)
 

@@ -18,6 +18,7 @@ from .philox import RandomKey
 WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
+@torch.no_grad()
 def linear_sample(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature: float, key: RandomKey
 ) -> tuple[Tensor, Tensor]:

@@ -53,13 +53,13 @@ def _pair_loss(h, beta, label_smoothing, LOSS_TYPE: tl.constexpr):
         upper = 1 / (1 + small)
         right_slope = -beta * tl.where(z > 0, lower, upper)
         wrong_slope = beta * tl.where(z > 0, upper, lower)
-        right_share = 1 - label_smoothing
-        wrong_share = label_smoothing
+        # No name for the shares: a named number is fp32 to Triton, beside an fp64 tensor it takes that tensor's dtype.
         if LOSS_TYPE == ROBUST:
-            right_share = right_share / (1 - 2 * label_smoothing)
-            wrong_share = -wrong_share / (1 - 2 * label_smoothing)
-        loss = right_share * right + wrong_share * wrong
-        slope = right_share * right_slope + wrong_share * wrong_slope
+            loss = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+            slope = ((1 - label_smoothing) * right_slope - label_smoothing * wrong_slope) / (1 - 2 * label_smoothing)
+        else:
+            loss = (1 - label_smoothing) * right + label_smoothing * wrong
+            slope = (1 - label_smoothing) * right_slope + label_smoothing * wrong_slope
     return loss, slope
 
 

@@ -80,7 +80,7 @@ def span_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *,
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     grouped = key.shape[1] != query.shape[1]
     call = functools.partial(F.scaled_dot_product_attention, query, key, value, mask, scale=scale, enable_gqa=grouped)
-    if query.device.type == "cpu" and query.requires_grad:
+    if query.device.type == "cpu" and (query.requires_grad or key.requires_grad or value.requires_grad):
         # The CPU's flash backward is ten times slower than plain products at the lengths of a span.
         with sdpa_kernel(SDPBackend.MATH):
             return call()

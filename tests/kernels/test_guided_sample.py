@@ -134,6 +134,13 @@ def test_chi_square_notices_a_wrong_distribution():
     assert chi_square_z(torch.bincount(token, minlength=64), expected) > 10
 
 
+def test_no_gradient(backend, device):
+    """The model's logits carry a graph; the draw leaves it."""
+    cond, uncond = (logits.requires_grad_() for logits in make_logits(3, 200, device=device))
+    _, logprob = sample(cond, uncond, guidance_scale=1.0, backend=backend)
+    assert not logprob.requires_grad
+
+
 def test_rows_do_not_depend_on_their_batch(backend, device):
     cond, uncond = make_logits(6, 200, device=device)
     key = make_key(6, device)
@@ -315,6 +322,8 @@ def test_error_messages():
         sample(cond, guidance_scale=NAN, key=key)
     with pytest.raises(ValueError, match="temperature to be a finite number of at least 0"):
         sample(cond, temperature=-1.0, key=key)
+    with pytest.raises(ValueError, match="expected temperature to be at most 1e30, got 1e\\+40"):
+        sample(cond, temperature=1e40, key=key)
     with pytest.raises(ValueError, match="key.seed"):
         sample(cond, key=make_key(3))
 

@@ -173,6 +173,9 @@ def test_ignored_rows(ignore_index, backend, device):
     kept = [0, 3, 4]
     expected = run(call(target[kept], backend), (inputs[0][kept], *inputs[1:]), grad[kept])
     torch.testing.assert_close((out[kept], grad_x[kept], *grads), expected)
+    inputs[0][1:3] = float("nan")
+    poisoned = run(call(target, backend, ignore_index=ignore_index), inputs, grad)
+    torch.testing.assert_close(poisoned, (out, grad_x, *grads))
 
 
 def test_all_ignored_and_empty(backend, device):

@@ -158,6 +158,12 @@ def test_forbidden_ids_are_never_drawn(temperature, backend, device):
     torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
 
 
+def test_no_gradient(backend, device):
+    """The model's hidden states carry a graph; the draw leaves it."""
+    hidden, weight, bias, key = make_case(3, 8, 200, device=device)
+    assert not sample(hidden.requires_grad_(), weight.requires_grad_(), bias, key=key, backend=backend)[1].requires_grad
+
+
 def test_argmax_takes_the_lower_id_on_ties(backend, device):
     hidden = torch.ones(2, 4, device=device)
     weight = torch.zeros(400, 4, device=device)

@@ -394,3 +394,13 @@ def test_errors(changes, message):
     } | changes
     with pytest.raises(ValueError, match=message):
         pair_dpo(**arguments)
+
+
+@pytest.mark.parametrize(("loss_type", "label_smoothing"), [("sigmoid", 0.1), ("robust", 0.49)])
+def test_fp64_stays_fp64(loss_type, label_smoothing, backend, device):
+    """robust at 0.49 divides by 0.02, which shows a share that was rounded to fp32."""
+    policy = torch.tensor([0.3, 0.1], dtype=torch.float64, device=device, requires_grad=True)
+    segment = torch.tensor([0, 1], device=device)
+    settings = {"beta": 0.1, "loss_type": loss_type, "label_smoothing": label_smoothing}
+    loss = pair_dpo(policy, torch.zeros_like(policy), segment, 1, **settings, backend=backend).loss
+    assert loss.item() == pytest.approx(loss_by_hand(0.2, 0.1, loss_type, label_smoothing), rel=1e-12)

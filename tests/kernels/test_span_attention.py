@@ -52,7 +52,14 @@ def ragged_forest():
     return SpanTree.build(spans, reserve=2)
 
 
+def first_root_unused():
+    """Ragged new spans below all roots but the first, whose slots begin the storage."""
+    tree = SpanTree.build([(ids(2), -1, "causal"), (ids(3), -1, "causal"), (ids(5), -1, "causal")])
+    return tree.extend([(ids(2), 1, "full"), (ids(2), 2, "full"), (ids(3), 1, "causal")])
+
+
 TREES = {
+    "first-root-unused": first_root_unused,
     "one-token": lambda: SpanTree.build([([1], -1, "causal")]),
     "causal": lambda: SpanTree.build([(ids(33), -1, "causal")]),
     "full": lambda: SpanTree.build([(ids(33), -1, "full")]),
@@ -215,7 +222,7 @@ def test_long_spans(backend, device, check_error_budget):
     check_against_dense(tree, tensors, backend, check_error_budget)
 
 
-@pytest.mark.parametrize("name", ["grown-answers", "answers-of-one-image"])
+@pytest.mark.parametrize("name", ["grown-answers", "answers-of-one-image", "first-root-unused"])
 def test_slots_that_are_not_attended_may_hold_anything(name, backend, device):
     """A cache's unused slots are never initialised to something finite by contract."""
     tree = on_device(TREES[name](), device)
