@@ -113,7 +113,9 @@ def _bench_ops(arguments: argparse.Namespace, config: Config) -> int:
 def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.benchmarks.lines import markdown_table, read_lines
 
-    print(markdown_table([line for path in arguments.files for line in read_lines(path)]), end="")
+    lines = [line for path in arguments.files for line in read_lines(path)]
+    chosen = [line for line in lines if not arguments.backend or line["backend"] in arguments.backend]
+    print(markdown_table(chosen), end="")
 
 
 def _generate(arguments: argparse.Namespace, config: Config) -> None:
@@ -247,9 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     ops.add_argument("--no-test", dest="test", action="store_false", help="do not run the op's tests first")
     table = _command(
         benches, "table", _bench_table, "print lines of a benchmark as a Markdown table",
-        "hermesflow bench table benchmarks/results/ops-cpu.jsonl", configured=False,
+        "hermesflow bench table benchmarks/results/ops-cpu-small.jsonl --backend cpu", configured=False,
     )  # fmt: skip
     table.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="files that a benchmark wrote")
+    table.add_argument("--backend", action="append", default=[], metavar="NAME", help="may be repeated [all]")
     return parser
 
 

@@ -187,6 +187,9 @@ def test_markdown_table(tmp_path, capsys):
         "| 4x (4 ms, 2 MiB) | 2.5x (2.5 ms, 2 MiB) |",
         "| mask_topk | B 64, N 1024, float32 | torch | failed: 3 of 64 rows |  |  |  |  |  |",
     ]
+    assert cli.main(["bench", "table", str(path), "--backend", "torch"]) == 0
+    rows = capsys.readouterr().out.splitlines()[4:]
+    assert len(rows) == 1 and "| torch |" in rows[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"bench": "ops"}'], ids=["damaged", "no_object", "no_benchmark"])
