@@ -90,8 +90,9 @@ def run_ops(settings: Settings) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     device = torch.device(settings.device)
     lines, notes = [], []
+    facts = _facts(device)  # before the file is written, which may make the checkout dirty
     _save(settings, lines)  # a path that cannot be written shows now
-    roof, facts = measure_roof(device), _facts(device)
+    roof = measure_roof(device)
     console.print(f"{facts['device']}: copy {roof.bytes_per_s / 1e9:.3g} GB/s")
     for op in settings.ops or OPS:
         failure = _test_failure(op, console) if settings.test else None
