@@ -19,7 +19,7 @@ from .token_logprob import LOGPROB_DTYPES, check_target, token_logprob_reference
 
 OP = "linear_logprob"
 # The reference's logits at one time: small beside the weights of a large model, large enough for an efficient matmul.
-WORKSPACE_BYTES = 64 << 20
+REFERENCE_BLOCK_BYTES = 64 << 20
 
 
 def linear_logprob(
@@ -43,8 +43,10 @@ def linear_logprob(
         return_entropy: also return the entropy of each row's distribution.
         backend: "cuda" and "cpu" (blocks of logits by the library's matmul, then a fused kernel), "chunked" (the same
             with Triton's), "triton" (matmul and softmax in one kernel) or "torch"; None takes the first that can run.
-    Returns: fp32 [T] (fp64 for fp64 inputs), 0 where ignored. Differentiable in x, weight and bias. With
-        return_entropy (logprob, entropy); entropy is like logprob, but without gradient.
+    Returns: fp32 [T] (fp64 for fp64 inputs), 0 where ignored; NaN for a target out of range where no check could read
+        it (on a GPU, under torch.compile). Differentiable in x, weight and bias; with fp16 inputs on a GPU the
+        logits' gradient is fp16, so that its parts below 6e-8 vanish. With return_entropy (logprob, entropy); entropy
+        is like logprob, but without gradient.
     Raises: ValueError on shapes, dtypes, devices or, on the CPU, target ids out of range; BackendError if the named
         backend cannot run.
     Source: log-probabilities of Pair-DPO, HermesFlow (arXiv 2502.12148), section 4.
@@ -106,8 +108,8 @@ def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def row_blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices that cover the rows, each of at most WORKSPACE_BYTES or one row; no rows give one empty slice."""
-    step = max(1, WORKSPACE_BYTES // row_bytes)
+    """Slices that cover the rows, each of at most REFERENCE_BLOCK_BYTES or one row; no rows give one empty slice."""
+    step = max(1, REFERENCE_BLOCK_BYTES // row_bytes)
     for start in range(0, max(num_rows, 1), step):
         yield slice(start, min(start + step, num_rows))
 

@@ -69,7 +69,8 @@ def pair_dpo(
         label_smoothing: s in [0, 0.5), for "sigmoid" and "robust".
         length_normalize: take the mean over each side's tokens instead of the sum.
         pair_weight: weight of each pair, at least 0, dtype and device of policy_logprob [P]; None is 1 each.
-        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
+        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run. "cuda" and "triton" read all T
+            segments once a pair, from cache; they are meant for up to some hundred pairs.
     Returns: PairDPOOutput in policy_logprob's dtype; loss is differentiable in policy_logprob.
     Raises: ValueError on shapes, dtypes, devices, settings or, on the CPU, segments or weights out of range;
         BackendError if the named backend cannot run.

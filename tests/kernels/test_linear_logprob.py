@@ -61,7 +61,7 @@ def set_blocks(monkeypatch):
     """Make the blocks of the reference, or of the other backends' walk, hold so many rows and ids."""
 
     def set_sizes(rows, ids, itemsize=4):
-        monkeypatch.setattr(module, "WORKSPACE_BYTES", rows * ids * itemsize)
+        monkeypatch.setattr(module, "REFERENCE_BLOCK_BYTES", rows * ids * itemsize)
         monkeypatch.setattr(driver, "BLOCK_ROWS", dict.fromkeys(driver.BLOCK_ROWS, rows))
         monkeypatch.setattr(driver, "BLOCK_IDS", dict.fromkeys(driver.BLOCK_IDS, ids))
 

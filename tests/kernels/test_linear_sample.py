@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hermesflow.kernels import checks
-from hermesflow.kernels import linear_logprob as reference_workspace
+from hermesflow.kernels import linear_logprob as reference
 from hermesflow.kernels.guided_sample import guided_sample
 from hermesflow.kernels.linear_sample import linear_sample
 from hermesflow.kernels.philox import RandomKey
@@ -94,7 +94,7 @@ def small_blocks(monkeypatch):
     """Make a block hold that many rows of fp32 logits, in the reference and in the blocked backends."""
 
     def set_rows(rows, vocab_size):
-        monkeypatch.setattr(reference_workspace, "WORKSPACE_BYTES", rows * vocab_size * 4)
+        monkeypatch.setattr(reference, "REFERENCE_BLOCK_BYTES", rows * vocab_size * 4)
         if checks.extension_missing() is None:
             from hermesflow.kernels import linear_sample_blocked
 
