@@ -503,7 +503,7 @@ def test_ids_masked_by_the_lowest_number(backend, device):
 def test_out_of_range_gives_nan(backend, device):
     """On a GPU and under torch.compile no check reads the targets."""
     if backend == "torch":
-        return  # torch's gather raises
+        pytest.skip("torch's gather raises an error of its own")
     (x, weight, bias), target, _ = make_case(4, 8, 300, torch.float32, device=device)
     target[:3] = torch.tensor([-5, 300, 9000], device=device)
     options = {"bias": bias, "ignore_index": -100, "return_entropy": False}
