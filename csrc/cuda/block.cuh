@@ -104,6 +104,18 @@ __device__ __forceinline__ bool is_aligned_for_four(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (4 * sizeof(T)) == 0;
 }
 
+// This thread's four logits of a row of `size` from `first` on, with the bias [size] if there is one; -inf past the end.
+template <typename T>
+__device__ __forceinline__ void load_four_biased(const T* row, const float* bias, int64_t size, int64_t first, float (&out)[4]) {
+  const int count = static_cast<int>(min(size - first, int64_t{4}));
+  load_four(row + first, is_aligned_for_four(row + first), count, -INFINITY, out);
+  if (bias == nullptr) return;
+  float added[4];
+  load_four(bias + first, is_aligned_for_four(bias + first), count, 0.0f, added);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] += added[i];
+}
+
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, step));

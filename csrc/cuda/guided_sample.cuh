@@ -24,18 +24,10 @@ struct GuidedSampleArguments {
 template <typename T>
 __device__ __forceinline__ void load_guided(const T* cond, const T* uncond, const GuidedSampleArguments<T>& args, int64_t first,
                                             float (&logits)[4]) {
-  const int64_t left = args.vocab_size - first;
-  const int count = left > 4 ? 4 : static_cast<int>(left);
-  load_four(cond + first, is_aligned_for_four(cond + first), count, -INFINITY, logits);
-  if (args.bias != nullptr) {
-    float bias[4];
-    load_four(args.bias + first, is_aligned_for_four(args.bias + first), count, 0.0f, bias);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) logits[i] += bias[i];
-  }
+  load_four_biased(cond, args.bias, args.vocab_size, first, logits);
   if (uncond != nullptr) {
     float other[4];
-    load_four(uncond + first, is_aligned_for_four(uncond + first), count, 0.0f, other);
+    load_four_biased(uncond, nullptr, args.vocab_size, first, other);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float guided = (1 + args.guidance_scale) * logits[i] - args.guidance_scale * other[i];

@@ -17,19 +17,6 @@ struct LogitsBlock {
   int64_t num_ids, first_id;
 };
 
-// Four logits of a row from `first` on, with the bias; -inf past the end.
-__device__ __forceinline__ void load_biased(const LogitsBlock& block, const float* row, int64_t first, float (&logits)[4]) {
-  const int64_t left = block.num_ids - first;
-  const int count = left > 4 ? 4 : static_cast<int>(left);
-  load_four(row + first, is_aligned_for_four(row + first), count, -INFINITY, logits);
-  if (block.bias != nullptr) {
-    float bias[4];
-    load_four(block.bias + first, is_aligned_for_four(block.bias + first), count, 0.0f, bias);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) logits[i] += bias[i];
-  }
-}
-
 // state: largest, total, weighted and the target's logit, `state_stride` apart.
 __global__ void __launch_bounds__(kLinearLogprobThreads)
     linear_logprob_block_kernel(LogitsBlock block, float* state, int64_t state_stride) {
@@ -41,7 +28,7 @@ __global__ void __launch_bounds__(kLinearLogprobThreads)
   RunningSoftmax<true> softmax;
   for (int64_t first = 4 * threadIdx.x; first < block.num_ids; first += 4 * kLinearLogprobThreads) {
     float logits[4];
-    load_biased(block, logits_row, first, logits);
+    load_four_biased(logits_row, block.bias, block.num_ids, first, logits);
     softmax.add(logits);
   }
   softmax.merge_warp();
@@ -72,7 +59,7 @@ __global__ void __launch_bounds__(kLinearLogprobThreads)
   const int64_t row = blockIdx.x, first = 4 * (static_cast<int64_t>(blockIdx.y) * kLinearLogprobThreads + threadIdx.x);
   if (first >= block.num_ids) return;
   float values[4];
-  load_biased(block, block.logits + row * block.stride, first, values);
+  load_four_biased(block.logits + row * block.stride, block.bias, block.num_ids, first, values);
   const float row_lse = lse[row], grad = grad_logprob[row];
   const int64_t chosen = block.target[row] - block.first_id - first;
 #pragma unroll
