@@ -16,7 +16,7 @@ from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError, damaged, make_folder, read_parquet, write_parquet
 from hermesflow.models import Model
 from hermesflow.progress import track
-from hermesflow.prompting import MAX_CAPTION_TOKENS, caption_prompt, choice_prompt
+from hermesflow.prompting import caption_prompt, choice_prompt, image_prompt
 from hermesflow.records import Record
 from hermesflow.scoring import ImageScore, caption_scores, self_vqa
 
@@ -108,11 +108,11 @@ def candidate_seed(seed: int, record_id: str, kind: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def caption_sampling(config: CurationConfig) -> list[SamplingParams]:
+def caption_sampling(config: CurationConfig, max_new_tokens: int) -> list[SamplingParams]:
     """How each caption of an image is drawn: greedy once, then every top-k with every temperature."""
-    greedy = [SamplingParams(temperature=0.0, max_new_tokens=MAX_CAPTION_TOKENS)] if config.include_greedy else []
+    greedy = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)] if config.include_greedy else []
     return greedy + [
-        SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=MAX_CAPTION_TOKENS)
+        SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
         for top_k in config.caption_top_k
         for temperature in config.caption_temperatures
     ]
@@ -135,7 +135,7 @@ def _image_rows(model: Model, records: Sequence[Record], config: CurationConfig,
         "mask_temperature": config.mask_temperature,
     }
     seeds = _seeds(seed, records, "image", config.num_images)
-    prompts = [model.encode_text(record.caption) for record in records]
+    prompts = [image_prompt(model, record.caption) for record in records]
     codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
     scores = self_vqa(model, codes, records)
     for record, record_codes, record_seeds, record_scores in zip(records, codes.cpu(), seeds, scores, strict=True):
@@ -145,7 +145,7 @@ def _image_rows(model: Model, records: Sequence[Record], config: CurationConfig,
 
 
 def _caption_rows(model: Model, records: Sequence[Record], config: CurationConfig, seed: int) -> Iterator[dict]:
-    sampling = caption_sampling(config)
+    sampling = caption_sampling(config, model.prompts.max_caption_tokens)
     seeds = _seeds(seed, records, "caption", len(sampling))
     codes = torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
     question = caption_prompt(model)
@@ -211,7 +211,7 @@ def _check_records(model: Model, records: Sequence[Record]) -> None:
         if record.codes is None:
             raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
         seen.add(record.id)
-        model.encode_text(record.caption)
+        image_prompt(model, record.caption)
         for question in record.questions:
             choice_prompt(model, question)
 

@@ -23,7 +23,7 @@ from .engine.text_decoder import SamplingParams
 from .files import InputError, write_json
 from .models import Model, load_model
 from .progress import track
-from .prompting import MAX_CAPTION_TOKENS, caption_prompt
+from .prompting import caption_prompt, image_prompt
 from .records import Record
 from .scoring import self_vqa, token_f1
 from .stats import percentile_interval, rank_correlation, resample_ratios, roc_auc
@@ -215,7 +215,7 @@ def _answer_questions(model: Model, codes: torch.Tensor, records: Sequence[Recor
 
 def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
     """The greedy caption of each image."""
-    greedy = SamplingParams(temperature=0.0, max_new_tokens=MAX_CAPTION_TOKENS)
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_caption_tokens)
     question, texts = caption_prompt(model), []
     for start in track(range(0, len(codes), _BATCH), "captions", "batches"):
         batch = codes[start : start + _BATCH]
@@ -231,7 +231,7 @@ def _draw_images(model: Model, records: Sequence[Record], config: EvalConfig) ->
     for start in track(range(0, len(records), _BATCH), "images", "batches"):
         batch = records[start : start + _BATCH]
         codes = model.engine.generate(
-            [model.encode_text(record.caption) for record in batch],
+            [image_prompt(model, record.caption) for record in batch],
             num_images=config.images_per_prompt,
             num_steps=config.num_steps,
             guidance_scale=config.guidance_scale,

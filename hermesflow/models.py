@@ -13,7 +13,6 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from hermesflow.engine.engine import Engine
@@ -23,20 +22,23 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 
 from .files import InputError
+from .prompting import PromptFormat
+from .text_tokenizers import WordTokenizer
+from .worlds.shapes import CAPTION_QUESTION
 
 ASSETS = Path(__file__).parent / "assets"
-END_OF_TEXT = "<|endoftext|>"
+TINY_PROMPTS = PromptFormat(caption_question=CAPTION_QUESTION)
 
 
 class Model:
     """Backbone, image tokenizer and text tokenizer with one token layout."""
 
     def __init__(
-        self, transformer: Transformer, vq_tokenizer: VQTokenizer, text_tokenizer: Tokenizer, layout: TokenLayout,
-        image_size: int,
+        self, transformer: Transformer, vq_tokenizer: VQTokenizer, text_tokenizer: WordTokenizer, layout: TokenLayout,
+        image_size: int, prompts: PromptFormat = TINY_PROMPTS,
     ) -> None:  # fmt: skip
         self.transformer, self.vq_tokenizer, self.text_tokenizer = transformer, vq_tokenizer, text_tokenizer
-        self.layout, self.image_size = layout, image_size
+        self.layout, self.image_size, self.prompts = layout, image_size, prompts
 
     @cached_property
     def engine(self) -> Engine:
@@ -49,22 +51,11 @@ class Model:
         Raises:
             InputError: a word that the model's closed vocabulary does not have.
         """
-        encoding = self.text_tokenizer.encode(text.lower(), add_special_tokens=False)
-        unknown = self.text_tokenizer.token_to_id("[UNK]")
-        if unknown in encoding.ids:
-            start, end = encoding.offsets[encoding.ids.index(unknown)]
-            raise InputError(
-                f"the model does not know the word {text[start:end]!r} in {text!r}; "
-                f"it knows: {', '.join(sorted(self._words()))}"
-            )
-        return encoding.ids
+        return self.text_tokenizer.encode(text)
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
-        words = [
-            self.text_tokenizer.id_to_token(int(token)) for token in ids if int(token) < self.layout.text_vocab_size
-        ]
-        return " ".join(word for word in words if word and word != END_OF_TEXT)
+        return self.text_tokenizer.decode([token for token in ids if int(token) < self.layout.text_vocab_size])
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:
@@ -95,11 +86,8 @@ class Model:
         }
         save_weights(self.transformer, folder / "model.safetensors", dtype)
         save_weights(self.vq_tokenizer, folder / "vq_tokenizer.safetensors", dtype)
-        self.text_tokenizer.save(str(folder / "tokenizer.json"))
+        self.text_tokenizer.save(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    def _words(self) -> list[str]:
-        return [word for word in self.text_tokenizer.get_vocab() if not word.startswith(("[", "<"))]
 
 
 def load_model(name_or_path: str = "tiny", device: torch.device | str | None = None) -> Model:
@@ -129,16 +117,10 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
         load_weights(vq_tokenizer, folder / "vq_tokenizer.safetensors")
     except ValueError as error:
         raise InputError(str(error)) from error
-    try:
-        text_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
+    text_tokenizer = WordTokenizer.from_file(folder / "tokenizer.json")
+    if text_tokenizer.size > layout.text_vocab_size:
         raise InputError(
-            f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore it from its source"
-        ) from error
-    num_texts = max(text_tokenizer.get_vocab().values(), default=-1) + 1
-    if num_texts > layout.text_vocab_size:
-        raise InputError(
-            f"{folder / 'tokenizer.json'}: has {num_texts} text ids, the model {layout.text_vocab_size}; "
+            f"{folder / 'tokenizer.json'}: has {text_tokenizer.size} text ids, the model {layout.text_vocab_size}; "
             "restore it from its source"
         )
     model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
@@ -176,11 +158,3 @@ def _check_sizes(
     ):
         if value != expected:
             raise ValueError(f"{name} is {value}, the other sizes make it {expected}")
-
-
-def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """A word-level text tokenizer over a closed vocabulary; id 0 begins and ends texts, as in GPT-2."""
-    vocabulary = {word: index for index, word in enumerate([END_OF_TEXT, "[UNK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer

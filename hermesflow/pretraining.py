@@ -34,8 +34,9 @@ from hermesflow.kernels.linear_logprob import linear_logprob
 from .checkpointing import read_state, write_state
 from .config import PretrainConfig
 from .files import InputError, atomic_folder, atomic_write, make_folder, read_json, write_json, write_problem
-from .models import END_OF_TEXT, Model, word_tokenizer
+from .models import Model
 from .progress import track
+from .text_tokenizers import WordTokenizer
 from .worlds import shapes
 
 IMAGE_SIZE = 64
@@ -64,11 +65,10 @@ def run_pretraining(config: PretrainConfig) -> Path:
     if HALF_BATCHES % num_processes():
         raise InputError(f"pretraining: a step has {HALF_BATCHES} half-batches; start 1 or {HALF_BATCHES} processes")
     check_settings(config, folder / "settings.json")
-    text_tokenizer = word_tokenizer(shapes.vocabulary())
+    text_tokenizer = WordTokenizer.of_words(shapes.vocabulary())
     layout = TokenLayout(
-        text_vocab_size=text_tokenizer.get_vocab_size(), codebook_size=TOKENIZER.codebook_size,
-        num_image_tokens=NUM_IMAGE_TOKENS, sot=text_tokenizer.token_to_id(END_OF_TEXT),
-        eot=text_tokenizer.token_to_id(END_OF_TEXT),
+        text_vocab_size=text_tokenizer.size, codebook_size=TOKENIZER.codebook_size,
+        num_image_tokens=NUM_IMAGE_TOKENS, sot=text_tokenizer.bos, eot=text_tokenizer.eos,
     )  # fmt: skip
     transformer = Transformer(
         TransformerConfig(
@@ -246,7 +246,7 @@ class SceneBatches:
         )
 
     def _encode(self, texts: Iterable[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return self.tokenizer.encode_batch(list(texts))
 
 
 def train_transformer(model: Model, config: PretrainConfig) -> None:

@@ -1,15 +1,31 @@
-"""What the model is asked, as text ids: the caption question, and a record's questions with their choices."""
+"""What the model is told and asked, as text ids: image prompts, the caption question, questions with their choices."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from hermesflow.models import Model
 from hermesflow.records import Question
-from hermesflow.worlds.shapes import CAPTION_QUESTION
 
-MAX_CAPTION_TOKENS = 64
-"""Captions are cut here; the longest of the built-in world has 17 words."""
+if TYPE_CHECKING:
+    from hermesflow.models import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """How the models of a family are spoken to."""
+
+    caption_question: str
+    """Asks for a caption (HermesFlow, arXiv 2502.12148, section 3)."""
+    question: str = "{question}"
+    """What stands around each question that the model reads."""
+    choices: str = "{question}"
+    """A question whose answer is one of {choices}, for an answer in the model's own words."""
+    max_prompt_tokens: int | None = None
+    """Text ids of an image's prompt; longer ones are cut. None: no limit."""
+    max_caption_tokens: int = 64
+    """Captions are cut here."""
 
 
 class ChoicePrompt(NamedTuple):
@@ -19,9 +35,30 @@ class ChoicePrompt(NamedTuple):
     choices: list[list[int]]
 
 
+def image_prompt(model: Model, text: str) -> list[int]:
+    """Text ids of an image's prompt, cut at the length that the model was trained with.
+
+    A text that itself begins with the start of text does not get a second one.
+    """
+    ids = model.encode_text(text)
+    if ids[:1] == [model.layout.sot]:
+        ids = ids[1:]
+    return ids[: model.prompts.max_prompt_tokens]
+
+
+def question_prompt(model: Model, question: str) -> list[int]:
+    """Text ids of a question, with what the model expects around it."""
+    return model.encode_text(model.prompts.question.format(question=question))
+
+
 def caption_prompt(model: Model) -> list[int]:
-    """Text ids of the question that asks for a caption (HermesFlow, arXiv 2502.12148, section 3)."""
-    return model.encode_text(CAPTION_QUESTION)
+    """Text ids of the question that asks for a caption."""
+    return question_prompt(model, model.prompts.caption_question)
+
+
+def choices_prompt(model: Model, question: str, choices: Sequence[str]) -> list[int]:
+    """Text ids of a question together with its choices, to be answered in the model's own words."""
+    return question_prompt(model, model.prompts.choices.format(question=question, choices=list(choices)))
 
 
 def choice_prompt(model: Model, question: Question) -> ChoicePrompt:
@@ -30,4 +67,4 @@ def choice_prompt(model: Model, question: Question) -> ChoicePrompt:
     Raises: InputError on a word that the model does not know.
     """
     choices = [model.encode_text(choice) for choice in question.choices]
-    return ChoicePrompt(model.encode_text(question.question), choices)
+    return ChoicePrompt(question_prompt(model, question.question), choices)

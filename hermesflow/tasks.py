@@ -16,7 +16,7 @@ from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError, atomic_write, read_bytes
 from hermesflow.models import Model
 from hermesflow.progress import track
-from hermesflow.prompting import MAX_CAPTION_TOKENS, caption_prompt
+from hermesflow.prompting import caption_prompt
 
 _BATCH_IMAGES = 64
 _MAX_ANSWER_TOKENS = 32
@@ -129,7 +129,8 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict]:
     question = caption_prompt(model)
     for start in track(range(0, len(paths), _BATCH_IMAGES), "caption", "batches"):
         batch = slice(start, start + _BATCH_IMAGES)
-        for path, text in zip(paths[batch], _say(model, images[batch], question, MAX_CAPTION_TOKENS), strict=True):
+        texts = _say(model, images[batch], question, model.prompts.max_caption_tokens)
+        for path, text in zip(paths[batch], texts, strict=True):
             yield {"image": str(path), "caption": text}
 
 

@@ -33,7 +33,7 @@ from .config import TrainConfig
 from .files import InputError, damaged, write_problem, write_text
 from .models import Model
 from .progress import track
-from .prompting import CAPTION_QUESTION, MAX_CAPTION_TOKENS
+from .prompting import caption_prompt, image_prompt
 
 SIDES = ("generation", "understanding")
 
@@ -73,12 +73,12 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     if not len(pairs):
         raise InputError("no pairs to train on; lower curation.threshold or curation.margin, or raise data.num_records")
     policy = model.transformer
-    rows = [pair | {"prompt_ids": model.encode_text(pair["caption"])} for pair in pairs.to_pylist()]
+    rows = [pair | {"prompt_ids": image_prompt(model, pair["caption"])} for pair in pairs.to_pylist()]
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     start = load_checkpoint(folder, policy, optimizer)
     log = MetricLog(folder / "metrics.jsonl", start)
-    question = model.encode_text(CAPTION_QUESTION)
+    question = caption_prompt(model)
     policy.train()
     progress = track(range(start, config.num_steps), "Pair-DPO", "steps", completed=start)
     for step in progress:
@@ -86,7 +86,9 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         chosen = [rows[index] for index in step_indices(len(rows), config.pairs_per_step, step, seed)]
-        batch = pair_batch(chosen, model.layout, question, np.random.default_rng([seed, 1, step]))
+        batch = pair_batch(
+            chosen, model.layout, question, model.prompts.max_caption_tokens, np.random.default_rng([seed, 1, step])
+        )
         loss, metrics = pair_losses(policy, reference, batch, config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -116,7 +118,8 @@ def step_indices(num_pairs: int, pairs_per_step: int, step: int, seed: int) -> l
 
 
 def pair_batch(
-    pairs: Sequence[dict], layout: TokenLayout, question_ids: Sequence[int], rng: np.random.Generator
+    pairs: Sequence[dict], layout: TokenLayout, question_ids: Sequence[int], max_caption_tokens: int,
+    rng: np.random.Generator,
 ) -> PairBatch:
     """Packs the pairs' two sides into one forest.
 
@@ -125,6 +128,7 @@ def pair_batch(
             there and no tokens.
         layout: the joint vocabulary.
         question_ids: text ids of the caption question.
+        max_caption_tokens: where captions were cut; one of that length has not ended by itself.
         rng: draws the masks; win and lose of a pair share theirs.
     Returns: the batch; its tensors lie on the CPU.
     """
@@ -133,7 +137,7 @@ def pair_batch(
         if pair["sides"] != "understanding":
             _add_images(builder, index, pair, layout, rng)
         if pair["sides"] != "generation":
-            _add_captions(builder, index, pair, layout, question_ids)
+            _add_captions(builder, index, pair, layout, question_ids, max_caption_tokens)
     return builder.build(len(pairs))
 
 
@@ -153,7 +157,8 @@ def _add_images(builder: _ForestBuilder, index: int, pair: dict, layout: TokenLa
 
 
 def _add_captions(
-    builder: _ForestBuilder, index: int, pair: dict, layout: TokenLayout, question_ids: Sequence[int]
+    builder: _ForestBuilder, index: int, pair: dict, layout: TokenLayout, question_ids: Sequence[int],
+    max_caption_tokens: int,
 ) -> None:
     """image -> question -> win caption, lose caption: next tokens, and eot where a caption ended by itself."""
     image = builder.add(layout.image_prefix(pair["record_codes"]), -1, "full")
@@ -161,7 +166,7 @@ def _add_captions(
     last_of_question = builder.packed - 1
     for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
         caption = list(pair[name])
-        targets = [*caption, layout.eot][:MAX_CAPTION_TOKENS]
+        targets = [*caption, layout.eot][:max_caption_tokens]
         rows = np.concatenate([[last_of_question - builder.packed], np.arange(len(caption))]).astype(np.int64)
         builder.predict("understanding", 2 * index + lose, rows[: len(targets)], targets)
         if caption:

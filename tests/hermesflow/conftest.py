@@ -9,20 +9,20 @@ import torch
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
-from hermesflow.models import END_OF_TEXT, Model, word_tokenizer
+from hermesflow.models import Model
 from hermesflow.records import Record
+from hermesflow.text_tokenizers import WordTokenizer
 from hermesflow.worlds import shapes
 
 
 def make_tiny_model() -> Model:
-    text_tokenizer = word_tokenizer(shapes.vocabulary())
-    end_of_text = text_tokenizer.token_to_id(END_OF_TEXT)
+    text_tokenizer = WordTokenizer.of_words(shapes.vocabulary())
     vq_config = VQTokenizerConfig(
         code_bits=5, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=(1, 1, 1), num_groups=4, patch_size=4
     )
     layout = TokenLayout(
-        text_vocab_size=text_tokenizer.get_vocab_size(), codebook_size=vq_config.codebook_size, num_image_tokens=16,
-        sot=end_of_text, eot=end_of_text,
+        text_vocab_size=text_tokenizer.size, codebook_size=vq_config.codebook_size, num_image_tokens=16,
+        sot=text_tokenizer.bos, eot=text_tokenizer.eos,
     )  # fmt: skip
     config = TransformerConfig(
         vocab_size=layout.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_size=64,

@@ -17,6 +17,7 @@ from hermesflow import cli, models, tasks
 from hermesflow.config import load_config
 from hermesflow.files import InputError
 from hermesflow.kernels.registry import BackendError
+from hermesflow.models import TINY_PROMPTS
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "caption", "answer", "curate", "train", "eval", "report", "doctor", "bench",
@@ -50,6 +51,8 @@ class StandInEngine:
 
 class StandInModel:
     image_size = SIZE
+    prompts = TINY_PROMPTS
+    layout = types.SimpleNamespace(sot=-1)
 
     def __init__(self):
         self.engine = StandInEngine()

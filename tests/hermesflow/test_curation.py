@@ -17,7 +17,7 @@ from hermesflow.curation import CANDIDATES_SCHEMA, candidate_seed, caption_sampl
 from hermesflow.files import InputError, read_parquet, write_parquet
 from hermesflow.models import Model
 from hermesflow.pairs import PAIRS_SCHEMA, make_pairs
-from hermesflow.prompting import caption_prompt
+from hermesflow.prompting import PromptFormat, caption_prompt
 from hermesflow.records import Record
 from hermesflow.scoring import self_vqa, token_f1
 
@@ -29,17 +29,24 @@ CONFIG = CurationConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_captions() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def short_captions(shared_tiny_model: Model) -> Iterator[PromptFormat]:
     """A model of random weights seldom ends a caption by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hermesflow.curation.MAX_CAPTION_TOKENS", 6)
-        yield
+        patch.setattr(shared_tiny_model, "prompts", replace(shared_tiny_model.prompts, max_caption_tokens=6))
+        yield shared_tiny_model.prompts
+
+
+@pytest.fixture
+def tiny_model(tiny_model: Model, short_captions: PromptFormat) -> Model:
+    """The model of each test, with short captions."""
+    tiny_model.prompts = short_captions
+    return tiny_model
 
 
 @pytest.fixture(scope="module")
 def made_once(
-    shared_tiny_model: Model, tiny_records: list[Record], short_captions: None, tmp_path_factory
+    shared_tiny_model: Model, tiny_records: list[Record], short_captions: PromptFormat, tmp_path_factory
 ) -> tuple[pa.Table, Path]:
     """The seven records' candidates, made in parts of 3, 3 and 1, and the folder of the parts."""
     folder = tmp_path_factory.mktemp("curation") / "candidates"
@@ -117,7 +124,7 @@ def test_captions_are_scored_against_the_true_one(candidates: pa.Table, tiny_rec
 
 
 def test_captions_are_of_the_records_image(candidates: pa.Table, tiny_model: Model, tiny_records: list[Record]) -> None:
-    question, greedy = caption_prompt(tiny_model), caption_sampling(CONFIG)[:1]
+    question, greedy = caption_prompt(tiny_model), caption_sampling(CONFIG, 6)[:1]
     for record in tiny_records:
         codes = torch.from_numpy(record.codes.astype(np.int64))[None]
         seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
@@ -326,6 +333,6 @@ def test_kept_pairs_are_homologous(candidates: pa.Table, tiny_records: list[Reco
 
 
 def test_sampling_of_captions() -> None:
-    settings = [(params.temperature, params.top_k) for params in caption_sampling(CurationConfig())]
+    settings = [(params.temperature, params.top_k) for params in caption_sampling(CurationConfig(), 64)]
     assert settings == [(0, 0)] + [(t, k) for k in (2, 4, 8) for t in (0.1, 0.7, 1.0)]
-    assert len(caption_sampling(CurationConfig(include_greedy=False))) == 9
+    assert len(caption_sampling(CurationConfig(include_greedy=False), 64)) == 9

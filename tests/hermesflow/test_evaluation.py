@@ -15,6 +15,7 @@ from hermesflow.config import EvalConfig, load_config
 from hermesflow.curation import CANDIDATES_SCHEMA
 from hermesflow.evaluation import agreement, evaluate, measure, paired_change, run_evaluation, summarise
 from hermesflow.files import InputError, read_json
+from hermesflow.models import TINY_PROMPTS
 from hermesflow.pairs import PAIRS_SCHEMA
 from hermesflow.worlds import oracle, shapes
 
@@ -36,7 +37,7 @@ class KnowingModel:
         black = np.zeros((64, 64, 3), np.uint8)
         self.pictures = np.stack([record.image for record in self.records] + [black])
         self.blind, self.careless, self.texts, self.seeds = blind, careless, [], []
-        self.layout = SimpleNamespace(num_image_tokens=1)
+        self.layout, self.prompts = SimpleNamespace(num_image_tokens=1, sot=-1), TINY_PROMPTS
         self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices, extend=self._extend)
 
     def encode_text(self, text):

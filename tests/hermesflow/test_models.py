@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hermesflow.files import InputError
-from hermesflow.models import load_model, word_tokenizer
+from hermesflow.models import load_model
+from hermesflow.text_tokenizers import WordTokenizer
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_json_that_is_no_configuration_is_refused(folder, text):
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder):
-    word_tokenizer([f"word{index}" for index in range(500)]).save(str(folder / "tokenizer.json"))
+    WordTokenizer.of_words([f"word{index}" for index in range(500)]).save(folder)
     with pytest.raises(InputError, match="tokenizer.json: has 502 text ids, the model .*; restore it"):
         load_model(str(folder))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hermesflow.files import InputError
-from hermesflow.models import Model
+from hermesflow.models import TINY_PROMPTS, Model
 from hermesflow.prompting import caption_prompt, choice_prompt
 from hermesflow.records import Question, Record
 from hermesflow.scoring import caption_scores, self_vqa, token_f1
@@ -95,6 +95,8 @@ class ScriptedModel:
     def __init__(self, logprobs: list) -> None:
         self.logprobs, self.calls = logprobs, []
         self.engine = SimpleNamespace(score_choices=self._score_choices)
+
+    prompts = TINY_PROMPTS
 
     def encode_text(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]

@@ -107,7 +107,7 @@ def dense_forward(transformer, ids, allowed):
 
 def test_packed_sums_equal_one_sequence_at_a_time(model):
     rows = make_pairs(model, 3)
-    batch = pair_batch(rows, model.layout, QUESTION, np.random.default_rng(0))
+    batch = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(0))
     from hermesflow.engine.sequence_logprob import span_logprobs
 
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_packed_sums_equal_one_sequence_at_a_time(model):
 
 def test_win_and_lose_share_condition_and_mask(model):
     rows = make_pairs(model, 4)
-    batch = pair_batch(rows, model.layout, QUESTION, np.random.default_rng(1))
+    batch = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(1))
     tree = batch.tree
     for index in range(4):
         masked, parents = [], []
@@ -138,7 +138,7 @@ def test_win_and_lose_share_condition_and_mask(model):
 
 def test_captions_are_conditioned_on_the_record_s_own_image(model):
     rows = make_pairs(model, 2)
-    tree = pair_batch(rows, model.layout, QUESTION, np.random.default_rng(1)).tree
+    tree = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(1)).tree
     images = [
         tree.token_ids[tree.span_rows(i)].tolist()
         for i in range(tree.num_spans)
@@ -149,7 +149,7 @@ def test_captions_are_conditioned_on_the_record_s_own_image(model):
 
 def test_one_sided_pairs_weigh_nothing_on_the_other_side(model):
     rows = make_pairs(model, 3, sides=("both", "generation", "understanding"))
-    batch = pair_batch(rows, model.layout, QUESTION, np.random.default_rng(0))
+    batch = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(0))
     assert batch.sides["generation"].pair_weight.tolist() == [1, 1, 0]
     assert batch.sides["understanding"].pair_weight.tolist() == [1, 0, 1]
     loss, metrics = pair_losses(model.transformer, copy.deepcopy(model.transformer), batch, TrainConfig())
