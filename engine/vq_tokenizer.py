@@ -191,6 +191,11 @@ class VQTokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
+    @staticmethod
+    def images_per_pass(height: int, width: int) -> int:
+        """Images of that many pixels that one pass should take: at least one, else about 2 ** 20 pixels (4 GiB)."""
+        return max(1, 2**20 // (height * width))
+
     def encode_latent(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> z [B, code_bits, h, w] before quantisation.
 

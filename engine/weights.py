@@ -1,45 +1,184 @@
-"""Weights on disk: safetensors in and out, with one error that lists everything that does not fit."""
+"""Weights on disk: safetensors out; safetensors or .bin in, sharded or not, and one error that lists what does not fit.
+
+Files are mapped and copied in pieces, whose pages are then given back, so that loading needs little more memory than
+the weights themselves.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import mmap
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+WEIGHT_FILES = tuple(
+    f"{stem}.{kind}{index}"
+    for kind in ("safetensors", "bin")
+    for index in (".index.json", "")
+    for stem in ("model", "pytorch_model", "diffusion_pytorch_model")
+)
+"""Names under which a folder may hold its weights, the preferred first: those of transformers, diffusers and Show-o."""
+
+Views = Callable[[nn.Module], dict[str, Tensor]]
+"""Of a module: the name of each tensor on disk -> the parameter, or the part of one, that it is."""
+
+_PIECE_BYTES = 16 << 20
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a module's state dict as safetensors; dtype converts floating-point tensors (None keeps theirs)."""
-    save_file({name: _converted(tensor, dtype) for name, tensor in module.state_dict().items()}, path)
+    save_tensors(module.state_dict(), path, dtype)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fills a module from a safetensors file, converting to the module's dtypes.
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes named tensors as safetensors; dtype converts floating-point ones (None keeps theirs)."""
+    save_file({name: _converted(tensor, dtype) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The views of a module whose weights lie on disk under its own names."""
+    return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def load_weights(
+    module: nn.Module, path: Path, views: Views = own_tensors, *, ignored: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+) -> None:  # fmt: skip
+    """Fills a module from a file or a folder of weights.
+
+    Args:
+        module: what to fill; one on the meta device is allocated once the file is known to fit.
+        path: a .safetensors or .bin file, or a folder that holds one of WEIGHT_FILES.
+        views: which tensor on disk is which part of the module.
+        ignored: regular expression of whole names that the file may have besides (buffers of old versions).
+        dtype, device: of a module on the meta device; None takes the dtype of the file's first tensor, and the CPU. Any
+            other module keeps its own.
     Raises:
-        ValueError: the file is missing or damaged, or keys are missing, unexpected or misshapen (all are listed),
-            or a tensor holds NaN or infinity in the module's dtype.
+        ValueError: the file is missing, damaged or holds anything but tensors; or keys are missing, unexpected or
+            misshapen (all are listed); or a tensor holds NaN or infinity in the module's dtype.
     """
+    found, parts = read_tensors(path), views(module)
+    _check_fit(path, found, parts, ignored)
+    if any(part.is_meta for part in parts.values()):
+        first = found[next(iter(parts))]
+        module.to(dtype=dtype or first.dtype).to_empty(device=device or "cpu")
+        parts = views(module)
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in found.values())
+    for name, part in parts.items():
+        source = found.pop(name)
+        if not _copy(source, part, used_once=uses[source.untyped_storage().data_ptr()] == 1):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; restore it from its source")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of a folder that holds one of WEIGHT_FILES, mapped from disk rather than read.
+
+    Raises: ValueError if there are none, a file is damaged or no tensors, a shard is missing, or a name occurs twice.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        for name, tensor in _open(file):
+            if name in tensors:
+                raise ValueError(f"{file}: {name} stands in another shard too; restore the folder from its source")
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+                raise ValueError(f"{file}: {name} is no plain tensor; give a file that holds weights alone")
+            tensors[name] = tensor
+    return tensors
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    name = next((name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if name is None:
+        raise ValueError(f"{path}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    if not name.endswith(".index.json"):
+        return [path / name]
+    index = path / name
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); restore it from its source") from error
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
-        f"{name}: expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [index.parent / _plain_name(shard) for shard in shards]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index}: not an index of shards ({error!r}); restore it from its source") from error
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        raise ValueError(f"{index}: shards are missing ({', '.join(missing) or 'all'}); fetch them")
+    return shards
+
+
+def _plain_name(name: str) -> str:
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"{name!r} is not the name of a file in this folder")
+    return name
+
+
+def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and mapped tensors of one file; a .bin is unpickled without running code."""
+    try:
+        if file.name.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                yield from ((name, opened.get_tensor(name)) for name in opened.keys())
+            return
+        state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file}: holds more than tensors, and code in it is not run; give the weights as safetensors"
+        ) from error
+    except Exception as error:  # torch.load and safetensors raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        kind = "safetensors" if file.name.endswith(".safetensors") else "PyTorch weights"
+        raise ValueError(f"{file}: not a readable {kind} file ({reason}); restore it from its source") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file}: holds a {type(state).__name__}, not named tensors; give a state dict")
+    yield from state.items()
+
+
+def _check_fit(path: Path, found: Mapping[str, Tensor], parts: Mapping[str, Tensor], ignored: str | None) -> None:
+    problems = [f"missing {name}" for name in parts if name not in found]
+    for name, tensor in found.items():
+        if name not in parts:
+            if not (ignored and re.fullmatch(ignored, name)):
+                problems.append(f"unexpected {name}")
+        elif tensor.shape != parts[name].shape:
+            problems.append(f"{name}: expected {tuple(parts[name].shape)}, got {tuple(tensor.shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name}: expected floating point, got {tensor.dtype}")
     if problems:
         raise ValueError(f"{path} does not fit the configuration: " + "; ".join(problems))
-    for name, tensor in state.items():
-        if not tensor.to(own[name].dtype).isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity; restore it from its source")
-    module.load_state_dict(state)
+
+
+def _copy(source: Tensor, target: Tensor, used_once: bool) -> bool:
+    """Copies piece by piece, gives back the pages of a source used once; False where target holds NaN or infinity."""
+    size = max(1, _PIECE_BYTES // max(source.element_size(), target.element_size()))
+    finite = True
+    for piece, place in zip(source.reshape(-1).split(size), target.view(-1).split(size), strict=True):
+        converted = piece.to(target.dtype)
+        finite = finite and bool(converted.isfinite().all())
+        place.copy_(converted)
+        if used_once:
+            _release(piece)
+    return finite
+
+
+def _release(done: Tensor) -> None:
+    """Gives a tensor's whole pages back to the system; it must not be read again: what is not mapped would be zeros."""
+    page = mmap.PAGESIZE
+    start = -(-done.data_ptr() // page) * page
+    length = (done.data_ptr() + done.nbytes) // page * page - start
+    if length > 0:
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+_LIBC = ctypes.CDLL(None)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

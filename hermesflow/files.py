@@ -153,7 +153,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """
     try:
         return json.loads(read_bytes(path).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise damaged(path, "JSON", error) from error
 
 

@@ -1,6 +1,7 @@
 """A unified model as users hold it: backbone, image tokenizer, text tokenizer and their common token layout.
 
-A model folder holds config.json, model.safetensors, vq_tokenizer.safetensors and tokenizer.json.
+A folder of our own holds config.json, model.safetensors, vq_tokenizer.safetensors and tokenizer.json; families.py and
+published.py know the published layouts.
 """
 
 from __future__ import annotations
@@ -21,24 +22,32 @@ from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 
-from .files import InputError
+from .families import Sampling
+from .files import InputError, read_json
+from .hub import find_folder
 from .prompting import PromptFormat
-from .text_tokenizers import WordTokenizer
+from .text_tokenizers import PretrainedTokenizer, WordTokenizer
 from .worlds.shapes import CAPTION_QUESTION
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_PROMPTS = PromptFormat(caption_question=CAPTION_QUESTION)
 
 
+TINY_SAMPLING = Sampling(num_steps=4, guidance_scale=0.5, mask_temperature=1.0)
+
+
 class Model:
     """Backbone, image tokenizer and text tokenizer with one token layout."""
 
     def __init__(
-        self, transformer: Transformer, vq_tokenizer: VQTokenizer, text_tokenizer: WordTokenizer, layout: TokenLayout,
-        image_size: int, prompts: PromptFormat = TINY_PROMPTS,
+        self, transformer: Transformer, vq_tokenizer: VQTokenizer | None,
+        text_tokenizer: WordTokenizer | PretrainedTokenizer, layout: TokenLayout, image_size: int,
+        prompts: PromptFormat = TINY_PROMPTS, sampling: Sampling = TINY_SAMPLING,
     ) -> None:  # fmt: skip
-        self.transformer, self.vq_tokenizer, self.text_tokenizer = transformer, vq_tokenizer, text_tokenizer
-        self.layout, self.image_size, self.prompts = layout, image_size, prompts
+        self.transformer, self.text_tokenizer, self.layout = transformer, text_tokenizer, layout
+        self.image_size, self.prompts, self.sampling = image_size, prompts, sampling
+        if vq_tokenizer is not None:  # a subclass may open its own when it is needed
+            self.vq_tokenizer = vq_tokenizer
 
     @cached_property
     def engine(self) -> Engine:
@@ -57,23 +66,41 @@ class Model:
         """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
         return self.text_tokenizer.decode([token for token in ids if int(token) < self.layout.text_vocab_size])
 
-    @torch.no_grad()
-    def encode_images(self, images: np.ndarray) -> Tensor:
-        """uint8 [n, H, W, 3] -> codes int64 [n, N]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        weight = self.vq_tokenizer.encoder.conv_in.weight
-        batches = (batch.to(weight.device, weight.dtype) / 127.5 - 1 for batch in pixels.split(256))
-        codes = [self.vq_tokenizer.encode(batch) for batch in batches]
-        return torch.cat(codes) if codes else torch.zeros(0, self.layout.num_image_tokens, dtype=torch.int64)
+    @property
+    def view_size(self) -> int:
+        """Height and width of the images that view_images takes."""
+        return self.image_size
+
+    def view_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """What the model sees of uint8 images [view_size, view_size, 3], ready for the engine: codes int64 [n, N]."""
+        return self.encode_images(np.stack(images))
 
     @torch.no_grad()
-    def decode_images(self, codes: Tensor) -> np.ndarray:
-        """codes int64 [n, N] -> uint8 [n, H, W, 3]; rounding by batch may move a pixel by a level."""
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """uint8 [n, H, W, 3] with H and W multiples of a token's pixels -> codes int64 [n, h * w]."""
+        if not len(images):
+            return torch.zeros(0, self.layout.num_image_tokens, dtype=torch.int64)
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        weight = self.vq_tokenizer.encoder.conv_in.weight
+        batches = pixels.split(self.vq_tokenizer.images_per_pass(*pixels.shape[2:]))
+        return torch.cat(
+            [self.vq_tokenizer.encode(batch.to(weight.device, weight.dtype) / 127.5 - 1) for batch in batches]
+        )
+
+    @torch.no_grad()
+    def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """codes int64 [n, h * w] -> uint8 [n, H, W, 3]; height and width in tokens, else a square.
+
+        Rounding by batch may move a pixel by a level.
+        """
         if not len(codes):
             return np.zeros((0, self.image_size, self.image_size, 3), dtype=np.uint8)
-        device = self.vq_tokenizer.encoder.conv_in.weight.device
-        images = torch.cat([self.vq_tokenizer.decode(batch.to(device)) for batch in codes.split(256)])
-        return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        device, factor = self.vq_tokenizer.encoder.conv_in.weight.device, self.vq_tokenizer.config.downsampling
+        batches = codes.split(self.vq_tokenizer.images_per_pass(codes.shape[1] * factor, factor))
+        images = torch.cat(
+            [to_pixels(self.vq_tokenizer.decode(batch.to(device), height, width)).cpu() for batch in batches]
+        )
+        return images.permute(0, 2, 3, 1).numpy()
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes the four files of a model folder; dtype converts the weights (None keeps theirs)."""
@@ -90,23 +117,46 @@ class Model:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_model(name_or_path: str = "tiny", device: torch.device | str | None = None) -> Model:
-    """Opens a model folder, or the built-in model "tiny".
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 of the same shape."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_model(
+    name_or_path: str = "tiny", device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+    vq_tokenizer: str | None = None,
+) -> Model:  # fmt: skip
+    """Opens the built-in model "tiny", a folder that Model.save wrote, or a published checkpoint of Show-o's class.
 
     Args:
-        name_or_path: "tiny" or a folder as Model.save writes it.
+        name_or_path: "tiny", a folder, or a hub id such as "showlab/show-o-512x512" or "Gen-Verse/HermesFlow".
         device: where the weights go; None is the CPU.
+        dtype: of the backbone; None takes the checkpoint's, and fp32 for folders that Model.save wrote.
+        vq_tokenizer: for published checkpoints: folder or hub id of the image tokenizer; None takes the one beside the
+            checkpoint (magvitv2/), else the family's own. It is opened when it is first needed.
     Raises:
-        InputError: no such model, or a file of it is missing, damaged or does not fit the others.
+        InputError: no such model, the hub cannot be reached, or a file of it is missing, damaged or does not fit the
+            others; what does not fit is listed.
     """
-    folder = ASSETS / name_or_path if (ASSETS / name_or_path / "config.json").is_file() else Path(name_or_path)
+    from .published import CHECKPOINT_FILES, load_published
+
+    builtin = ASSETS / name_or_path
+    folder = builtin if builtin.parent == ASSETS and (builtin / "config.json").is_file() else None
+    folder = folder or find_folder(name_or_path, CHECKPOINT_FILES, "model")
     if not (folder / "config.json").is_file():
         raise InputError(f"no model {name_or_path!r}: give 'tiny' or a folder that holds config.json")
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and "_class_name" in config:
+        return load_published(folder, config, device, dtype, vq_tokenizer)
+    return _load_own(folder, config, device, dtype)
+
+
+def _load_own(folder: Path, config: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:
+    """Opens what Model.save wrote."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        transformer = Transformer(_make_config(TransformerConfig, config["transformer"]))
-        vq_tokenizer = VQTokenizer(_make_config(VQTokenizerConfig, config["vq_tokenizer"]))
-        layout, image_size = _make_config(TokenLayout, config["layout"]), int(config["image_size"])
+        transformer = Transformer(make_config(TransformerConfig, config["transformer"]))
+        vq_tokenizer = VQTokenizer(make_config(VQTokenizerConfig, config["vq_tokenizer"]))
+        layout, image_size = make_config(TokenLayout, config["layout"]), int(config["image_size"])
         _check_sizes(transformer.config, vq_tokenizer.config, layout, image_size)
     except Exception as error:  # wrong values make the constructors raise many types: ArithmeticError, RuntimeError ...
         raise InputError(
@@ -124,12 +174,12 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
             "restore it from its source"
         )
     model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
-    model.transformer.to(device)
+    model.transformer.to(device, dtype)
     model.vq_tokenizer.to(device)
     return model
 
 
-def _make_config(kind: type, values: dict[str, Any]) -> Any:
+def make_config(kind: type, values: dict[str, Any]) -> Any:
     """A configuration from JSON, whose values must have the types of its fields; no size is negative."""
     hints = get_type_hints(kind)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -61,3 +61,53 @@ class WordTokenizer:
     def save(self, folder: Path) -> None:
         """Writes folder/tokenizer.json."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class PretrainedTokenizer:
+    """A published tokenizer of transformers, with a family's special tokens behind its vocabulary."""
+
+    def __init__(self, folder: Path, special_tokens: Sequence[str]) -> None:
+        """
+        Args:
+            folder: holds the tokenizer's files.
+            special_tokens: [PAD] and the others, in order; they get the ids that follow the vocabulary.
+        Raises: InputError if the folder holds no tokenizer, or one without a start and an end of text.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer.add_special_tokens({"pad_token": special_tokens[0]})
+            tokenizer.add_tokens(list(special_tokens[1:]))
+            self._special_ids = tokenizer.convert_tokens_to_ids(list(special_tokens))
+        except Exception as error:  # transformers and tokenizers raise many kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise InputError(f"{folder}: holds no tokenizer ({reason}); restore it from its source") from error
+        self._tokenizer, self.folder = tokenizer, folder
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if self.bos is None or self.eos is None:
+            raise InputError(f"{folder}: the tokenizer has no start or no end of text; restore it from its source")
+        self.size = len(tokenizer) - len(special_tokens)
+
+    def check(self, text_vocab_size: int) -> None:
+        """Raises InputError unless the special tokens follow a text vocabulary of that size."""
+        expected = list(range(text_vocab_size, text_vocab_size + len(self._special_ids)))
+        if self._special_ids != expected:
+            raise InputError(
+                f"{self.folder}: the vocabulary does not add up: the tokenizer has {self.size} text ids and special "
+                f"tokens {self._special_ids[0]} to {self._special_ids[-1]}, config.json's llm_vocab_size is "
+                f"{text_vocab_size}; give the tokenizer that belongs to the checkpoint"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises: InputError if it spells one of the special tokens."""
+        ids = self._tokenizer(text)["input_ids"]
+        special = next((token for token in ids if token in self._special_ids), None)
+        if special is not None:
+            name = self._tokenizer.convert_ids_to_tokens(special)
+            raise InputError(f"{name} in {text!r} is a special token of the model; leave it out")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens and the blanks around it."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()

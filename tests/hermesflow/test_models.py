@@ -52,10 +52,14 @@ def test_a_wrong_configuration_is_refused(folder, section, key, value, told):
         load_model(str(folder))
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000], ids=["list", "null", "deep"])
-def test_json_that_is_no_configuration_is_refused(folder, text):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("[]", "not a model configuration"), ("null", "not a model configuration"), ("[" * 100_000, "damaged JSON")],
+    ids=["list", "null", "deep"],
+)
+def test_json_that_is_no_configuration_is_refused(folder, text, told):
     (folder / "config.json").write_text(text)
-    with pytest.raises(InputError, match="config.json: not a model configuration"):
+    with pytest.raises(InputError, match=f"config.json: {told}"):
         load_model(str(folder))
 
 
