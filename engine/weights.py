@@ -116,7 +116,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _plain_name(name: str) -> str:
-    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
         raise ValueError(f"{name!r} is not the name of a file in this folder")
     return name
 

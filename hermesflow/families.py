@@ -178,7 +178,7 @@ def published_tensors(family: Family, transformer: nn.Module) -> dict[str, Tenso
     return parts
 
 
-def token_layout(family: Family, config: Mapping[str, Any], bos: int, eos: int) -> TokenLayout:
+def make_layout(family: Family, config: Mapping[str, Any], bos: int, eos: int) -> TokenLayout:
     """The joint vocabulary of a checkpoint. Raises: InputError if its sizes do not add up."""
     text, codes, total = config["llm_vocab_size"], config["codebook_size"], config["vocab_size"]
     special = len(family.special_tokens)

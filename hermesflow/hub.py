@@ -18,7 +18,7 @@ def find_folder(name: str, files: Sequence[str], what: str) -> Path:
     Raises: InputError if there is no such folder and the hub does not give it either.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise InputError(f"no {what} {name!r}: give a folder, or a hub id such as showlab/show-o-512x512")

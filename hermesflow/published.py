@@ -23,7 +23,7 @@ from hermesflow.engine.transformer import Transformer
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import WEIGHT_FILES, load_weights, own_tensors, read_tensors, save_tensors
 
-from .families import FAMILIES, Family, published_tensors, token_layout, transformer_config
+from .families import FAMILIES, Family, make_layout, published_tensors, transformer_config
 from .files import InputError, make_folder, read_json, write_json
 from .hub import find_folder
 from .models import Model, make_config
@@ -128,7 +128,7 @@ def load_published(
     text_tokenizer = PretrainedTokenizer(llm, family.special_tokens)
     text_tokenizer.check(config["llm_vocab_size"])
     try:
-        layout = token_layout(family, config, text_tokenizer.bos, text_tokenizer.eos)
+        layout = make_layout(family, config, text_tokenizer.bos, text_tokenizer.eos)
         parts = nn.ModuleDict()
         with torch.device("meta"):
             parts["transformer"] = Transformer(shape)

@@ -75,6 +75,8 @@ class PretrainedTokenizer:
         """
         from transformers import AutoTokenizer
 
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+            raise InputError(f"{folder}: holds no tokenizer; restore it from its source")  # transformers makes one up
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             tokenizer.add_special_tokens({"pad_token": special_tokens[0]})

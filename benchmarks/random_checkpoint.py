@@ -1,0 +1,213 @@
+"""Show-o checkpoints of random weights in the published layout, and what it takes to open and use one.
+
+    python -m hermesflow.benchmarks.random_checkpoint make FOLDER --shape showo-1.3b --weights sharded-bin
+    python -m hermesflow.benchmarks.random_checkpoint use FOLDER
+
+The text tokenizer spells bytes; its other entries are there for the size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from hermesflow import load_model
+from hermesflow.engine.transformer import Transformer
+from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from hermesflow.engine.weights import save_tensors
+from hermesflow.families import SHOWO, published_tensors, transformer_config
+from hermesflow.files import write_json
+from hermesflow.published import save_vq_tokenizer
+
+WEIGHTS = ("safetensors", "bin", "sharded-safetensors", "sharded-bin")
+NUM_SPECIAL = len(SHOWO.special_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointShape:
+    """Sizes of a checkpoint; the defaults are Show-o 1.3B at 256 pixels."""
+
+    hidden_size: int = 2048
+    num_layers: int = 24
+    num_heads: int = 32
+    mlp_size: int = 8192
+    text_vocab_size: int = 50_295
+    num_image_tokens: int = 256
+    vision_size: int | None = None
+    """Width of the vision encoder's features, in the variant that sees through one."""
+    vq: VQTokenizerConfig = VQTokenizerConfig()
+
+
+TINY = CheckpointShape(
+    hidden_size=32, num_layers=2, num_heads=4, mlp_size=64, text_vocab_size=300, num_image_tokens=16,
+    vq=VQTokenizerConfig(
+        code_bits=6, channels=8, channel_multipliers=(1, 1, 2, 2, 2), num_res_blocks=(1, 1, 1, 1, 1), num_groups=4
+    ),
+)  # fmt: skip
+SHAPES = {"showo-1.3b": CheckpointShape(), "tiny": TINY}
+
+
+def write_checkpoint(
+    folder: Path, shape: CheckpointShape, *, weights: str = "safetensors", dtype: torch.dtype = torch.float32,
+    seed: int = 0, num_shards: int = 3,
+) -> None:  # fmt: skip
+    """Writes FOLDER with config.json, weights, llm/ and magvitv2/.
+
+    Args:
+        folder: where to; made if need be.
+        shape: the sizes.
+        weights: one of WEIGHTS.
+        dtype: of the backbone; the image tokenizer is fp32.
+        seed: of the weights.
+        num_shards: of the sharded kinds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = shape.vq.codebook_size
+    vocab_size = shape.text_vocab_size + NUM_SPECIAL + codes + 1
+    write_tokenizer(folder / "llm", shape.text_vocab_size)
+    llm = {
+        "model_type": "phi", "hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_heads,
+        "intermediate_size": shape.mlp_size, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "vocab_size": shape.text_vocab_size,
+    }  # fmt: skip
+    write_json(folder / "llm" / "config.json", llm)
+    write_json(folder / "config.json", {
+        "_class_name": "Showo", "vocab_size": vocab_size, "llm_vocab_size": shape.text_vocab_size,
+        "codebook_size": codes, "num_vq_tokens": shape.num_image_tokens, "llm_model_path": "llm",
+        "w_clip_vit": shape.vision_size is not None, "mask_token_id": vocab_size - 1, "load_from_showo": True,
+    })  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        transformer = Transformer(transformer_config(SHOWO, llm, vocab_size)).to(dtype)
+    tensors = published_tensors(SHOWO, transformer.to_empty(device="cpu"))
+    if shape.vision_size is not None:
+        size = shape.hidden_size
+        shapes = ((size, shape.vision_size), (size,), (size, size), (size,))
+        tensors |= {name: torch.empty(of, dtype=dtype) for name, of in zip(SHOWO.projector, shapes, strict=True)}
+    for name, tensor in tensors.items():
+        _fill(name, tensor, generator)
+    _write_weights(folder, tensors, weights, num_shards)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vq_tokenizer = VQTokenizer(shape.vq)
+    (folder / "magvitv2").mkdir(exist_ok=True)
+    save_vq_tokenizer(vq_tokenizer, folder / "magvitv2")
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """Writes a tokenizer of that many ids that spells text byte by byte; id 0 begins and ends texts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<|endoftext|>", *alphabet, *(f"<unused {index}>" for index in range(size - len(alphabet) - 1))]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+    wrapped.save_pretrained(str(folder))
+
+
+def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Weights of such a size that hidden states keep theirs; norms near 1 and biases near 0."""
+    if tensor.dim() == 2:
+        tensor.normal_(0, tensor.shape[1] ** -0.5, generator=generator)
+    else:
+        tensor.normal_(float("norm" in name and name.endswith("weight")), 0.02, generator=generator)
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], weights: str, num_shards: int) -> None:
+    kind = weights.removeprefix("sharded-")
+    if not weights.startswith("sharded-"):
+        _write_file(folder / f"pytorch_model.{kind}", tensors)
+        return
+    weight_map = {}
+    for number, names in enumerate(_shards(tensors, num_shards), start=1):
+        file = f"pytorch_model-{number:05d}-of-{num_shards:05d}.{kind}"
+        _write_file(folder / file, {name: tensors[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
+    write_json(folder / f"diffusion_pytorch_model.{kind}.index.json", index)
+
+
+def _shards(tensors: dict[str, Tensor], num_shards: int) -> Iterator[list[str]]:
+    """Names in order, cut into parts of about equal bytes."""
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    parts: list[list[str]] = [[] for _ in range(num_shards)]
+    for name, tensor in tensors.items():
+        parts[min(done * num_shards // total, num_shards - 1)].append(name)
+        done += tensor.nbytes
+    return iter(parts)
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    if path.suffix == ".bin":
+        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    else:
+        save_tensors(tensors, path)
+
+
+def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[str, float | int | str]:
+    """Opens a checkpoint, draws an image and captions it; one line of seconds and peak memory."""
+    from hermesflow.engine.text_decoder import SamplingParams
+    from hermesflow.prompting import caption_prompt, image_prompt
+
+    checkpoint_bytes = sum(path.stat().st_size for path in folder.glob("pytorch_model*"))
+    before, began = _peak_mib(), time.perf_counter()
+    model = load_model(str(folder))
+    opened, opened_mib = time.perf_counter(), _peak_mib()
+    codes = model.engine.generate(
+        [image_prompt(model, "a red circle above a blue square")], num_images=1, num_steps=num_steps,
+        guidance_scale=5.0, mask_temperature=1.0, mask_decay="showo", seeds=torch.zeros(1, 1, dtype=torch.int64),
+    )[0]  # fmt: skip
+    image = model.decode_images(codes)
+    drawn = time.perf_counter()
+    sampling = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
+    seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
+    seen, question = model.view_images(image), caption_prompt(model)
+    (((ids,),),) = model.engine.extend(seen, [[question]], sampling=sampling, seeds=seeds)
+    captioned = time.perf_counter()
+    return {
+        "checkpoint_mib": round(checkpoint_bytes / 2**20), "before_mib": before, "load_peak_mib": opened_mib,
+        "load_peak_to_checkpoint": round(opened_mib * 2**20 / checkpoint_bytes, 3),
+        "load_s": round(opened - began, 2), "image_px": image.shape[1], "num_steps": num_steps,
+        "image_s": round(drawn - opened, 2), "caption_tokens": len(ids), "caption_s": round(captioned - drawn, 2),
+        "peak_mib": _peak_mib(), "dtype": str(model.engine.dtype).removeprefix("torch."), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _peak_mib() -> int:
+    """Largest resident memory of this process so far, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    make = commands.add_parser("make", help="write a checkpoint")
+    make.add_argument("folder", type=Path)
+    make.add_argument("--shape", choices=SHAPES, default="showo-1.3b")
+    make.add_argument("--weights", choices=WEIGHTS, default="safetensors")
+    make.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    make.set_defaults(run=lambda a: write_checkpoint(
+        a.folder, SHAPES[a.shape], weights=a.weights, dtype=getattr(torch, a.dtype)))  # fmt: skip
+    use = commands.add_parser("use", help="open it, draw an image and caption it; prints a JSON line")
+    use.add_argument("folder", type=Path)
+    use.add_argument("--num-steps", type=int, default=18)
+    use.add_argument("--max-new-tokens", type=int, default=20)
+    use.set_defaults(run=lambda a: print(json.dumps(use_checkpoint(a.folder, a.num_steps, a.max_new_tokens))))
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
