@@ -6,7 +6,7 @@ Source: models/clip_encoder.py of Show-o (arXiv 2408.12528); the features are th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,32 +22,23 @@ if TYPE_CHECKING:
 
 CLIP_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*", "pytorch_model*.bin*")
 """What load_clip_encoder reads of a CLIP repository."""
-_PREFIX = "mm_projector."
-PROJECTOR_TENSORS = tuple(f"{_PREFIX}{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
-"""Published names of the projector's two linear layers."""
 _BATCH_IMAGES = 32
 _MAX_ASPECT = 8
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder:
     """Images -> features that stand in place of token embeddings.
 
-    The tower ends with its second last layer, whose patches are the features.
+    The tower ends with CLIP's second last layer, whose patches are projected to features.
     """
 
-    def __init__(self, tower: CLIPVisionModel, processor: CLIPImageProcessorPil, mm_projector: nn.Sequential) -> None:
-        super().__init__()
-        self.tower, self.processor, self.mm_projector = tower, processor, mm_projector
+    def __init__(self, tower: CLIPVisionModel, processor: CLIPImageProcessorPil, projector: nn.Sequential) -> None:
+        self.tower, self.processor, self.projector = tower, processor, projector
 
     @property
     def num_features(self) -> int:
         """F, patches of an image."""
         return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of a feature, that of the backbone."""
-        return self.mm_projector[-1].out_features
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray | Image.Image]) -> Tensor:
@@ -55,35 +46,30 @@ class ClipEncoder(nn.Module):
 
         Args:
             images: RGB uint8 [H, W, 3], or Pillow images, each of any size; CLIP's image processor resizes and crops.
-        Returns: [n, num_features, hidden_size] on the weights' device, in their dtype.
+        Returns: [n, num_features, hidden_size of the backbone] on the projector's device, in its dtype.
         Raises: ValueError on an array of another shape or dtype.
         """
-        weight = self.mm_projector[0].weight
-        features = []
+        last = self.projector[-1].weight
+        features = [last.new_zeros(0, self.num_features, len(last))]
         for start in range(0, len(images), _BATCH_IMAGES):
             batch = [_to_pillow(image) for image in images[start : start + _BATCH_IMAGES]]
             pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
-            hidden = self.tower(pixels.to(weight.device, weight.dtype)).last_hidden_state
-            features.append(self.mm_projector(hidden[:, 1:]))
-        return torch.cat(features) if features else weight.new_zeros(0, self.num_features, self.hidden_size)
+            hidden = self.tower(pixels.to(self.tower.device, self.tower.dtype)).last_hidden_state
+            features.append(self.projector(hidden[:, 1:].to(last)))
+        return torch.cat(features)
 
 
-def load_clip_encoder(
-    folder: str | Path, projector: Mapping[str, Tensor], *, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> ClipEncoder:  # fmt: skip
-    """The encoder of a model from CLIP's published files and the projector of the model's checkpoint.
+def load_clip_encoder(folder: str | Path, projector: nn.Sequential) -> ClipEncoder:
+    """The encoder of a model from CLIP's published files, on the device and in the dtype of the projector.
 
     Args:
         folder: CLIP as transformers keeps it (CLIP_FILES), the vision model alone or with the text model.
-        projector: PROJECTOR_TENSORS, of linear layers [inner, width of CLIP] and [hidden_size, inner].
-        device, dtype: where the weights go and what they are converted to; None takes those of the projector.
-    Raises: InputError if a file or tensor is missing, damaged or not finite, or if the sizes do not fit.
+        projector: the model's own Linear, GELU, Linear from CLIP's width to the backbone's; it is shared, not copied.
+    Raises: InputError if a file of CLIP is missing, damaged or holds NaN, or does not fit the others or the projector.
     """
-    mm_projector = _projector(projector, device, dtype)
-    first = mm_projector[0].weight
+    folder, first = Path(folder), projector[0].weight
     try:
-        tower, processor = _clip(Path(folder), first.dtype)
+        tower, processor = _clip(folder, first.dtype)
     except InputError:
         raise
     except Exception as error:  # transformers and the weights' readers raise many types
@@ -92,37 +78,10 @@ def load_clip_encoder(
     width = tower.config.hidden_size
     if first.shape[1] != width:
         raise InputError(
-            f"{folder}: CLIP's width is {width}, the checkpoint's mm_projector expects {first.shape[1]}; "
+            f"{folder}: CLIP's width is {width}, the checkpoint's projector expects {first.shape[1]}; "
             "give the CLIP model that the checkpoint was trained with"
         )
-    encoder = ClipEncoder(tower.to(first.device), processor, mm_projector).eval().requires_grad_(False)
-    for name, weight in encoder.named_parameters():
-        if not weight.isfinite().all():
-            where = "the checkpoint" if name.startswith(_PREFIX) else folder
-            raise InputError(f"{where}: {name} holds NaN or infinity in {weight.dtype}; restore it from its source")
-    return encoder
-
-
-def _projector(
-    tensors: Mapping[str, Tensor], device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Sequential:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    match [shapes.get(name) for name in PROJECTOR_TENSORS]:
-        case [(inner, width), (first,), (outer, last), (end,)] if first == last == inner and end == outer:
-            pass
-        case _:
-            inner = None
-    if inner is None or len(shapes) != len(PROJECTOR_TENSORS):
-        raise InputError(
-            f"the checkpoint's projector: expected {', '.join(PROJECTOR_TENSORS)} of two linear layers, one after the "
-            f"other, got {shapes}; restore the checkpoint from its source"
-        )
-    with torch.device("meta"):
-        layers = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, outer))
-    dtype = dtype or tensors[PROJECTOR_TENSORS[0]].dtype
-    state = {name.removeprefix(_PREFIX): tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    layers.load_state_dict(state, assign=True)
-    return layers
+    return ClipEncoder(tower.to(first.device), processor, projector)
 
 
 def _clip(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
@@ -138,6 +97,9 @@ def _clip(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, CLIPImageP
         )
     if loaded["missing_keys"]:
         raise InputError(f"{folder}: lacks {', '.join(sorted(loaded['missing_keys']))}; restore it from its source")
+    for name, weight in tower.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"{folder}: {name} holds NaN or infinity in {dtype}; restore it from its source")
     expected = [1, 3, config.image_size, config.image_size]
     got = list(processor(images=Image.new("RGB", (2, 3)), return_tensors="pt")["pixel_values"].shape)
     if got != expected:
@@ -145,7 +107,7 @@ def _clip(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, CLIPImageP
             f"{folder / 'preprocessor_config.json'}: makes images of {got[1:]}, CLIP's config.json says "
             f"{expected[1:]}; restore both from their source"
         )
-    return tower, processor
+    return tower.eval().requires_grad_(False), processor
 
 
 @contextlib.contextmanager
