@@ -82,13 +82,14 @@ class Engine:
         return codes.clone()  # a tensor made in inference mode cannot be used in training
 
     def extend(
-        self, image_codes: Tensor, question_ids: QuestionIds, *, sampling: Sequence[SamplingParams], seeds: Tensor,
+        self, images: Tensor, question_ids: QuestionIds, *, sampling: Sequence[SamplingParams], seeds: Tensor,
         text_only: bool = True, max_tokens: int = 16384,
     ) -> list[list[list[list[int]]]]:  # fmt: skip
         """Captions and answers: each question is answered once for every entry of sampling.
 
         Args:
-            image_codes: int64 [B, num_image_tokens].
+            images: codes int64 [B, num_image_tokens]; or features [B, F, D] of any floating dtype, D the model's
+                hidden_size, in a model that understands images by features.
             question_ids: plain text ids [B][Q of the image].
             sampling: S settings, at least one.
             seeds: int64 [B, Q, S], Q at least the largest number of questions of an image.
@@ -97,25 +98,25 @@ class Engine:
         Returns: ids [b][q][s], lists of token ids without eot.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
-        codes = self._checked_codes("extend", image_codes)
-        self._check_questions("extend", codes, question_ids)
+        images = self._checked_images("extend", images)
+        self._check_questions("extend", images, question_ids)
         if len(sampling) == 0:
             raise ValueError("Engine.extend: expected at least one SamplingParams in sampling, got none")
         num_questions = max((len(questions) for questions in question_ids), default=0)
         given = seeds.shape[1] if seeds.dim() == 3 else 0  # an image with fewer questions leaves seeds unused
-        _check_seeds("extend", seeds, (len(codes), max(num_questions, given), len(sampling)), "[B, Q, S]")
+        _check_seeds("extend", seeds, (len(images), max(num_questions, given), len(sampling)), "[B, Q, S]")
         _check_bound("extend", "max_tokens", max_tokens)
         with torch.inference_mode():
-            return self._text.extend(codes, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
+            return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
 
     def score_choices(
-        self, image_codes: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
+        self, images: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
         *, text_only: bool = True, max_tokens: int = 16384,
     ) -> list[list[list[float]]]:  # fmt: skip
         """Log-probability of each given answer, its tokens and the eot after them.
 
         Args:
-            image_codes: int64 [B, num_image_tokens].
+            images: codes or features, see extend.
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none empty.
             text_only: normalise over the text ids; False over the joint vocabulary.
@@ -123,8 +124,8 @@ class Engine:
         Returns: log-probabilities [b][q][c].
         Raises: ValueError on arguments.
         """
-        codes = self._checked_codes("score_choices", image_codes)
-        self._check_questions("score_choices", codes, question_ids)
+        images = self._checked_images("score_choices", images)
+        self._check_questions("score_choices", images, question_ids)
         _check_bound("score_choices", "max_tokens", max_tokens)
         if [len(questions) for questions in question_ids] != [len(choices) for choices in choice_ids]:
             raise ValueError(
@@ -138,7 +139,9 @@ class Engine:
                     if len(ids) == 0:
                         raise ValueError(f"Engine.score_choices: {name} has no tokens; leave it out")
         with torch.inference_mode():
-            return self._text.score_choices(codes, question_ids, choice_ids, text_only=text_only, max_tokens=max_tokens)
+            return self._text.score_choices(
+                images, question_ids, choice_ids, text_only=text_only, max_tokens=max_tokens
+            )
 
     def logprobs(self, tree: SpanTree, rows: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities fp32 [T] of targets at packed rows of the tree; see span_logprobs. Differentiable."""
@@ -149,25 +152,39 @@ class Engine:
             )
         return span_logprobs(self.transformer, tree, rows, targets, backend=self.backend)
 
-    def _checked_codes(self, function: str, image_codes: Tensor) -> Tensor:
+    def _checked_images(self, function: str, images: Tensor) -> Tensor:
+        """The images as codes, or as features in the model's dtype."""
         num_tokens, codebook_size = self.layout.num_image_tokens, self.layout.codebook_size
-        codes = torch.as_tensor(image_codes)
-        if codes.dim() != 2 or codes.shape[1] != num_tokens or codes.is_floating_point():
+        hidden_size = self.transformer.config.hidden_size
+        images = torch.as_tensor(images)
+        shape, by_features = list(images.shape), images.is_floating_point()
+        if by_features:
+            fits = len(shape) == 3 and shape[1] > 0 and shape[2] == hidden_size
+        else:
+            fits = len(shape) == 2 and shape[1] == num_tokens and not images.is_complex()
+        if not fits:
             raise ValueError(
-                f"Engine.{function}: expected image_codes int64 [B, {num_tokens}], "
-                f"got {codes.dtype} {list(codes.shape)}"
+                f"Engine.{function}: expected images as codes int64 [B, {num_tokens}] or as features [B, F, "
+                f"{hidden_size}] of a floating dtype, got {images.dtype} {shape}"
             )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
+        if by_features:
+            images = images.to(self.dtype)
+            if not images.isfinite().all():
+                raise ValueError(
+                    f"Engine.{function}: expected finite features, got NaN or infinity in {self.dtype}; "
+                    "check the vision encoder's weights"
+                )
+        elif images.numel() and not 0 <= int(images.min()) <= int(images.max()) < codebook_size:
             raise ValueError(
-                f"Engine.{function}: expected image_codes in [0, {codebook_size}), got {int(codes.min())} to "
-                f"{int(codes.max())}; pass codes without the layout's code_offset"
+                f"Engine.{function}: expected codes in [0, {codebook_size}), got {int(images.min())} to "
+                f"{int(images.max())}; pass codes without the layout's code_offset"
             )
-        return codes
+        return images
 
-    def _check_questions(self, function: str, codes: Tensor, question_ids: QuestionIds) -> None:
-        if len(question_ids) != len(codes):
+    def _check_questions(self, function: str, images: Tensor, question_ids: QuestionIds) -> None:
+        if len(question_ids) != len(images):
             raise ValueError(
-                f"Engine.{function}: expected a list of questions for each of {len(codes)} images, "
+                f"Engine.{function}: expected a list of questions for each of {len(images)} images, "
                 f"got {len(question_ids)} lists"
             )
         for image, questions in enumerate(question_ids):

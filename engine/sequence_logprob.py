@@ -44,7 +44,7 @@ def next_token_targets(tree: SpanTree, spans: int | Sequence[int], end: int | No
     """
     spans = np.atleast_1d(np.asarray(spans, dtype=np.int64))
     parents = tree.parents[spans]
-    if tree.full[spans].any() or (parents < 0).any() or (tree.num_new[spans] < tree.lengths[spans]).any():
+    if not tree.causal[spans].all() or (parents < 0).any() or (tree.num_new[spans] < tree.lengths[spans]).any():
         raise ValueError(f"next_token_targets: expected new causal spans with a parent, got spans {spans.tolist()}")
     if (tree.num_new[parents] == 0).any():
         raise ValueError("next_token_targets: expected new parents, whose last rows predict; got cached ones")

@@ -1,9 +1,10 @@
 """Span trees: packed tokens, each stored and computed once, that attend to their ancestors and to themselves.
 
 A span is a run of tokens with one parent. A token attends to every token of its span's ancestors and, inside its own
-span, to all tokens ("full") or to itself and earlier ones ("causal"). The positions of a span go on from its parent's
-end. Sixteen images branch from one prompt, ten captions from one image, win and lose from one condition: every batch
-of this project is a forest of such trees.
+span, to all tokens ("full") or to itself and earlier ones ("causal"); if the mode is a number k, to itself and earlier
+ones and to all tokens after the first k. The positions of a span go on from its parent's end. Sixteen images branch
+from one prompt, ten captions from one image, win and lose from one condition: every batch of this project is a forest
+of such trees.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Span = tuple[Sequence[int], int, str]
-"""(token ids, index of the parent span or -1, "causal" or "full")."""
+Span = tuple[Sequence[int], int, str | int]
+"""(token ids, index of the parent span or -1, "causal", "full" or k)."""
+
+_EVERY_TOKEN = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ class SpanTree:
 
     token_ids, position_ids: int64 [Tq], the new tokens only (those that are computed now).
     slots: int64 [Tq], the storage slot (row of the key/value storage) of each new token.
-    starts, lengths, parents, full, num_new, regions: one entry a span, on the host. starts is the storage slot of the
-    span's first token, num_new counts its trailing tokens that are new (0: cached), regions the slots it may grow into.
+    starts, lengths, parents, num_causal, num_new, regions: one entry a span, on the host. starts is the storage slot of
+    the span's first token, num_causal its k (0: full; its length or more: causal), num_new counts its trailing tokens
+    that are new (0: cached), regions the slots it may grow into.
     capacity: storage slots that the tree needs, reserved ones included.
+    has_mixed: whether a span with new tokens is neither full nor causal.
     """
 
     token_ids: Tensor
@@ -54,22 +59,24 @@ class SpanTree:
     starts: np.ndarray
     lengths: np.ndarray
     parents: np.ndarray
-    full: np.ndarray
+    num_causal: np.ndarray
     num_new: np.ndarray
     regions: np.ndarray
     _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     capacity: int = field(init=False)
+    has_mixed: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # A plain int, not a property over numpy: torch.compile reads it while it traces.
+        # Plain values, not properties over numpy: torch.compile reads them while it traces.
         self.capacity = int(self.starts[-1] + self.regions[-1]) if len(self.starts) else 0
+        self.has_mixed = bool(((self.num_new > 0) & ~self.full & ~self.causal).any())
 
     @classmethod
     def build(cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int = 0) -> SpanTree:
         """A tree whose spans are all new, parents before children; reserve adds storage slots to each span."""
         none = np.zeros(0, dtype=np.int64)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        root = cls(empty, empty, empty, none, none, none, none.astype(bool), none, none)
+        root = cls(empty, empty, empty, none, none, none, none, none, none)
         return root.extend(spans, reserve=reserve)
 
     def extend(self, spans: Sequence[Span], reserve: int = 0) -> SpanTree:
@@ -80,12 +87,15 @@ class SpanTree:
         """
         old = self.num_spans
         for index, (ids, parent, mode) in enumerate(spans, start=old):
-            if not -1 <= parent < index or mode not in ("causal", "full") or len(ids) == 0:
+            known = 0 <= mode <= len(ids) if isinstance(mode, int) else mode in ("causal", "full")
+            if not -1 <= parent < index or not known or len(ids) == 0:
                 raise ValueError(
-                    f"SpanTree: span {index} needs tokens, a parent in [-1, {index}) and mode 'causal' or 'full', "
-                    f"got {len(ids)} tokens, parent {parent}, mode {mode!r}"
+                    f"SpanTree: span {index} needs tokens, a parent in [-1, {index}) and mode 'causal', 'full' or a "
+                    f"number of its tokens, got {len(ids)} tokens, parent {parent}, mode {mode!r}"
                 )
         lengths = np.array([len(ids) for ids, _, _ in spans], dtype=np.int64)
+        counts = {"causal": _EVERY_TOKEN, "full": 0}
+        num_causal = np.array([counts.get(mode, mode) for _, _, mode in spans], dtype=np.int64)
         regions = lengths + reserve
         starts = self.capacity + np.cumsum(regions) - regions
         flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _, _ in spans]) if spans else lengths
@@ -94,7 +104,7 @@ class SpanTree:
             np.concatenate([self.starts, starts]),
             np.concatenate([self.lengths, lengths]),
             np.concatenate([self.parents, np.array([parent for _, parent, _ in spans], dtype=np.int64)]),
-            np.concatenate([self.full, np.array([mode == "full" for _, _, mode in spans], dtype=bool)]),
+            np.concatenate([self.num_causal, num_causal]),
             np.concatenate([np.zeros(old, dtype=np.int64), lengths]),
             np.concatenate([self.regions, regions]),
         )
@@ -115,7 +125,7 @@ class SpanTree:
         num_new[spans] = 1
         if (lengths > self.regions).any():
             raise ValueError("SpanTree.grow: a span is out of reserved slots; build it with a larger reserve")
-        return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.full, num_new, self.regions)
+        return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
 
     def with_tokens(self, token_ids: Tensor) -> SpanTree:
         """The same structure over other token ids [Tq]; the attention plans are shared.
@@ -128,14 +138,14 @@ class SpanTree:
                 f"SpanTree.with_tokens: expected token_ids {list(self.token_ids.shape)}, got {list(token_ids.shape)}"
             )
         return SpanTree(
-            token_ids, self.position_ids, self.slots, self.starts, self.lengths, self.parents, self.full, self.num_new,
-            self.regions, self._plans,
+            token_ids, self.position_ids, self.slots, self.starts, self.lengths, self.parents, self.num_causal,
+            self.num_new, self.regions, self._plans,
         )  # fmt: skip
 
     @classmethod
     def _assemble(
-        cls, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray, full: np.ndarray,
-        num_new: np.ndarray, regions: np.ndarray,
+        cls, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray,
+        num_causal: np.ndarray, num_new: np.ndarray, regions: np.ndarray,
     ) -> SpanTree:  # fmt: skip
         first_position = np.zeros_like(starts)
         for ancestors in _ancestor_levels(parents):
@@ -147,13 +157,23 @@ class SpanTree:
             token_ids,
             torch.from_numpy(first_position[of_span] + offsets).to(device),
             torch.from_numpy(starts[of_span] + offsets).to(device),
-            starts, lengths, parents, full, num_new, regions,
+            starts, lengths, parents, num_causal, num_new, regions,
         )  # fmt: skip
 
     @property
     def num_spans(self) -> int:
         """Number of spans, cached ones included."""
         return len(self.starts)
+
+    @property
+    def full(self) -> np.ndarray:
+        """Whether all tokens of a span see one another, bool [S]."""
+        return self.num_causal == 0
+
+    @property
+    def causal(self) -> np.ndarray:
+        """Whether no token of a span sees a later one, bool [S]."""
+        return self.num_causal >= self.lengths
 
     @property
     def packed_starts(self) -> np.ndarray:
@@ -176,8 +196,9 @@ class SpanTree:
                 allowed[rows, start : start + length] = True
                 ancestor = int(self.parents[ancestor])
             start, length, new = int(self.starts[span]), int(self.lengths[span]), int(self.num_new[span])
-            own = torch.ones(new, length, dtype=torch.bool)
-            allowed[rows, start : start + length] = own if self.full[span] else own.tril(length - new)
+            own = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+            own[:, int(self.num_causal[span]) :] = True
+            allowed[rows, start : start + length] = own
         return allowed.to(self.token_ids.device)
 
     def plan(self, key: Hashable, make: Callable[[SpanTree], Any]) -> Any:
@@ -187,7 +208,7 @@ class SpanTree:
         return self._plans[key]
 
     def groups(self) -> list[AttentionGroup]:
-        """The attention plan of batched calls: query spans bucketed by mode and length."""
+        """The attention plan of batched calls: query spans bucketed by length, full ones apart."""
         return self.plan("groups", SpanTree._make_groups)
 
     def _make_groups(self) -> list[AttentionGroup]:
@@ -223,7 +244,12 @@ class SpanTree:
             last_key = np.broadcast_to(key_lengths[:, None], query_rows.shape)
             if not full:
                 last_key = last_key - queries[:, None] + 1 + np.arange(num_queries)
-            mask = np.arange(num_keys) < np.minimum(last_key, key_lengths[:, None])[:, :, None]
+            key = np.arange(num_keys)
+            mask = key < np.minimum(last_key, key_lengths[:, None])[:, :, None]
+            if not full and self.has_mixed:
+                num_shared = np.maximum(self.lengths[spans] - self.num_causal[spans], 0)
+                shared = (key >= (key_lengths - num_shared)[:, None]) & (key < key_lengths[:, None])
+                mask |= shared[:, None]
         device = self.token_ids.device
         return AttentionGroup(
             torch.from_numpy(query_rows).to(device),

@@ -21,7 +21,7 @@ from hermesflow.kernels.token_sample import token_sample
 from .sequence_logprob import next_token_targets
 from .span_tree import Span, SpanTree
 from .token_layout import TokenLayout
-from .transformer import Transformer
+from .transformer import Embeds, Transformer
 
 QuestionIds = Sequence[Sequence[Sequence[int]]]
 """Plain text ids of each image's questions: [image][question][token]."""
@@ -66,13 +66,13 @@ class TextDecoder:
         self.transformer, self.layout, self.backend = transformer, layout, backend
 
     def extend(
-        self, image_codes: Tensor, question_ids: QuestionIds, sampling: Sequence[SamplingParams], seeds: Tensor,
+        self, images: Tensor, question_ids: QuestionIds, sampling: Sequence[SamplingParams], seeds: Tensor,
         *, text_only: bool = True, max_tokens: int = 16384,
     ) -> list[list[list[list[int]]]]:  # fmt: skip
         """Answer each question once for every entry of sampling.
 
         Args:
-            image_codes: int64 [B, N].
+            images: codes int64 [B, N], or features [B, F, D] of the model's width D.
             question_ids: plain text ids [B][Q of the image].
             sampling: S settings.
             seeds: int64 [B, Q, S], Q at least the largest number of questions of an image.
@@ -82,24 +82,24 @@ class TextDecoder:
         Raises: RuntimeError naming the answer and the step if the model's logits hold NaN.
         """
         answers: list[list] = [[None] * len(questions) for questions in question_ids]
-        codes, reserve = image_codes.tolist(), sum(params.max_new_tokens for params in sampling)
+        reserve = sum(params.max_new_tokens for params in sampling)
         costs = [[len(question) + 1 + reserve for question in questions] for questions in question_ids]
-        for pairs in self._batches(costs, max_tokens):
+        for pairs in self._batches(images, costs, max_tokens):
             batch_seeds = torch.stack([seeds[image, question] for image, question in pairs]).flatten()
-            spans = self._question_spans(codes, question_ids, pairs)
-            batch = _AnswerBatch(self, spans, pairs, sampling, batch_seeds, text_only)
+            spans, embeds = self._question_spans(images, question_ids, pairs)
+            batch = _AnswerBatch(self, spans, embeds, pairs, sampling, batch_seeds, text_only)
             for (image, question), samples in zip(pairs, batch.decode(), strict=True):
                 answers[image][question] = samples
         return answers
 
     def score_choices(
-        self, image_codes: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
+        self, images: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
         *, text_only: bool = True, max_tokens: int = 16384,
     ) -> list[list[list[float]]]:  # fmt: skip
         """Log-probability of each given answer and the eot after it, all in one pass a batch.
 
         Args:
-            image_codes: int64 [B, N].
+            images: codes int64 [B, N], or features [B, F, D] of the model's width D.
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none of them empty.
             text_only: whether probabilities are normalised over the text ids or over the joint vocabulary.
@@ -107,21 +107,21 @@ class TextDecoder:
         Returns: log-probabilities [b][q][c].
         """
         scores: list[list] = [[None] * len(questions) for questions in question_ids]
-        codes = image_codes.tolist()
         costs = [
             [len(question) + 1 + sum(map(len, choices)) for question, choices in zip(*of_image, strict=True)]
             for of_image in zip(question_ids, choice_ids, strict=True)
         ]
-        for pairs in self._batches(costs, max_tokens):
-            spans = self._question_spans(codes, question_ids, pairs)
-            logprobs_of = self._score(spans, pairs, choice_ids, text_only)
+        for pairs in self._batches(images, costs, max_tokens):
+            spans, embeds = self._question_spans(images, question_ids, pairs)
+            logprobs_of = self._score(spans, embeds, pairs, choice_ids, text_only)
             for (image, question), logprobs in zip(pairs, logprobs_of, strict=True):
                 scores[image][question] = logprobs
         return scores
 
     def _score(
-        self, spans: list[Span], pairs: list[Pair], choice_ids: Sequence[QuestionIds], text_only: bool
-    ) -> list[list[float]]:
+        self, spans: list[Span], embeds: Embeds | None, pairs: list[Pair], choice_ids: Sequence[QuestionIds],
+        text_only: bool,
+    ) -> list[list[float]]:  # fmt: skip
         choices = [choice_ids[image][question] for image, question in pairs]
         num_choices = [len(of_question) for of_question in choices]
         first_question, first_choice = len(spans) - len(pairs), len(spans)
@@ -132,7 +132,8 @@ class TextDecoder:
         tree = SpanTree.build(spans, self.transformer.embed.weight.device)
         rows, targets = next_token_targets(tree, range(first_choice, len(spans)), end=self.layout.eot)
         weight, bias = self.text_head(text_only)
-        logprob = linear_logprob(self.transformer(tree)[rows], weight, targets, bias=bias, backend=self.backend)
+        hidden = self.transformer(tree, embeds=embeds)[rows]
+        logprob = linear_logprob(hidden, weight, targets, bias=bias, backend=self.backend)
         lengths = tree.lengths[first_choice:] + 1
         # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.
         sums = np.add.reduceat(logprob.double().cpu().numpy(), np.cumsum(lengths) - lengths)
@@ -143,17 +144,28 @@ class TextDecoder:
         head, ids = self.transformer.head, slice(self.layout.text_vocab_size if text_only else None)
         return head.weight[ids], None if head.bias is None else head.bias[ids]
 
-    def _question_spans(self, codes: list[list[int]], question_ids: QuestionIds, pairs: list[Pair]) -> list[Span]:
-        """The images of the pairs, each once, then one question a pair."""
-        images = {image: index for index, image in enumerate(dict.fromkeys(image for image, _ in pairs))}
-        spans: list[Span] = [(self.layout.image_prefix(codes[image]), -1, "full") for image in images]
+    def _question_spans(
+        self, images: Tensor, question_ids: QuestionIds, pairs: list[Pair]
+    ) -> tuple[list[Span], Embeds | None]:
+        """The images of the pairs, each once, then one question a pair; and the images' features, if they are such."""
+        used = list(dict.fromkeys(image for image, _ in pairs))
+        span_of = {image: span for span, image in enumerate(used)}
+        spans: list[Span]
+        if images.is_floating_point():
+            ids, first = self.layout.feature_prefix(images.shape[1])
+            spans = [(ids, -1, first)] * len(used)
+            rows = torch.arange(len(used))[:, None] * len(ids) + torch.arange(first, len(ids))
+            ask, embeds = self.layout.feature_question, (rows.flatten(), images[used].flatten(0, 1))
+        else:
+            spans = [(self.layout.image_prefix(codes), -1, "full") for codes in images[used].tolist()]
+            ask, embeds = self.layout.question, None
         for image, question in pairs:
-            spans.append((self.layout.question(question_ids[image][question]), images[image], "causal"))
-        return spans
+            spans.append((ask(question_ids[image][question]), span_of[image], "causal"))
+        return spans, embeds
 
-    def _batches(self, costs: list[list[int]], max_tokens: int) -> Iterator[list[Pair]]:
+    def _batches(self, images: Tensor, costs: list[list[int]], max_tokens: int) -> Iterator[list[Pair]]:
         """(image, question) pairs in order, cut so that images and costs [image][question] stay within max_tokens."""
-        prefix = self.layout.num_image_tokens + 3
+        prefix = images.shape[1] + (2 + len(self.layout.system_ids) if images.is_floating_point() else 3)
         pairs: list[Pair] = []
         total = 0
         for image, of_image in enumerate(costs):
@@ -172,8 +184,8 @@ class _AnswerBatch:
     """Answers under way. Row r answers question r // S with sampling[r % S], S the number of settings."""
 
     def __init__(
-        self, decoder: TextDecoder, spans: list[Span], pairs: list[Pair], sampling: Sequence[SamplingParams],
-        seeds: Tensor, text_only: bool,
+        self, decoder: TextDecoder, spans: list[Span], embeds: Embeds | None, pairs: list[Pair],
+        sampling: Sequence[SamplingParams], seeds: Tensor, text_only: bool,
     ) -> None:  # fmt: skip
         self.transformer, self.eot, self.backend = decoder.transformer, decoder.layout.eot, decoder.backend
         self.head, self.pairs, self.num_samples = decoder.text_head(text_only), pairs, len(sampling)
@@ -185,7 +197,7 @@ class _AnswerBatch:
             dtype = torch.int64 if name == "top_k" else torch.float32
             values = torch.tensor([getattr(params, name) for params in sampling], dtype=dtype, device=device)
             self.settings[name] = values.repeat(num_questions)
-        self.tree = SpanTree.build(spans, device)
+        self.tree, self.embeds = SpanTree.build(spans, device), embeds
         self.question_spans = np.arange(len(spans) - num_questions, len(spans))
         self.answer_spans = np.full(len(seeds), -1)
         # The last token of an answer is never fed back.
@@ -221,7 +233,7 @@ class _AnswerBatch:
         """A question's last token predicts the first token of all its samples."""
         tree = self.tree
         last = tree.packed_starts[self.question_spans] + tree.num_new[self.question_spans] - 1
-        hidden = self.transformer(tree, self.cache)[torch.from_numpy(last).to(self.device)]
+        hidden = self.transformer(tree, self.cache, self.embeds)[torch.from_numpy(last).to(self.device)]
         return F.linear(hidden, *self.head).repeat_interleave(self.num_samples, dim=0)
 
     def _next_logits(self, active: np.ndarray, token: Tensor, step: int) -> Tensor:

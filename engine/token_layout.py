@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 """The nine special tokens in Show-o's published order; they follow [PAD]."""
@@ -13,7 +14,8 @@ SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 class TokenLayout:
     """Joint vocabulary of a unified model: [text | pad, nine specials | (unused) | image codes | mask].
 
-    sot and eot are text tokens (Show-o uses the text tokenizer's bos and eos, which may be the same id).
+    sot and eot are text tokens (Show-o uses the text tokenizer's bos and eos, which may be the same id). system_ids are
+    the text ids that stand before an image's features in a model that understands images by features.
     """
 
     text_vocab_size: int
@@ -21,17 +23,17 @@ class TokenLayout:
     num_image_tokens: int
     sot: int
     eot: int
+    system_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("sot", "eot"):
-            if not 0 <= getattr(self, name) < self.text_vocab_size:
-                raise ValueError(
-                    f"TokenLayout: {name} must be a text id in [0, {self.text_vocab_size}), got {getattr(self, name)}"
-                )
+        text_ids = [("sot", self.sot), ("eot", self.eot), *(("system_ids", token) for token in self.system_ids)]
+        for name, token in text_ids:
+            if not 0 <= token < self.text_vocab_size:
+                raise ValueError(f"TokenLayout: {name} must be a text id in [0, {self.text_vocab_size}), got {token}")
 
     @property
     def pad(self) -> int:
-        """Id of [PAD]; kept for the published layout, never part of a sequence here."""
+        """Id of [PAD]; in a sequence it only holds the place of an image's features."""
         return self.text_vocab_size
 
     def special(self, name: str) -> int:
@@ -83,6 +85,19 @@ class TokenLayout:
         """What is asked of an image: [sot, text], a causal span; its answer ends with eot."""
         return [self.sot, *text_ids]
 
-    def to_dict(self) -> dict[str, int]:
+    def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
+        """An image to be understood by its features: [mmu, system ids, soi, a pad for each feature], a root span.
+
+        Returns: the ids, and how many precede the features: the span's mode, for the features alone are seen by all.
+        Source: Show-o's variant with CLIP features, its attention mask for multimodal understanding.
+        """
+        before = [self.special("mmu"), *self.system_ids, self.soi]
+        return [*before, *[self.pad] * num_features], len(before)
+
+    def feature_question(self, text_ids: Sequence[int]) -> list[int]:
+        """What is asked of an image given by features: [eoi, text], a causal span; its answer ends with eot."""
+        return [self.eoi, *text_ids]
+
+    def to_dict(self) -> dict[str, Any]:
         """The fields, for a configuration file."""
         return asdict(self)

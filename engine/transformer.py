@@ -14,6 +14,9 @@ from hermesflow.kernels.span_attention import span_attention
 from .kv_cache import KVCache
 from .span_tree import SpanTree
 
+Embeds = tuple[Tensor, Tensor]
+"""(packed rows int64 [n] of a tree, vectors [n, D] in place of the embeddings of those tokens)."""
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -153,12 +156,16 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, tree: SpanTree, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tree: SpanTree, cache: KVCache | None = None, embeds: Embeds | None = None) -> Tensor:
         """Hidden states [Tq, D] of the tree's new tokens after the final norm.
 
         Without a cache every span must be new; with one, cached spans are read from it and new ones written to it.
+        embeds stand in place of the embeddings of some new tokens; they are converted to the weights' dtype and device.
         """
         x = self.embed(tree.token_ids)
+        if embeds is not None:
+            rows, values = embeds
+            x = x.index_copy(0, rows.to(x.device), values.to(x))
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
         for block in self.blocks:
             x = block(x, rotary, tree, cache)

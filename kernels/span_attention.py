@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hermesflow.engine.span_tree import SpanTree
 
 OP = "span_attention"
+_NO_MIXED_SPANS = "a span with new tokens is causal in part, needs spans that are causal or full as a whole"
 
 
 def span_attention(
@@ -108,13 +109,17 @@ def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> 
     return not_on("cuda", q, k, v)
 
 
-def _flash_attn_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+def _flash_attn_can_run(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, **_: object) -> str | None:
+    if tree.has_mixed:
+        return _NO_MIXED_SPANS
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256:
         return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp16 or bf16 and a head_dim of at most 256"
     return not_on("cuda", q, k, v)
 
 
-def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, **_: object) -> str | None:
+    if tree.has_mixed:
+        return _NO_MIXED_SPANS
     if q.dtype not in FLOAT_DTYPES or q.shape[2] % 8:
         return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a multiple of 8"
     return not_on("cuda", q, k, v)

@@ -1,10 +1,10 @@
 """How the tiled backends of span_attention walk a span tree.
 
 Rows (the new tokens) and keys (the storage slots that some row attends to) are sorted depth first: a span's own rows,
-then those of its descendants, child by child. The rows that see a key are then one interval: all rows of its span (in a
-causal span those from the key's own row on) and of the descendants, which follow without a gap. So two numbers a key
-are the whole mask, spans that share ancestors sit together, and cutting rows and keys into equal blocks and tiles
-leaves few pairs of a block and a tile that meet.
+then those of its descendants, child by child. The rows that see a key are then one interval: all rows of its span (for
+a causal key those from its own row on) and of the descendants, which follow without a gap. So two numbers a key are the
+whole mask, spans that share ancestors sit together, and cutting rows and keys into equal blocks and tiles leaves few
+pairs of a block and a tile that meet.
 Source: a mask of row intervals a key, FlashMask (arXiv 2410.01359).
 """
 
@@ -83,7 +83,7 @@ def depth_first(tree: SpanTree) -> SortedTree:
     spans = spans[num_below[spans] > 0]
     span, position = np.repeat(spans, tree.lengths[spans]), _counting(tree.lengths[spans])
     num_cached = (tree.lengths - tree.num_new)[span]
-    own_row = np.where(tree.full[span], 0, np.maximum(position - num_cached, 0))
+    own_row = np.where(position < tree.num_causal[span], np.maximum(position - num_cached, 0), 0)
     return SortedTree(rows, tree.starts[span] + position, first[span] + own_row, (first + num_below)[span])
 
 

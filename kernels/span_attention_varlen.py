@@ -2,7 +2,8 @@
 
 Each span with new tokens is one sequence: its queries are those tokens, its keys those of its ancestors and its own,
 gathered together. Full spans go into one call, causal spans into another, whose mask is aligned at the bottom right:
-the last new token sees all keys, which is the tree's rule. Shared ancestors are gathered once a span.
+the last new token sees all keys, which is the tree's rule. Spans that are causal in part have no such call. Shared
+ancestors are gathered once a span.
 """
 
 from __future__ import annotations

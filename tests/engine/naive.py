@@ -1,6 +1,7 @@
 """The truth that the engine is held to: whole sequences, dense masks, no cache, one sample at a time, the full head."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.token_sample import token_sample
 
 LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, sot=0, eot=1)
+FEATURE_LAYOUT = replace(LAYOUT, system_ids=(20, 21, 22))
 
 # What the built-in model, Phi and Llama are made of, each at least once.
 MODELS = {
@@ -43,8 +45,12 @@ def tiny_model(kind="sequential", layout=LAYOUT, dtype=torch.float32, seed=0):
 
 def dense_hidden(transformer, token_ids, position_ids, allowed):
     """Hidden states [T, D] of tokens [T] under a dense mask [T, T], written out without the engine's attention."""
+    return dense_hidden_of(transformer, transformer.embed.weight[token_ids], position_ids, allowed)
+
+
+def dense_hidden_of(transformer, x, position_ids, allowed):
+    """The same of embeddings x [T, D]."""
     config = transformer.config
-    x = transformer.embed.weight[token_ids]
     for block in transformer.blocks:
         normed = block.attention_norm(x)
         attended = _attention(block.attention, config, normed, position_ids, allowed)
@@ -97,13 +103,14 @@ def _mlp(mlp, config, x):
 
 
 def chain_logits(transformer, *spans):
-    """Logits [T, V] of one sequence of spans (ids, "causal" or "full"), each of which sees all spans before it."""
+    """Logits [T, V] of one sequence of spans (ids, mode), each of which sees all spans before it."""
     ids = torch.tensor([token for span, _ in spans for token in span])
     allowed = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     start = 0
     for span, mode in spans:
-        if mode == "full":
-            allowed[start : start + len(span), start : start + len(span)] = True
+        if mode != "causal":
+            first = 0 if mode == "full" else mode
+            allowed[start : start + len(span), start + first : start + len(span)] = True
         start += len(span)
     hidden = dense_hidden(transformer, ids, torch.arange(len(ids)), allowed)
     return F.linear(hidden, transformer.head.weight, transformer.head.bias)
@@ -144,14 +151,32 @@ def draw_image(transformer, layout, prompt, seed, params):
         codes = torch.where(masked, -1, codes)
 
 
+def understanding_logits(transformer, layout, image, text):
+    """Logits [1 + text, V] of the last token before the text and of the text, after an image.
+
+    The image is a list of codes, or features [F, D]: then the sequence is [mmu, system ids, soi, features, eoi, text],
+    causal but for the features, which all tokens see.
+    """
+    if isinstance(image, list):
+        codes = [code + layout.code_offset for code in image]
+        image = [layout.special("mmu"), layout.soi, *codes, layout.eoi]
+        return chain_logits(transformer, (image, "full"), ([layout.sot, *text], "causal"))[len(image) :]
+    before = [layout.special("mmu"), *layout.system_ids, layout.soi]
+    embed = transformer.embed.weight
+    x = torch.cat([embed[before], image.to(embed), embed[[layout.eoi, *text]]])
+    allowed = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+    allowed[:, len(before) : len(before) + len(image)] = True
+    hidden = dense_hidden_of(transformer, x, torch.arange(len(x)), allowed)[len(before) + len(image) :]
+    return F.linear(hidden, transformer.head.weight, transformer.head.bias)
+
+
 @torch.no_grad()
-def answer(transformer, layout, codes, question, params, seed, text_only=True):
-    """Token ids of one answer; the whole sequence is computed again for each token."""
+def answer(transformer, layout, image, question, params, seed, text_only=True):
+    """Token ids of one answer about codes or features; the whole sequence is computed again for each token."""
     ids = []
     num_ids = layout.text_vocab_size if text_only else layout.vocab_size
     for step in range(params.max_new_tokens):
-        image = [layout.special("mmu"), layout.soi, *(code + layout.code_offset for code in codes), layout.eoi]
-        logits = chain_logits(transformer, (image, "full"), ([layout.sot, *question, *ids], "causal"))[-1:, :num_ids]
+        logits = understanding_logits(transformer, layout, image, [*question, *ids])[-1:, :num_ids]
         token, _ = token_sample(
             logits,
             temperature=torch.tensor([float(params.temperature)]),
@@ -167,11 +192,9 @@ def answer(transformer, layout, codes, question, params, seed, text_only=True):
 
 
 @torch.no_grad()
-def choice_logprob(transformer, layout, codes, question, choice, text_only=True):
-    """Log-probability of one choice and its eot."""
-    image = [layout.special("mmu"), layout.soi, *(code + layout.code_offset for code in codes), layout.eoi]
-    text = [layout.sot, *question, *choice]
-    logits = chain_logits(transformer, (image, "full"), (text, "causal"))
+def choice_logprob(transformer, layout, image, question, choice, text_only=True):
+    """Log-probability of one choice about codes or features, and of its eot."""
+    logits = understanding_logits(transformer, layout, image, [*question, *choice])
     logits = logits[:, : layout.text_vocab_size if text_only else layout.vocab_size].double()
-    logprobs = logits[len(image) + len(question) :].log_softmax(1)
+    logprobs = logits[len(question) :].log_softmax(1)
     return sum(logprobs[row, token].item() for row, token in enumerate([*choice, layout.eot]))

@@ -66,6 +66,15 @@ def test_int32_codes_are_welcome(engine, codes):
     assert wide == narrow
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_features_of_any_floating_dtype(naive, dtype):
+    engine = Engine(naive.tiny_model(), naive.FEATURE_LAYOUT)
+    features = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores = engine.score_choices(features, [[[5]], []], [[[[6, 7]]], []])
+    truth = naive.choice_logprob(engine.transformer, naive.FEATURE_LAYOUT, features[0], [5], [6, 7])
+    assert scores[0][0] == pytest.approx([truth], rel=1e-5)
+
+
 def test_logprobs_follow_the_callers_gradient_mode(engine):
     tree = SpanTree.build([([1, 2, 3], -1, "causal")])
     rows, targets = torch.tensor([0, 1]), torch.tensor([2, 3])
@@ -137,9 +146,15 @@ def test_bad_generate(engine, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_codes": seeds(2, 15)}, r"expected image_codes int64 \[B, 16\], got torch.int64 \[2, 15\]"),
-        ({"image_codes": torch.zeros(2, 16)}, "expected image_codes int64 .* got torch.float32"),
-        ({"image_codes": torch.full((2, 16), 64)}, r"expected image_codes in \[0, 64\), got 64 to 64; .* code_offset"),
+        ({"images": seeds(2, 15)}, r"expected images as codes int64 \[B, 16\] .*, got torch.int64 \[2, 15\]"),
+        ({"images": torch.zeros(2, 16)}, r"features \[B, F, 32\] of a floating dtype, got torch.float32 \[2, 16\]"),
+        ({"images": torch.full((2, 16), 64)}, r"expected codes in \[0, 64\), got 64 to 64; .* code_offset"),
+        ({"images": torch.zeros(2, 9, 31)}, r"features \[B, F, 32\] .*, got torch.float32 \[2, 9, 31\]"),
+        ({"images": torch.zeros(2, 0, 32)}, r"features \[B, F, 32\] .*, got torch.float32 \[2, 0, 32\]"),
+        ({"images": torch.zeros(2, 9, 32).long()}, r"features \[B, F, 32\] .*, got torch.int64 \[2, 9, 32\]"),
+        ({"images": torch.full((2, 9, 32), float("nan"))}, r"expected finite features, got NaN .* vision encoder"),
+        ({"images": torch.zeros(2, 9, 32).double() + 1e300}, "expected finite features, .* infinity in torch.float32"),
+        ({"images": torch.zeros(1, 9, 32)}, "expected a list of questions for each of 1 images, got 2 lists"),
         ({"question_ids": [[[5]]]}, "expected a list of questions for each of 2 images, got 1 lists"),
         ({"question_ids": [[[5]], [[6], [99]]]}, r"in question 1 of image 1, got \[99\]"),
         ({"sampling": []}, "expected at least one SamplingParams in sampling, got none"),
@@ -148,10 +163,13 @@ def test_bad_generate(engine, change, message):
         ({"seeds": seeds(2, 1, 2)}, r"\[B, Q, S\] = \[2, 1, 1\], got torch.int64 \[2, 1, 2\]"),
         ({"max_tokens": 0}, "expected max_tokens of at least 1, got 0"),
     ],
-    ids=["tokens", "float", "range", "questions", "ids", "sampling", "seeds-2d", "seeds-few", "seeds-many", "bound"],
+    ids=[
+        "tokens", "float", "range", "width", "no-features", "integer-features", "nan", "overflow", "feature-questions",
+        "questions", "ids", "sampling", "seeds-2d", "seeds-few", "seeds-many", "bound",
+    ],
 )
 def test_bad_extend(engine, codes, change, message):
-    arguments = {"image_codes": codes, "question_ids": [[[5]], [[6]]], "sampling": [GREEDY], "seeds": seeds(2, 1, 1)}
+    arguments = {"images": codes, "question_ids": [[[5]], [[6]]], "sampling": [GREEDY], "seeds": seeds(2, 1, 1)}
     with pytest.raises(ValueError, match=f"Engine.extend: .*{message}"):
         engine.extend(**(arguments | change))
 
@@ -162,13 +180,14 @@ def test_bad_extend(engine, codes, change, message):
         ({"choice_ids": [[[[5]]]]}, "expected a list of choices for each question; nest choice_ids as question_ids"),
         ({"choice_ids": [[[[5]]], [[[]]]]}, "choice 0 of image 1, question 0 has no tokens; leave it out"),
         ({"choice_ids": [[[[5]]], [[[6], [70]]]]}, r"in choice 1 of image 1, question 0, got \[70\]"),
-        ({"image_codes": torch.full((2, 16), -1)}, "expected image_codes in"),
+        ({"images": torch.full((2, 16), -1)}, "expected codes in"),
+        ({"images": torch.full((2, 9, 32), float("inf"))}, "expected finite features"),
         ({"question_ids": [[[5]]]}, "expected a list of questions for each of 2 images, got 1 lists"),
         ({"max_tokens": 0}, "expected max_tokens of at least 1, got 0"),
     ],
-    ids=["nesting", "empty-choice", "ids", "codes", "questions", "bound"],
+    ids=["nesting", "empty-choice", "ids", "codes", "features", "questions", "bound"],
 )
 def test_bad_score_choices(engine, codes, change, message):
-    arguments = {"image_codes": codes, "question_ids": [[[5]], [[6]]], "choice_ids": [[[[5]]], [[[6]]]]}
+    arguments = {"images": codes, "question_ids": [[[5]], [[6]]], "choice_ids": [[[[5]]], [[[6]]]]}
     with pytest.raises(ValueError, match=f"Engine.score_choices: .*{message}"):
         engine.score_choices(**(arguments | change))

@@ -15,7 +15,7 @@ def forests(draw, first=0, minimum=1):
     count = draw(st.integers(minimum, 7))
     parents = [draw(st.integers(-1, first + index - 1)) for index in range(count)]
     lengths = [draw(st.integers(1, 11)) for _ in range(count)]
-    modes = [draw(st.sampled_from(["causal", "full"])) for _ in range(count)]
+    modes = [draw(st.sampled_from(["causal", "full", *range(length + 1)])) for length in lengths]
     ids = iter(range(1000))
     tokens = [[next(ids) for _ in range(length)] for length in lengths]
     return list(zip(tokens, parents, modes, strict=True))
@@ -34,7 +34,8 @@ def truth(tree, spans, new):
         positions.append(index + sum(len(spans[ancestor][0]) for ancestor in ancestors(span)))
         for other, (ids, _, _) in enumerate(spans):
             for key in range(len(ids)):
-                own = other == span and (spans[span][2] == "full" or key <= index)
+                mode = spans[other][2]
+                own = other == span and (key <= index or mode == "full" or (mode != "causal" and key >= mode))
                 allowed[row, int(tree.starts[other]) + key] = own or other in ancestors(span)
     return allowed, torch.tensor(positions)
 
@@ -125,10 +126,23 @@ def test_equal_full_spans_need_no_mask():
     assert group.key_slots.shape == (4, 13)
 
 
+def test_kinds_of_spans():
+    """k at either end is full or causal; only new spans count as mixed, and a grown causal span stays causal."""
+    modes = ["causal", "full", 0, 1, 2]
+    tree = SpanTree.build([([1, 2], -1, mode) for mode in modes], reserve=1)
+    assert tree.causal.tolist() == [True, False, False, False, True]
+    assert tree.full.tolist() == [False, True, True, False, False]
+    assert tree.has_mixed and not tree.extend([([3], 3, "causal")]).has_mixed
+    assert tree.grow([0], torch.tensor([3])).causal[0]
+
+
 @pytest.mark.parametrize(
     "spans",
-    [[([], -1, "causal")], [([1], 0, "causal")], [([1], -1, "both")], [([1], -2, "full")]],
-    ids=["empty-span", "own-parent", "unknown-mode", "parent-before-root"],
+    [
+        [([], -1, "causal")], [([1], 0, "causal")], [([1], -1, "both")], [([1], -2, "full")], [([1], -1, 2)],
+        [([1], -1, -1)],
+    ],
+    ids=["empty-span", "own-parent", "unknown-mode", "parent-before-root", "beyond-its-end", "negative"],
 )
 def test_bad_spans(spans):
     with pytest.raises(ValueError, match="SpanTree: span 0 needs tokens, a parent"):

@@ -10,6 +10,7 @@ TEXT, IMAGE, QUESTION = [3, 4, 5, 6], list(range(50, 68)), [7, 8, 9]
 SPANS = [
     (TEXT, -1, "causal"), (IMAGE, 0, "full"), (IMAGE[::-1], 0, "full"),
     (IMAGE, -1, "full"), (QUESTION, 3, "causal"), ([1, 2], 4, "causal"), ([2, 1, 3], 4, "causal"),
+    (TEXT + IMAGE, -1, 4), (QUESTION, 7, "causal"),
 ]  # fmt: skip
 MODEL_NAMES = ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied", "relu2-no-rotary"]
 
@@ -39,7 +40,7 @@ def test_forward_and_all_gradients_in_float64(naive, transformer):
         torch.testing.assert_close(got_gradient, true_gradient, rtol=1e-9, atol=1e-10, msg=label)
 
 
-@pytest.mark.parametrize("branch", [(0, 1), (0, 2), (3, 4, 5), (3, 4, 6)], ids=str)
+@pytest.mark.parametrize("branch", [(0, 1), (0, 2), (3, 4, 5), (3, 4, 6), (7, 8)], ids=str)
 def test_branch_equals_its_sequence_alone(naive, transformer, branch):
     """Sharing a prefix changes nothing: each path from a root is a sequence of its own."""
     tree = SpanTree.build(SPANS)
@@ -75,6 +76,20 @@ def test_cached_prefixes_equal_one_pass(transformer):
     fresh = nan_cache(transformer, again.capacity)
     transformer(prefix, fresh)
     torch.testing.assert_close(transformer(swapped, cache), transformer(again, fresh), rtol=0, atol=1e-11)
+
+
+def test_embeds_stand_in_for_tokens(naive, transformer):
+    """The embeddings of other tokens at some rows, in any order and dtype, with their gradient."""
+    tree = SpanTree.build([(TEXT + IMAGE, -1, 4), (QUESTION, 0, "causal")])
+    rows = torch.arange(4, 4 + len(IMAGE)).flip(0)
+    other = tree.token_ids.clone()
+    other[rows] = torch.arange(len(IMAGE))
+    values = transformer.embed.weight[: len(IMAGE)].detach().float().requires_grad_()
+    transformer.embed.weight.data[: len(IMAGE)] = values.detach().double()
+    got = transformer(tree, embeds=(rows, values))
+    torch.testing.assert_close(got, transformer(tree.with_tokens(other)), rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(got.square().sum(), values)
+    assert gradient.dtype == torch.float32 and gradient.abs().sum(1).min() > 0
 
 
 @torch.no_grad()

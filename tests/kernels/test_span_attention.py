@@ -58,6 +58,21 @@ def first_root_unused():
     return tree.extend([(ids(2), 1, "full"), (ids(2), 2, "full"), (ids(3), 1, "causal")])
 
 
+def questions_about_features():
+    """Two images by features, of which a prompt of unequal length comes first and is causal, with their questions."""
+    images = [(ids(40), -1, 7), (ids(45), -1, 12)]
+    return SpanTree.build([*images, *[(ids(3 + 2 * k), k % 2, "causal") for k in range(5)]])
+
+
+def mixed_forest():
+    """Spans of all modes below one another; some of those that are causal in part are cached, some grow."""
+    modes = ["causal", "full", 1, 5, 0, 9]
+    spans = [(ids(9 + k), -1 if k < 3 else k - 3, modes[k % 6]) for k in range(12)]
+    tree = SpanTree.build(spans, reserve=1)
+    tree = tree.extend([(ids(8 + k), k, 3 + k % 5) for k in range(12)], reserve=1)
+    return tree.grow([13, 14, 20], torch.tensor([1, 2, 3]))
+
+
 TREES = {
     "first-root-unused": first_root_unused,
     "one-token": lambda: SpanTree.build([([1], -1, "causal")]),
@@ -80,6 +95,9 @@ TREES = {
     "images-of-one-prompt": lambda: SpanTree.build([(ids(5), -1, "causal"), *[(ids(18), 0, "full")] * 16]),
     "answers-of-one-image": answers_of_one_image,
     "ragged-forest": ragged_forest,
+    "causal-in-part": lambda: SpanTree.build([(ids(33), -1, 6)]),
+    "questions-about-features": questions_about_features,
+    "mixed-forest": mixed_forest,
 }
 
 
@@ -104,11 +122,11 @@ def inputs(tree, dtype, num_heads=4, num_kv_heads=2, head_dim=16, seed=0, device
 def on_device(tree, device):
     """The same structure with its tokens, and so its plans, on the device."""
     moved = [tensor.to(device) for tensor in (tree.token_ids, tree.position_ids, tree.slots)]
-    return SpanTree(*moved, tree.starts, tree.lengths, tree.parents, tree.full, tree.num_new, tree.regions)
+    return SpanTree(*moved, tree.starts, tree.lengths, tree.parents, tree.num_causal, tree.num_new, tree.regions)
 
 
 def skip_what_is_refused(backend, *arguments):
-    """A library's backend takes fewer dtypes and head sizes than the op."""
+    """A library's backend takes fewer dtypes, head sizes and trees than the op."""
     reason = dict(registry.explain(OP, *arguments))[backend]
     if backend in ("flash_attn", "xformers") and reason is not None:
         pytest.skip(reason)
@@ -217,6 +235,7 @@ def test_scale(scale, backend, device, check_error_budget):
 def test_long_spans(backend, device, check_error_budget):
     """Blocks of rows and tiles of keys that are allowed as a whole, before, beside and after those that are not."""
     spans = [(ids(140), -1, "causal"), (ids(150), 0, "full"), (ids(70), 1, "causal"), (ids(40), 0, "full")]
+    spans += [(ids(180), -1, 90), (ids(30), 4, "causal")]
     tree = on_device(SpanTree.build(spans), device)
     tensors = inputs(tree, torch.float16, num_heads=2, num_kv_heads=1, device=device)
     check_against_dense(tree, tensors, backend, check_error_budget)
@@ -419,7 +438,7 @@ def library_backend(request, monkeypatch):
     return getattr(span_attention_varlen, request.param)
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", [name for name in TREES if not TREES[name]().has_mixed])
 def test_packing_for_libraries(name, library_backend):
     """What the backends hand to the libraries, against the truth in float64; twice, for the plan is kept."""
     tree = TREES[name]()
@@ -480,6 +499,16 @@ def test_backends_that_cannot_run_say_why(dtype, head_dim, refusals, monkeypatch
     reasons = dict(registry.explain(OP, *inputs(tree, dtype, head_dim=head_dim, device="meta"), tree))
     assert list(reasons) == ["triton", "torch", "cpu", "flex", "flash_attn", "xformers"] and reasons["torch"] is None
     assert all(reason in reasons[backend] for backend, reason in refusals.items())
+
+
+@pytest.mark.parametrize("library", ["flash_attn", "xformers"])
+def test_libraries_refuse_spans_that_are_causal_in_part(library, monkeypatch):
+    """New ones only: a decoding step of answers, whose image is cached, is theirs again."""
+    monkeypatch.setattr(registry, "ENVIRONMENT_CHECKS", {})
+    tree = SpanTree.build([(ids(9), -1, 3)])
+    answers = tree.extend([([1], 0, "causal")])
+    reasons = [dict(registry.explain(OP, *inputs(tree, torch.float16), tree))[library] for tree in (tree, answers)]
+    assert "causal in part" in reasons[0] and "needs cuda" in reasons[1]
 
 
 def test_flex_has_no_gradient_on_the_cpu():

@@ -15,7 +15,11 @@ def spans_below(draw, num_parents):
     """1 to 8 spans, each below an earlier one or at a root."""
     lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
     return [
-        ([0] * length, draw(st.integers(-1, num_parents + index - 1)), draw(st.sampled_from(["causal", "full"])))
+        (
+            [0] * length,
+            draw(st.integers(-1, num_parents + index - 1)),
+            draw(st.sampled_from(["causal", "full", *range(length + 1)])),
+        )
         for index, length in enumerate(lengths)
     ]
 
