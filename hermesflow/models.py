@@ -66,13 +66,20 @@ class Model:
         codes = [self.vq_tokenizer.encode(batch) for batch in batches]
         return torch.cat(codes) if codes else torch.zeros(0, self.layout.num_image_tokens, dtype=torch.int64)
 
+    def view_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """What the model sees of uint8 images [H, W, 3] of its size, ready for the engine: codes int64 [n, N]."""
+        return self.encode_images(np.stack(images))
+
     @torch.no_grad()
-    def decode_images(self, codes: Tensor) -> np.ndarray:
-        """codes int64 [n, N] -> uint8 [n, H, W, 3]; rounding by batch may move a pixel by a level."""
+    def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """codes int64 [n, h * w] -> uint8 [n, H, W, 3], a square unless height and width are given, in tokens.
+
+        Rounding by batch may move a pixel by a level.
+        """
         if not len(codes):
             return np.zeros((0, self.image_size, self.image_size, 3), dtype=np.uint8)
         device = self.vq_tokenizer.encoder.conv_in.weight.device
-        images = torch.cat([self.vq_tokenizer.decode(batch.to(device)) for batch in codes.split(256)])
+        images = torch.cat([self.vq_tokenizer.decode(batch.to(device), height, width) for batch in codes.split(256)])
         return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -90,12 +97,15 @@ class Model:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_model(name_or_path: str = "tiny", device: torch.device | str | None = None) -> Model:
+def load_model(
+    name_or_path: str = "tiny", device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Model:
     """Opens a model folder, or the built-in model "tiny".
 
     Args:
         name_or_path: "tiny" or a folder as Model.save writes it.
         device: where the weights go; None is the CPU.
+        dtype: what the weights are converted to; None keeps theirs.
     Raises:
         InputError: no such model, or a file of it is missing, damaged or does not fit the others.
     """
@@ -124,8 +134,8 @@ def load_model(name_or_path: str = "tiny", device: torch.device | str | None = N
             "restore it from its source"
         )
     model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
-    model.transformer.to(device)
-    model.vq_tokenizer.to(device)
+    model.transformer.to(device, dtype)
+    model.vq_tokenizer.to(device, dtype)
     return model
 
 
