@@ -34,9 +34,7 @@ class StandInEngine:
     def __init__(self):
         self.calls = []
 
-    def generate(
-        self, prompt_ids, *, num_images, num_steps, guidance_scale, mask_temperature, seeds, known_codes=None
-    ):
+    def generate(self, prompt_ids, *, num_images, num_steps, guidance_scale, mask_temperature, seeds, known_codes=None):
         assert seeds.shape == (len(prompt_ids), num_images)
         assert known_codes is None or known_codes.shape == (len(prompt_ids), 4)
         self.calls.append((prompt_ids, num_steps))
@@ -150,7 +148,7 @@ def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monk
         "generate x --device tpu", "generate x --dtype int8", "generate x --grid x.jpg", "caption", "answer a.png",
         "inpaint a.png b.png", "extrapolate a.png x", "extrapolate a.png x --direction left --steps two",
     ],
-)
+)  # fmt: skip
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments.split())
