@@ -380,7 +380,9 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_drawing_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-o", "--output", type=Path, default=Path("images"), metavar="FOLDER", help="[images]")
+    command.add_argument(
+        "-o", "--output", type=Path, default=Path("images"), metavar="FOLDER", help="where they go [images]"
+    )
     command.add_argument(
         "--grid", type=_png, metavar="FILE.png", help="also write all images on one, with their prompts"
     )

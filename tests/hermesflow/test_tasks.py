@@ -11,6 +11,7 @@ from PIL import Image
 from hermesflow import tasks
 from hermesflow.config import EvalConfig
 from hermesflow.contact_sheet import draw_contact_sheet
+from hermesflow.curation import candidate_seed
 from hermesflow.files import InputError
 from hermesflow.prompting import image_prompt
 
@@ -47,8 +48,8 @@ def save_mask(path, white, mode="L", size=(SIZE, SIZE)):
     elif mode == "red-on-nothing":
         drawn = Image.new("RGBA", size, (0, 0, 0, 0))
         drawn.paste((255, 0, 0, 255), mask=mask)
-    elif mode == "grey-and-white-on-nothing":  # dark grey is visible, but no white
-        drawn = Image.new("RGBA", size, (0, 0, 0, 0))
+    elif mode == "grey-and-white-on-nothing":  # dark grey is visible, but no white; what is transparent is no white
+        drawn = Image.new("RGBA", size, (255, 255, 255, 0))
         drawn.paste((60, 60, 60, 255), (0, 0, size[0], size[1] // 8))
         drawn.paste((255, 255, 255, 255), mask=mask)
     elif mode == "16-bit":
@@ -207,16 +208,22 @@ def test_extrapolation_keeps_the_image_and_adds_to_it(shared_tiny_model, square,
     assert not torch.equal(drawn[0].codes, drawn[1].codes)
 
 
-def test_one_extension_is_the_published_one(shared_tiny_model, square):
+@pytest.mark.parametrize(
+    ("direction", "border", "rest"),
+    [("left", np.s_[:, :2], np.s_[:, 2:]), ("right", np.s_[:, 2:], np.s_[:, :2]),
+     ("up", np.s_[:2], np.s_[2:]), ("down", np.s_[2:], np.s_[:2])],
+)  # fmt: skip
+def test_one_extension_is_the_published_one(shared_tiny_model, square, direction, border, rest):
     """Half the window is the picture's border, the other half is drawn; the rest of the picture is put behind."""
-    drawn = extrapolate(shared_tiny_model, square, ["left"], seed=7)[0]
     original = original_codes(shared_tiny_model, square)
-    known = torch.cat([torch.full((4, 2), -1), original[:, :2]], 1)
+    axis, order = (1 if direction in ("left", "right") else 0), (1 if direction in ("left", "up") else -1)
+    known = torch.cat([torch.full_like(original[border], -1), original[border]][::order], axis)
     window = shared_tiny_model.engine.generate(
         [image_prompt(shared_tiny_model, PROMPT)], num_images=1, num_steps=3, guidance_scale=0.5, mask_temperature=1.0,
-        seeds=torch.tensor([[tasks.candidate_seed(7, "step-0", "extrapolate", 0)]]), known_codes=known.view(1, 16),
+        seeds=torch.tensor([[candidate_seed(7, "step-0", "extrapolate", 0)]]), known_codes=known.view(1, 16),
     ).view(4, 4)  # fmt: skip
-    assert torch.equal(drawn.codes, torch.cat([window, original[:, 2:]], 1))
+    drawn = extrapolate(shared_tiny_model, square, [direction], seed=7)[0]
+    assert torch.equal(drawn.codes, torch.cat([window, original[rest]][::order], axis))
 
 
 def windows_of(monkeypatch, model, image, directions, **options):
