@@ -54,16 +54,19 @@ class Engine:
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, num_steps: int, guidance_scale: float,
-        mask_temperature: float, seeds: Tensor, temperature: float = 1.0, schedule: str = "cosine",
-        mask_decay: str = "linear", max_sequences: int = 256,
+        mask_temperature: float, seeds: Tensor, known_codes: Tensor | None = None, temperature: float = 1.0,
+        schedule: str = "cosine", mask_decay: str = "linear", max_sequences: int = 256,
     ) -> Tensor:  # fmt: skip
-        """Draw num_images images of each prompt. An image depends on its prompt, seed and settings, on nothing else.
+        """Draw num_images images of each prompt. An image depends on its prompt, its known codes, its seed and the
+        settings, on nothing else.
 
         Args:
             prompt_ids: P prompts of plain text ids.
             num_images: n, at least 1.
             num_steps, guidance_scale, mask_temperature, temperature, schedule, mask_decay: see ImageSamplingParams.
             seeds: int64 [P, n].
+            known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
+                None draws all.
             max_sequences: bound on the image spans of one pass (memory); a guided image is two.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
@@ -77,8 +80,17 @@ class Engine:
             num_steps=num_steps, guidance_scale=guidance_scale, mask_temperature=mask_temperature,
             temperature=temperature, schedule=schedule, mask_decay=mask_decay,
         )  # fmt: skip
+        if known_codes is not None:
+            known_codes = self._checked_codes("generate", known_codes, name="known_codes", lowest=-1)
+            if len(known_codes) != len(prompt_ids):
+                raise ValueError(
+                    f"Engine.generate: expected a row of known_codes for each of {len(prompt_ids)} prompts, "
+                    f"got {len(known_codes)} rows"
+                )
         with torch.inference_mode():
-            codes = self._images.generate(prompt_ids, seeds, params, max_sequences=max_sequences)
+            codes = self._images.generate(
+                prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences
+            )
         return codes.clone()  # a tensor made in inference mode cannot be used in training
 
     def extend(
@@ -152,8 +164,12 @@ class Engine:
             )
         return span_logprobs(self.transformer, tree, rows, targets, backend=self.backend)
 
+<<<<<<< HEAD
     def _checked_images(self, function: str, images: Tensor) -> Tensor:
         """The images as codes, or as features in the model's dtype."""
+=======
+    def _checked_codes(self, function: str, image_codes: Tensor, name: str = "image_codes", lowest: int = 0) -> Tensor:
+>>>>>>> tasks
         num_tokens, codebook_size = self.layout.num_image_tokens, self.layout.codebook_size
         hidden_size = self.transformer.config.hidden_size
         images = torch.as_tensor(images)
@@ -164,6 +180,7 @@ class Engine:
             fits = len(shape) == 2 and shape[1] == num_tokens and not images.is_complex()
         if not fits:
             raise ValueError(
+<<<<<<< HEAD
                 f"Engine.{function}: expected images as codes int64 [B, {num_tokens}] or as features [B, F, "
                 f"{hidden_size}] of a floating dtype, got {images.dtype} {shape}"
             )
@@ -178,6 +195,14 @@ class Engine:
             raise ValueError(
                 f"Engine.{function}: expected codes in [0, {codebook_size}), got {int(images.min())} to "
                 f"{int(images.max())}; pass codes without the layout's code_offset"
+=======
+                f"Engine.{function}: expected {name} int64 [B, {num_tokens}], got {codes.dtype} {list(codes.shape)}"
+            )
+        if codes.numel() and not lowest <= int(codes.min()) <= int(codes.max()) < codebook_size:
+            raise ValueError(
+                f"Engine.{function}: expected {name} in [{lowest}, {codebook_size}), got {int(codes.min())} to "
+                f"{int(codes.max())}; pass codes without the layout's code_offset"
+>>>>>>> tasks
             )
         return images
 

@@ -2,12 +2,13 @@
 
 Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and
 the unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and
-the head runs on the masked positions and on the image codes only.
+the head runs on the masked positions and on the image codes only. Codes that are known from the start are kept
+(inpainting); they stand in both branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from .token_layout import TokenLayout
 from .transformer import Transformer
 
 Prompt = tuple[int, ...]
+Start = tuple[Prompt, tuple[int, ...]]
+"""What an image starts from: its prompt, and its codes, -1 where one is to be drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class ImageDecoder:
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
-        max_sequences: int = 256,
+        known_codes: Tensor | None = None, max_sequences: int = 256,
     ) -> Tensor:  # fmt: skip
         """Draw the candidates of each prompt.
 
@@ -67,19 +70,23 @@ class ImageDecoder:
             prompt_ids: P prompts of plain text ids; they may be equal or empty.
             seeds: int64 [P, n], one a candidate.
             params: how to draw.
+            known_codes: int64 [P, num_image_tokens], codes that each prompt's images keep, -1 where one is drawn; None
+                draws all.
             max_sequences: image spans that one pass may compute; a guided candidate is two.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
         """
         num_prompts, num_images = seeds.shape
-        prompts = [tuple(ids) for ids in prompt_ids for _ in range(num_images)]
+        if known_codes is None:
+            known_codes = torch.full((num_prompts, self.layout.num_image_tokens), -1)
+        known = [tuple(codes) for codes in known_codes.tolist()]
+        starts = [(tuple(ids), known[row]) for row, ids in enumerate(prompt_ids) for _ in range(num_images)]
         flat_seeds = seeds.to(self.transformer.embed.weight.device).flatten()
-        batch = max(1, max_sequences // (2 if params.guidance_scale else 1))
-        codes = torch.zeros(len(prompts), self.layout.num_image_tokens, dtype=torch.int64, device=flat_seeds.device)
+        codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
-        for start in range(0, len(prompts), batch):
-            rows = slice(start, start + batch)
-            codes[rows], failed_steps[rows] = self._decode(prompts[rows], flat_seeds[rows], params)
+        for num_unknown, rows in self._batches(starts, max_sequences // (2 if params.guidance_scale else 1)):
+            drawn = self._decode([starts[row] for row in rows], codes[rows], flat_seeds[rows], num_unknown, params)
+            codes[rows], failed_steps[rows] = drawn
         for row, step in enumerate(failed_steps.tolist()):
             if step < params.num_steps:
                 raise RuntimeError(
@@ -88,20 +95,31 @@ class ImageDecoder:
                 )
         return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
 
-    def _decode(self, prompts: list[Prompt], seeds: Tensor, params: ImageSamplingParams) -> tuple[Tensor, Tensor]:
-        """Codes [B, N] and the first step [B] at which a draw failed (num_steps: none)."""
-        num_rows, num_tokens, device = len(prompts), self.layout.num_image_tokens, seeds.device
-        batch = _Batch(self.transformer, self.layout, prompts, params.guidance_scale)
+    @staticmethod
+    def _batches(starts: list[Start], batch: int) -> Iterator[tuple[int, list[int]]]:
+        """Rows that are drawn together, with the tokens that each has to draw: as many in all, so that shapes agree."""
+        rows_of: dict[int, list[int]] = {}
+        for row, (_, known) in enumerate(starts):
+            rows_of.setdefault(known.count(-1), []).append(row)
+        rows_of.pop(0, None)  # nothing to draw
+        for num_unknown, rows in rows_of.items():
+            for start in range(0, len(rows), max(1, batch)):
+                yield num_unknown, rows[start : start + max(1, batch)]
+
+    def _decode(
+        self, starts: list[Start], codes: Tensor, seeds: Tensor, num_unknown: int, params: ImageSamplingParams
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [B, N] and the first step [B] at which a draw failed (num_steps: none); codes: those of starts."""
+        num_rows, device = len(starts), seeds.device
+        batch = _Batch(self.transformer, self.layout, starts, params.guidance_scale)
         image_codes = slice(self.layout.code_offset, self.layout.code_offset + self.layout.codebook_size)
         head = self.transformer.head
         weight, bias = head.weight[image_codes], None if head.bias is None else head.bias[image_codes]
 
-        codes = torch.zeros(num_rows, num_tokens, dtype=torch.int64, device=device)
-        masked = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
+        masked = codes < 0
         failed_steps = torch.full_like(seeds, params.num_steps)
-        counts = num_to_mask(num_tokens, params.num_steps, params.schedule)
+        counts = num_to_mask(codes.shape[1], params.num_steps, params.schedule, num_unknown)
         temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
-        num_unknown = num_tokens
         for step, (num_masked, mask_temperature) in enumerate(zip(counts, temperatures, strict=True)):
             if num_masked == num_unknown:
                 continue  # the one unknown token would be drawn and masked again: nothing changes
@@ -136,47 +154,48 @@ class _Batch:
     """
 
     def __init__(
-        self, transformer: Transformer, layout: TokenLayout, prompts: list[Prompt], guidance_scale: float
+        self, transformer: Transformer, layout: TokenLayout, starts: list[Start], guidance_scale: float
     ) -> None:
         self.transformer, self.layout, self.guidance_scale = transformer, layout, guidance_scale
         device = transformer.embed.weight.device
-        empty: list[Prompt] = [()] if guidance_scale else []
-        conditions = list(dict.fromkeys([*prompts, *empty]))
-        of_condition = {condition: index for index, condition in enumerate(conditions)}
-        parents = [of_condition[prompt] for prompt in prompts]
-        unconditional = [of_condition[condition] for condition in empty]
+        unguided: list[Start] = [((), known) for _, known in starts] if guidance_scale else []
+        of_start = _indices(starts + unguided)
+        of_prompt = _indices([prompt for prompt, _ in of_start])
 
-        image = layout.masked_image()
-        spans = [(layout.text_prompt(condition), -1, "causal") for condition in conditions]
-        shared = [(image, index, "full") for index in range(len(conditions))]
-        branches = [(image, parent, "full") for parent in parents + unconditional * len(prompts)]
-        self.prefill = SpanTree.build(spans + shared, device)
-        self.tree = SpanTree.build(spans, device).extend(branches)
-        self.num_branches, self.num_shared, self.unconditional = len(branches), len(shared), unconditional
-        self.parents = torch.tensor(parents, device=device)
-        self.soi, self.eoi = (torch.full((len(prompts), 1), token, device=device) for token in (layout.soi, layout.eoi))
+        spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
+        images = {start: (layout.masked_image(start[1]), of_prompt[start[0]], "full") for start in of_start}
+        self.prefill = SpanTree.build([*spans, *images.values()], device)
+        self.tree = SpanTree.build(spans, device).extend([images[start] for start in starts + unguided])
+        self.num_shared, self.halves = len(images), 2 if guidance_scale else 1
+        self.rows = torch.tensor([of_start[start] for start in starts], device=device)
+        self.unguided = torch.tensor([of_start[(), known] for _, known in of_start if unguided], device=device)
+        self.soi, self.eoi = (torch.full((len(starts), 1), token, device=device) for token in (layout.soi, layout.eoi))
         self.cache = transformer.new_cache(self.tree.capacity)
         self.started = False
 
     def hidden(self, codes: Tensor, masked: Tensor, positions: Tensor) -> Tensor:
-        """Guided hidden states [B, U, D] of positions [B, U], given codes and masked [B, N]; all masked at first."""
+        """Guided hidden states [B, U, D] of positions [B, U], given codes and masked [B, N], at first as started."""
         if not self.started:
             self.started = True
-            return self._first_hidden()
+            return self._first_hidden(positions)
         image = torch.where(masked, self.layout.mask_id, codes + self.layout.code_offset)
         tokens = torch.cat([self.soi, image, self.eoi], dim=1).flatten()
-        halves = self.num_branches // len(codes)
-        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(halves)), self.cache)
-        hidden = hidden.view(halves, len(codes), -1, hidden.shape[1])
+        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache)
+        hidden = hidden.view(self.halves, len(codes), -1, hidden.shape[1])
         rows = torch.arange(len(codes), device=codes.device)[:, None]
         selected = hidden[:, rows, positions + 1]
-        return torch.lerp(selected[1], selected[0], 1 + self.guidance_scale) if halves == 2 else selected[0]
+        return torch.lerp(selected[1], selected[0], 1 + self.guidance_scale) if self.halves == 2 else selected[0]
 
-    def _first_hidden(self) -> Tensor:
-        """Before the first draw the images of one prompt are equal, so each prompt has one, which its images share."""
+    def _first_hidden(self, positions: Tensor) -> Tensor:
+        """Before the first draw the images of one start are equal, so each start has one, which its images share."""
         num_tokens = self.layout.num_image_tokens
         hidden = self.transformer(self.prefill, self.cache)
         hidden = hidden[-self.num_shared * (num_tokens + 2) :].view(self.num_shared, num_tokens + 2, -1)[:, 1:-1]
-        if self.unconditional:
-            hidden = torch.lerp(hidden[self.unconditional], hidden, 1 + self.guidance_scale)
-        return hidden[self.parents]
+        if self.halves == 2:
+            hidden = torch.lerp(hidden[self.unguided], hidden, 1 + self.guidance_scale)
+        return hidden[self.rows[:, None], positions]
+
+
+def _indices(items: Iterable[Hashable]) -> dict[Hashable, int]:
+    """Number of each distinct item, in order of appearance."""
+    return {item: index for index, item in enumerate(dict.fromkeys(items))}

@@ -33,25 +33,29 @@ def mask_ratio(t: Tensor, schedule: str = "cosine") -> Tensor:
     return ratio.clamp(0, 1)
 
 
-def num_to_mask(num_tokens: int, num_steps: int, schedule: str = "cosine") -> list[int]:
+def num_to_mask(num_tokens: int, num_steps: int, schedule: str = "cosine", num_unknown: int | None = None) -> list[int]:
     """Tokens that are masked again after each step, one entry a step.
 
     floor(num_tokens * mask_ratio((step + 1) / num_steps)), at least 1 and fewer than before the step; a single unknown
     token stays masked. The last step masks none.
 
     Args:
-        num_tokens: tokens of an image, all masked before step 0.
+        num_tokens: tokens of an image.
         num_steps: at least 1.
         schedule: as in mask_ratio.
+        num_unknown: tokens masked before step 0, 1 to num_tokens; None: all.
     Returns: num_steps counts, never rising, the last 0.
-    Raises: ValueError on an unknown schedule or fewer than one token or step.
+    Raises: ValueError on an unknown schedule, fewer than one token or step, or num_unknown out of range.
     Source: decoding rule of Show-o (arXiv 2408.12528), in fp32 as in its code, whose roundings decide a floor.
     """
     _check_steps("num_to_mask", num_steps)
     if num_tokens < 1:
         raise ValueError(f"num_to_mask: expected num_tokens of at least 1, got {num_tokens}")
+    unknown = num_tokens if num_unknown is None else num_unknown
+    if not 1 <= unknown <= num_tokens:
+        raise ValueError(f"num_to_mask: expected num_unknown of 1 to num_tokens {num_tokens}, got {unknown}")
     times = torch.tensor([(step + 1) / num_steps for step in range(num_steps - 1)])
-    counts, unknown = [], num_tokens
+    counts = []
     for count in torch.floor(num_tokens * mask_ratio(times, schedule)).long().tolist():
         unknown = max(1, min(unknown - 1, count))
         counts.append(unknown)

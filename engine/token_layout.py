@@ -73,9 +73,9 @@ class TokenLayout:
         """An image that follows its prompt: [soi, codes, eoi], a full span."""
         return [self.soi, *(int(code) + self.code_offset for code in codes), self.eoi]
 
-    def masked_image(self) -> list[int]:
-        """The same with every code masked: where generation starts."""
-        return [self.soi, *[self.mask_id] * self.num_image_tokens, self.eoi]
+    def masked_image(self, known_codes: Sequence[int]) -> list[int]:
+        """The same where generation starts: codes of -1 are masked."""
+        return [self.soi, *(code + self.code_offset if code >= 0 else self.mask_id for code in known_codes), self.eoi]
 
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
         """An image to be understood: [mmu, soi, codes, eoi], a full root span."""

@@ -3,13 +3,18 @@
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hermesflow import __version__
 from hermesflow.config import Config, load_config
 from hermesflow.files import InputError, read_bytes, write_problem
+
+if TYPE_CHECKING:
+    from hermesflow.models import Model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
-        code = arguments.run(arguments, load_config(arguments.config, arguments.set))
+        code = arguments.run(arguments, load_config(arguments.config, [*arguments.set, *arguments.shortcuts]))
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
@@ -119,44 +124,97 @@ def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _generate(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.models import load_model
-    from hermesflow.tasks import generate_images, save_image
+    from hermesflow.tasks import generate_images
 
     prompts = list(arguments.prompts)
     if arguments.prompts_file is not None:
         prompts += [line.strip() for line in _read_text(arguments.prompts_file).splitlines() if line.strip()]
     if not prompts:
         raise InputError("generate: no prompts; give them as arguments or with --prompts-file FILE, one a line")
+    images = generate_images(_open_model(arguments, config), prompts, **_drawing(arguments, config))
+    _save_images(arguments, config, images, {"command": "generate"})
+
+
+def _inpaint(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.tasks import inpaint_images
+
+    model = _open_model(arguments, config)
+    images = inpaint_images(model, arguments.image, arguments.mask, arguments.prompt, **_drawing(arguments, config))
+    settings = {"command": "inpaint", "image": arguments.image, "mask": arguments.mask}
+    _save_images(arguments, config, images, settings, label="inpainted")
+
+
+def _extrapolate(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.tasks import extrapolate_image
+
+    model = _open_model(arguments, config)
+    images = extrapolate_image(
+        model, arguments.image, arguments.prompts, arguments.direction, steps=arguments.steps, offset=arguments.offset,
+        **_drawing(arguments, config),
+    )  # fmt: skip
     settings = {
+        "command": "extrapolate",
+        "image": arguments.image,
+        "prompts": arguments.prompts,
+        "directions": arguments.direction,
+        "steps": arguments.steps,
+        "offset": arguments.offset,
+    }
+    _save_images(arguments, config, images, settings, label="extrapolated")
+
+
+def _drawing(arguments: argparse.Namespace, config: Config) -> dict:
+    return {"num_images": arguments.num_images, "seed": arguments.seed, "settings": config.eval}
+
+
+def _save_images(
+    arguments: argparse.Namespace, config: Config, images: Iterable, settings: dict, label: str = ""
+) -> None:
+    from hermesflow.tasks import save_contact_sheet, save_image
+
+    settings |= {
         "model": config.model.name,
+        "dtype": arguments.dtype,
         "num_steps": config.eval.num_steps,
         "guidance_scale": config.eval.guidance_scale,
         "mask_temperature": config.eval.mask_temperature,
     }
-    model = load_model(config.model.name)
-    for image in generate_images(
-        model, prompts, num_images=arguments.num_images, seed=arguments.seed, settings=config.eval
-    ):
-        print(save_image(arguments.output, image, settings))
+    kept = []
+    for image in images:
+        print(save_image(arguments.output, image, settings, label), flush=True)
+        if arguments.grid is not None:
+            kept.append(image)
+    if arguments.grid is not None:
+        print(save_contact_sheet(arguments.grid, kept, settings, arguments.num_images))
 
 
 def _caption(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.models import load_model
     from hermesflow.tasks import caption_images
 
-    model = load_model(config.model.name)
-    for line in caption_images(model, arguments.images):
+    for line in caption_images(_open_model(arguments, config), arguments.images):
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def _answer(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.models import load_model
     from hermesflow.tasks import answer_question
 
-    model = load_model(config.model.name)
     choices = arguments.choices.split(",") if arguments.choices is not None else ()
-    line = answer_question(model, arguments.image, arguments.question, choices)
-    print(json.dumps(line, ensure_ascii=False))
+    for line in answer_question(_open_model(arguments, config), arguments.images, arguments.question, choices):
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _open_model(arguments: argparse.Namespace, config: Config) -> "Model":
+    import torch
+
+    from hermesflow.models import load_model
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            "choose another, or cpu (hermesflow doctor shows more)"
+        )
+    return load_model(config.model.name, device=device, dtype=arguments.dtype and getattr(torch, arguments.dtype))
 
 
 def _read_text(path: Path) -> str:
@@ -185,14 +243,39 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     generate = _command(
-        commands, "generate", _generate, "draw images for prompts (settings: model.name and the section eval)",
+        commands, "generate", _generate, "draw images for prompts",
         'hermesflow generate "a small red circle" -o pictures --num-images 4',
     )  # fmt: skip
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     generate.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
-    generate.add_argument("-o", "--output", type=Path, default=Path("images"), metavar="FOLDER", help="[images]")
-    generate.add_argument("--num-images", type=_positive, default=1, metavar="N", help="images of each prompt [1]")
-    generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the first image [0]")
+
+    inpaint = _command(
+        commands, "inpaint", _inpaint, "draw the white part of a mask anew",
+        'hermesflow inpaint pictures/a-small-red-circle-seed0.png docs/mask.png "a large blue square" -o pictures',
+    )  # fmt: skip
+    inpaint.add_argument("image", metavar="IMAGE", help="an image file of any size")
+    inpaint.add_argument("mask", metavar="MASK", help="a picture of the same shape: white is drawn anew, black is kept")
+    inpaint.add_argument("prompt", metavar="PROMPT", help="what the image shows in the end")
+
+    extrapolate = _command(
+        commands, "extrapolate", _extrapolate, "draw more of an image beyond its borders",
+        'hermesflow extrapolate pictures/a-small-red-circle-seed0.png "a small red circle" --direction right '
+        "--direction down -o pictures",
+    )  # fmt: skip
+    extrapolate.add_argument("image", metavar="IMAGE", help="an image file of any size")
+    extrapolate.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="what the picture shows: one text, or one for each extension"
+    )
+    extrapolate.add_argument(
+        "--direction", action="append", required=True, metavar="SIDE",
+        help="left, right, up or down; may be repeated, and is followed in this order",
+    )  # fmt: skip
+    extrapolate.add_argument("--steps", type=int, default=1, metavar="N", help="rounds of the directions [1]")
+    extrapolate.add_argument(
+        "--offset", type=int, default=0, metavar="N", help="draw N tokens more, and see N less, at each extension [0]"
+    )
+    for command in (generate, inpaint, extrapolate):
+        _add_drawing_options(command)
 
     caption = _command(
         commands, "caption", _caption, "describe images, as JSON lines", "hermesflow caption pictures/*.png"
@@ -200,13 +283,15 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
 
     answer = _command(
-        commands, "answer", _answer, "answer a question about an image, as a JSON line",
+        commands, "answer", _answer, "answer a question about each of some images, as JSON lines",
         "hermesflow answer pictures/a-small-red-circle-seed0.png "
         '"what color is the circle ?" --choices red,green,blue,yellow',
     )  # fmt: skip
-    answer.add_argument("image", metavar="IMAGE", help="an image file of any size")
-    answer.add_argument("question", metavar="QUESTION", help="the question")
+    answer.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
+    answer.add_argument("question", metavar="QUESTION", help="the question, after the images")
     answer.add_argument("--choices", metavar="A,B,C", help="answers to choose from; without, it answers freely")
+    for command in (generate, inpaint, extrapolate, caption, answer):
+        _add_model_options(command)
 
     curate = _command(
         commands, "curate", _curate, "make and score candidates, and pick the pairs of one round",
@@ -274,7 +359,7 @@ def _command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line, to be copied
     )
-    command.set_defaults(run=run, continues=continues, config=None, set=[])
+    command.set_defaults(run=run, continues=continues, config=None, set=[], shortcuts=[])
     if configured:
         command.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML, one table a section")
         command.add_argument(
@@ -282,6 +367,49 @@ def _command(
             help="one setting, such as train.lr=1e-5; may be repeated; wins over the file",
         )  # fmt: skip
     return command
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    _add_shortcut(
+        command, "--model", "model.name", "NAME", 'a model\'s name or folder; without it, the built-in "tiny"'
+    )
+    command.add_argument("--device", type=_device, metavar="D", help="cpu, cuda or cuda:N [cuda if there is one]")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights [as they are kept]"
+    )
+
+
+def _add_drawing_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-o", "--output", type=Path, default=Path("images"), metavar="FOLDER", help="where they go [images]"
+    )
+    command.add_argument(
+        "--grid", type=_png, metavar="FILE.png", help="also write all images on one, with their prompts"
+    )
+    command.add_argument("--num-images", type=_positive, default=1, metavar="N", help="images of each prompt [1]")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the first image [0]")
+    _add_shortcut(command, "--num-steps", "eval.num_steps", "N", "decoding steps of an image")
+    _add_shortcut(command, "--guidance-scale", "eval.guidance_scale", "G", "classifier-free guidance")
+
+
+def _add_shortcut(command: argparse.ArgumentParser, option: str, key: str, metavar: str, help_text: str) -> None:
+    """An option that sets a key, and wins over --set."""
+    command.add_argument(
+        option, dest="shortcuts", action="append", type=lambda text: f"{key}={text}", metavar=metavar,
+        help=f"{help_text} ({key})",
+    )  # fmt: skip
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a file name that ends with .png, got {text!r}")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -161,7 +161,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Measurement on prompts that training never sees; `hermesflow generate` draws with the same settings."""
+    """Measurement on prompts that training never sees; the commands that draw images use the same settings."""
 
     split: Literal["train", "validation", "test"] = "test"
     """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""

@@ -1,23 +1,32 @@
-"""Single uses of a model on a user's own prompts, images and questions: generate, caption, answer."""
+"""Single uses of a model on a user's own prompts, images and questions.
+
+Pictures out: generate, inpaint, extrapolate. Text out: caption, answer.
+"""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
 
 from hermesflow import __version__
 from hermesflow.config import EvalConfig
+from hermesflow.contact_sheet import draw_contact_sheet
+from hermesflow.curation import candidate_seed
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError, atomic_write, read_bytes
 from hermesflow.models import Model
 from hermesflow.progress import track
-from hermesflow.prompting import caption_prompt
+from hermesflow.prompting import caption_prompt, image_prompt, question_prompt
 
+DIRECTIONS = ("left", "right", "up", "down")
 _BATCH_IMAGES = 64
 _MAX_ANSWER_TOKENS = 32
 
@@ -28,6 +37,9 @@ class GeneratedImage(NamedTuple):
     prompt: str
     seed: int
     pixels: np.ndarray
+    """uint8 [H, W, 3]."""
+    codes: Tensor
+    """Its tokens, int64 [h, w]."""
 
 
 def generate_images(
@@ -41,47 +53,130 @@ def generate_images(
         num_images: images of each prompt.
         seed: seed of the first image; each further one counts up, so any image can be drawn again alone.
         settings: num_steps, guidance_scale and mask_temperature are used; None takes the defaults.
-    Yields: the images, prompt by prompt, with pixels uint8 [H, W, 3].
+    Yields: the images, prompt by prompt.
     Raises: InputError on an empty prompt or a word that the model does not know.
     """
-    settings = settings or EvalConfig()
-    prompt_ids = [_text_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     seeds = seed + torch.arange(len(prompts) * num_images).reshape(len(prompts), num_images)
     prompts_per_batch = max(1, _BATCH_IMAGES // num_images)
     for start in track(range(0, len(prompts), prompts_per_batch), "generate", "batches"):
         batch = slice(start, start + prompts_per_batch)
-        codes = model.engine.generate(
-            prompt_ids[batch],
-            num_images=num_images,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-            mask_temperature=settings.mask_temperature,
-            seeds=seeds[batch],
-        )
+        codes = _draw_codes(model, prompt_ids[batch], seeds[batch], settings)
         for prompt, row_codes, row_seeds in zip(prompts[batch], codes, seeds[batch].tolist(), strict=True):
-            for pixels, image_seed in zip(model.decode_images(row_codes), row_seeds, strict=True):
-                yield GeneratedImage(prompt, image_seed, pixels)
+            yield from _show(model, prompt, row_seeds, row_codes)
 
 
-def save_image(folder: Path, image: GeneratedImage, settings: dict) -> Path:
+def inpaint_images(
+    model: Model, image: str | Path, mask: str | Path, prompt: str, *, num_images: int = 1, seed: int = 0,
+    settings: EvalConfig | None = None,
+) -> Iterator[GeneratedImage]:  # fmt: skip
+    """Draw the masked part of an image anew. The tokens of the rest are kept.
+
+    Image and mask are fitted to the model's size (see fit_image). A token is drawn anew where the mean of its patch of
+    the mask is at least half white.
+
+    Args:
+        model: the model that draws.
+        image: an image file of any size.
+        mask: an image file of the same shape, in any size: white is drawn anew, black is kept. In a mask of one colour
+            on a transparent ground, what is painted counts as white; other transparent masks are laid over black.
+        prompt: what the image shows in the end.
+        num_images, seed, settings: as in generate_images.
+    Yields: the images; what is kept is decoded from its tokens, so that it fits what is new.
+    Raises: InputError if a file is no image, the mask is of another shape or has no white, or on the prompt as in
+        generate_images.
+    """
+    prompt_ids = _prompt_ids(model, prompt, "prompt")
+    opened, opened_mask = _open_image(image), _open_image(mask)
+    _check_same_shape(image, opened, mask, opened_mask)
+    redrawn = _masked_tokens(model, opened_mask)
+    if not redrawn.any():
+        raise InputError(f"{mask}: the mask has no white to draw anew; paint at least half of a patch white (255)")
+    codes = model.encode_images(fit_image(opened, model.image_size)[None])
+    known = codes.masked_fill(redrawn.to(codes.device), -1)
+    for start in track(range(0, num_images, _BATCH_IMAGES), "inpaint", "batches"):
+        seeds = seed + torch.arange(start, min(start + _BATCH_IMAGES, num_images))
+        yield from _show(
+            model, prompt, seeds.tolist(), _draw_codes(model, [prompt_ids], seeds[None], settings, known)[0]
+        )
+
+
+def extrapolate_image(
+    model: Model, image: str | Path, prompts: str | Sequence[str], directions: Sequence[str], *, steps: int = 1,
+    offset: int = 0, num_images: int = 1, seed: int = 0, settings: EvalConfig | None = None,
+) -> Iterator[GeneratedImage]:  # fmt: skip
+    """Draw more of an image beyond its borders. The tokens of the image itself are kept.
+
+    With W x W the model's tokens, each extension adds about half an image on one side: the window that is drawn holds
+    W // 2 - offset rows or columns of the picture's border, and new ones. Where the picture is longer than W along that
+    side, windows slide along it by W // 2, so that each sees what the last one drew.
+
+    Args:
+        model: the model that draws.
+        image: an image file of any size.
+        prompts: what the picture shows: one text, or one for each extension.
+        directions: "left", "right", "up" or "down", in the order of the extensions.
+        steps: how often the directions are gone through.
+        offset: how many rows or columns more are new, and fewer seen, from 0 to W // 2 - 1.
+        num_images: pictures, each extended by itself.
+        seed, settings: as in generate_images.
+    Yields: the pictures.
+    Raises: InputError if the file is no image, on a direction, steps, offset or number of prompts that cannot be, or on
+        a prompt as in generate_images.
+    Source: HermesFlow's published inference_t2i.py, mode "extrapolation".
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    side = math.isqrt(model.layout.num_image_tokens)
+    _check_extensions(prompts, directions, steps, offset, side)
+    prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    codes = model.encode_images(read_image(image, model.image_size)[None])
+    canvas = codes.view(1, side, side).repeat(num_images, 1, 1)
+    seeds = [seed + index for index in range(num_images)]
+    for step, direction in enumerate(track(list(directions) * steps, "extrapolate", "extensions")):
+        step_ids = prompt_ids[step if len(prompts) > 1 else 0]
+        canvas, windows = _extended(canvas, direction, side, side - (side // 2 - offset))
+        for number, (rows, columns) in enumerate(windows):
+            known = canvas[:, rows, columns]
+            window_seeds = [[candidate_seed(own, f"step-{step}", "extrapolate", number)] for own in seeds]
+            drawn = _draw_codes(model, [step_ids] * num_images, torch.tensor(window_seeds), settings, known.flatten(1))
+            canvas[:, rows, columns] = drawn.view(known.shape)
+    for own, codes in zip(seeds, canvas, strict=True):
+        yield from _show(model, " | ".join(prompts), [own], codes[None])
+
+
+def save_image(folder: Path, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:
     """Write an image as PNG with its prompt, seed and settings in the PNG's text fields.
 
     Args:
         folder: where it goes; made if need be.
         image: the image.
         settings: what else it was drawn with; kept as JSON.
-    Returns: the file's path, named by prompt and seed.
+        label: a word of the file's name, which keeps apart what is drawn of one prompt in several ways.
+    Returns: the file's path, named by prompt, label and seed.
     Raises: InputError if it cannot be written.
     """
     words = re.sub(r"[^a-z0-9]+", "-", image.prompt.lower()).strip("-")[:60].strip("-") or "image"
-    path = Path(folder) / f"{words}-seed{image.seed}.png"
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("prompt", image.prompt)
-    text.add_text("seed", str(image.seed))
-    text.add_text("settings", json.dumps(settings))
-    text.add_text("Software", f"hermesflow {__version__}")
-    with atomic_write(path) as temporary:
-        Image.fromarray(image.pixels).save(temporary, format="PNG", pnginfo=text)
+    path = Path(folder) / "-".join(filter(None, [words, label, f"seed{image.seed}.png"]))
+    _write_png(path, Image.fromarray(image.pixels), image.prompt, {"seed": image.seed, "settings": settings})
+    return path
+
+
+def save_contact_sheet(path: Path, images: Sequence[GeneratedImage], settings: dict[str, Any], num_images: int) -> Path:
+    """Write all images on one, as PNG, each with its prompt and seed below.
+
+    Args:
+        path: the file.
+        images: at least one.
+        settings: what they were drawn with; kept as JSON.
+        num_images: images of a prompt, which make a row; single ones are laid out in a square.
+    Returns: path.
+    Raises: InputError if it cannot be written.
+    """
+    columns = num_images if num_images > 1 else math.ceil(math.sqrt(len(images)))
+    captions = [f"seed {image.seed}: {image.prompt}" for image in images]
+    sheet = draw_contact_sheet([image.pixels for image in images], captions, columns)
+    prompts = "\n".join(dict.fromkeys(image.prompt for image in images))
+    _write_png(path, sheet, prompts, {"seeds": [image.seed for image in images], "settings": settings})
     return path
 
 
@@ -116,7 +211,7 @@ def fit_image(image: Image.Image, size: int) -> np.ndarray:
     return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
 
 
-def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict]:
+def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[str, str]]:
     """Describe images.
 
     Args:
@@ -127,52 +222,180 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict]:
     """
     images = [read_image(path, model.image_size) for path in paths]
     question = caption_prompt(model)
-    for start in track(range(0, len(paths), _BATCH_IMAGES), "caption", "batches"):
-        batch = slice(start, start + _BATCH_IMAGES)
-        texts = _say(model, images[batch], question, model.prompts.max_caption_tokens)
+    for batch in _image_batches(images, "caption"):
+        texts = _say(model, model.view_images(images[batch]), question, model.prompts.max_caption_tokens)
         for path, text in zip(paths[batch], texts, strict=True):
             yield {"image": str(path), "caption": text}
 
 
-def answer_question(model: Model, path: str | Path, question: str, choices: Sequence[str] = ()) -> dict:
-    """Answer a question about an image.
+def answer_question(
+    model: Model, paths: Sequence[str | Path], question: str, choices: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Answer a question about each of some images.
 
     Args:
         model: the model that looks.
-        path: an image file of any size.
+        paths: image files of any size.
         question: the question.
-        choices: the answers to choose from; none lets the model answer freely (greedy).
-    Returns: {"image", "question", "answer"}, and with choices "probabilities": {choice: probability}.
-    Raises: InputError if the file is no image, the question is empty or has a word that the model does not know, or the
+        choices: the answers to choose from, by their likelihood; none lets the model answer freely (greedy).
+    Yields: {"image", "question", "answer"} for each, in order, and with choices "probabilities": {choice: probability}.
+    Raises: InputError if a file is no image, the question is empty or has a word that the model does not know, or the
         choices are fewer than two or not distinct.
     """
     choices = [choice.strip() for choice in choices]
     if choices and (len(set(choices)) < max(2, len(choices)) or "" in choices):
         raise InputError(f"choices {','.join(choices)}: expected two or more distinct answers, such as yes,no")
-    question_ids = _text_ids(model, question, "question")
-    image = read_image(path, model.image_size)
-    answer = {"image": str(path), "question": question}
-    if not choices:
-        return answer | {"answer": _say(model, [image], question_ids, _MAX_ANSWER_TOKENS)[0]}
-    choice_ids = [_text_ids(model, choice, "choice") for choice in choices]
-    scores = model.engine.score_choices(model.encode_images(image[None]), [[question_ids]], [[choice_ids]])[0][0]
+    _check_words(question, "question")
+    question_ids = question_prompt(model, question)
+    choice_ids = [model.encode_text(choice) for choice in choices]
+    images = [read_image(path, model.image_size) for path in paths]
+    for batch in _image_batches(images, "answer"):
+        seen = model.view_images(images[batch])
+        if choices:
+            count = len(paths[batch])
+            scores = model.engine.score_choices(seen, [[question_ids]] * count, [[choice_ids]] * count)
+            answers = [_chosen(choices, of_image[0]) for of_image in scores]
+        else:
+            answers = [{"answer": text} for text in _say(model, seen, question_ids, _MAX_ANSWER_TOKENS)]
+        for path, answer in zip(paths[batch], answers, strict=True):
+            yield {"image": str(path), "question": question} | answer
+
+
+def _prompt_ids(model: Model, prompt: str, name: str) -> list[int]:
+    _check_words(prompt, name)
+    return image_prompt(model, prompt)
+
+
+def _check_words(text: str, name: str) -> None:
+    if not text.strip():
+        raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
+
+
+def _draw_codes(
+    model: Model, prompt_ids: Sequence[list[int]], seeds: Tensor, settings: EvalConfig | None,
+    known_codes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Codes int64 [P, n, N]; seeds int64 [P, n], known_codes [P, N]."""
+    settings = settings or EvalConfig()
+    return model.engine.generate(
+        prompt_ids,
+        num_images=seeds.shape[1],
+        num_steps=settings.num_steps,
+        guidance_scale=settings.guidance_scale,
+        mask_temperature=settings.mask_temperature,
+        seeds=seeds,
+        known_codes=known_codes,
+    )
+
+
+def _show(model: Model, prompt: str, seeds: Sequence[int], codes: Tensor) -> Iterator[GeneratedImage]:
+    """The images of codes [n, N] or, if not square, [n, h, w]."""
+    side = math.isqrt(model.layout.num_image_tokens)
+    codes = codes if codes.dim() == 3 else codes.view(-1, side, side)
+    images = model.decode_images(codes.flatten(1), *codes.shape[1:])
+    for image_seed, pixels, image_codes in zip(seeds, images, codes.cpu(), strict=True):
+        yield GeneratedImage(prompt, image_seed, pixels, image_codes)
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    """An image as it is, upright. Raises: InputError as read_image."""
+    read_bytes(path)
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened)
+    except Exception as error:  # see read_image
+        raise InputError(f"{path}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
+
+
+def _check_same_shape(path: str | Path, image: Image.Image, mask_path: str | Path, mask: Image.Image) -> None:
+    """Refuses a mask of another aspect ratio; what rounding to whole pixels does to one is let through."""
+    skew = abs(image.width * mask.height - image.height * mask.width)
+    if skew > max(*image.size, *mask.size):
+        raise InputError(
+            f"{mask_path}: a mask of {mask.width} x {mask.height} pixels does not fit {path} of "
+            f"{image.width} x {image.height}; give one of the same shape"
+        )
+
+
+def _masked_tokens(model: Model, mask: Image.Image) -> Tensor:
+    """Whether each token is to be drawn anew, bool [1, N]."""
+    if mask.has_transparency_data and not mask.mode.startswith("I"):
+        mask = _without_transparency(mask)
+    side = math.isqrt(model.layout.num_image_tokens)
+    levels = fit_image(mask, model.image_size).mean(2)
+    patch = model.image_size // side
+    means = levels.reshape(side, patch, side, patch).mean((1, 3))
+    return torch.from_numpy(means >= 127.5).view(1, -1)
+
+
+def _without_transparency(mask: Image.Image) -> Image.Image:
+    """A grey mask: the opacity if nothing but one colour is visible, else the colours laid over black."""
+    pixels = np.asarray(mask.convert("RGBA"))
+    alpha = pixels[..., 3]
+    visible = pixels[alpha > 0][:, :3]
+    if len(visible) and (visible == visible[0]).all() and alpha.min() < 255:
+        return Image.fromarray(alpha)
+    grey = np.asarray(mask.convert("RGBA").convert("L"), dtype=np.float32) * alpha / 255
+    return Image.fromarray(grey.round().astype(np.uint8))
+
+
+def _check_extensions(prompts: list[str], directions: Sequence[str], steps: int, offset: int, side: int) -> None:
+    if not directions:
+        raise InputError(f"direction: expected at least one of {', '.join(DIRECTIONS)}, got none; name one")
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise InputError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}; name one of them")
+    if steps < 1:
+        raise InputError(f"steps: expected at least 1, got {steps}; say how often the directions are gone through")
+    if not 0 <= offset < side // 2:
+        raise InputError(f"offset: expected 0 to {side // 2 - 1} for this model's {side} x {side} tokens, got {offset}")
+    if len(prompts) not in (1, len(directions) * steps):
+        raise InputError(
+            f"prompts: expected one, or one for each of {len(directions) * steps} extensions, got {len(prompts)}; "
+            "leave some out or add the missing ones"
+        )
+
+
+def _extended(canvas: Tensor, direction: str, side: int, num_new: int) -> tuple[Tensor, list[tuple[slice, slice]]]:
+    """The canvas [n, h, w] with num_new rows or columns of -1 more, and the windows, side x side, that cover them."""
+    padding = [num_new if direction == edge else 0 for edge in DIRECTIONS]
+    canvas = F.pad(canvas, padding, value=-1)
+    sideways = direction in ("left", "right")
+    height, width = canvas.shape[1:]
+    across, along = (width, height) if sideways else (height, width)
+    edge = slice(0, side) if direction in ("left", "up") else slice(across - side, across)
+    starts = [*range(0, along - side, side // 2), along - side]
+    strips = [slice(start, start + side) for start in starts]
+    return canvas, [(strip, edge) if sideways else (edge, strip) for strip in strips]
+
+
+def _write_png(path: Path, image: Image.Image, prompt: str, fields: dict[str, Any]) -> None:
+    """Write a PNG with the prompt, our name and fields, as JSON, in its text."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("prompt", prompt)
+    for name, value in fields.items():
+        text.add_text(name, json.dumps(value))
+    text.add_text("Software", f"hermesflow {__version__}")
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
+
+
+def _image_batches(images: Sequence[np.ndarray], description: str) -> Iterator[slice]:
+    starts = range(0, len(images), _BATCH_IMAGES)
+    return (slice(start, start + _BATCH_IMAGES) for start in track(starts, description, "batches"))
+
+
+def _chosen(choices: list[str], scores: list[float]) -> dict[str, Any]:
+    """The most likely choice, and the probabilities of all of them."""
     chances = torch.as_tensor(scores, dtype=torch.float64).softmax(0).tolist()
     best = max(range(len(choices)), key=chances.__getitem__)
     probabilities = {choice: round(chance, 6) for choice, chance in zip(choices, chances, strict=True)}
-    return answer | {"answer": choices[best], "probabilities": probabilities}
+    return {"answer": choices[best], "probabilities": probabilities}
 
 
-def _text_ids(model: Model, text: str, name: str) -> list[int]:
-    ids = model.encode_text(text)
-    if not ids:
-        raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
-    return ids
-
-
-def _say(model: Model, images: Sequence[np.ndarray], question: list[int], max_new_tokens: int) -> list[str]:
-    """The greedy text after one question, for each image."""
+def _say(model: Model, seen: Tensor, question: list[int], max_new_tokens: int) -> list[str]:
+    """The greedy text after one question, for each of the images that view_images gave."""
     greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=max_new_tokens)
-    codes = model.encode_images(np.stack(images))
-    seeds = torch.zeros(len(images), 1, 1, dtype=torch.int64)
-    ids = model.engine.extend(codes, [[question]] * len(images), sampling=[greedy], seeds=seeds)
+    seeds = torch.zeros(len(seen), 1, 1, dtype=torch.int64)
+    ids = model.engine.extend(seen, [[question]] * len(seen), sampling=[greedy], seeds=seeds)
     return [model.decode_text(of_image[0][0]) for of_image in ids]

@@ -117,10 +117,12 @@ def chain_logits(transformer, *spans):
 
 
 @torch.no_grad()
-def draw_image(transformer, layout, prompt, seed, params):
+def draw_image(transformer, layout, prompt, seed, params, known_codes=None):
     """Codes of one image by the published loop with its cosine schedule: both guidance halves in full at each step."""
     num_tokens = layout.num_image_tokens
-    codes = torch.full((num_tokens,), -1)
+    codes = torch.full((num_tokens,), -1) if known_codes is None else known_codes.clone()
+    if (codes >= 0).all():
+        return codes
     every = torch.arange(num_tokens)
     seeds = torch.full((num_tokens,), seed)
     image_ids = slice(layout.code_offset, layout.code_offset + layout.codebook_size)

@@ -133,11 +133,16 @@ def test_model_of_another_layout(naive):
         ({"max_sequences": 0}, "expected max_sequences of at least 1, got 0"),
         ({"prompt_ids": [[5, 40]]}, r"text ids in \[0, 40\) in prompt 0, got \[5, 40\]; leave special tokens"),
         ({"prompt_ids": [[-1]]}, "text ids .* in prompt 0"),
+        ({"known_codes": seeds(1, 15)}, r"expected known_codes int64 \[B, 16\], got torch.int64 \[1, 15\]"),
+        ({"known_codes": torch.zeros(1, 16)}, "expected known_codes int64 .* got torch.float32"),
+        ({"known_codes": torch.full((1, 16), -2)}, r"expected known_codes in \[-1, 64\), got -2 to -2"),
+        ({"known_codes": seeds(2, 16)}, "expected a row of known_codes for each of 1 prompts, got 2 rows"),
         ({"num_steps": 0}, "num_steps of at least 1, got 0"),
         ({"schedule": "steep"}, "expected schedule .* got 'steep'"),
     ],
-    ids=["seeds-shape", "seeds-dtype", "images", "max-sequences", "ids", "negative-id", "steps", "schedule"],
-)
+    ids=["seeds-shape", "seeds-dtype", "images", "max-sequences", "ids", "negative-id", "known-shape", "known-dtype",
+         "known-range", "known-rows", "steps", "schedule"],
+)  # fmt: skip
 def test_bad_generate(engine, change, message):
     with pytest.raises(ValueError, match=message):
         engine.generate(**(dict(prompt_ids=[[5]], **GENERATE, seeds=seeds(1, 2)) | change))

@@ -17,11 +17,21 @@ def decode(naive, transformer, prompts, seeds, params, layout=None, **options):
         return ImageDecoder(transformer, layout or naive.LAYOUT).generate(prompts, seeds, params, **options)
 
 
-def expected_codes(naive, transformer, prompts, seeds, params, layout=None):
+def expected_codes(naive, transformer, prompts, seeds, params, layout=None, known_codes=None):
+    layout = layout or naive.LAYOUT
+    known_codes = [None] * len(prompts) if known_codes is None else known_codes
     return torch.stack([
-        torch.stack([naive.draw_image(transformer, layout or naive.LAYOUT, prompt, seed, params) for seed in row])
-        for prompt, row in zip(prompts, seeds.tolist(), strict=True)
+        torch.stack([naive.draw_image(transformer, layout, prompt, seed, params, known) for seed in row])
+        for prompt, row, known in zip(prompts, seeds.tolist(), known_codes, strict=True)
     ])  # fmt: skip
+
+
+def some_known(*numbers):
+    """A row of codes for each number, of which so many are known."""
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.randint(0, 64, (len(numbers), 16), generator=generator)
+    rank = torch.rand(codes.shape, generator=generator).argsort(1).argsort(1)
+    return torch.where(rank < torch.tensor(numbers)[:, None], codes, -1)
 
 
 @pytest.mark.parametrize("name", ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied"])
@@ -47,6 +57,44 @@ def test_codes_equal_the_published_loop(naive, name, change):
     prompts, seeds = PROMPTS[:3], SEEDS[:3, :1]
     got = decode(naive, transformer, prompts, seeds, params)
     assert torch.equal(got, expected_codes(naive, transformer, prompts, seeds, params))
+
+
+@pytest.mark.parametrize("name", ["sequential", "parallel-gqa-partial-qknorm"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"guidance_scale": 0.0}, {"num_steps": 1}, {"num_steps": 2}, {"num_steps": 20}, {"mask_decay": "showo"}],
+    ids=["default", "no-guidance", "one-step", "two-steps", "more-steps-than-tokens", "showo-decay"],
+)
+def test_known_codes_are_kept_and_the_rest_equals_the_published_loop(naive, name, change):
+    """As many known in two rows, which share a batch; others few, all but one, and all, which draws nothing."""
+    transformer, known = naive.tiny_model(name), some_known(9, 9, 3, 15, 16)
+    params = dataclasses.replace(PARAMS, **change)
+    prompts, seeds = [*PROMPTS, [4]], torch.arange(10).view(5, 2)
+    got = decode(naive, transformer, prompts, seeds, params, known_codes=known)
+    assert torch.equal(got, expected_codes(naive, transformer, prompts, seeds, params, known_codes=known))
+    assert torch.equal(torch.where(known[:, None] >= 0, got, -1), known[:, None].expand(-1, 2, -1))
+
+
+def test_no_known_codes_are_none(naive):
+    transformer = naive.tiny_model()
+    nothing = torch.full((4, 16), -1)
+    assert torch.equal(decode(naive, transformer, PROMPTS, SEEDS, PARAMS, known_codes=nothing),
+                       decode(naive, transformer, PROMPTS, SEEDS, PARAMS))  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.5])
+def test_image_with_known_codes_does_not_depend_on_its_batch(naive, guidance_scale):
+    transformer, known = naive.tiny_model(), some_known(5, 12, 0, 5)
+    params = dataclasses.replace(PARAMS, guidance_scale=guidance_scale)
+    together = decode(naive, transformer, PROMPTS, SEEDS, params, known_codes=known)
+    for row, prompt in enumerate(PROMPTS):
+        for image in range(2):
+            seed = SEEDS[row : row + 1, image : image + 1]
+            alone = decode(naive, transformer, [prompt], seed, params, known_codes=known[row : row + 1])
+            assert torch.equal(alone[0, 0], together[row, image])
+    for max_sequences in (1, 3, 16):
+        cut = decode(naive, transformer, PROMPTS, SEEDS, params, known_codes=known, max_sequences=max_sequences)
+        assert torch.equal(cut, together)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -104,6 +152,11 @@ def test_work_is_shared(naive):
     counts.clear()
     decode(naive, transformer, [[3, 4, 5]], torch.arange(4).view(1, 4), dataclasses.replace(PARAMS, guidance_scale=0.0))
     assert counts == [6 + 18, *[4 * 18] * 5]
+
+    counts.clear()  # one prompt with two sets of known codes: each set has a conditional and an unconditional image
+    known = some_known(8, 8)[[0, 1, 1]]
+    decode(naive, transformer, [[3, 4, 5]] * 3, torch.arange(12).view(3, 4), PARAMS, known_codes=known)
+    assert counts == [6 + 3 + 2 * 2 * 18, *[2 * 12 * 18] * 5]
 
 
 def test_nan_is_reported_with_image_and_step(naive):

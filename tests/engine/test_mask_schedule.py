@@ -38,6 +38,20 @@ def test_counts_of_the_published_rule():
     assert num_to_mask(256, 3) == [221, 127, 0]
 
 
+@pytest.mark.parametrize(
+    ("num_unknown", "counts"),
+    [
+        (16, [15, 14, 13, 11, 8, 6, 3, 0]),
+        (10, [9, 8, 7, 6, 5, 4, 3, 0]),
+        (4, [3, 2, 1, 1, 1, 1, 1, 0]),
+        (1, [1] * 7 + [0]),
+    ],
+)
+def test_counts_with_known_tokens(num_unknown, counts):
+    """Still shares of the whole image, as published; the tokens that are left bound them."""
+    assert num_to_mask(16, 8, num_unknown=num_unknown) == counts
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("num_tokens", "num_steps"), [(1, 1), (1, 4), (2, 9), (16, 1), (16, 16), (16, 50), (1024, 18)])
 def test_each_step_settles_a_token_until_one_is_left(schedule, num_tokens, num_steps):
@@ -66,6 +80,10 @@ def test_other_messages():
         num_to_mask(16, 0)
     with pytest.raises(ValueError, match="num_to_mask: expected num_tokens of at least 1, got 0"):
         num_to_mask(0, 4)
+    for num_unknown in (0, 17):
+        message = f"num_to_mask: expected num_unknown of 1 to num_tokens 16, got {num_unknown}"
+        with pytest.raises(ValueError, match=message):
+            num_to_mask(16, 4, num_unknown=num_unknown)
     with pytest.raises(ValueError, match="mask_temperatures: expected num_steps of at least 1, got 0"):
         mask_temperatures(1.0, 0)
     with pytest.raises(ValueError, match="expected decay 'linear' or 'showo', got 'none'"):

@@ -1,12 +1,14 @@
-"""The command line: examples that parse, one clear line for bad input, and the three tasks on a stand-in model."""
+"""The command line: examples that parse, one clear line for bad input, and the tasks on a stand-in model."""
 
 import errno
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ from hermesflow.kernels.registry import BackendError
 from hermesflow.models import TINY_PROMPTS
 
 COMMANDS = [
-    "selfplay", "pretrain", "generate", "caption", "answer", "curate", "train", "eval", "report", "doctor", "bench",
-    "bench ops", "bench table",
+    "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "eval",
+    "report", "doctor", "bench", "bench ops", "bench table",
 ]  # fmt: skip
 SIZE = 16
 
@@ -32,8 +34,9 @@ class StandInEngine:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompt_ids, *, num_images, num_steps, guidance_scale, mask_temperature, seeds):
+    def generate(self, prompt_ids, *, num_images, num_steps, guidance_scale, mask_temperature, seeds, known_codes=None):
         assert seeds.shape == (len(prompt_ids), num_images)
+        assert known_codes is None or known_codes.shape == (len(prompt_ids), 4)
         self.calls.append((prompt_ids, num_steps))
         return seeds[:, :, None].repeat(1, 1, 4)
 
@@ -52,7 +55,7 @@ class StandInEngine:
 class StandInModel:
     image_size = SIZE
     prompts = TINY_PROMPTS
-    layout = types.SimpleNamespace(sot=-1)
+    layout = types.SimpleNamespace(sot=-1, num_image_tokens=4)
 
     def __init__(self):
         self.engine = StandInEngine()
@@ -69,14 +72,17 @@ class StandInModel:
         assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3)
         return torch.from_numpy(images[:, 0, 0, :1].astype(np.int64)).repeat(1, 4)
 
-    def decode_images(self, codes):
+    def view_images(self, images):
+        return self.encode_images(np.stack(images))
+
+    def decode_images(self, codes, height=None, width=None):
         return np.broadcast_to(codes[:, 0].numpy().astype(np.uint8)[:, None, None, None], (len(codes), SIZE, SIZE, 3))
 
 
 @pytest.fixture
 def model(monkeypatch):
     model = StandInModel()
-    monkeypatch.setattr(models, "load_model", lambda name: model)
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: model)
     return model
 
 
@@ -126,7 +132,10 @@ def test_help_shows_an_example_that_parses(command, capsys):
 
 def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(example("generate", capsys)) == 0
+    (tmp_path / "docs").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "docs" / "mask.png", tmp_path / "docs")
+    for command in ("generate", "inpaint", "extrapolate"):
+        assert cli.main(example(command, capsys)) == 0
     *start, pattern = example("caption", capsys)
     assert cli.main([*start, *map(str, sorted(tmp_path.glob(pattern)))]) == 0
     assert cli.main(example("answer", capsys)) == 0
@@ -134,8 +143,12 @@ def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monk
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "selfply", "selfplay extra", "curate --round 0", "generate x --num-images -1", "generate x --seed y"],
-)
+    [
+        "", "selfply", "selfplay extra", "curate --round 0", "generate x --num-images -1", "generate x --seed y",
+        "generate x --device tpu", "generate x --dtype int8", "generate x --grid x.jpg", "caption", "answer a.png",
+        "inpaint a.png b.png", "extrapolate a.png x", "extrapolate a.png x --direction left --steps two",
+    ],
+)  # fmt: skip
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments.split())
@@ -264,6 +277,58 @@ def test_generate_writes_what_is_needed_to_draw_again(model, tmp_path, capsys):
     assert {steps for _, steps in model.engine.calls} == {3}
 
 
+def test_options_win_over_settings(monkeypatch, tmp_path):
+    asked = []
+    model = StandInModel()
+    monkeypatch.setattr(models, "load_model", lambda *given, **options: asked.append((given, options)) or model)
+    settings = ["--set", "model.name=other", "--set", "eval.num_steps=3"]
+    options = ["--model", "mine", "--device", "cpu", "--dtype", "bfloat16", "--num-steps", "2"]
+    assert cli.main(["generate", "x", *options, *settings, "-o", str(tmp_path)]) == 0
+    assert asked == [(("mine",), {"device": "cpu", "dtype": torch.bfloat16})]
+    assert model.engine.calls[0][1] == 2
+    assert cli.main(["generate", "x", *settings, "-o", str(tmp_path)]) == 0
+    assert asked[1] == (("other",), {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": None})
+    assert model.engine.calls[1][1] == 3
+
+
+def test_a_device_that_is_not_there(capsys):
+    assert cli.main(["generate", "x", "--device", "cuda:99"]) == 2
+    assert "--device cuda:99: torch sees" in error_line(capsys)
+
+
+def test_a_model_that_is_not_there(capsys):
+    assert cli.main(["caption", "x.png", "--model", "giant"]) == 2
+    assert "no model 'giant'" in error_line(capsys)
+
+
+def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grey("a.png", 10)
+    grey("mask.png", 255)
+    common = ["-o", "out", "--num-images", "2", "--seed", "4"]
+    assert cli.main(["inpaint", "a.png", "mask.png", "a dog", *common, "--grid", "sheets/all.png"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "out/a-dog-inpainted-seed4.png", "out/a-dog-inpainted-seed5.png", "sheets/all.png",
+    ]  # fmt: skip
+    drawing = {"model": "tiny", "dtype": None, "num_steps": 4, "guidance_scale": 0.5, "mask_temperature": 1.0}
+    for file in ("out/a-dog-inpainted-seed4.png", "sheets/all.png"):
+        with Image.open(file) as image:
+            assert image.text["prompt"] == "a dog"
+            assert json.loads(image.text["settings"]) == drawing | {
+                "command": "inpaint", "image": "a.png", "mask": "mask.png"
+            }  # fmt: skip
+    monkeypatch.setattr(tasks, "extrapolate_image", lambda *given, **options: iter([tasks.GeneratedImage(
+        "a dog", options["seed"], np.zeros((8, 24, 3), np.uint8), torch.zeros(2, 6, dtype=torch.int64)
+    )]))  # fmt: skip
+    more = ["--direction", "left", "--direction", "up", "--steps", "2", "--offset", "1"]
+    assert cli.main(["extrapolate", "a.png", "a dog", *more, *common]) == 0
+    with Image.open(capsys.readouterr().out.strip()) as image:
+        assert json.loads(image.text["settings"]) == drawing | {
+            "command": "extrapolate", "image": "a.png", "prompts": ["a dog"], "directions": ["left", "up"], "steps": 2,
+            "offset": 1,
+        }  # fmt: skip
+
+
 def test_generate_draws_the_same_whatever_the_batch(model, monkeypatch):
     prompts = [f"prompt {number}" for number in range(5)]
     whole = list(tasks.generate_images(model, prompts, num_images=3, seed=1))
@@ -276,7 +341,7 @@ def test_generate_draws_the_same_whatever_the_batch(model, monkeypatch):
 
 
 def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys, recwarn):
-    monkeypatch.setattr(models, "load_model", lambda name: tiny_model)
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: tiny_model)
     monkeypatch.chdir(tmp_path)
     prompts = ["a small red circle", "a blue square"]
     assert cli.main(["generate", *prompts, "--num-images", "2", "-o", "all", "--set", "eval.num_steps=3"]) == 0
@@ -292,6 +357,12 @@ def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys,
     assert cli.main(["answer", image, "what color is the circle ?", "--choices", "red,green"]) == 0
     assert set(json.loads(capsys.readouterr().out)["probabilities"]) == {"red", "green"}
     assert cli.main(["answer", image, "what color is the circle ?"]) == 0
+    both = ["--direction", "up", "--direction", "left"]
+    Image.new("L", (640, 640), 255).save("mask.png")
+    assert cli.main(["inpaint", image, "mask.png", prompts[0], "--grid", "grid.png"]) == 0
+    assert cli.main(["extrapolate", image, prompts[0], *both]) == 0
+    with Image.open(capsys.readouterr().out.split()[-1]) as extended:
+        assert extended.size == (96, 96)
     assert not recwarn.list
 
 
@@ -383,6 +454,16 @@ def test_answer_freely_and_from_choices(model, tmp_path, capsys):
     line = json.loads(capsys.readouterr().out)
     assert line["answer"] == "just two" and list(line["probabilities"]) == ["one", "just two", "as many as four"]
     assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_answer_of_several_images(model, tmp_path, capsys):
+    paths = [str(grey(tmp_path / f"{level}.png", level)) for level in (2, 3)]
+    assert cli.main(["answer", *paths, "how bright ?"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["image"], line["answer"]) for line in lines] == [(paths[0], "level 2"), (paths[1], "level 3")]
+    assert cli.main(["answer", *paths, "how bright ?", "--choices", "just two,as many as"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["answer"] for line in lines] == ["just two", "as many as"]
 
 
 def test_answer_refuses_an_empty_question(model, tmp_path, capsys):
