@@ -81,12 +81,13 @@ class Engine:
             temperature=temperature, schedule=schedule, mask_decay=mask_decay,
         )  # fmt: skip
         if known_codes is not None:
-            known_codes = self._checked_codes("generate", known_codes, name="known_codes", lowest=-1)
-            if len(known_codes) != len(prompt_ids):
+            shape = (len(prompt_ids), self.layout.num_image_tokens)
+            if known_codes.dtype != torch.int64 or tuple(known_codes.shape) != shape:
                 raise ValueError(
-                    f"Engine.generate: expected a row of known_codes for each of {len(prompt_ids)} prompts, "
-                    f"got {len(known_codes)} rows"
+                    f"Engine.generate: expected known_codes int64 [P, num_image_tokens] = {list(shape)}, "
+                    f"got {known_codes.dtype} {list(known_codes.shape)}"
                 )
+            self._check_range("generate", "known_codes", known_codes, -1)
         with torch.inference_mode():
             codes = self._images.generate(
                 prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences
@@ -164,14 +165,9 @@ class Engine:
             )
         return span_logprobs(self.transformer, tree, rows, targets, backend=self.backend)
 
-<<<<<<< HEAD
     def _checked_images(self, function: str, images: Tensor) -> Tensor:
         """The images as codes, or as features in the model's dtype."""
-=======
-    def _checked_codes(self, function: str, image_codes: Tensor, name: str = "image_codes", lowest: int = 0) -> Tensor:
->>>>>>> tasks
-        num_tokens, codebook_size = self.layout.num_image_tokens, self.layout.codebook_size
-        hidden_size = self.transformer.config.hidden_size
+        num_tokens, hidden_size = self.layout.num_image_tokens, self.transformer.config.hidden_size
         images = torch.as_tensor(images)
         shape, by_features = list(images.shape), images.is_floating_point()
         if by_features:
@@ -180,31 +176,27 @@ class Engine:
             fits = len(shape) == 2 and shape[1] == num_tokens and not images.is_complex()
         if not fits:
             raise ValueError(
-<<<<<<< HEAD
                 f"Engine.{function}: expected images as codes int64 [B, {num_tokens}] or as features [B, F, "
                 f"{hidden_size}] of a floating dtype, got {images.dtype} {shape}"
             )
-        if by_features:
-            images = images.to(self.dtype)
-            if not images.isfinite().all():
-                raise ValueError(
-                    f"Engine.{function}: expected finite features, got NaN or infinity in {self.dtype}; "
-                    "check the vision encoder's weights"
-                )
-        elif images.numel() and not 0 <= int(images.min()) <= int(images.max()) < codebook_size:
+        if not by_features:
+            self._check_range(function, "codes", images, 0)
+            return images
+        images = images.to(self.dtype)
+        if not images.isfinite().all():
             raise ValueError(
-                f"Engine.{function}: expected codes in [0, {codebook_size}), got {int(images.min())} to "
-                f"{int(images.max())}; pass codes without the layout's code_offset"
-=======
-                f"Engine.{function}: expected {name} int64 [B, {num_tokens}], got {codes.dtype} {list(codes.shape)}"
-            )
-        if codes.numel() and not lowest <= int(codes.min()) <= int(codes.max()) < codebook_size:
-            raise ValueError(
-                f"Engine.{function}: expected {name} in [{lowest}, {codebook_size}), got {int(codes.min())} to "
-                f"{int(codes.max())}; pass codes without the layout's code_offset"
->>>>>>> tasks
+                f"Engine.{function}: expected finite features, got NaN or infinity in {self.dtype}; "
+                "check the vision encoder's weights"
             )
         return images
+
+    def _check_range(self, function: str, name: str, codes: Tensor, lowest: int) -> None:
+        size = self.layout.codebook_size
+        if codes.numel() and not lowest <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(
+                f"Engine.{function}: expected {name} in [{lowest}, {size}), got {int(codes.min())} to "
+                f"{int(codes.max())}; pass codes without the layout's code_offset"
+            )
 
     def _check_questions(self, function: str, images: Tensor, question_ids: QuestionIds) -> None:
         if len(question_ids) != len(images):

@@ -63,7 +63,7 @@ def logits(model):
     """Of one prompt with a masked image and of one image with a question."""
     layout = model.layout
     tree = SpanTree.build([
-        (layout.text_prompt(image_prompt(model, "a red circle")), -1, "causal"), (layout.masked_image(), 0, "full"),
+        (layout.text_prompt(image_prompt(model, "a red circle")), -1, "causal"), (layout.masked_image([-1] * layout.num_image_tokens), 0, "full"),
         (layout.image_prefix(range(layout.num_image_tokens)), -1, "full"),
         (layout.question(caption_prompt(model)), 2, "causal"),
     ])  # fmt: skip
