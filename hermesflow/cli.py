@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,15 @@ def _eval(arguments: argparse.Namespace, config: Config) -> None:
     run_evaluation(config)
 
 
+def _export(arguments: argparse.Namespace, config: Config) -> None:
+    import torch
+
+    from hermesflow.published import export_model
+
+    export_model(arguments.source, arguments.output, arguments.dtype and getattr(torch, arguments.dtype))
+    print(arguments.output)
+
+
 def _report(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.report import write_report
 
@@ -131,26 +141,30 @@ def _generate(arguments: argparse.Namespace, config: Config) -> None:
         prompts += [line.strip() for line in _read_text(arguments.prompts_file).splitlines() if line.strip()]
     if not prompts:
         raise InputError("generate: no prompts; give them as arguments or with --prompts-file FILE, one a line")
-    images = generate_images(_open_model(arguments, config), prompts, **_drawing(arguments, config))
-    _save_images(arguments, config, images, {"command": "generate"})
+    model = _open_model(arguments, config)
+    drawing = _drawing(arguments, model)
+    images = generate_images(model, prompts, **drawing)
+    _save_images(arguments, config, images, drawing, {"command": "generate"})
 
 
 def _inpaint(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import inpaint_images
 
     model = _open_model(arguments, config)
-    images = inpaint_images(model, arguments.image, arguments.mask, arguments.prompt, **_drawing(arguments, config))
+    drawing = _drawing(arguments, model)
+    images = inpaint_images(model, arguments.image, arguments.mask, arguments.prompt, **drawing)
     settings = {"command": "inpaint", "image": arguments.image, "mask": arguments.mask}
-    _save_images(arguments, config, images, settings, label="inpainted")
+    _save_images(arguments, config, images, drawing, settings, label="inpainted")
 
 
 def _extrapolate(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import extrapolate_image
 
     model = _open_model(arguments, config)
+    drawing = _drawing(arguments, model)
     images = extrapolate_image(
         model, arguments.image, arguments.prompts, arguments.direction, steps=arguments.steps, offset=arguments.offset,
-        **_drawing(arguments, config),
+        **drawing,
     )  # fmt: skip
     settings = {
         "command": "extrapolate",
@@ -160,25 +174,23 @@ def _extrapolate(arguments: argparse.Namespace, config: Config) -> None:
         "steps": arguments.steps,
         "offset": arguments.offset,
     }
-    _save_images(arguments, config, images, settings, label="extrapolated")
+    _save_images(arguments, config, images, drawing, settings, label="extrapolated")
 
 
-def _drawing(arguments: argparse.Namespace, config: Config) -> dict:
-    return {"num_images": arguments.num_images, "seed": arguments.seed, "settings": config.eval}
+def _drawing(arguments: argparse.Namespace, model: "Model") -> dict:
+    """How the images are drawn: the model's own way where no option says otherwise."""
+    names = ("num_steps", "guidance_scale", "mask_temperature")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    sampling = replace(model.sampling, **given)
+    return {"num_images": arguments.num_images, "seed": arguments.seed, "sampling": sampling}
 
 
 def _save_images(
-    arguments: argparse.Namespace, config: Config, images: Iterable, settings: dict, label: str = ""
+    arguments: argparse.Namespace, config: Config, images: Iterable, drawing: dict, settings: dict, label: str = ""
 ) -> None:
     from hermesflow.tasks import save_contact_sheet, save_image
 
-    settings |= {
-        "model": config.model.name,
-        "dtype": arguments.dtype,
-        "num_steps": config.eval.num_steps,
-        "guidance_scale": config.eval.guidance_scale,
-        "mask_temperature": config.eval.mask_temperature,
-    }
+    settings |= {"model": config.model.name, "dtype": arguments.dtype, **asdict(drawing["sampling"])}
     kept = []
     for image in images:
         print(save_image(arguments.output, image, settings, label), flush=True)
@@ -308,6 +320,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "eval", _eval, "measure understanding and generation",
         "hermesflow eval --set model.name=tiny --set eval.num_prompts=200",
     )  # fmt: skip
+    export = _command(
+        commands, "export", _export, "write a trained model in the published layout, which the original code can load",
+        "hermesflow export runs/mine -o exported --dtype bfloat16", configured=False,
+    )  # fmt: skip
+    export.add_argument("source", metavar="MODEL", help="a run's folder (its last trained round), or a model's")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where it goes")
+    _add_dtype_option(export)
     report = _command(commands, "report", _report, "write the page that shows a run", "hermesflow report runs/demo")
     report.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="the run's folder [as configured]")
 
@@ -374,6 +393,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         command, "--model", "model.name", "NAME", 'a model\'s name or folder; without it, the built-in "tiny"'
     )
     command.add_argument("--device", type=_device, metavar="D", help="cpu, cuda or cuda:N [cuda if there is one]")
+    _add_dtype_option(command)
+
+
+def _add_dtype_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights [as they are kept]"
     )
@@ -388,8 +411,13 @@ def _add_drawing_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num-images", type=_positive, default=1, metavar="N", help="images of each prompt [1]")
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the first image [0]")
-    _add_shortcut(command, "--num-steps", "eval.num_steps", "N", "decoding steps of an image")
-    _add_shortcut(command, "--guidance-scale", "eval.guidance_scale", "G", "classifier-free guidance")
+    command.add_argument("--num-steps", type=_positive, metavar="N", help="decoding steps [the model's own number]")
+    command.add_argument(
+        "--guidance-scale", type=_number, metavar="G", help="classifier-free guidance [the model's own]"
+    )
+    command.add_argument(
+        "--mask-temperature", type=_number, metavar="T", help="noise on which tokens are masked again [the model's own]"
+    )
 
 
 def _add_shortcut(command: argparse.ArgumentParser, option: str, key: str, metavar: str, help_text: str) -> None:
@@ -410,6 +438,16 @@ def _png(text: str) -> Path:
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"expected a file name that ends with .png, got {text!r}")
     return Path(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

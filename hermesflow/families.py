@@ -5,27 +5,18 @@ A further family whose backbone engine/transformer.py can express is one more Fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 
 from .files import InputError
 from .prompting import PromptFormat
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a family's images are drawn unless the caller says otherwise."""
-
-    num_steps: int
-    guidance_scale: float
-    mask_temperature: float
-    mask_decay: str = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +48,22 @@ class Family:
     system_prompt: str
     """What that variant reads before the image's features."""
     prompts: PromptFormat
-    sampling: Sampling
+    vision_prompts: PromptFormat
+    """The prompts of that variant."""
+    sampling: ImageSamplingParams
+    """How images are drawn unless the caller says otherwise."""
 
 
+# Sources: inference_mmu.py of Show-o, inference_mmu_vqa.py of HermesFlow; 128 tokens (max_seq_length in configs/) hold
+# the text of a prompt with its start and its end.
+_SHOWO_PROMPTS = PromptFormat(
+    caption_question="Give a caption for this image.",
+    question="USER: \n{question} ASSISTANT:",
+    choices="Question:{question} Choice:{choices}",
+    answer=" {answer}",
+    max_prompt_tokens=126,
+    max_caption_tokens=100,
+)
 _PHI = "showo.model.layers.{layer}"
 
 SHOWO = Family(
@@ -113,17 +117,10 @@ SHOWO = Family(
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
-    prompts=PromptFormat(
-        # Sources: inference_mmu.py of Show-o, inference_mmu_vqa.py of HermesFlow; 128 tokens (max_seq_length in
-        # configs/) hold the text with its start and its end.
-        caption_question="Give a caption for this image.",
-        question="USER: \n{question} ASSISTANT:",
-        choices="Question:{question} Choice:{choices}",
-        max_prompt_tokens=126,
-        max_caption_tokens=100,
-    ),
+    prompts=_SHOWO_PROMPTS,
+    vision_prompts=replace(_SHOWO_PROMPTS, question="USER: {question} ASSISTANT:"),
     # README of HermesFlow: guidance 5 and 50 steps.
-    sampling=Sampling(num_steps=50, guidance_scale=5.0, mask_temperature=1.0, mask_decay="showo"),
+    sampling=ImageSamplingParams(num_steps=50, guidance_scale=5.0, mask_temperature=1.0, mask_decay="showo"),
 )
 
 FAMILIES = {family.class_name: family for family in (SHOWO,)}
@@ -178,8 +175,13 @@ def published_tensors(family: Family, transformer: nn.Module) -> dict[str, Tenso
     return parts
 
 
-def make_layout(family: Family, config: Mapping[str, Any], bos: int, eos: int) -> TokenLayout:
-    """The joint vocabulary of a checkpoint. Raises: InputError if its sizes do not add up."""
+def make_layout(
+    family: Family, config: Mapping[str, Any], bos: int, eos: int, system_ids: Sequence[int] = ()
+) -> TokenLayout:
+    """The joint vocabulary of a checkpoint; system_ids stand before an image's features in the variant that has them.
+
+    Raises: InputError if its sizes do not add up.
+    """
     text, codes, total = config["llm_vocab_size"], config["codebook_size"], config["vocab_size"]
     special = len(family.special_tokens)
     if total != text + special + codes + 1:
@@ -188,5 +190,6 @@ def make_layout(family: Family, config: Mapping[str, Any], bos: int, eos: int) -
             f"+ 1 mask are {text + special + codes + 1}, vocab_size is {total}; restore config.json from its source"
         )
     return TokenLayout(
-        text_vocab_size=text, codebook_size=codes, num_image_tokens=config["num_vq_tokens"], sot=bos, eot=eos
-    )
+        text_vocab_size=text, codebook_size=codes, num_image_tokens=config["num_vq_tokens"], sot=bos, eot=eos,
+        system_ids=tuple(system_ids),
+    )  # fmt: skip

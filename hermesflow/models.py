@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine.engine import Engine
+from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 
-from .families import Sampling
 from .files import InputError, read_json
 from .hub import find_folder
 from .prompting import PromptFormat
@@ -33,7 +33,7 @@ ASSETS = Path(__file__).parent / "assets"
 TINY_PROMPTS = PromptFormat(caption_question=CAPTION_QUESTION)
 
 
-TINY_SAMPLING = Sampling(num_steps=4, guidance_scale=0.5, mask_temperature=1.0)
+TINY_SAMPLING = ImageSamplingParams(num_steps=4, guidance_scale=0.5, mask_temperature=1.0)
 
 
 class Model:
@@ -42,7 +42,7 @@ class Model:
     def __init__(
         self, transformer: Transformer, vq_tokenizer: VQTokenizer | None,
         text_tokenizer: WordTokenizer | PretrainedTokenizer, layout: TokenLayout, image_size: int,
-        prompts: PromptFormat = TINY_PROMPTS, sampling: Sampling = TINY_SAMPLING,
+        prompts: PromptFormat = TINY_PROMPTS, sampling: ImageSamplingParams = TINY_SAMPLING,
     ) -> None:  # fmt: skip
         self.transformer, self.text_tokenizer, self.layout = transformer, text_tokenizer, layout
         self.image_size, self.prompts, self.sampling = image_size, prompts, sampling
@@ -65,6 +65,11 @@ class Model:
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
         return self.text_tokenizer.decode([token for token in ids if int(token) < self.layout.text_vocab_size])
+
+    @property
+    def views_codes(self) -> bool:
+        """Whether it sees images as their codes, and not as features of a vision encoder."""
+        return True
 
     @property
     def view_size(self) -> int:

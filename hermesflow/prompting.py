@@ -22,6 +22,8 @@ class PromptFormat:
     """What stands around each question that the model reads."""
     choices: str = "{question}"
     """A question whose answer is one of {choices}, for an answer in the model's own words."""
+    answer: str = "{answer}"
+    """An answer as it follows a question: tokenizers tell words after a blank from words that begin a text."""
     max_prompt_tokens: int | None = None
     """Text ids of an image's prompt; longer ones are cut. None: no limit."""
     max_caption_tokens: int = 64
@@ -61,10 +63,15 @@ def choices_prompt(model: Model, question: str, choices: Sequence[str]) -> list[
     return question_prompt(model, model.prompts.choices.format(question=question, choices=list(choices)))
 
 
+def answer_ids(model: Model, answer: str) -> list[int]:
+    """Text ids of an answer that follows a question."""
+    return model.encode_text(model.prompts.answer.format(answer=answer))
+
+
 def choice_prompt(model: Model, question: Question) -> ChoicePrompt:
     """Text ids of a question and of each of its choices; the choices are scored, so they are not part of the question.
 
     Raises: InputError on a word that the model does not know.
     """
-    choices = [model.encode_text(choice) for choice in question.choices]
+    choices = [answer_ids(model, choice) for choice in question.choices]
     return ChoicePrompt(question_prompt(model, question.question), choices)

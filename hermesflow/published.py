@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +25,11 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import WEIGHT_FILES, load_weights, own_tensors, read_tensors, save_tensors
 
 from .families import FAMILIES, Family, make_layout, published_tensors, transformer_config
-from .files import InputError, make_folder, read_json, write_json
+from .files import InputError, atomic_folder, make_folder, read_json, write_json
 from .hub import find_folder
-from .models import Model, make_config
+from .models import Model, load_model, make_config
 from .text_tokenizers import PretrainedTokenizer
+from .vision import CLIP_FILES, ClipEncoder, load_clip_encoder
 
 LLM_FOLDER, VQ_FOLDER, VISION_FOLDER = "llm", "magvitv2", "clip"
 CHECKPOINT_FILES = ("config.json", *WEIGHT_FILES, "*-of-*.safetensors", "*-of-*.bin")
@@ -59,8 +61,9 @@ class PublishedModel(Model):
         """
         side = math.isqrt(layout.num_image_tokens)
         super().__init__(
-            transformer, None, text_tokenizer, layout, side * family.pixels_per_token, family.prompts, family.sampling
-        )
+            transformer, None, text_tokenizer, layout, side * family.pixels_per_token,
+            family.prompts if projector is None else family.vision_prompts, family.sampling,
+        )  # fmt: skip
         self.family, self.config, self.projector, self.folder = family, dict(config), projector, folder
         self.llm_files = {
             name: (text_tokenizer.folder / name).read_bytes()
@@ -86,8 +89,29 @@ class PublishedModel(Model):
                 raise InputError(f"{source}: has {value} {name}, the model {expected}; give the model's own tokenizer")
         return loaded
 
+    @cached_property
+    def vision_encoder(self) -> ClipEncoder:
+        """What the variant of w_clip_vit sees through. Raises: InputError if it cannot be had or does not fit."""
+        beside = self.folder / VISION_FOLDER
+        source = str(beside) if beside.is_dir() else self.family.vision_encoder
+        return load_clip_encoder(find_folder(source, CLIP_FILES, "vision encoder"), self.projector)
+
+    @property
+    def views_codes(self) -> bool:
+        """Whether it sees images as their codes, and not as features of a vision encoder."""
+        return self.projector is None
+
+    @property
+    def view_size(self) -> int:
+        """Height and width of the images that view_images takes."""
+        return self.image_size if self.views_codes else self.vision_encoder.image_size
+
+    def view_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """What the model sees of uint8 images [view_size, view_size, 3]: codes int64 [n, N], or features [n, F, D]."""
+        return super().view_images(images) if self.views_codes else self.vision_encoder.encode(images)
+
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the published layout, complete: weights, language model's files and image tokenizer.
+        """Writes the published layout with the language model's files and the image tokenizer, not the vision encoder.
 
         llm_model_path stays a hub id where it was one, so that the original code finds the language model; load_model
         prefers the copy in llm/.
@@ -128,7 +152,8 @@ def load_published(
     text_tokenizer = PretrainedTokenizer(llm, family.special_tokens)
     text_tokenizer.check(config["llm_vocab_size"])
     try:
-        layout = make_layout(family, config, text_tokenizer.bos, text_tokenizer.eos)
+        system_ids = text_tokenizer.encode(family.system_prompt) if config["w_clip_vit"] else ()
+        layout = make_layout(family, config, text_tokenizer.bos, text_tokenizer.eos, system_ids)
         parts = nn.ModuleDict()
         with torch.device("meta"):
             parts["transformer"] = Transformer(shape)
@@ -144,6 +169,25 @@ def load_published(
     return PublishedModel(
         family, config, parts["transformer"], projector, text_tokenizer, layout, folder, vq_tokenizer
     )
+
+
+def export_model(source: str, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a model in its family's published layout, all at once.
+
+    Args:
+        source: a run's folder, whose last trained round is taken, or what load_model opens.
+        folder: where to; an older folder of that name is replaced if it holds a model, and left alone otherwise.
+        dtype: of the weights; None keeps theirs.
+    Raises: InputError if there is no such model, its family has no published layout, or the folder holds anything else.
+    """
+    rounds = sorted(Path(source).glob("round-*/model"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+    model = load_model(str(rounds[-1]) if rounds else source)
+    if not isinstance(model, PublishedModel):
+        raise InputError(f"{source}: its family has no published layout; its folder is what load_model opens")
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: holds something other than a model; choose another folder")
+    with atomic_folder(folder) as temporary:
+        model.save(temporary, dtype)
 
 
 def load_vq_tokenizer(source: str, device: torch.device | str | None = None) -> VQTokenizer:
@@ -190,10 +234,10 @@ def _tensors(family: Family, parts: Mapping[str, nn.Module]) -> dict[str, Tensor
 
 
 def _projector(family: Family, folder: Path, hidden_size: int) -> nn.Sequential:
-    """Features of the vision encoder -> embeddings; the first weight on disk says how wide the features are."""
+    """Features of the vision encoder -> embeddings; the first weight on disk gives its widths."""
     first = read_tensors(folder).get(family.projector[0])
-    width = first.shape[-1] if first is not None and first.dim() == 2 else hidden_size
-    return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+    inner, width = first.shape if first is not None and first.dim() == 2 else (hidden_size, hidden_size)
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, hidden_size))
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -179,6 +179,11 @@ class Run:
     def _load(self, number: int) -> Model:
         if number == 0:
             model = load_model(self.config.model.name)
+            if not model.views_codes:
+                raise InputError(
+                    f"{self.config.model.name}: sees images through a vision encoder, and self-play trains captions of "
+                    "image codes; choose a checkpoint without it, such as showlab/show-o-512x512"
+                )
             self._check_origin(model)
             return model
         folder = self._path(number, "model")

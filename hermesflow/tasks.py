@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,17 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from hermesflow import __version__
-from hermesflow.config import EvalConfig
 from hermesflow.contact_sheet import draw_contact_sheet
 from hermesflow.curation import candidate_seed
+from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError, atomic_write, read_bytes
 from hermesflow.models import Model
 from hermesflow.progress import track
-from hermesflow.prompting import caption_prompt, image_prompt, question_prompt
+from hermesflow.prompting import answer_ids, caption_prompt, image_prompt, question_prompt
 
 DIRECTIONS = ("left", "right", "up", "down")
-_BATCH_IMAGES = 64
+_BATCH_IMAGES, _BATCH_TOKENS = 64, 16384
 _MAX_ANSWER_TOKENS = 32
 
 
@@ -43,8 +44,9 @@ class GeneratedImage(NamedTuple):
 
 
 def generate_images(
-    model: Model, prompts: Sequence[str], *, num_images: int = 1, seed: int = 0, settings: EvalConfig | None = None
-) -> Iterator[GeneratedImage]:
+    model: Model, prompts: Sequence[str], *, num_images: int = 1, seed: int = 0,
+    sampling: ImageSamplingParams | None = None,
+) -> Iterator[GeneratedImage]:  # fmt: skip
     """Draw images for prompts.
 
     Args:
@@ -52,23 +54,23 @@ def generate_images(
         prompts: one text an image, or several images.
         num_images: images of each prompt.
         seed: seed of the first image; each further one counts up, so any image can be drawn again alone.
-        settings: num_steps, guidance_scale and mask_temperature are used; None takes the defaults.
+        sampling: how images are drawn; None takes the model's own (model.sampling).
     Yields: the images, prompt by prompt.
     Raises: InputError on an empty prompt or a word that the model does not know.
     """
     prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     seeds = seed + torch.arange(len(prompts) * num_images).reshape(len(prompts), num_images)
-    prompts_per_batch = max(1, _BATCH_IMAGES // num_images)
+    prompts_per_batch = max(1, _images_per_batch(model) // num_images)
     for start in track(range(0, len(prompts), prompts_per_batch), "generate", "batches"):
         batch = slice(start, start + prompts_per_batch)
-        codes = _draw_codes(model, prompt_ids[batch], seeds[batch], settings)
+        codes = _draw_codes(model, prompt_ids[batch], seeds[batch], sampling)
         for prompt, row_codes, row_seeds in zip(prompts[batch], codes, seeds[batch].tolist(), strict=True):
             yield from _show(model, prompt, row_seeds, row_codes)
 
 
 def inpaint_images(
     model: Model, image: str | Path, mask: str | Path, prompt: str, *, num_images: int = 1, seed: int = 0,
-    settings: EvalConfig | None = None,
+    sampling: ImageSamplingParams | None = None,
 ) -> Iterator[GeneratedImage]:  # fmt: skip
     """Draw the masked part of an image anew. The tokens of the rest are kept.
 
@@ -81,7 +83,7 @@ def inpaint_images(
         mask: an image file of the same shape, in any size: white is drawn anew, black is kept. In a mask of one colour
             on a transparent ground, what is painted counts as white; other transparent masks are laid over black.
         prompt: what the image shows in the end.
-        num_images, seed, settings: as in generate_images.
+        num_images, seed, sampling: as in generate_images.
     Yields: the images; what is kept is decoded from its tokens, so that it fits what is new.
     Raises: InputError if a file is no image, the mask is of another shape or has no white, or on the prompt as in
         generate_images.
@@ -94,16 +96,17 @@ def inpaint_images(
         raise InputError(f"{mask}: the mask has no white to draw anew; paint at least half of a patch white (255)")
     codes = model.encode_images(fit_image(opened, model.image_size)[None])
     known = codes.masked_fill(redrawn.to(codes.device), -1)
-    for start in track(range(0, num_images, _BATCH_IMAGES), "inpaint", "batches"):
-        seeds = seed + torch.arange(start, min(start + _BATCH_IMAGES, num_images))
+    size = _images_per_batch(model)
+    for start in track(range(0, num_images, size), "inpaint", "batches"):
+        seeds = seed + torch.arange(start, min(start + size, num_images))
         yield from _show(
-            model, prompt, seeds.tolist(), _draw_codes(model, [prompt_ids], seeds[None], settings, known)[0]
+            model, prompt, seeds.tolist(), _draw_codes(model, [prompt_ids], seeds[None], sampling, known)[0]
         )
 
 
 def extrapolate_image(
     model: Model, image: str | Path, prompts: str | Sequence[str], directions: Sequence[str], *, steps: int = 1,
-    offset: int = 0, num_images: int = 1, seed: int = 0, settings: EvalConfig | None = None,
+    offset: int = 0, num_images: int = 1, seed: int = 0, sampling: ImageSamplingParams | None = None,
 ) -> Iterator[GeneratedImage]:  # fmt: skip
     """Draw more of an image beyond its borders. The tokens of the image itself are kept.
 
@@ -119,7 +122,7 @@ def extrapolate_image(
         steps: how often the directions are gone through.
         offset: how many rows or columns more are new, and fewer seen, from 0 to W // 2 - 1.
         num_images: pictures, each extended by itself.
-        seed, settings: as in generate_images.
+        seed, sampling: as in generate_images.
     Yields: the pictures.
     Raises: InputError if the file is no image, on a direction, steps, offset or number of prompts that cannot be, or on
         a prompt as in generate_images.
@@ -138,7 +141,7 @@ def extrapolate_image(
         for number, (rows, columns) in enumerate(windows):
             known = canvas[:, rows, columns]
             window_seeds = [[candidate_seed(own, f"step-{step}", "extrapolate", number)] for own in seeds]
-            drawn = _draw_codes(model, [step_ids] * num_images, torch.tensor(window_seeds), settings, known.flatten(1))
+            drawn = _draw_codes(model, [step_ids] * num_images, torch.tensor(window_seeds), sampling, known.flatten(1))
             canvas[:, rows, columns] = drawn.view(known.shape)
     for own, codes in zip(seeds, canvas, strict=True):
         yield from _show(model, " | ".join(prompts), [own], codes[None])
@@ -220,7 +223,7 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[s
     Yields: {"image": path, "caption": text} for each, in order; the caption is the greedy one.
     Raises: InputError if a file is no image; all are read before the first is described.
     """
-    images = [read_image(path, model.image_size) for path in paths]
+    images = [read_image(path, model.view_size) for path in paths]
     question = caption_prompt(model)
     for batch in _image_batches(images, "caption"):
         texts = _say(model, model.view_images(images[batch]), question, model.prompts.max_caption_tokens)
@@ -247,8 +250,8 @@ def answer_question(
         raise InputError(f"choices {','.join(choices)}: expected two or more distinct answers, such as yes,no")
     _check_words(question, "question")
     question_ids = question_prompt(model, question)
-    choice_ids = [model.encode_text(choice) for choice in choices]
-    images = [read_image(path, model.image_size) for path in paths]
+    choice_ids = [answer_ids(model, choice) for choice in choices]
+    images = [read_image(path, model.view_size) for path in paths]
     for batch in _image_batches(images, "answer"):
         seen = model.view_images(images[batch])
         if choices:
@@ -272,20 +275,19 @@ def _check_words(text: str, name: str) -> None:
 
 
 def _draw_codes(
-    model: Model, prompt_ids: Sequence[list[int]], seeds: Tensor, settings: EvalConfig | None,
+    model: Model, prompt_ids: Sequence[list[int]], seeds: Tensor, sampling: ImageSamplingParams | None,
     known_codes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Codes int64 [P, n, N]; seeds int64 [P, n], known_codes [P, N]."""
-    settings = settings or EvalConfig()
     return model.engine.generate(
-        prompt_ids,
-        num_images=seeds.shape[1],
-        num_steps=settings.num_steps,
-        guidance_scale=settings.guidance_scale,
-        mask_temperature=settings.mask_temperature,
-        seeds=seeds,
-        known_codes=known_codes,
-    )
+        prompt_ids, num_images=seeds.shape[1], seeds=seeds, known_codes=known_codes,
+        max_sequences=2 * _images_per_batch(model), **asdict(sampling or model.sampling),
+    )  # fmt: skip
+
+
+def _images_per_batch(model: Model) -> int:
+    """As many as keep a pass in a few GiB at the width of Show-o 1.3B."""
+    return max(1, min(_BATCH_IMAGES, _BATCH_TOKENS // model.layout.num_image_tokens))
 
 
 def _show(model: Model, prompt: str, seeds: Sequence[int], codes: Tensor) -> Iterator[GeneratedImage]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ from hermesflow import cli, models, tasks
 from hermesflow.config import load_config
 from hermesflow.files import InputError
 from hermesflow.kernels.registry import BackendError
-from hermesflow.models import TINY_PROMPTS
+from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "eval",
-    "report", "doctor", "bench", "bench ops", "bench table",
+    "export", "report", "doctor", "bench", "bench ops", "bench table",
 ]  # fmt: skip
 SIZE = 16
 
@@ -34,7 +35,7 @@ class StandInEngine:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompt_ids, *, num_images, num_steps, guidance_scale, mask_temperature, seeds, known_codes=None):
+    def generate(self, prompt_ids, *, num_images, num_steps, seeds, known_codes=None, **sampling):
         assert seeds.shape == (len(prompt_ids), num_images)
         assert known_codes is None or known_codes.shape == (len(prompt_ids), 4)
         self.calls.append((prompt_ids, num_steps))
@@ -53,8 +54,8 @@ class StandInEngine:
 
 
 class StandInModel:
-    image_size = SIZE
-    prompts = TINY_PROMPTS
+    image_size = view_size = SIZE
+    prompts, sampling = TINY_PROMPTS, TINY_SAMPLING
     layout = types.SimpleNamespace(sot=-1, num_image_tokens=4)
 
     def __init__(self):
@@ -262,7 +263,7 @@ def test_doctor_tells_of_every_op(capsys):
 def test_generate_writes_what_is_needed_to_draw_again(model, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a green square\n\n  ¿?  \n", encoding="utf-8")
-    arguments = ["--num-images", "2", "--seed", "5", "--set", "eval.num_steps=3", "-o", str(tmp_path / "out")]
+    arguments = ["--num-images", "2", "--seed", "5", "--num-steps", "3", "-o", str(tmp_path / "out")]
     assert cli.main(["generate", "a Red circle", "--prompts-file", str(prompts), *arguments]) == 0
     files = capsys.readouterr().out.split()
     assert [os.path.basename(file) for file in files] == [
@@ -281,14 +282,14 @@ def test_options_win_over_settings(monkeypatch, tmp_path):
     asked = []
     model = StandInModel()
     monkeypatch.setattr(models, "load_model", lambda *given, **options: asked.append((given, options)) or model)
-    settings = ["--set", "model.name=other", "--set", "eval.num_steps=3"]
+    settings = ["--set", "model.name=other"]
     options = ["--model", "mine", "--device", "cpu", "--dtype", "bfloat16", "--num-steps", "2"]
     assert cli.main(["generate", "x", *options, *settings, "-o", str(tmp_path)]) == 0
     assert asked == [(("mine",), {"device": "cpu", "dtype": torch.bfloat16})]
     assert model.engine.calls[0][1] == 2
     assert cli.main(["generate", "x", *settings, "-o", str(tmp_path)]) == 0
     assert asked[1] == (("other",), {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": None})
-    assert model.engine.calls[1][1] == 3
+    assert model.engine.calls[1][1] == TINY_SAMPLING.num_steps
 
 
 def test_a_device_that_is_not_there(capsys):
@@ -310,7 +311,7 @@ def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys,
     assert capsys.readouterr().out.split() == [
         "out/a-dog-inpainted-seed4.png", "out/a-dog-inpainted-seed5.png", "sheets/all.png",
     ]  # fmt: skip
-    drawing = {"model": "tiny", "dtype": None, "num_steps": 4, "guidance_scale": 0.5, "mask_temperature": 1.0}
+    drawing = {"model": "tiny", "dtype": None, **asdict(TINY_SAMPLING)}
     for file in ("out/a-dog-inpainted-seed4.png", "sheets/all.png"):
         with Image.open(file) as image:
             assert image.text["prompt"] == "a dog"

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hermesflow import cli
 from hermesflow.benchmarks.random_checkpoint import TINY, WEIGHTS, write_checkpoint, write_tokenizer
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.files import InputError
 from hermesflow.models import load_model
 from hermesflow.prompting import caption_prompt, choices_prompt, image_prompt
-from hermesflow.published import load_vq_tokenizer
+from hermesflow.published import export_model, load_vq_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def logits(model):
     """Of one prompt with a masked image and of one image with a question."""
     layout = model.layout
     tree = SpanTree.build([
-        (layout.text_prompt(image_prompt(model, "a red circle")), -1, "causal"), (layout.masked_image([-1] * layout.num_image_tokens), 0, "full"),
+        (layout.text_prompt(image_prompt(model, "a red circle")), -1, "causal"),
+        (layout.masked_image([-1] * layout.num_image_tokens), 0, "full"),
         (layout.image_prefix(range(layout.num_image_tokens)), -1, "full"),
         (layout.question(caption_prompt(model)), 2, "causal"),
     ])  # fmt: skip
@@ -147,6 +149,38 @@ def test_saved_it_is_the_published_layout(model, checkpoint, tmp_path):
 def test_saved_in_another_dtype(model, tmp_path):
     model.save(tmp_path, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "pytorch_model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_export_takes_the_last_round_of_a_run(model, tmp_path, capsys):
+    changed = load_model(str(model.folder))
+    with torch.no_grad():
+        changed.transformer.norm.bias += 1
+    model.save(tmp_path / "run" / "round-2" / "model")
+    changed.save(tmp_path / "run" / "round-10" / "model")
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    exported = load_model(str(tmp_path / "out"))
+    assert exported.engine.dtype == torch.bfloat16
+    assert torch.equal(exported.transformer.norm.bias, changed.transformer.norm.bias.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [("tiny", "tiny: its family has no published layout"), ("giant", "no model 'giant'")],
+)
+def test_export_of_what_cannot_be(source, told, tmp_path, capsys):
+    assert cli.main(["export", source, "-o", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_export_replaces_models_alone(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("of great worth")
+    with pytest.raises(InputError, match="holds something other than a model; choose another folder"):
+        export_model(str(model.folder), tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    export_model(str(model.folder), tmp_path / "out")
+    export_model(str(model.folder), tmp_path / "out")
+    assert torch.equal(logits(load_model(str(tmp_path / "out"))), logits(model))
 
 
 def test_buffers_of_old_versions_are_left_out(model, copied):

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from hermesflow import tasks
-from hermesflow.config import EvalConfig
 from hermesflow.contact_sheet import draw_contact_sheet
 from hermesflow.curation import candidate_seed
+from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.files import InputError
 from hermesflow.prompting import image_prompt
 
 SIZE = 64  # of the tiny model, 4 x 4 tokens of 16 pixels
 PROMPT = "a small red circle"
-SETTINGS = EvalConfig(num_steps=3, guidance_scale=0.5)
+SAMPLING = ImageSamplingParams(num_steps=3, guidance_scale=0.5, mask_temperature=1.0)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ SPOTS = np.array([[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
 
 
 def inpaint(model, image, mask, **options):
-    return list(tasks.inpaint_images(model, image, mask, PROMPT, **{"settings": SETTINGS} | options))
+    return list(tasks.inpaint_images(model, image, mask, PROMPT, **{"sampling": SAMPLING} | options))
 
 
 def original_codes(model, path):
@@ -97,7 +97,7 @@ def test_an_inpainted_image_does_not_depend_on_its_batch(shared_tiny_model, squa
 def test_a_mask_that_is_all_white_draws_all(shared_tiny_model, square, tmp_path):
     mask = save_mask(tmp_path / "mask.png", np.ones((4, 4)))
     drawn = inpaint(shared_tiny_model, square, mask, num_images=2, seed=3)
-    whole = tasks.generate_images(shared_tiny_model, [PROMPT], num_images=2, seed=3, settings=SETTINGS)
+    whole = tasks.generate_images(shared_tiny_model, [PROMPT], num_images=2, seed=3, sampling=SAMPLING)
     for one, other in zip(drawn, whole, strict=True):
         assert torch.equal(one.codes, other.codes)
 
@@ -179,7 +179,7 @@ def test_an_image_to_inpaint_that_is_none(shared_tiny_model, tmp_path):
 
 
 def extrapolate(model, image, directions, prompts=PROMPT, **options):
-    return list(tasks.extrapolate_image(model, image, prompts, directions, **{"settings": SETTINGS} | options))
+    return list(tasks.extrapolate_image(model, image, prompts, directions, **{"sampling": SAMPLING} | options))
 
 
 # Where the 4 x 4 tokens of the image lie in the canvas [h, w].
@@ -283,7 +283,7 @@ def test_extensions_that_are_refused(shared_tiny_model, square, directions, opti
 
 
 def test_drawn_images_are_their_codes(shared_tiny_model):
-    drawn = list(tasks.generate_images(shared_tiny_model, [PROMPT, "a blue square"], settings=SETTINGS))
+    drawn = list(tasks.generate_images(shared_tiny_model, [PROMPT, "a blue square"], sampling=SAMPLING))
     for image in drawn:
         assert image.codes.shape == (4, 4)
         pixels = shared_tiny_model.decode_images(image.codes.view(1, -1))[0]
@@ -292,8 +292,8 @@ def test_drawn_images_are_their_codes(shared_tiny_model):
 
 def test_a_long_prompt_is_cut_as_the_model_was_trained(shared_tiny_model, monkeypatch):
     monkeypatch.setattr(shared_tiny_model, "prompts", replace(shared_tiny_model.prompts, max_prompt_tokens=3))
-    long, short = tasks.generate_images(shared_tiny_model, ["a small red circle", "a small red"], settings=SETTINGS)
-    again = next(iter(tasks.generate_images(shared_tiny_model, ["a small red"], settings=SETTINGS)))
+    long, short = tasks.generate_images(shared_tiny_model, ["a small red circle", "a small red"], sampling=SAMPLING)
+    again = next(iter(tasks.generate_images(shared_tiny_model, ["a small red"], sampling=SAMPLING)))
     assert torch.equal(long.codes, again.codes) and short.seed == 1
 
 
@@ -361,7 +361,7 @@ def test_captions_are_wrapped_and_cut(caption, lines):
 
 
 def test_a_contact_sheet_is_written_with_its_settings(shared_tiny_model, tmp_path):
-    images = list(tasks.generate_images(shared_tiny_model, [PROMPT, "a blue square"], seed=4, settings=SETTINGS))
+    images = list(tasks.generate_images(shared_tiny_model, [PROMPT, "a blue square"], seed=4, sampling=SAMPLING))
     path = tasks.save_contact_sheet(tmp_path / "new" / "sheet.png", images, {"num_steps": 3}, num_images=1)
     with Image.open(path) as sheet:
         assert sheet.text["prompt"] == f"{PROMPT}\na blue square" and json.loads(sheet.text["seeds"]) == [4, 5]

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,15 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
+from hermesflow import tasks
+from hermesflow.benchmarks.random_checkpoint import TINY, write_checkpoint
+from hermesflow.config import load_config
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.text_decoder import SamplingParams
+from hermesflow.families import SHOWO
 from hermesflow.files import InputError
+from hermesflow.models import load_model
+from hermesflow.selfplay import run_selfplay
 from hermesflow.vision import load_clip_encoder
 
 WIDTH, INNER, HIDDEN = 24, 20, 32
@@ -272,3 +279,54 @@ def test_choices_about_features_end_to_end(naive, engine, encoder):
                 naive.choice_logprob(engine.transformer, engine.layout, image, question, ids) for ids in of_question
             ]
             assert row == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A published checkpoint of the variant, with its CLIP beside it."""
+    folder = tmp_path_factory.mktemp("w-clip-vit")
+    write_checkpoint(folder, replace(TINY, vision_size=WIDTH))
+    write_clip(folder / "clip")
+    return folder
+
+
+def test_a_checkpoint_captions_and_answers_through_clip(naive, checkpoint, tmp_path):
+    """Pictures to text, as the original builds the sequence: [mmu, system prompt, soi, features, eoi, question]."""
+    model = load_model(str(checkpoint))
+    model.prompts = replace(model.prompts, max_caption_tokens=6)
+    Image.fromarray(pictures()[1]).save(tmp_path / "a.png")
+    question = model.encode_text("USER: Give a caption for this image. ASSISTANT:")
+    assert list(model.layout.system_ids) == model.encode_text(SHOWO.system_prompt)
+    (said,) = tasks.caption_images(model, [tmp_path / "a.png"])
+    features = model.view_images([tasks.read_image(tmp_path / "a.png", model.view_size)])
+    assert model.view_size == 32 and features.shape == (1, 16, TINY.hidden_size)
+    ids = naive.answer(model.transformer, model.layout, features[0], question, GREEDY, 0)
+    assert said["caption"] == model.decode_text(ids)
+    (answer,) = tasks.answer_question(model, [tmp_path / "a.png"], "is it?", ["yes", "no"])
+    asked = model.encode_text("USER: is it? ASSISTANT:")
+    truth = torch.tensor([
+        naive.choice_logprob(model.transformer, model.layout, features[0], asked, model.encode_text(choice))
+        for choice in (" yes", " no")
+    ]).softmax(0)  # fmt: skip
+    assert list(answer["probabilities"].values()) == pytest.approx(truth.tolist(), abs=2e-6)
+    (drawn,) = tasks.generate_images(model, ["a circle"], sampling=replace(model.sampling, num_steps=2))
+    assert drawn.pixels.shape == (64, 64, 3)
+
+
+def test_a_checkpoint_saves_its_projector(checkpoint, tmp_path):
+    load_model(str(checkpoint)).save(tmp_path)
+    again, model = load_model(str(tmp_path)), load_model(str(checkpoint))
+    assert all(map(torch.equal, again.projector.parameters(), model.projector.parameters()))
+
+
+def test_a_checkpoint_without_clip_says_so(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load_model(str(checkpoint)).save(tmp_path)
+    with pytest.raises(InputError, match="no vision encoder 'openai/clip-vit-large-patch14-336'"):
+        load_model(str(tmp_path)).view_size  # noqa: B018
+
+
+def test_self_play_refuses_what_it_would_not_train(checkpoint, tmp_path):
+    settings = [f"model.name={checkpoint}", f"run.folder={tmp_path}"]
+    with pytest.raises(InputError, match="sees images through a vision encoder, .*; choose a checkpoint without it"):
+        run_selfplay(load_config(None, settings))
