@@ -46,7 +46,7 @@ from .pairs import REJECTED_SCHEMA, make_pairs, pair_statistics, read_pairs
 from .records import Record, read_records, write_records
 from .report import write_report
 from .summaries import print_summary
-from .tasks import fit_image
+from .images import fit_image
 from .training import train_pairs
 from .worlds import shapes
 

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from hermesflow import __version__
 from hermesflow.config import EvalConfig
 from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError, atomic_write, read_bytes
+from hermesflow.files import InputError, atomic_write
+from hermesflow.images import read_image
 from hermesflow.models import Model
 from hermesflow.progress import track
 from hermesflow.prompting import caption_prompt
@@ -83,37 +84,6 @@ def save_image(folder: Path, image: GeneratedImage, settings: dict) -> Path:
     with atomic_write(path) as temporary:
         Image.fromarray(image.pixels).save(temporary, format="PNG", pnginfo=text)
     return path
-
-
-def read_image(path: str | Path, size: int) -> np.ndarray:
-    """Read an image of any kind and size as the model sees it.
-
-    Args:
-        path: a file that Pillow can read.
-        size: see fit_image.
-    Returns: RGB, uint8 [size, size, 3].
-    Raises: InputError if the file is missing or no image.
-    """
-    read_bytes(path)  # tells a missing file from one that is no image
-    try:
-        with Image.open(path) as opened:
-            return fit_image(opened, size)
-    except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
-        raise InputError(f"{path}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
-
-
-def fit_image(image: Image.Image, size: int) -> np.ndarray:
-    """An image of any mode and size as the model sees it: upright, resized and cropped.
-
-    Args:
-        image: the image; one of size x size keeps its pixels.
-        size: the shorter side is resized to this (bicubic), then the centre is cropped.
-    Returns: RGB, uint8 [size, size, 3].
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
 
 
 def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict]:
