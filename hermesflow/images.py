@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from hermesflow.files import InputError, read_bytes
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused before they are decoded: a small file can unpack to gigabytes. Pillow warns from here on."""
+"""Larger images are refused before they are decoded: a small file can unpack to gigabytes. Pillow warns from here."""
 
 
 def read_image(path: str | os.PathLike, size: int) -> np.ndarray:

@@ -7,15 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from hermesflow.config import PretrainConfig, load_config
 from hermesflow.files import InputError
-from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training, with_codes
+from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training
 from hermesflow.worlds import shapes
 
 SETTINGS = (
@@ -199,34 +196,3 @@ def test_self_play_draws_other_scenes_than_pretraining(whole):
     seen = {(scene.background, scene.objects) for scene in shapes.sample_scenes("train", 5000, PretrainConfig().seed)}
     mine = shapes.sample_scenes("train", 100, _SCENE_SEEDS)
     assert not [scene for scene in mine if (scene.background, scene.objects) in seen]
-
-
-def image_records(*sizes):
-    scenes = shapes.sample_scenes("train", len(sizes), 3)
-    rng = np.random.default_rng(0)
-    records = [shapes.make_record(scene, f"r{i}", rng) for i, scene in enumerate(scenes)]
-    return [
-        replace(record, image=np.asarray(Image.fromarray(record.image).resize(size)))
-        for record, size in zip(records, sizes, strict=True)
-    ]
-
-
-def test_images_of_any_size_are_fitted_to_the_model(shared_tiny_model):
-    records = with_codes(shared_tiny_model, image_records((64, 64), (100, 100), (128, 64)))
-    assert [record.codes.shape for record in records] == [(16,)] * 3
-    assert not [record for record in records if record.image is not None]
-
-
-@pytest.mark.parametrize(
-    ("codes", "message"),
-    [
-        (np.zeros(64, dtype=np.int32), "record r0: expected 16 image codes in .0, 32., got 64"),
-        (np.full(16, 64, dtype=np.int32), "record r0: expected 16 image codes in .0, 32."),
-        (None, "record r0: has neither an image nor codes"),
-    ],
-    ids=["length", "range", "none"],
-)
-def test_codes_that_do_not_fit_the_model_are_refused(shared_tiny_model, codes, message):
-    [record] = image_records((64, 64))
-    with pytest.raises(InputError, match=message):
-        with_codes(shared_tiny_model, [replace(record, codes=codes, image=None)])
