@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 from hermesflow.files import InputError, read_bytes
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are read; Pillow knows others whose reading starts a program, such as EPS."""
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes. Pillow warns from here."""
 
@@ -19,7 +21,7 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     """Read an image file of any kind and size as the model sees it.
 
     Args:
-        path: a file that Pillow can read; of an animation the first frame is taken.
+        path: a file of one of FORMATS; of an animation the first frame is taken.
         size: see fit_image.
     Returns: RGB, uint8 [size, size, 3].
     Raises: InputError if the file is missing, no image, damaged, or has more than MAX_PIXELS pixels.
@@ -31,8 +33,9 @@ def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
     """As read_image, for a file's bytes; errors call it by its name."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as opened:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise _too_large(name)
                 return fit_image(opened, size)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -43,6 +44,7 @@ from .files import (
 )
 from .models import Model, load_model
 from .pairs import REJECTED_SCHEMA, make_pairs, pair_statistics, read_pairs
+from .published_pairs import read_published_pairs
 from .records import Record, read_records, write_records
 from .report import write_report
 from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
@@ -86,6 +88,20 @@ def run_curation(config: Config, number: int) -> None:
 def run_training(config: Config, number: int) -> None:
     """Trains on the pairs of one round, which run_curation has made."""
     Run(config).train(number)
+
+
+def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str | os.PathLike | None = None) -> Path:
+    """Gives a round of a run the pairs of a published pair_dpo_data.json, so that run_training goes on from there.
+
+    Args:
+        config: the run's settings; curation.threshold is what a win's image must score more than.
+        number: the round, from 1; the rounds before it must be trained.
+        path: see read_published_pairs.
+        root: see read_published_pairs.
+    Returns: the path of the pairs; rejected.parquet is written beside it.
+    Raises: InputError if the file cannot be used, or the round has pairs already.
+    """
+    return Run(config).import_pairs(number, path, root)
 
 
 class Run:
@@ -240,6 +256,18 @@ class Run:
             write_parquet(self._path(number, "pairs.parquet"), pairs)
 
         self._timed(number, "curation", work)
+
+    def import_pairs(self, number: int, path: str | os.PathLike, root: str | os.PathLike | None) -> Path:
+        """Pairs and rejected records of a round from a published file."""
+        self._check_round(number)
+        target = self._path(number, "pairs.parquet")
+        if target.exists():
+            raise InputError(f"{target}: round {number} has pairs already; choose another run.name or --round")
+        threshold = self.config.curation.threshold
+        pairs, rejected = read_published_pairs(self.model(number - 1), path, root, threshold)
+        write_parquet(self._path(number, "rejected.parquet"), rejected)
+        write_parquet(target, pairs)
+        return target
 
     def train(self, number: int) -> None:
         """Pair-DPO on a round's pairs."""

@@ -168,7 +168,8 @@ def path_inside(root: Path, name: str) -> Path:
         path = (root / name).resolve()
         inside, there = path.is_relative_to(root.resolve()), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null byte
-        raise ValueError(f"missing image: {_shown(name)} is no path ({getattr(error, 'strerror', None) or error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"missing image: {_shown(name)} is no path ({why})") from error
     if not inside:
         raise ValueError(f"path leaves its root: {_shown(name)} is outside {root}")
     if not there:
@@ -263,7 +264,8 @@ def _question(row: Any) -> Question:
     question, answer = text_of(row, "question"), text_of(row, "answer")
     choices = tuple(text_of({"choice": choice}, "choice") for choice in _list(row, "choices"))
     if answer not in choices:
-        raise ValueError(f"wrong answer: {_shown(answer)} is no choice of {_shown(list(choices))} for {_shown(question)}")
+        shown = [_shown(value) for value in (answer, list(choices), question)]
+        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*shown))
     kind, element = ("" if row.get(key) is None else text_of(row, key) for key in ("element_type", "element"))
     return Question(question, choices, answer, kind, element)
 

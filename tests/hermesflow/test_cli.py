@@ -21,7 +21,7 @@ from hermesflow.models import TINY_PROMPTS
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "caption", "answer", "curate", "train", "eval", "report", "doctor", "bench",
-    "bench ops", "bench table",
+    "bench ops", "bench table", "pairs", "pairs export", "pairs import",
 ]  # fmt: skip
 SIZE = 16
 

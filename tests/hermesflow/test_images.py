@@ -197,6 +197,18 @@ def test_the_limit_holds_whatever_pillow_is_told(tmp_path, monkeypatch):
         decode_image(png_of_size(9460, 9460), SIZE, "mine.png")
 
 
+def test_formats_whose_reading_starts_a_program_are_refused(tmp_path, monkeypatch):
+    plain("RGB", RED).save(tmp_path / "mine.eps")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(InputError, match="mine.eps: not an image that can be read"):
+        read_image(tmp_path / "mine.eps", SIZE)
+
+
+def test_odd_metadata_of_a_whole_image_says_nothing(tmp_path, recwarn):
+    plain("RGB", RED).save(tmp_path / "mine.png", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    assert (read_image(tmp_path / "mine.png", SIZE) == RED).all() and not recwarn.list
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="none.png: no such file"):
         read_image(tmp_path / "none.png", SIZE)
