@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from .files import InputError, read_bytes, read_parquet
+from .files import InputError, damaged, read_bytes, read_parquet
 from .images import decode_image, fit_image, read_image
 from .models import Model
 from .progress import track
@@ -213,7 +213,12 @@ def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
 
 
 def _read_rows(path: str | os.PathLike) -> list[Any]:
-    return read_parquet(path).to_pylist() if Path(path).suffix == ".parquet" else read_entries(path)
+    if Path(path).suffix != ".parquet":
+        return read_entries(path)
+    try:
+        return read_parquet(path).to_pylist()
+    except (pa.ArrowException, ArithmeticError, UnicodeDecodeError) as error:  # no UTF-8, dates out of range
+        raise damaged(path, "Parquet", error) from error
 
 
 def _join_questions(
@@ -293,10 +298,10 @@ def _check_and_open(model: Model, record: Record) -> list[np.ndarray]:
     if record.codes is not None:
         _check_codes(model, record.codes)
         return []
-    return [open_image(record, model.image_size)]
+    return [_open_image(record, model.image_size)]
 
 
-def open_image(record: Record, size: int) -> np.ndarray:
+def _open_image(record: Record, size: int) -> np.ndarray:
     """A record's image, uint8 [size, size, 3]. Raises: ValueError if there is none or it is damaged."""
     try:
         if record.image_path is not None:

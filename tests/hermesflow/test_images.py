@@ -217,3 +217,30 @@ def test_a_missing_file_is_named(tmp_path):
 def test_floats_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
         fit_image(array(np.float32, np.nan), SIZE)
+
+
+def saved(kind, image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return bytearray(buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_whatever_the_bytes_there_is_an_image_or_one_line(kind):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    whole, outcomes = saved(kind, noise), set()
+    for _ in range(60):
+        data = whole.copy()
+        for place in rng.integers(0, min(len(data), 300), rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        if rng.random() < 0.3:
+            del data[rng.integers(len(data)) :]
+        try:
+            pixels = decode_image(bytes(data), SIZE, "mine")
+            assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+            outcomes.add("image")
+        except InputError as error:
+            assert str(error).startswith("mine: ") and "\n" not in str(error)
+            outcomes.add("refused")
+    assert "refused" in outcomes

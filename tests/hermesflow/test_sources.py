@@ -270,10 +270,16 @@ def test_a_missing_file_is_named(name, tmp_path):
         read_source(tmp_path / name)
 
 
-def test_a_damaged_parquet_is_named(tmp_path):
-    (tmp_path / "mine.parquet").write_text("no table")
-    with pytest.raises(InputError, match="mine.parquet: damaged Parquet"):
-        read_source(tmp_path / "mine.parquet")
+@pytest.mark.parametrize("kind", ["no table", "no text"])
+def test_a_damaged_parquet_is_named(kind, tmp_path):
+    path = tmp_path / "mine.parquet"
+    if kind == "no table":
+        path.write_text("no table")
+    else:
+        pq.write_table(pa.table({"id": pa.array([b"\xff"]).view(pa.string())}), path)
+    with pytest.raises(InputError, match="mine.parquet: damaged Parquet") as error:
+        read_source(path)
+    assert "\n" not in str(error.value)
 
 
 def image_records(*sizes):
@@ -370,6 +376,29 @@ def test_images_are_opened_a_batch_at_a_time_and_no_more_than_are_needed(
     assert [record.id for record in done] == [str(i) for i in range(20) if i != 1][:count] and len(rejected) == 1
     assert events.count(1) == opened
     assert max(np.cumsum(events)) <= 5  # a batch of four, and the one that could not be opened
+
+
+ODD = [None, 1, 1.5, True, "", [], {}, "images", "x" * 300, "\ud800", "\0", float("nan"), [None], -1, 10**30, "/", ".."]
+
+
+def mutated(rng, value):
+    """The value with something odd in some place of it."""
+    if isinstance(value, dict) and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return value | {key: mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.6:
+        place = rng.integers(len(value))
+        return [*value[:place], mutated(rng, value[place]), *value[place + 1 :]]
+    return ODD[rng.integers(len(ODD))]
+
+
+def test_whatever_the_entries_each_is_a_record_or_rejected_in_a_line(folder):
+    rng = np.random.default_rng(0)
+    rows = [mutated(rng, entry(1, category="x", codes=None, element=[COLOR]) | {"id": number}) for number in range(300)]
+    records, rejected = read_source(write(folder, rows))
+    assert len(records) + len(rejected) == 300 and records and rejected
+    assert not [row for row in rejected if "\n" in row["reason"] or len(row["reason"]) > 500]
+    pa.Table.from_pylist(rejected, sources.UNUSABLE_SCHEMA)
 
 
 def test_nothing_rejected_is_an_empty_file():
