@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,6 +17,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read; Pillow knows others whose reading starts a program, such as EPS."""
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes. Pillow warns from here."""
+
+_Result = TypeVar("_Result")
 
 
 def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
@@ -31,20 +35,12 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
 
 def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
     """As read_image, for a file's bytes; errors call it by its name."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF data and the like
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise _too_large(name)
-                return fit_image(opened, size)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _too_large(name) from error
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
-        raise InputError(f"{name}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
+    return _decode(data, name, lambda image: fit_image(image, size))
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """An image file as it is, upright, in its own mode and size. Raises: InputError as read_image."""
+    return _decode(read_bytes(path), str(path), ImageOps.exif_transpose)
 
 
 def fit_image(image: Image.Image, size: int) -> np.ndarray:
@@ -88,6 +84,24 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _decode(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:
+    """What use makes of the image in a file's bytes; whatever goes wrong is an InputError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data and the like
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise _too_large(name)
+                return use(opened)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _too_large(name) from error
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
+        raise InputError(f"{name}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
 
 
 def _too_large(name: str) -> InputError:

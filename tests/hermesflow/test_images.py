@@ -10,7 +10,7 @@ from PIL import Image
 
 from hermesflow import images
 from hermesflow.files import InputError
-from hermesflow.images import MAX_PIXELS, decode_image, fit_image, read_image
+from hermesflow.images import MAX_PIXELS, decode_image, fit_image, open_image, read_image
 
 SIZE = 16
 RED = (200, 40, 90)
@@ -142,6 +142,7 @@ def test_exif_orientation(orientation, tmp_path):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "turned.png", SIZE), upright)
+    np.testing.assert_array_equal(open_image(tmp_path / "turned.png"), upright)
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
@@ -187,6 +188,8 @@ def test_what_is_no_image_is_named(data, message, tmp_path, recwarn):
     with pytest.raises(InputError, match=f"mine.png: {message}") as error:
         read_image(path, SIZE)
     assert "\n" not in str(error.value) and not recwarn.list
+    with pytest.raises(InputError, match=f"mine.png: {message}"):
+        open_image(path)
     with pytest.raises(InputError, match=f"record a: {message}"):
         decode_image(data, SIZE, "record a")
 
