@@ -87,6 +87,18 @@ def _train(arguments: argparse.Namespace, config: Config) -> None:
     run_training(config, arguments.round)
 
 
+def _pairs_export(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.published_pairs import export_pairs
+
+    print(export_pairs(arguments.run_folder, arguments.round, arguments.output))
+
+
+def _pairs_import(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.selfplay import import_pairs
+
+    print(import_pairs(config, arguments.round, arguments.file, arguments.root))
+
+
 def _eval(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.evaluation import run_evaluation
 
@@ -313,7 +325,24 @@ def _parser() -> argparse.ArgumentParser:
         commands, "train", _train, "train on the pairs of one round",
         "hermesflow train --set run.name=demo --round 1", continues=True,
     )  # fmt: skip
-    for command in (curate, train):
+    pairs = _command(
+        commands, "pairs", None, "exchange pairs with the published code", "hermesflow pairs export runs/demo -o pairs",
+        configured=False,
+    )  # fmt: skip
+    exchanges = pairs.add_subparsers(title="directions", metavar="DIRECTION", required=True)
+    export = _command(
+        exchanges, "export", _pairs_export, "write a round's pairs as pair_dpo_data.json with images",
+        "hermesflow pairs export runs/demo --round 1 -o pairs", configured=False,
+    )  # fmt: skip
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
+    export.add_argument("-o", "--output", type=Path, default=Path("pairs"), metavar="FOLDER", help="[pairs]")
+    import_ = _command(
+        exchanges, "import", _pairs_import, "make a pair_dpo_data.json the pairs of a run's round, ready for train",
+        "hermesflow pairs import pairs/pair_dpo_data.json --set run.name=mine --round 1",
+    )  # fmt: skip
+    import_.add_argument("file", type=Path, metavar="FILE.json", help="pair_dpo_data.json")
+    import_.add_argument("--root", type=Path, metavar="FOLDER", help="where image paths start [the file's folder]")
+    for command in (curate, train, export, import_):
         command.add_argument("--round", type=_positive, default=1, metavar="N", help="the round, from 1 [1]")
 
     _command(

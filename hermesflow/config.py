@@ -63,13 +63,20 @@ class DataConfig:
     """The image-caption pairs."""
 
     source: str = "shapes"
-    """"shapes" for the built-in world, or a Parquet file of records."""
+    """"shapes" for the built-in world, or a file of records: JSON, JSON lines or Parquet."""
+    questions: str = ""
+    """A file of questions that are joined to the records by id, such as the published vqa_data.json."""
+    root: str = ""
+    """Folder that image paths start from and may not leave; empty is the folder of the source."""
     num_records: int = 512
     """Training prompts in each round."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 1, "num_records")
+        for name in ("questions", "root"):
+            if getattr(self, name) and self.source == "shapes":
+                raise ConfigError("DataConfig", name, "expected a file of records in data.source, got \"shapes\"")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -147,9 +147,13 @@ def load_model(
 
     builtin = ASSETS / name_or_path
     folder = builtin if builtin.parent == ASSETS and (builtin / "config.json").is_file() else None
-    folder = folder or find_folder(name_or_path, CHECKPOINT_FILES, "model")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"no model {name_or_path!r}: give 'tiny' or a folder that holds config.json")
+    if folder is None and ("/" in name_or_path or (name_or_path and Path(name_or_path).is_dir())):
+        folder = find_folder(name_or_path, CHECKPOINT_FILES, "model")
+    if folder is None or not (folder / "config.json").is_file():
+        raise InputError(
+            f"no model {name_or_path!r}: give 'tiny', a folder that holds config.json, or a hub id such as "
+            "showlab/show-o-512x512"
+        )
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and "_class_name" in config:
         return load_published(folder, config, device, dtype, vq_tokenizer)

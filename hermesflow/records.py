@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """One image-caption pair with its questions; the image is there as codes, as pixels, or both."""
+    """One image-caption pair with its questions; the image is there as codes, as an image or as a file."""
 
     id: str
     """Unique within a data set."""
@@ -73,8 +74,10 @@ class Record:
     """What a picture of the caption must answer."""
     codes: np.ndarray | None = None
     """Image codes int32 [N]."""
-    image: np.ndarray | None = None
-    """Pixels uint8 [H, W, 3]."""
+    image: np.ndarray | bytes | None = None
+    """Pixels uint8 [H, W, 3], or the bytes of an image file, which are decoded where the image is used."""
+    image_path: Path | None = None
+    """An image file, which is read where the image is used."""
 
 
 def records_to_table(records: Iterable[Record], include_images: bool = False) -> pa.Table:
@@ -82,7 +85,8 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
 
     Args:
         records: the records.
-        include_images: adds a column of PNG bytes; without it pixels are left out, since codes are what a run needs.
+        include_images: adds a column of image files' bytes, PNG for pixels; without it images are left out, since codes
+            are what a run needs. Files that image_path names are not read.
     Returns: a table with columns id, caption, category, questions (list of structs), codes (list<int32>), and image if
         asked for.
     """
@@ -96,7 +100,7 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
     ]
     schema = _SCHEMA
     if include_images:
-        columns.append([None if record.image is None else _png_bytes(record.image) for record in rows])
+        columns.append([_png_bytes(record.image) for record in rows])
         schema = schema.append(_IMAGE_FIELD)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.table(arrays, schema=schema)
@@ -107,7 +111,7 @@ def records_from_table(table: pa.Table) -> list[Record]:
 
     Args:
         table: an Arrow table, for instance read from Parquet.
-    Returns: the records in the table's order.
+    Returns: the records in the table's order; images stay bytes.
     Raises: ValueError if a column is missing, has another type, or holds a question whose answer is no choice.
     """
     for name in ("id", "caption", "category", "questions"):
@@ -139,7 +143,7 @@ def write_records(path: str | os.PathLike, records: Iterable[Record], include_im
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:
-    """Reads records that write_records wrote, or any Parquet file with the same columns.
+    """Reads records that write_records wrote; for files of others see hermesflow.sources.
 
     Args:
         path: the file.
@@ -159,14 +163,14 @@ def _record(row: dict) -> Record:
             raise ValueError(
                 f"records_from_table: expected a value in column {name!r}, got null in record {row['id']!r}; fill it in"
             )
-    codes, image = row.get("codes"), row.get("image")
+    codes = row.get("codes")
     return Record(
         id=row["id"],
         caption=row["caption"],
         category=row["category"],
         questions=tuple(_question(row["id"], question) for question in row["questions"]),
         codes=None if codes is None else np.asarray(codes, dtype=np.int32),
-        image=None if image is None else _read_image(row["id"], image),
+        image=row.get("image"),
     )
 
 
@@ -188,17 +192,9 @@ def _question(id: str, row: dict | None) -> Question:
     return Question(row["question"], tuple(row["choices"]), row["answer"], row["element_type"], row["element"])
 
 
-def _read_image(id: str, data: bytes) -> np.ndarray:
-    try:
-        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception as error:  # Pillow raises many types, DecompressionBombError among them
-        raise ValueError(
-            f"records_from_table: expected the bytes of a PNG or other image file, got {len(data)} bytes that are none "
-            f"in record {id!r}; write the column anew"
-        ) from error
-
-
-def _png_bytes(image: np.ndarray) -> bytes:
+def _png_bytes(image: np.ndarray | bytes | None) -> bytes | None:
+    if not isinstance(image, np.ndarray):
+        return image
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()

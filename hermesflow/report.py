@@ -16,7 +16,7 @@ from .markup import details, document, scrolling
 from .models import load_model
 from .pairs import pair_statistics
 from .showcase import choose_shown, pairs_section
-from .summaries import LABELS, format_change, format_interval, format_value, headline, tell_verdict
+from .summaries import LABELS, describe_unusable, format_change, format_interval, format_value, headline, tell_verdict
 
 _KEPT = {
     "records": "records",
@@ -142,9 +142,10 @@ def _header(config: Config, summary: dict[str, Any], missing: Sequence[str]) -> 
     lead = headline(summary) if summary["before"] is not None else "Nothing has been measured yet."
     waiting = ", ".join(missing)
     notice = f'<p class="notice">This run is not finished. Not there yet: {escape(waiting)}.</p>' if missing else ""
+    unusable = f'<p class="note">{escape(told)}</p>' if (told := describe_unusable(summary)) else ""
     return (
         f'<header><p class="over">HermesFlow, run {escape(config.run.name)}</p>'
-        f"<h1>What self-play changed</h1>{notice}<p class='lead'>{escape(lead)}</p></header>"
+        f"<h1>What self-play changed</h1>{notice}<p class='lead'>{escape(lead)}</p>{unusable}</header>"
     )
 
 

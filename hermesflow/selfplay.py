@@ -1,6 +1,7 @@
 """Self-play: rounds of curation, Pair-DPO and evaluation in one folder, resumable at every step.
 
-    runs/NAME/  config.toml  records.parquet  round-0/evaluation.json (before)  summary.json  report/index.html
+    runs/NAME/  config.toml  records.parquet  rejected.parquet  round-0/evaluation.json (before)  summary.json
+      report/index.html
       round-K/  candidates/part-*.parquet  pairs.parquet  rejected.parquet  train/step-*/  metrics.jsonl  model/
                 evaluation.json  seconds.json
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,6 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from rich.console import Console
 
 from .config import Config, load_config, to_toml
@@ -43,10 +44,11 @@ from .files import (
 )
 from .models import Model, load_model
 from .pairs import REJECTED_SCHEMA, make_pairs, pair_statistics, read_pairs
+from .published_pairs import read_published_pairs
 from .records import Record, read_records, write_records
 from .report import write_report
+from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
 from .summaries import print_summary
-from .tasks import fit_image
 from .training import train_pairs
 from .worlds import shapes
 
@@ -86,6 +88,20 @@ def run_curation(config: Config, number: int) -> None:
 def run_training(config: Config, number: int) -> None:
     """Trains on the pairs of one round, which run_curation has made."""
     Run(config).train(number)
+
+
+def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str | os.PathLike | None = None) -> Path:
+    """Gives a round of a run the pairs of a published pair_dpo_data.json, so that run_training goes on from there.
+
+    Args:
+        config: the run's settings; curation.threshold is what a win's image must score more than.
+        number: the round, from 1; the rounds before it must be trained.
+        path: see read_published_pairs.
+        root: see read_published_pairs.
+    Returns: the path of the pairs; rejected.parquet is written beside it.
+    Raises: InputError if the file cannot be used, or the round has pairs already.
+    """
+    return Run(config).import_pairs(number, path, root)
 
 
 class Run:
@@ -137,14 +153,16 @@ class Run:
     @cached_property
     def records(self) -> list[Record]:
         """All rounds' image-caption pairs with their images' codes."""
-        path = self.folder / "records.parquet"
-        if not path.exists():
-            write_records(path, self._make_records())
+        path, path_rejected = self.folder / "records.parquet", self.folder / "rejected.parquet"
+        if not (path.exists() and path_rejected.exists()):
+            records, rejected = self._make_records()
+            write_parquet(path_rejected, rejected)
+            write_records(path, records)
         return read_records(path)
 
-    def _make_records(self) -> list[Record]:
+    def _make_records(self) -> tuple[list[Record], pa.Table]:
         data, rounds = self.config.data, self.config.selfplay.num_rounds if self.config.selfplay.fresh_prompts else 1
-        count = data.num_records * rounds
+        count, rejected = data.num_records * rounds, []
         if data.source == "shapes":
             # A stream of its own: pretraining draws the scenes of small seeds.
             seed = _SCENE_SEEDS + self.config.run.seed
@@ -154,12 +172,15 @@ class Run:
             )
             records = [shapes.make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes)]
         else:
-            records = read_records(data.source)[:count]
-            if len(records) < count:
-                raise InputError(
-                    f"{data.source}: has {len(records)} records, {count} are needed; lower data.num_records"
-                )
-        return with_codes(self.model(0), records)
+            records, rejected = read_source(data.source, data.questions or None, data.root or None)
+        records, unfit = encode_records(self.model(0), records, count)
+        rejected += unfit
+        if len(records) < count:
+            told = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
+            raise InputError(
+                f"{data.source}: has {len(records)} usable records, {count} are needed; lower data.num_records{told}"
+            )
+        return records, pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA)
 
     def round_records(self, number: int) -> list[Record]:
         """The records of one round: fresh ones, or the same in every round."""
@@ -241,6 +262,18 @@ class Run:
 
         self._timed(number, "curation", work)
 
+    def import_pairs(self, number: int, path: str | os.PathLike, root: str | os.PathLike | None) -> Path:
+        """Pairs and rejected records of a round from a published file."""
+        self._check_round(number)
+        target = self._path(number, "pairs.parquet")
+        if target.exists():
+            raise InputError(f"{target}: round {number} has pairs already; choose another run.name or --round")
+        threshold = self.config.curation.threshold
+        pairs, rejected = read_published_pairs(self.model(number - 1), path, root, threshold)
+        write_parquet(self._path(number, "rejected.parquet"), rejected)
+        write_parquet(target, pairs)
+        return target
+
     def train(self, number: int) -> None:
         """Pair-DPO on a round's pairs."""
         self._check_round(number)
@@ -303,7 +336,14 @@ class Run:
         before["seconds"] = self._seconds(0)
         settings = asdict(replace(self.config))
         del settings["pretrain"]
-        return {"settings": settings, "seed": self.config.run.seed, "before": before, "rounds": rounds}
+        unusable = read_parquet(self.folder / "rejected.parquet", UNUSABLE_SCHEMA.names).to_pylist()
+        return {
+            "settings": settings,
+            "seed": self.config.run.seed,
+            "data": {"records": len(self.records), "rejected": count_reasons(unusable)},
+            "before": before,
+            "rounds": rounds,
+        }
 
     def _path(self, number: int, *names: str) -> Path:
         return self.folder.joinpath(f"round-{number}", *names)
@@ -329,34 +369,3 @@ def model_digest(model: Model) -> str:
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def with_codes(model: Model, records: Sequence[Record]) -> list[Record]:
-    """The records with their images tokenised where they have no codes yet; pixels are dropped.
-
-    Images of other sizes are resized to the model's, shorter side first, and cropped at the centre.
-
-    Raises: InputError if a record has neither image nor codes, or codes that are not this model's.
-    """
-    done = [_with_codes(model, record) for record in records]
-    missing = [index for index, record in enumerate(done) if record.codes is None]
-    pixels = [fit_image(Image.fromarray(records[index].image), model.image_size) for index in missing]
-    codes = model.encode_images(np.stack(pixels)) if missing else []
-    for index, row in zip(missing, codes, strict=True):
-        done[index] = replace(done[index], codes=row.numpy().astype(np.int32))
-    return done
-
-
-def _with_codes(model: Model, record: Record) -> Record:
-    """The record without its pixels, after a look at its codes."""
-    layout, codes = model.layout, record.codes
-    if codes is None and record.image is None:
-        raise InputError(f"record {record.id}: has neither an image nor codes; add one of them")
-    if codes is not None:
-        num_tokens, size = layout.num_image_tokens, layout.codebook_size
-        if len(codes) != num_tokens or not 0 <= codes.min() <= codes.max() < size:
-            raise InputError(
-                f"record {record.id}: expected {num_tokens} image codes in [0, {size}), got {len(codes)} from "
-                f"{codes.min(initial=0)} to {codes.max(initial=0)}; give codes of this model's tokenizer, or the image"
-            )
-    return replace(record, image=None)

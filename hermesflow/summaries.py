@@ -63,6 +63,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             change = metrics.get("change", {}).get(name)
             table.add_row(f"  {stage}", value, *((format_change(change), tell_verdict(name, change)) if change else ()))
     console.print("Self-play, measured on held-out scenes", table, sep="\n")
+    if unusable := describe_unusable(summary):
+        console.print(unusable, highlight=False, markup=False)
     for number, metrics in enumerate(summary["rounds"], 1):
         for line in describe_round(metrics):
             console.print(f"round {number}: {line}", highlight=False)
@@ -87,6 +89,17 @@ def headline(summary: dict[str, Any]) -> str:
     told = [f"{name}: {_tell(rounds[-1]['change'][name])}" for name in ("gap", "generation", "understanding")]
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
     return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(told)}."
+
+
+def describe_unusable(summary: dict[str, Any]) -> str:
+    """The records of the data that could not be used, in a line; empty if there are none.
+
+    Args:
+        summary: what summary.json holds.
+    """
+    rejected = summary.get("data", {}).get("rejected", {})
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    return f"data: {sum(rejected.values())} records could not be used: {reasons}" if rejected else ""
 
 
 def describe_round(metrics: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from hermesflow import __version__
@@ -22,7 +22,8 @@ from hermesflow.contact_sheet import draw_contact_sheet
 from hermesflow.curation import candidate_seed
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError, atomic_write, read_bytes
+from hermesflow.files import InputError, atomic_write
+from hermesflow.images import fit_image, open_image, read_image
 from hermesflow.models import Model
 from hermesflow.progress import track
 from hermesflow.prompting import answer_ids, caption_prompt, image_prompt, question_prompt
@@ -89,7 +90,7 @@ def inpaint_images(
         generate_images.
     """
     prompt_ids = _prompt_ids(model, prompt, "prompt")
-    opened, opened_mask = _open_image(image), _open_image(mask)
+    opened, opened_mask = open_image(image), open_image(mask)
     _check_same_shape(image, opened, mask, opened_mask)
     redrawn = _masked_tokens(model, opened_mask)
     if not redrawn.any():
@@ -183,37 +184,6 @@ def save_contact_sheet(path: Path, images: Sequence[GeneratedImage], settings: d
     return path
 
 
-def read_image(path: str | Path, size: int) -> np.ndarray:
-    """Read an image of any kind and size as the model sees it.
-
-    Args:
-        path: a file that Pillow can read.
-        size: see fit_image.
-    Returns: RGB, uint8 [size, size, 3].
-    Raises: InputError if the file is missing or no image.
-    """
-    read_bytes(path)  # tells a missing file from one that is no image
-    try:
-        with Image.open(path) as opened:
-            return fit_image(opened, size)
-    except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
-        raise InputError(f"{path}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
-
-
-def fit_image(image: Image.Image, size: int) -> np.ndarray:
-    """An image of any mode and size as the model sees it: upright, resized and cropped.
-
-    Args:
-        image: the image; one of size x size keeps its pixels.
-        size: the shorter side is resized to this (bicubic), then the centre is cropped.
-    Returns: RGB, uint8 [size, size, 3].
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
-
-
 def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[str, str]]:
     """Describe images.
 
@@ -297,16 +267,6 @@ def _show(model: Model, prompt: str, seeds: Sequence[int], codes: Tensor) -> Ite
     images = model.decode_images(codes.flatten(1), *codes.shape[1:])
     for image_seed, pixels, image_codes in zip(seeds, images, codes.cpu(), strict=True):
         yield GeneratedImage(prompt, image_seed, pixels, image_codes)
-
-
-def _open_image(path: str | Path) -> Image.Image:
-    """An image as it is, upright. Raises: InputError as read_image."""
-    read_bytes(path)
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened)
-    except Exception as error:  # see read_image
-        raise InputError(f"{path}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
 
 
 def _check_same_shape(path: str | Path, image: Image.Image, mask_path: str | Path, mask: Image.Image) -> None:

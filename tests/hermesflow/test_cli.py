@@ -24,7 +24,7 @@ from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "eval",
-    "export", "report", "doctor", "bench", "bench ops", "bench table",
+    "export", "pairs", "pairs export", "pairs import", "report", "doctor", "bench", "bench ops", "bench table",
 ]  # fmt: skip
 SIZE = 16
 

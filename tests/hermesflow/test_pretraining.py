@@ -128,7 +128,7 @@ def test_weights_of_another_size_are_listed(made, tmp_path):
 
 
 def test_an_unknown_model_says_what_to_give():
-    with pytest.raises(InputError, match="no model 'giant': give 'tiny' or a folder"):
+    with pytest.raises(InputError, match="no model 'giant': give 'tiny', a folder"):
         load_model("giant")
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from hermesflow.files import InputError
+from hermesflow.images import decode_image
 from hermesflow.records import (
     Question,
     Record,
@@ -28,21 +28,24 @@ def _record(id="a", codes=(3, 1, 2), image=True):
 def _assert_same(left, right):
     for name in ("id", "caption", "category", "questions"):
         assert getattr(left, name) == getattr(right, name)
-    for name in ("codes", "image"):
-        one, other = getattr(left, name), getattr(right, name)
-        assert (one is None) == (other is None)
-        if one is not None:
-            np.testing.assert_array_equal(one, other)
-            assert one.dtype == other.dtype
+    assert (left.codes is None) == (right.codes is None)
+    if left.codes is not None:
+        np.testing.assert_array_equal(left.codes, right.codes)
+        assert left.codes.dtype == right.codes.dtype
+    assert (left.image is None) == (right.image is None)
+    if left.image is not None:
+        np.testing.assert_array_equal(left.image, decode_image(right.image, 64, "its image"))
 
 
 def test_file_gives_back_records_with_their_images(tmp_path):
     records = [_record("a"), _record("b", codes=None, image=False), _record("c", codes=(), image=False)]
     write_records(tmp_path / "records.parquet", records, include_images=True)
     back = read_records(tmp_path / "records.parquet")
-    assert len(back) == 3
-    for left, right in zip(records, back, strict=True):
-        _assert_same(left, right)
+    write_records(tmp_path / "again.parquet", back, include_images=True)
+    for some in (back, read_records(tmp_path / "again.parquet")):
+        assert len(some) == 3
+        for left, right in zip(records, some, strict=True):
+            _assert_same(left, right)
 
 
 def test_images_stay_out_unless_asked_for():
@@ -90,9 +93,8 @@ WRONG_ANSWER = {**BAD_QUESTION, "question": "what ?", "answer": "b"}
         (lambda: _with("caption", pa.array([None], type=pa.string())), "got null in record 'a'"),
         (lambda: _with("questions", pa.array([[BAD_QUESTION]])), "expected questions without nulls"),
         (lambda: _with("questions", pa.array([[WRONG_ANSWER]])), "expected an answer among the choices"),
-        (lambda: _with("image", pa.array([b"none"])), "4 bytes that are none in record 'a'"),
     ],
-    ids=["missing", "type", "range", "null", "null_question", "wrong_answer", "image"],
+    ids=["missing", "type", "range", "null", "null_question", "wrong_answer"],
 )
 def test_a_table_that_is_none_of_records_is_refused_with_its_file(make, match, tmp_path):
     with pytest.raises(ValueError, match=match):
@@ -102,14 +104,6 @@ def test_a_table_that_is_none_of_records_is_refused_with_its_file(make, match, t
     with pytest.raises(InputError, match=f"mine.parquet: is no table of records .*{match}") as error:
         read_records(path)
     assert "\n" not in str(error.value)
-
-
-def test_an_image_too_large_to_be_honest_is_refused_with_its_record(tmp_path, monkeypatch):
-    path = tmp_path / "records.parquet"
-    write_records(path, [_record()], include_images=True)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses more than twice as many
-    with pytest.raises(InputError, match="records.parquet: is no table of records .* in record 'a'"):
-        read_records(path)
 
 
 def test_damaged_file_is_named(tmp_path):

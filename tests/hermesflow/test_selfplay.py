@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hermesflow.config import PretrainConfig, load_config
-from hermesflow.files import InputError
-from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training, with_codes
+from hermesflow.files import InputError, read_parquet
+from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training
 from hermesflow.worlds import shapes
 
 SETTINGS = (
@@ -201,32 +201,59 @@ def test_self_play_draws_other_scenes_than_pretraining(whole):
     assert not [scene for scene in mine if (scene.background, scene.objects) in seen]
 
 
-def image_records(*sizes):
-    scenes = shapes.sample_scenes("train", len(sizes), 3)
+@pytest.fixture
+def data(tmp_path):
+    """Records of the world of shapes as a user would have them, and four that cannot be used."""
     rng = np.random.default_rng(0)
-    records = [shapes.make_record(scene, f"r{i}", rng) for i, scene in enumerate(scenes)]
-    return [
-        replace(record, image=np.asarray(Image.fromarray(record.image).resize(size)))
-        for record, size in zip(records, sizes, strict=True)
-    ]
+    scenes = shapes.sample_scenes("train", 10, 3)
+    records = [shapes.make_record(scene, f"r{index}", rng) for index, scene in enumerate(scenes)]
+    rows = []
+    for record in records:
+        Image.fromarray(record.image).save(tmp_path / f"{record.id}.png")
+        questions = [asdict(question) for question in record.questions]
+        rows.append({"id": record.id, "caption": record.caption, "image": f"{record.id}.png", "questions": questions})
+    (tmp_path / "r8.png").write_bytes((tmp_path / "r8.png").read_bytes()[:100])
+    rows.insert(0, rows[0] | {"id": "x", "caption": "a <b>unicorn</b>"})
+    rows.insert(0, rows[1] | {"id": "y", "image": "../r0.png"})
+    rows.insert(0, rows[0] | {"id": "z", "image": "../r0.png"})
+    rows.insert(9, rows.pop())  # r9 comes before the damaged r8
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def test_images_of_any_size_are_fitted_to_the_model(shared_tiny_model):
-    records = with_codes(shared_tiny_model, image_records((64, 64), (100, 100), (128, 64)))
-    assert [record.codes.shape for record in records] == [(16,)] * 3
-    assert not [record for record in records if record.image is not None]
+OWN = ("data.num_records=8", "selfplay.num_rounds=1", "eval.num_prompts=3", "eval.num_understanding=3")
 
 
-@pytest.mark.parametrize(
-    ("codes", "message"),
-    [
-        (np.zeros(64, dtype=np.int32), "record r0: expected 16 image codes in .0, 32., got 64"),
-        (np.full(16, 64, dtype=np.int32), "record r0: expected 16 image codes in .0, 32."),
-        (None, "record r0: has neither an image nor codes"),
-    ],
-    ids=["length", "range", "none"],
-)
-def test_codes_that_do_not_fit_the_model_are_refused(shared_tiny_model, codes, message):
-    [record] = image_records((64, 64))
+def test_a_run_on_records_of_a_users_own(settings, data, tmp_path, capsys):
+    run_selfplay(config_for(settings, tmp_path, f"data.source={data}", *OWN))
+    ids = read_parquet(tmp_path / "t/records.parquet")["id"].to_pylist()
+    assert len(ids) == 8 and set(ids) <= {f"r{number}" for number in range(10)} - {"r8"}
+    rejected = {row["record_id"]: row["reason"] for row in read_parquet(tmp_path / "t/rejected.parquet").to_pylist()}
+    assert rejected["y"].startswith("path leaves its root: ") and rejected["x"].startswith("unknown word: ")
+    summary = json.loads((tmp_path / "t/summary.json").read_text())
+    assert summary["data"] == {"records": 8, "rejected": {"path leaves its root": 2, "unknown word": 1}}
+    told = "data: 3 records could not be used: 2 path leaves its root, 1 unknown word"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert told in (tmp_path / "t/report/index.html").read_text()
+    assert read_parquet(tmp_path / "t/round-1/candidates/part-00000.parquet")["record_id"].to_pylist()[0] in ids
+
+
+def test_too_few_usable_records_say_why(settings, data, tmp_path):
+    config = config_for(settings, tmp_path, f"data.source={data}", *OWN, "data.num_records=10")
+    message = (
+        r"mine.jsonl: has 9 usable records, 10 are needed; lower data.num_records; rejected were 2 path leaves its "
+        r"root, 1 damaged image, 1 unknown word; the first is record z: path leaves its root"
+    )
     with pytest.raises(InputError, match=message):
-        with_codes(shared_tiny_model, [replace(record, codes=codes, image=None)])
+        run_curation(config, 1)
+    assert not (tmp_path / "t/records.parquet").exists()
+
+
+def test_a_lost_list_of_rejected_records_is_made_again(settings, data, tmp_path):
+    config = config_for(settings, tmp_path, f"data.source={data}", *OWN)
+    run_curation(config, 1)
+    before = (tmp_path / "t/rejected.parquet").read_bytes()
+    (tmp_path / "t/rejected.parquet").unlink()
+    assert Run(config).round_records(1)[0].id == "r0"
+    assert (tmp_path / "t/rejected.parquet").read_bytes() == before

@@ -1,0 +1,405 @@
+"""Data of a user's own: every form of file, a reason for each record that cannot be used, images a batch at a time."""
+
+import json
+import os
+import re
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hermesflow import sources
+from hermesflow.files import InputError
+from hermesflow.records import Record
+from hermesflow.sources import describe_rejected, encode_records, read_entries, read_source
+from hermesflow.worlds import shapes
+
+COLOR = {
+    "question": "what color is the circle ?", "choices": ["red", "blue"], "answer": "red", "element_type": "color",
+    "element": "red",
+}  # fmt: skip
+SHAPE = {"question": "is there a circle ?", "choices": ["yes", "no"], "answer": "yes"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set's folder with two images, and a third beside it."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data/images").mkdir(parents=True)
+    for name in ("data/images/1.png", "data/images/2.png", "outside.png"):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / name)
+    return tmp_path / "data"
+
+
+def entry(number=1, **changes):
+    row = {"id": number, "caption": "a red circle", "image": f"images/{number}.png", "questions": [COLOR]}
+    return {key: value for key, value in (row | changes).items() if value is not ...}
+
+
+def write(folder, rows, name="mine.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ENTRIES = [{"id": 1, "caption": "a [red], {blue}"}, {"id": 2, "caption": "x,\n"}]
+ONE, TWO = (json.dumps(item, indent=4) for item in ENTRIES)
+FORMS = {
+    "list": json.dumps(ENTRIES),
+    "list with a comma at its end": f"[\n{ONE},\n{TWO},\n]",
+    "bare, with commas": f"{ONE},\n{TWO},\n",
+    "bare, without the last comma": f"{ONE},\n{TWO}",
+    "one a line": "".join(json.dumps(item) + "\n" for item in ENTRIES),
+    "byte order mark": f"\ufeff[{ONE}, {TWO}]",
+    "blank lines": f"\n\n{ONE}\n\n\n{TWO}\n\n",
+}
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS.keys())
+def test_every_form_of_json(text, tmp_path):
+    (tmp_path / "data.json").write_text(text, encoding="utf-8")
+    assert read_entries(tmp_path / "data.json") == ENTRIES
+
+
+@pytest.mark.parametrize("text", ["", " \n", "[]", "[ ]"], ids=["empty", "blank", "list", "spaced list"])
+def test_a_file_without_entries(text, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    assert read_entries(path) == []
+    with pytest.raises(InputError, match=r"data.json: no record can be used \(it has no entries\); mend the file"):
+        read_source(path)
+
+
+DAMAGED = {
+    "cut in an entry": (f"{ONE},\n{TWO[:-20]}", r"entry at line 5 column 1 cannot be read \(Expecting property name"),
+    "cut in a list": (f"[{ONE},\n{TWO[:20]}", "entry at line 5 column 1 cannot be read"),
+    "list without its end": (f"[{ONE},\n{TWO},\n", "the list that begins at its start has no end"),
+    "inner list ends the file": ('[{"id": 1}, [1, 2]', "the list that begins at its start has no end"),
+    "no JSON": ("hello", r"entry at line 1 column 1 cannot be read \(Expecting value\)"),
+    "two lists": ("[1]\n[2]", "entry at line 1 column 3 cannot be read"),
+    "two commas": ('[{"id": 1},,]', "entry at line 1 column 12 cannot be read"),
+    "leading comma": ('[,{"id": 1}]', "entry at line 1 column 2 cannot be read"),
+    "deep": ("[" * 100_000, "cannot be read"),
+    "huge number": (f'[{{"id": {"9" * 5000}}}]', "cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_json_is_named_with_its_place(text, message, tmp_path):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(InputError, match=f"data.json: damaged JSON: .*{message}") as error:
+        read_entries(tmp_path / "data.json")
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "data.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="data.json: not UTF-8 text .* at byte 0"):
+        read_entries(tmp_path / "data.json")
+
+
+def test_records_of_json_lines(folder):
+    rows = [entry(1, category="colors"), entry(2, id="b", questions=[COLOR, SHAPE])]
+    (first, second), rejected = read_source(write(folder, rows))
+    assert (first.id, first.caption, first.category) == ("1", "a red circle", "colors")
+    assert first.image_path == (folder / "images/1.png").resolve() and first.image is None and first.codes is None
+    assert (second.id, second.category, second.questions[0].choices) == ("b", "other", ("red", "blue"))
+    assert (second.questions[0].element_type, second.questions[1].element_type) == ("color", "")
+    assert rejected == []
+
+
+def published(folder, rows, name):
+    """As the published scripts write it."""
+    (folder / name).write_text("".join(json.dumps(row, indent=4) + ",\n" for row in rows))
+    return folder / name
+
+
+def flat(number, question):
+    common = {"id": number, "img_path": f"data/images/{number}.png", "prompt": "circle", "caption": "a red circle"}
+    return common | question
+
+
+def test_the_published_files_are_joined_by_id(folder):
+    data = published(folder, [flat(1, {}), flat(2, {})], "initial_data.json")
+    asked = published(folder, [flat(2, COLOR), flat(1, SHAPE), flat(1, COLOR), flat(9, COLOR)], "vqa_data.json")
+    (first, second), rejected = read_source(data, asked, folder.parent)
+    assert [question.question for question in first.questions] == [SHAPE["question"], COLOR["question"]]
+    assert len(second.questions) == 1 and rejected == []
+    assert second.image_path == (folder / "images/2.png").resolve()
+
+
+def test_the_published_questions_alone_make_records(folder):
+    asked = published(folder, [flat(1, SHAPE), flat(2, COLOR), flat(1, COLOR)], "vqa_data.json")
+    records, rejected = read_source(asked, root=folder.parent)
+    assert [(record.id, len(record.questions)) for record in records] == [("1", 2), ("2", 1)] and rejected == []
+
+
+def test_questions_are_joined_to_json_lines_too(folder):
+    path = write(folder, [entry(1), entry(2, questions=...)])
+    asked = write(folder, [{"id": 1, "questions": [SHAPE]}, {"id": "2"} | SHAPE], "questions.jsonl")
+    records, rejected = read_source(path, asked)
+    assert [len(record.questions) for record in records] == [2, 1] and rejected == []
+
+
+def test_records_of_parquet_keep_their_images_as_bytes(folder, shared_tiny_model):
+    data = (folder / "images/1.png").read_bytes()
+    rows = [entry(1, image=data, codes=None), entry(2, image=b"none", codes=None),
+            entry(3, image=None, codes=[1] * 16), entry(4, image=None, codes=None)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "mine.parquet")
+    records, rejected = read_source(folder / "mine.parquet")
+    assert [type(record.image) for record in records] == [bytes, bytes, type(None)]
+    assert reasons(rejected) == ["no image: the entry has neither image, img_path nor codes"]
+    records, rejected = encode_records(shared_tiny_model, records)
+    assert [record.id for record in records] == ["1", "3"]
+    assert reasons(rejected) == [
+        "damaged image: its image: not an image that can be read; give a whole PNG, JPEG or WebP file"
+    ]
+
+
+def reasons(rejected):
+    return [row["reason"] for row in rejected]
+
+
+BAD = {
+    "no id": (entry(id=...), "no id: the entry has none"),
+    "null id": (entry(id=None), "no id"),
+    "id of no type": (entry(id=1.5), "wrong type: id is 1.5, expected text"),
+    "id true": (entry(id=True), "wrong type: id is True, expected text"),
+    "id NaN": (entry(id=float("nan")), "wrong type: id is nan"),
+    "no object": ([1, 2], r"wrong type: \[1, 2\] is no object with keys"),
+    "no caption": (entry(caption=...), "no caption: the entry has none"),
+    "blank caption": (entry(caption=" \n"), "no caption"),
+    "caption of no type": (entry(caption=["a"]), "wrong type: caption is"),
+    "half a character": (entry(caption="a \ud800"), "wrong type: caption is .*no Unicode text"),
+    "no image": (entry(image=...), "no image: the entry has neither image, img_path nor codes"),
+    "image of no type": (entry(image=7), "wrong type: image is 7, expected text"),
+    "missing image": (entry(image="images/none.png"), "missing image: there is no file 'images/none.png' in "),
+    "folder for an image": (entry(image="images"), "missing image"),
+    "null byte": (entry(image="a\0b"), "missing image: .*null"),
+    "long path": (entry(image="a" * 5000), "missing image"),
+    "no questions": (entry(questions=...), "no questions: there is nothing to judge its images by"),
+    "empty questions": (entry(questions=[]), "no questions"),
+    "questions of no type": (entry(questions="what ?"), "wrong type: questions is 'what [?]', expected a list"),
+    "question of no type": (entry(questions=["what ?"]), "wrong type: question 'what [?]' is no object"),
+    "no answer": (entry(questions=[COLOR | {"answer": None}]), "no answer"),
+    "no choices": (entry(questions=[COLOR | {"choices": []}]), r"wrong answer: 'red' is no choice of \[\] for 'what"),
+    "choice of no type": (entry(questions=[COLOR | {"choices": ["red", 3]}]), "wrong type: choice is 3"),
+    "wrong answer": (entry(questions=[COLOR, SHAPE | {"answer": "maybe"}]), "wrong answer: 'maybe' is no choice of"),
+    "codes of no type": (entry(codes=[1, 2.5]), r"wrong type: codes is \[1, 2.5\], expected whole numbers"),
+    "codes NaN": (entry(codes=[float("nan")]), "wrong type: codes is"),
+    "codes too large": (entry(codes=[2**40]), "wrong type: codes is"),
+    "category of no type": (entry(category=3), "wrong type: category is 3"),
+    "duplicate id": (entry(2), "duplicate id: an earlier entry has it"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD.keys())
+def test_a_record_that_cannot_be_used_is_rejected_and_stops_nothing(row, reason, folder):
+    path = write(folder, [entry(2, id="0"), entry(2), row])
+    records, rejected = read_source(path)
+    assert [record.id for record in records] == ["0", "2"]
+    [found] = rejected
+    assert re.match(reason, found["reason"])
+    assert "\n" not in found["reason"] and len(found["reason"]) < 400
+    named = isinstance(row, dict) and type(row.get("id")) is int
+    assert found["record_id"] == (str(row["id"]) if named else "entry 3 of mine.jsonl")
+
+
+def test_records_need_questions_only_to_be_judged(folder):
+    path = write(folder, [entry(questions=...)])
+    records, rejected = read_source(path, need_questions=False)
+    assert records[0].questions == () and rejected == []
+
+
+def escape(folder, kind):
+    outside = folder.parent / "outside.png"
+    if kind == "absolute":
+        return str(outside)
+    if kind == "upwards":
+        return "../outside.png"
+    if kind == "up and down again":
+        return "images/../../data/../outside.png"
+    if kind == "link to a file":
+        os.symlink(outside, folder / "link.png")
+        return "link.png"
+    os.symlink(folder.parent, folder / "link")
+    return "link/outside.png"
+
+
+@pytest.mark.parametrize("kind", ["absolute", "upwards", "up and down again", "link to a file", "link to a folder"])
+def test_a_path_that_leaves_its_root_is_refused(kind, folder):
+    name = escape(folder, kind)
+    records, rejected = read_source(write(folder, [entry(1, image=name), entry(2)]))
+    assert [record.id for record in records] == ["2"]
+    assert reasons(rejected) == [f"path leaves its root: {name!r} is outside {folder}"]
+    wider = write(folder, [entry(1, image=os.path.join("data", name))])
+    assert len(read_source(wider, root=folder.parent)[0]) == 1
+
+
+def test_paths_that_stay_inside_are_followed(folder):
+    os.symlink(folder / "images", folder / "link")
+    rows = [entry(1, image="link/1.png"), entry(2, image=str(folder / "images/2.png"))]
+    records, rejected = read_source(write(folder, rows))
+    assert [record.image_path.name for record in records] == ["1.png", "2.png"] and rejected == []
+
+
+def test_a_circle_of_links_is_refused(folder):
+    os.symlink(folder / "b.png", folder / "a.png")
+    os.symlink(folder / "a.png", folder / "b.png")
+    _, rejected = read_source(write(folder, [entry(1, image="a.png"), entry(2)]))
+    assert reasons(rejected)[0].startswith("missing image: ")
+
+
+def test_a_file_of_unusable_records_says_why(folder):
+    rows = [entry(n, caption=...) for n in range(3)] + [entry(n, image="x.png") for n in (3, 4)]
+    rows += [entry(n, category=5) for n in (5, 6)] + [entry(7, questions=[])]
+    with pytest.raises(InputError) as error:
+        read_source(write(folder, rows))
+    assert str(error.value) == (
+        f"{folder / 'mine.jsonl'}: no record can be used (3 no caption, 2 missing image, 2 wrong type; the first is "
+        "record 0: no caption: the entry has none); mend the file"
+    )
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.parquet"])
+def test_a_missing_file_is_named(name, tmp_path):
+    with pytest.raises(InputError, match=f"{name}: no such file"):
+        read_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["no table", "no text"])
+def test_a_damaged_parquet_is_named(kind, tmp_path):
+    path = tmp_path / "mine.parquet"
+    if kind == "no table":
+        path.write_text("no table")
+    else:
+        pq.write_table(pa.table({"id": pa.array([b"\xff"]).view(pa.string())}), path)
+    with pytest.raises(InputError, match="mine.parquet: damaged Parquet") as error:
+        read_source(path)
+    assert "\n" not in str(error.value)
+
+
+def image_records(*sizes):
+    scenes = shapes.sample_scenes("train", len(sizes), 3)
+    rng = np.random.default_rng(0)
+    records = [shapes.make_record(scene, f"r{i}", rng) for i, scene in enumerate(scenes)]
+    return [
+        replace(record, image=np.asarray(Image.fromarray(record.image).resize(size)))
+        for record, size in zip(records, sizes, strict=True)
+    ]
+
+
+def test_images_of_any_size_are_fitted_to_the_model(shared_tiny_model):
+    records, rejected = encode_records(shared_tiny_model, image_records((64, 64), (100, 100), (128, 64)))
+    assert [(record.codes.shape, record.codes.dtype) for record in records] == [((16,), np.int32)] * 3
+    assert not rejected and not [record for record in records if record.image is not None]
+
+
+def test_codes_are_those_of_the_image_wherever_it_lies(shared_tiny_model, folder):
+    path = folder / "images/1.png"
+    pixels = np.array(Image.open(path))
+    expected = shared_tiny_model.encode_images(pixels[None])[0].numpy()
+    common = Record("a", "a red circle", "other", ())
+    kinds = {"image_path": path, "image": pixels}
+    for record in (*(replace(common, **{key: value}) for key, value in kinds.items()),
+                   replace(common, image=path.read_bytes())):  # fmt: skip
+        [done], _ = encode_records(shared_tiny_model, [record])
+        np.testing.assert_array_equal(done.codes, expected)
+        assert done.image is None and done.image_path is None
+
+
+def change(record, **changes):
+    return replace(record, **changes)
+
+
+def question(record, **changes):
+    return replace(record, questions=(replace(record.questions[0], **changes),))
+
+
+UNFIT = {
+    "length": (lambda r: change(r, codes=np.zeros(64, np.int32)),
+               r"wrong codes: expected 16 image codes in \[0, 32\), got 64"),
+    "range": (lambda r: change(r, codes=np.full(16, 64, np.int32)), "wrong codes: expected 16 image codes"),
+    "no codes": (lambda r: change(r, codes=np.zeros(0, np.int32)), "wrong codes: expected 16 image codes"),
+    "nothing": (lambda r: change(r, image=None), "no image: the record has neither an image nor codes"),
+    "bytes": (lambda r: change(r, image=b"none"), "damaged image: its image: not an image that can be read"),
+    "caption": (lambda r: change(r, caption="a red zebra"),
+                "unknown word: the model does not know the word 'zebra' in 'a red zebra'$"),
+    "question": (lambda r: question(r, question="why ?"), "unknown word: the model does not know the word 'why'"),
+    "choice": (lambda r: question(r, choices=("mauve", r.questions[0].answer)), "unknown word: .* 'mauve'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "reason"), UNFIT.values(), ids=UNFIT.keys())
+def test_a_record_that_does_not_fit_the_model_is_rejected(make, reason, shared_tiny_model):
+    first, second, third = image_records((64, 64), (64, 64), (64, 64))
+    records, [rejected] = encode_records(shared_tiny_model, [first, make(second), third])
+    assert [record.id for record in records] == ["r0", "r2"] and rejected["record_id"] == "r1"
+    assert re.match(reason, rejected["reason"])
+
+
+def test_damaged_files_are_rejected_where_they_are_opened(shared_tiny_model, folder):
+    whole = (folder / "images/1.png").read_bytes()
+    (folder / "images/3.png").write_bytes(whole[: len(whole) // 2])
+    records, rejected = read_source(write(folder, [entry(3), entry(1), entry(2)]))
+    assert len(records) == 3 and not rejected
+    records, rejected = encode_records(shared_tiny_model, records)
+    assert [record.id for record in records] == ["1", "2"]
+    assert reasons(rejected)[0].startswith("damaged image: ") and "3.png" in reasons(rejected)[0]
+
+
+@pytest.mark.parametrize(("count", "opened"), [(3, 4), (None, 20), (100, 20)])
+def test_images_are_opened_a_batch_at_a_time_and_no_more_than_are_needed(
+    count, opened, shared_tiny_model, folder, monkeypatch
+):
+    common = Record("0", "a red circle", "other", (), image_path=folder / "images/1.png")
+    records = [replace(common, id=str(index)) for index in range(20)]
+    records[1] = replace(records[1], image_path=folder / "mine.png")  # is not there
+    events = []
+    read, encode = sources.read_image, shared_tiny_model.encode_images
+
+    def noting_read(path, size):
+        events.append(1)
+        return read(path, size)
+
+    def noting_encode(images):
+        events.append(-len(images))
+        return encode(images)
+
+    monkeypatch.setattr(sources, "read_image", noting_read)
+    monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
+    monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)
+    done, rejected = encode_records(shared_tiny_model, records, count)
+    assert [record.id for record in done] == [str(i) for i in range(20) if i != 1][:count] and len(rejected) == 1
+    assert events.count(1) == opened
+    assert max(np.cumsum(events)) <= 5  # a batch of four, and the one that could not be opened
+
+
+ODD = [None, 1, 1.5, True, "", [], {}, "images", "x" * 300, "\ud800", "\0", float("nan"), [None], -1, 10**30, "/", ".."]
+
+
+def mutated(rng, value):
+    """The value with something odd in some place of it."""
+    if isinstance(value, dict) and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return value | {key: mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.6:
+        place = rng.integers(len(value))
+        return [*value[:place], mutated(rng, value[place]), *value[place + 1 :]]
+    return ODD[rng.integers(len(ODD))]
+
+
+def test_whatever_the_entries_each_is_a_record_or_rejected_in_a_line(folder):
+    rng = np.random.default_rng(0)
+    rows = [mutated(rng, entry(1, category="x", codes=None, element=[COLOR]) | {"id": number}) for number in range(300)]
+    records, rejected = read_source(write(folder, rows))
+    assert len(records) + len(rejected) == 300 and records and rejected
+    assert not [row for row in rejected if "\n" in row["reason"] or len(row["reason"]) > 500]
+    pa.Table.from_pylist(rejected, sources.UNUSABLE_SCHEMA)
+
+
+def test_nothing_rejected_is_an_empty_file():
+    assert describe_rejected([]) == "it has no entries"
