@@ -20,7 +20,8 @@ from rich.console import Console
 from .config import Config, EvalConfig
 from .curation import candidate_seed
 from .engine.text_decoder import SamplingParams
-from .files import InputError, write_json
+from .files import write_json
+from .images import resize_images
 from .models import Model, load_model
 from .progress import track
 from .prompting import caption_prompt, image_prompt
@@ -55,19 +56,14 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     """Measures a model on the built-in world.
 
     Args:
-        model: the model, with images of 64 x 64 pixels.
+        model: the model; where its images are not of 64 x 64 pixels, the world's and its own are resized.
         config: which scenes, how many, and how images are drawn.
     Returns: {"settings", "metrics", "records"}, ready for JSON. A metric is a fraction in [0, 1] with "NAME_ci95"
         [low, high]; metrics also hold by_category, by_element_type and counts. A record holds what was measured of it:
         "answered", a digit a question (1 right, 0 wrong) about the real image; "drawn", such a text for each image
         drawn of its caption; "caption", "caption_f1" and "caption_exact"; null where it was not asked or not drawn.
-    Raises: InputError if the model has another image size or does not know the world's words.
+    Raises: InputError if the model does not know the world's words.
     """
-    if model.image_size != shapes.IMAGE_SIZE:
-        raise InputError(
-            f"the model draws {model.image_size} x {model.image_size} pixels, the built-in world has "
-            f"{shapes.IMAGE_SIZE} x {shapes.IMAGE_SIZE}; evaluate a model of that size, such as model.name=tiny"
-        )
     scenes = shapes.sample_scenes(config.split, max(config.num_prompts, config.num_understanding), config.seed)
     records = [
         shapes.make_record(scene, f"{config.split}-{config.seed}-{index:05d}", np.random.default_rng(scene.seed))
@@ -75,7 +71,8 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     ]
     rows = [_empty_row(record) for record in records]
     asked, num_understanding = rows[: config.num_understanding], config.num_understanding
-    codes = model.encode_images(np.stack([record.image for record in records[:num_understanding]]))
+    scenes_drawn = np.stack([record.image for record in records[:num_understanding]])
+    codes = model.encode_images(resize_images(scenes_drawn, model.image_size))
     for row, answered in zip(asked, _answer_questions(model, codes, records), strict=True):
         row["answered"] = answered
     for row, text, record, scene in zip(asked, _write_captions(model, codes), records, scenes, strict=False):
@@ -238,7 +235,7 @@ def _draw_images(model: Model, records: Sequence[Record], config: EvalConfig) ->
             mask_temperature=config.mask_temperature,
             seeds=_image_seeds(batch, config),
         )
-        seen = oracle.read(model.decode_images(codes.flatten(0, 1)))
+        seen = oracle.read(resize_images(model.decode_images(codes.flatten(0, 1)), shapes.IMAGE_SIZE))
         for index, record in enumerate(batch):
             of_record = seen[index * config.images_per_prompt : (index + 1) * config.images_per_prompt]
             drawn.append([_oracle_digits(record, image) for image in of_record])
@@ -261,8 +258,8 @@ def _judge(model: Model, codes: list[list[int]], questions: Sequence) -> tuple[n
     marks = []
     for start in range(0, len(codes), _BATCH):
         images = model.decode_images(torch.tensor(codes[start : start + _BATCH], dtype=torch.int64))
-        asked = questions[start : start + _BATCH]
-        marks += [oracle.score(items, seen) for items, seen in zip(asked, oracle.read(images), strict=True)]
+        asked, seen_images = questions[start : start + _BATCH], oracle.read(resize_images(images, shapes.IMAGE_SIZE))
+        marks += [oracle.score(items, seen) for items, seen in zip(asked, seen_images, strict=True)]
     return np.array([mark[0] for mark in marks]), np.array([mark[1] for mark in marks], dtype=bool)
 
 

@@ -71,6 +71,23 @@ def fit_image(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
+def resize_images(images: np.ndarray, size: int) -> np.ndarray:
+    """Square images of one size as another: whole multiples by repeating pixels, the rest by averages or bicubic.
+
+    Args:
+        images: uint8 [n, side, side, 3].
+        size: the wanted side; images of that size are returned as they are.
+    Returns: uint8 [n, size, size, 3].
+    """
+    side = images.shape[1]
+    if side == size or not len(images):
+        return images
+    if size % side == 0:
+        return images.repeat(size // side, axis=1).repeat(size // side, axis=2)
+    method = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), method)) for image in images])
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip at 255
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65_535) // 257).astype(np.uint8))

@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 import torch
 
 from .files import read_parquet
+from .images import resize_images
 from .markup import details, picture, scrolling
 from .models import Model
 from .pairs import PREVIOUS, read_pairs
-from .worlds import oracle
+from .worlds import oracle, shapes
 
 NUM_SHOWN = 10
 """Records whose candidates are shown."""
@@ -149,7 +150,7 @@ def _questions(win: dict[str, Any], judged: bool) -> str:
 
 def _read(row: dict[str, Any]) -> list[str | None]:
     """The oracle's answers to a candidate's questions."""
-    [seen] = oracle.read(row["pixels"][None])
+    [seen] = oracle.read(resize_images(row["pixels"][None], shapes.IMAGE_SIZE))
     return [oracle.answer(item["question"], seen) for item in row["answers"]]
 
 

@@ -14,7 +14,7 @@ from hermesflow import stats, summaries
 from hermesflow.config import EvalConfig, load_config
 from hermesflow.curation import CANDIDATES_SCHEMA
 from hermesflow.evaluation import agreement, evaluate, measure, paired_change, run_evaluation, summarise
-from hermesflow.files import InputError, read_json
+from hermesflow.files import read_json
 from hermesflow.models import TINY_PROMPTS
 from hermesflow.pairs import PAIRS_SCHEMA
 from hermesflow.worlds import oracle, shapes
@@ -224,9 +224,13 @@ def test_evaluation_depends_on_the_settings_alone(shared_tiny_model):
     assert fewer["records"][0]["id"] == result["records"][0]["id"]
 
 
-def test_a_model_of_another_size_is_refused():
-    with pytest.raises(InputError, match="the model draws 256 x 256 pixels, the built-in world has 64 x 64"):
-        evaluate(SimpleNamespace(image_size=256), SMALL)
+def test_images_of_another_size_are_measured_as_well():
+    """The world's images are enlarged for the model, and its own made smaller for the oracle."""
+    config = replace(SMALL, num_understanding=5)
+    model = KnowingModel(config, blind=(1,))
+    large = KnowingModel(config, blind=(1,))
+    large.image_size, large.pictures = 128, large.pictures.repeat(2, axis=1).repeat(2, axis=2)
+    assert evaluate(large, config) == evaluate(model, config)
 
 
 def test_run_evaluation_writes_and_prints(tiny_model, tmp_path, capsys):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hermesflow import images
 from hermesflow.files import InputError
-from hermesflow.images import MAX_PIXELS, decode_image, fit_image, open_image, read_image
+from hermesflow.images import MAX_PIXELS, decode_image, fit_image, open_image, read_image, resize_images
 
 SIZE = 16
 RED = (200, 40, 90)
@@ -247,3 +247,15 @@ def test_whatever_the_bytes_there_is_an_image_or_one_line(kind):
             assert str(error).startswith("mine: ") and "\n" not in str(error)
             outcomes.add("refused")
     assert "refused" in outcomes
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 6, 20], ids=lambda size: f"8-to-{size}")
+def test_images_of_one_size_as_another(size):
+    """A picture of four squares stays one: whole multiples in every pixel, other sizes away from the edges."""
+    squares = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], dtype=np.uint8)
+    image = squares.repeat(4, axis=0).repeat(4, axis=1)
+    (resized,) = resize_images(image[None], size)
+    assert resized.shape == (size, size, 3) and resized.dtype == np.uint8
+    if size % 8 == 0 or 8 % size == 0:
+        assert (resized == squares.repeat(size // 2, axis=0).repeat(size // 2, axis=1)).all()
+    assert (resized[[0, 0, -1, -1], [0, -1, 0, -1]].astype(int) - squares.reshape(4, 3) < 16).all()
