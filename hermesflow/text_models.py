@@ -48,8 +48,8 @@ def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
     except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"{name}: this text model cannot be loaded ({reason}); fetch it once with a network connection "
-            f"(hf download {name}), give the folder of another, or {instead}"
+            f"{name}: this text model cannot be loaded ({reason}); fetch it once with a network connection, "
+            f"or {instead}"
         ) from error
     return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
