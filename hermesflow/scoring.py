@@ -71,11 +71,11 @@ class Scorers:
             self._answer_function = _import_function("answer_scorer", config.answer_scorer)
         if "sentence" in (config.caption_scorer, config.answer_scorer):
             self._caption_encoder = self._answer_encoder = TextEncoder(
-                config.sentence_model, "mean", "set curation.sentence_model, or choose another scorer"
+                config.sentence_model, "mean", "set curation.sentence_model to a folder, or choose another scorer"
             )
         if config.caption_scorer == "bert-cls":
             self._caption_encoder = TextEncoder(
-                config.bert_model, "cls", "set curation.caption_scorer to token-f1 or another"
+                config.bert_model, "cls", "set curation.bert_model to a folder, or curation.caption_scorer to token-f1"
             )
 
     def score_captions(self, captions: Sequence[Sequence[str]], truths: Sequence[str]) -> list[list[float]]:
@@ -171,13 +171,16 @@ def self_vqa(
     return [[next(scores) for _ in range(num_images)] for _ in records]
 
 
-def score_entries(scorer: str, entries: Sequence[Any], config: CurationConfig) -> list[dict[str, Any]]:
+def score_entries(
+    scorer: str, entries: Sequence[Any], config: CurationConfig, source: str = "entries"
+) -> list[dict[str, Any]]:
     """Scores texts that stand alone, to try a scorer out.
 
     Args:
         scorer: a name that curation.caption_scorer or curation.answer_scorer takes.
         entries: all {"caption", "truth"}, or all {"answer", "choices"}.
         config: names the models that the scorers use.
+        source: where the entries are from, for messages.
     Returns: each entry with "score", or with "choice": the one that the answer means, or None.
     Raises: InputError on entries of another kind, or a scorer of another kind.
     """
@@ -185,7 +188,7 @@ def score_entries(scorer: str, entries: Sequence[Any], config: CurationConfig) -
     expected = {"caption": '{"caption": text, "truth": text}', "answer": '{"answer": text, "choices": [texts]}'}[kind]
     for number, entry in enumerate(entries, 1):
         if not _fits(entry, kind):
-            raise InputError(f"entry {number}: expected {expected} as the first, got {_shown(entry)}; correct it")
+            raise InputError(f"{source}: entry {number}: expected {expected}, got {_shown(entry)}; correct it")
     try:
         chosen = {"caption_scorer": "exact", "answer_scorer": "exact", f"{kind}_scorer": scorer}
         scorers = Scorers(replace(config, **chosen))

@@ -21,7 +21,6 @@ from hermesflow.prompting import caption_prompt, choice_prompt, choices_prompt
 from hermesflow.records import Question, Record
 from hermesflow.scoring import Scorers, score_entries, self_vqa, token_f1
 from hermesflow.text_models import TextEncoder
-from hermesflow.worlds import shapes
 
 COLOR = Question("what color is it ?", ("red", "green", "blue", "yellow"), "green", "color", "green")
 YES_NO = Question("is there a circle ?", ("yes", "no"), "yes", "object", "circle")
@@ -83,30 +82,6 @@ def test_attribute_f1_refuses_a_truth_of_another_world() -> None:
         score_captions("attribute-f1", ["a red circle"], "a fox")
 
 
-def make_encoder(folder: Path, seed: int = 0) -> str:
-    """The folder of a BERT of random weights that knows the words of the shapes world."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder.mkdir(exist_ok=True)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *shapes.vocabulary()]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        BertModel(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory) -> str:
-    """An encoder that tests read and leave as it is."""
-    return make_encoder(tmp_path_factory.mktemp("models") / "encoder")
-
-
 TRUTH = "a red circle on a black background"
 TEXTS = [TRUTH, "a blue square", "", "a red circle above a blue square on a black background", "red " * 100]
 
@@ -156,6 +131,26 @@ def test_texts_are_embedded_once(tiny_encoder: str) -> None:
     assert encoder.encode([]).shape == (0, 32)
 
 
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_weights_in_a_bin_file_are_read(make_encoder, tiny_encoder: str, tmp_path: Path) -> None:
+    make_encoder(tmp_path / "bin")
+    torch.save(load_file(tmp_path / "bin" / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    mine, theirs = (
+        score_captions("bert-cls", TEXTS, TRUTH, bert_model=name) for name in (str(tmp_path / "bin"), tiny_encoder)
+    )
+    assert mine == pytest.approx(theirs)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -163,17 +158,22 @@ def test_texts_are_embedded_once(tiny_encoder: str) -> None:
         ("tokenizer", "it holds no tokenizer"),
         ("weights", "it lacks 1 weights, such as encoder.layer.1.output.dense.weight"),
         ("vocabulary", r"its tokenizer has \d+ tokens, the model 5"),
+        ("pickle", "cannot be loaded"),
         ("nan", "this text model gives no finite numbers; its weights may be damaged"),
     ],
 )
-def test_a_model_that_cannot_be_used_is_named(tmp_path: Path, damage: str, reason: str) -> None:
+def test_a_model_that_cannot_be_used_is_named(tmp_path: Path, make_encoder, damage: str, reason: str) -> None:
     folder = tmp_path / "no-model"
     if damage != "absent":
-        path = Path(make_encoder(folder)) / "model.safetensors"
+        make_encoder(folder)
+        path = folder / "model.safetensors"
         weights, name = load_file(path), "encoder.layer.1.output.dense.weight"
         if damage == "tokenizer":
             for file in ("tokenizer.json", "vocab.txt"):
                 (folder / file).unlink(missing_ok=True)
+        elif damage == "pickle":
+            path.unlink()
+            torch.save({"weight": Touch(tmp_path / "touched")}, folder / "pytorch_model.bin")
         elif damage == "weights":
             del weights[name]
         elif damage == "vocabulary":
@@ -182,11 +182,12 @@ def test_a_model_that_cannot_be_used_is_named(tmp_path: Path, damage: str, reaso
             weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][:5].clone()
         else:
             weights[name] = weights[name] * math.nan
-        save_file(weights, path, {"format": "pt"})
+        if path.exists():
+            save_file(weights, path, {"format": "pt"})
     with pytest.raises(InputError, match=f"no-model: .*{reason}") as caught:
         score_captions("bert-cls", ["a"], "a", bert_model=str(folder))
-    assert "\n" not in str(caught.value)
-    assert damage == "nan" or "or set curation.caption_scorer to token-f1" in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "touched").exists()
+    assert damage == "nan" or "or set curation.bert_model to a folder, or" in str(caught.value)
 
 
 CHOICES = ["red", "green", "a blue square"]
@@ -302,7 +303,7 @@ def test_entries_are_scored() -> None:
     [
         ("token-f1", [{"answer": "a", "choices": ["a"]}], "token-f1: expected likelihood, .* for entries {.answer"),
         ("likelihood", [{"answer": "a", "choices": ["a"]}], "--scorer likelihood: needs a model and an image; choose"),
-        ("exact", [{"caption": "a", "truth": "b"}, {"caption": "a"}], 'entry 2: expected {"caption": text, "truth'),
+        ("exact", [{"caption": "a", "truth": "b"}, {"caption": "a"}], 'entries: entry 2: expected {"caption": text'),
         ("exact", [{"answer": "a", "choices": []}], 'entry 1: expected {"answer": text, "choices": .texts.}'),
         ("exact", [{"answer": "a", "choices": ["a", 1]}], "entry 1: expected"),
         ("exact", [3], "entry 1: expected .* got 3; correct it"),
