@@ -254,7 +254,13 @@ def _read_captions(path: Path) -> list[dict[str, Any]]:
         texts = isinstance(entry, dict) and isinstance(entry.get("caption"), str) and entry["caption"].strip()
         if not texts or type(entry.get("id")) not in (str, int):
             raise InputError(f"{path}: entry {number}: expected an object with id and caption; complete it")
-    return [{key: entry[key] for key in ("id", "img_path", "prompt", "caption") if key in entry} for entry in entries]
+    kept = [{key: entry[key] for key in ("id", "img_path", "prompt", "caption") if key in entry} for entry in entries]
+    for number, entry in enumerate(kept, 1):
+        try:
+            json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:  # NaN, or half of a pair of surrogates
+            raise InputError(f"{path}: entry {number}: cannot be written as JSON ({error}); correct it") from error
+    return kept
 
 
 def read_entries(path: str | os.PathLike) -> list[Any]:

@@ -270,6 +270,8 @@ def test_from_captions_to_questions_with_real_models(models: dict[str, str], tmp
         (b'{"caption": "a"}', "entry 1: expected an object with id and caption"),
         (b'[{"id": 1, "caption": " "}]', "entry 1: expected an object with id and caption"),
         (b'[{"id": 1, "caption": "a"}', r"neither a JSON list nor JSON lines \(.*line 1.*mend that place"),
+        (b'{"id": 1, "caption": "a", "prompt": NaN}', "entry 1: cannot be written as JSON .*; correct it"),
+        (rb'{"id": 1, "caption": "\ud800"}', "entry 1: cannot be written as JSON .*surrogates.*; correct it"),
         (b"\xff\xfe", "not UTF-8 text; save it as UTF-8"),
         (None, "no such file; check the path"),
     ],
