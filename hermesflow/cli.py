@@ -227,6 +227,23 @@ def _answer(arguments: argparse.Namespace, config: Config) -> None:
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
+def _questions(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.question_generation import FILTER, GENERATOR, write_questions
+
+    qa_filter = FILTER if arguments.filter == "" else arguments.filter
+    count = write_questions(arguments.captions, arguments.output, arguments.model or GENERATOR, qa_filter)
+    print(f"{count} questions: {arguments.output}")
+
+
+def _score(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.scoring import score_entries
+    from hermesflow.sources import read_entries
+
+    entries = read_entries(arguments.file)
+    for line in score_entries(arguments.scorer, entries, config.curation, str(arguments.file)):
+        print(json.dumps(line, ensure_ascii=False))
+
+
 def _open_model(arguments: argparse.Namespace, config: Config) -> "Model":
     import torch
 
@@ -257,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hermesflow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    _command(
+    selfplay = _command(
         commands, "selfplay", _selfplay, "run rounds of curation, Pair-DPO and evaluation, and write the report",
         "hermesflow selfplay --set run.name=demo --set selfplay.num_rounds=1", continues=True,
     )  # fmt: skip
@@ -342,8 +359,31 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     import_.add_argument("file", type=Path, metavar="FILE.json", help="pair_dpo_data.json")
     import_.add_argument("--root", type=Path, metavar="FOLDER", help="where image paths start [the file's folder]")
+    for command in (selfplay, curate):
+        _add_shortcut(command, "--caption-scorer", "curation.caption_scorer", "NAME", "how captions are scored")
+        _add_shortcut(command, "--answer-scorer", "curation.answer_scorer", "NAME", "how the model's answers are found")
     for command in (curate, train, export, import_):
         command.add_argument("--round", type=_positive, default=1, metavar="N", help="the round, from 1 [1]")
+
+    score = _command(
+        commands, "score", _score, "score captions or answers of a file, as JSON lines",
+        "hermesflow score captions.jsonl --scorer token-f1",
+    )  # fmt: skip
+    score.add_argument("file", type=Path, metavar="FILE", help='lines {"caption", "truth"} or {"answer", "choices"}')
+    score.add_argument("--scorer", required=True, metavar="NAME", help="as for curate")
+    questions = _command(
+        commands, "questions", _questions, "write questions about captions with a text model, in TIFA's form",
+        "hermesflow questions captions.jsonl -o questions.json --filter", configured=False,
+    )  # fmt: skip
+    questions.add_argument("captions", type=Path, metavar="CAPTIONS", help="JSON with id and caption, or text lines")
+    questions.add_argument(
+        "-o", "--output", type=Path, default=Path("questions.json"), metavar="FILE.json", help="[questions.json]"
+    )
+    questions.add_argument("--model", metavar="NAME", help="a text model's hub id or folder [TIFA's LLaMA 2]")
+    questions.add_argument(
+        "--filter", nargs="?", const="", metavar="NAME",
+        help="keep what a question-answering model finds in the caption [off; without a NAME UnifiedQA]",
+    )  # fmt: skip
 
     _command(
         commands, "eval", _eval, "measure understanding and generation",

@@ -11,13 +11,17 @@ import inspect
 import json
 import math
 import os
+import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hermesflow.files import InputError, read_bytes
+
+CAPTION_SCORERS = ("bert-cls", "sentence", "exact", "normalised", "token-f1", "attribute-f1")
+ANSWER_SCORERS = ("likelihood", "sentence", "exact", "normalised")
 
 
 class ConfigError(ValueError):
@@ -103,8 +107,16 @@ class CurationConfig:
     """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
     margin: float = 0.1
     """The best must score above the worst by at least this much."""
-    caption_scorer: Literal["token_f1", "bert"] = "token_f1"
-    """How a caption is compared with the true one."""
+    caption_scorer: str = "token-f1"
+    """How a caption is compared with the true one: bert-cls, sentence, exact, normalised, token-f1, attribute-f1, or
+    "module:function" of your own."""
+    answer_scorer: str = "likelihood"
+    """How the model's answer is found: likelihood of each choice, or the choice that its free answer matches by
+    sentence, exact, normalised, or "module:function" of your own."""
+    bert_model: str = "bert-large-uncased"
+    """Hub id or folder of the model of bert-cls (as in the published code)."""
+    sentence_model: str = "sentence-transformers/all-mpnet-base-v2"
+    """Hub id or folder of the sentence encoder (as in the published code)."""
     keep: Literal["both", "any"] = "both"
     """Keep a record only if both sides make a pair, or for any side that does."""
     batch_records: int = 32
@@ -117,6 +129,8 @@ class CurationConfig:
         _check_at_least(self, 0, "guidance_scale", "mask_temperature")
         _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
+        _check_scorer(self, "caption_scorer", CAPTION_SCORERS)
+        _check_scorer(self, "answer_scorer", ANSWER_SCORERS)
         if self.num_captions < 2:
             reason = "expected at least 2 captions from include_greedy and temperatures x top-k, got "
             raise ConfigError("CurationConfig", "caption_temperatures", f"{reason}{self.num_captions}")
@@ -414,6 +428,11 @@ def _describe_type(expected: Any) -> str:
 def _describe(value: Any) -> str:
     kind = {str: "string", dict: "table", list: "list", tuple: "list"}.get(type(value), type(value).__name__)
     return f"{value!r} ({kind})"
+
+
+def _check_scorer(section: Any, name: str, known: Sequence[str]) -> None:
+    expected = f'{", ".join(known)}, or "module:function"'
+    _check(section, (name,), lambda value: value in known or re.fullmatch(r"[\w.]+:\w+", value), expected)
 
 
 def _check_seed(section: Any) -> None:

@@ -18,7 +18,7 @@ from hermesflow.models import Model
 from hermesflow.progress import track
 from hermesflow.prompting import caption_prompt, choice_prompt, image_prompt
 from hermesflow.records import Record
-from hermesflow.scoring import ImageScore, caption_scores, self_vqa
+from hermesflow.scoring import ImageScore, Scorers, self_vqa
 
 CANDIDATES_SCHEMA = pa.schema(
     [
@@ -51,6 +51,9 @@ _DRAWN_BY = (
     "include_greedy",
     "score",
     "caption_scorer",
+    "answer_scorer",
+    "bert_model",
+    "sentence_model",
 )
 _FINGERPRINT = b"hermesflow.fingerprint"
 
@@ -81,7 +84,7 @@ def curate(
             one judge compares old and new.
     Returns: all candidates with CANDIDATES_SCHEMA, in the records' order.
     Raises: InputError on a damaged part, parts of other records or settings, an unwritable folder, a record that cannot
-        be curated, or a word that the model does not know.
+        be curated, a scorer that cannot be had, or a word that the model does not know.
     Source: HermesFlow (arXiv 2502.12148), section 3.
     """
     _check_records(model, records)
@@ -95,8 +98,9 @@ def curate(
         path: _read_part(path, fingerprint) for path, fingerprint in zip(paths, prints, strict=True) if path.exists()
     }
     missing = [number for number, path in enumerate(paths) if path not in tables]
+    scorers = Scorers(config) if missing else None
     for number in track(missing, "curation", "batches", completed=len(tables)):
-        table = pa.Table.from_pylist(_rows(model, batches[number], config, seed, old), CANDIDATES_SCHEMA)
+        table = pa.Table.from_pylist(_rows(model, batches[number], config, seed, old, scorers), CANDIDATES_SCHEMA)
         write_parquet(paths[number], table.replace_schema_metadata({_FINGERPRINT: prints[number]}))
         tables[paths[number]] = table
     return pa.concat_tables([CANDIDATES_SCHEMA.empty_table(), *(tables[path] for path in paths)])
@@ -119,16 +123,18 @@ def caption_sampling(config: CurationConfig, max_new_tokens: int) -> list[Sampli
 
 
 def _rows(
-    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages
+    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages, scorers: Scorers
 ) -> list[dict]:
     """One part's candidates, record by record."""
-    rows = [*_image_rows(model, records, config, seed), *_caption_rows(model, records, config, seed)]
-    rows += _previous_rows(model, records, config, old)
+    rows = [*_image_rows(model, records, config, seed, scorers), *_caption_rows(model, records, config, seed, scorers)]
+    rows += _previous_rows(model, records, config, old, scorers)
     order = {record.id: index for index, record in enumerate(records)}
     return sorted(rows, key=lambda row: order[row["record_id"]])
 
 
-def _image_rows(model: Model, records: Sequence[Record], config: CurationConfig, seed: int) -> Iterator[dict]:
+def _image_rows(
+    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, scorers: Scorers
+) -> Iterator[dict]:
     settings = {
         "num_steps": config.num_steps,
         "guidance_scale": config.guidance_scale,
@@ -137,14 +143,16 @@ def _image_rows(model: Model, records: Sequence[Record], config: CurationConfig,
     seeds = _seeds(seed, records, "image", config.num_images)
     prompts = [image_prompt(model, record.caption) for record in records]
     codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
-    scores = self_vqa(model, codes, records)
+    scores = self_vqa(model, codes, records, scorers.match_answers)
     for record, record_codes, record_seeds, record_scores in zip(records, codes.cpu(), seeds, scores, strict=True):
         for index, score in enumerate(record_scores):
             row = _image_row(record, "image", index, record_codes[index].tolist(), score, config)
             yield row | {"seed": int(record_seeds[index]), "settings": json.dumps(settings)}
 
 
-def _caption_rows(model: Model, records: Sequence[Record], config: CurationConfig, seed: int) -> Iterator[dict]:
+def _caption_rows(
+    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, scorers: Scorers
+) -> Iterator[dict]:
     sampling = caption_sampling(config, model.prompts.max_caption_tokens)
     seeds = _seeds(seed, records, "caption", len(sampling))
     codes = torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
@@ -152,9 +160,11 @@ def _caption_rows(model: Model, records: Sequence[Record], config: CurationConfi
     answers = model.engine.extend(
         codes, [[question]] * len(records), sampling=sampling, seeds=torch.from_numpy(seeds[:, None])
     )
-    for record, (captions,), record_seeds in zip(records, answers, seeds, strict=True):
-        texts = [model.decode_text(ids) for ids in captions]
-        scores = caption_scores(config.caption_scorer, texts, record.caption)
+    texts_of = [[model.decode_text(ids) for ids in captions] for (captions,) in answers]
+    scores_of = scorers.score_captions(texts_of, [record.caption for record in records])
+    for record, (captions,), texts, scores, record_seeds in zip(
+        records, answers, texts_of, scores_of, seeds, strict=True
+    ):
         for index, params in enumerate(sampling):
             yield {
                 "record_id": record.id,
@@ -170,12 +180,13 @@ def _caption_rows(model: Model, records: Sequence[Record], config: CurationConfi
 
 
 def _previous_rows(
-    model: Model, records: Sequence[Record], config: CurationConfig, old: PreviousImages
+    model: Model, records: Sequence[Record], config: CurationConfig, old: PreviousImages, scorers: Scorers
 ) -> Iterator[dict]:
     kept = [record for record in records if record.id in old]
     if not kept:
         return
-    scores = self_vqa(model, torch.tensor([old[record.id] for record in kept]), kept)
+    images = torch.tensor([old[record.id] for record in kept])
+    scores = self_vqa(model, images, kept, scorers.match_answers)
     for record, record_scores in zip(kept, scores, strict=True):
         for kind, codes, score in zip(("previous_win", "previous_lose"), old[record.id], record_scores, strict=True):
             yield _image_row(record, kind, 0, codes, score, config) | {"settings": "{}"}

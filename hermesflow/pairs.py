@@ -48,7 +48,7 @@ REJECTED_SCHEMA = pa.schema([("record_id", pa.string()), ("side", pa.string()), 
 PREVIOUS = -1
 CAPTION_MARGIN = 0.01
 """The win's caption scores above the lose's by at least this much: a difference in wording, not in rounding. The paper
-asks for none; token_f1 moves by more than this with any word."""
+asks for none; token-f1 moves by more than this with any word."""
 _DIGITS = 6  # scores are float32; without rounding 1 - 0.8 is less than 0.2 and a float32 0.6 more than 0.6
 
 

@@ -1,6 +1,8 @@
 """What the tests of the library share."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,3 +58,34 @@ def tiny_records(shared_tiny_model: Model) -> list[Record]:
     records = [shapes.make_record(scene, f"train-{index}", rng) for index, scene in enumerate(scenes)]
     codes = shared_tiny_model.encode_images(np.stack([record.image for record in records])).numpy().astype(np.int32)
     return [replace(record, codes=row, image=None) for record, row in zip(records, codes, strict=True)]
+
+
+def write_encoder(folder: Path) -> None:
+    """Writes a BERT of random weights that knows the words of the shapes world."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *shapes.vocabulary()]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32, initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[[Path], None]:
+    """Writes the folder of a text encoder, for a test that changes it."""
+    return write_encoder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> str:
+    """The folder of a text encoder, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("models") / "encoder"
+    write_encoder(folder)
+    return str(folder)

@@ -23,8 +23,9 @@ from hermesflow.kernels.registry import BackendError
 from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 
 COMMANDS = [
-    "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "eval",
-    "export", "pairs", "pairs export", "pairs import", "report", "doctor", "bench", "bench ops", "bench table",
+    "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "score",
+    "questions", "eval", "export", "pairs", "pairs export", "pairs import", "report", "doctor", "bench", "bench ops",
+    "bench table",
 ]  # fmt: skip
 SIZE = 16
 
@@ -476,3 +477,47 @@ def test_answer_refuses_an_empty_question(model, tmp_path, capsys):
 def test_answer_refuses_choices_that_are_none(model, choices, tmp_path, capsys):
     assert cli.main(["answer", str(grey(tmp_path / "a.png", 2)), "what ?", "--choices", choices]) == 2
     assert "expected two or more distinct answers" in error_line(capsys)
+
+
+def test_scorers_are_chosen_by_options(stand_in, capsys):
+    asked = []
+    stand_in("selfplay", run_selfplay=asked.append, run_curation=lambda config, number: asked.append(config))
+    for command in ("selfplay", "curate"):
+        options = ["--caption-scorer", "bert-cls", "--answer-scorer", "own:match"]
+        assert cli.main([command, "--set", "curation.caption_scorer=exact", *options]) == 0
+        assert (asked[-1].curation.caption_scorer, asked[-1].curation.answer_scorer) == ("bert-cls", "own:match")
+    assert cli.main(["curate", "--answer-scorer", "bleu"]) == 2
+    assert "curation.answer_scorer: expected likelihood, sentence, exact" in error_line(capsys)
+
+
+def test_score_prints_json_lines(tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"id": 1, "caption": "A cat", "truth": "a cat."}\n{"caption": "Füchse", "truth": "a cat"}\n')
+    assert cli.main(["score", str(path), "--scorer", "normalised"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        {"id": 1, "caption": "A cat", "truth": "a cat.", "score": 1.0},
+        {"caption": "Füchse", "truth": "a cat", "score": 0.0},
+    ]
+    path.write_text('{"caption": "a"}')
+    assert cli.main(["score", str(path), "--scorer", "exact"]) == 2
+    assert "lines.jsonl: entry 1: expected" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ("GENERATOR", None)),
+        (["--filter"], ("GENERATOR", "FILTER")),
+        (["--model", "mine", "--filter", "other"], ("mine", "other")),
+    ],
+)
+def test_questions_name_their_models(options, names, tmp_path, stand_in, capsys):
+    calls = []
+    stand_in(
+        "question_generation", GENERATOR="GENERATOR", FILTER="FILTER",
+        write_questions=lambda *arguments: calls.append(arguments) or 3,
+    )  # fmt: skip
+    assert cli.main(["questions", "captions.jsonl", "-o", "out.json", *options]) == 0
+    assert calls == [(Path("captions.jsonl"), Path("out.json"), *names)]
+    assert capsys.readouterr().out == "3 questions: out.json\n"

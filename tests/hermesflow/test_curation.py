@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hermesflow.config import CurationConfig
+from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, CurationConfig
 from hermesflow.curation import CANDIDATES_SCHEMA, candidate_seed, caption_sampling, curate
 from hermesflow.files import InputError, read_parquet, write_parquet
 from hermesflow.models import Model
 from hermesflow.pairs import PAIRS_SCHEMA, make_pairs
 from hermesflow.prompting import PromptFormat, caption_prompt
 from hermesflow.records import Record
-from hermesflow.scoring import self_vqa, token_f1
+from hermesflow.scoring import Scorers, self_vqa, token_f1
 
 CONFIG = CurationConfig(
     guidance_scale=1.0,
@@ -121,6 +121,44 @@ def test_captions_are_scored_against_the_true_one(candidates: pa.Table, tiny_rec
     assert len({row["text"] for row in rows}) > 20
     for row in rows:
         assert row["score"] == pytest.approx(token_f1(row["text"], truths[row["record_id"]]))
+
+
+@pytest.mark.parametrize("scorer", CAPTION_SCORERS)
+def test_captions_by_every_scorer(
+    shared_tiny_model: Model, short_captions, tiny_records: list[Record], tiny_encoder: str, tmp_path: Path, scorer: str
+) -> None:
+    config = replace(CONFIG, caption_scorer=scorer, bert_model=tiny_encoder, sentence_model=tiny_encoder)
+    table = curate(shared_tiny_model, tiny_records[:4], config, seed=5, folder=tmp_path / "candidates")
+    scorers, rows = Scorers(config), [row for row in table.to_pylist() if row["kind"] == "caption"]
+    for record in tiny_records[:4]:
+        mine = [row for row in rows if row["record_id"] == record.id]
+        [scores] = scorers.score_captions([[row["text"] for row in mine]], [record.caption])
+        assert [row["score"] for row in mine] == pytest.approx(scores, abs=1e-5)
+    assert len({row["score"] for row in rows}) > 1 or scorer in ("exact", "normalised")
+
+
+@pytest.mark.parametrize("scorer", ANSWER_SCORERS)
+def test_images_by_every_scorer(
+    shared_tiny_model: Model, short_captions, tiny_records: list[Record], tiny_encoder: str, tmp_path: Path, scorer: str
+) -> None:
+    config = replace(CONFIG, answer_scorer=scorer, sentence_model=tiny_encoder)
+    table = curate(shared_tiny_model, tiny_records[:4], config, seed=5, folder=tmp_path / "candidates")
+    rows = [row for row in table.to_pylist() if row["kind"] == "image"]
+    codes = torch.tensor([row["token_ids"] for row in rows]).reshape(4, 3, 16)
+    scores = self_vqa(shared_tiny_model, codes, tiny_records[:4], Scorers(config).match_answers)
+    assert [row["score"] for row in rows] == pytest.approx([score.soft for of in scores for score in of], abs=1e-5)
+    answers = [answer for row in rows for answer in json.loads(row["answers"])]
+    if scorer != "likelihood":
+        assert {answer["probability"] for answer in answers} <= {0.0, 1.0}
+
+
+def test_a_scorer_that_is_not_there_is_told_before_any_work(
+    shared_tiny_model: Model, tiny_records: list[Record], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(shared_tiny_model.engine, "generate", None)
+    config = replace(CONFIG, answer_scorer="no_such_module:f")
+    with pytest.raises(InputError, match="curation.answer_scorer no_such_module:f: the module no_such_module cannot"):
+        curate(shared_tiny_model, tiny_records, config, seed=5, folder=tmp_path / "candidates")
 
 
 def test_captions_are_of_the_records_image(candidates: pa.Table, tiny_model: Model, tiny_records: list[Record]) -> None:
@@ -243,6 +281,7 @@ def test_a_part_with_other_columns_is_named(
     [
         {"seed": 6},
         {"config": replace(CONFIG, num_steps=4)},
+        {"config": replace(CONFIG, answer_scorer="exact")},
         {"config": replace(CONFIG, batch_records=4)},
         {"records": slice(1, None)},
         {"records": slice(0, 3)},  # parts are left over

@@ -1,18 +1,26 @@
 """Scores of captions and images."""
 
+import json
 import math
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, ConfigError, CurationConfig
+from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError
 from hermesflow.models import TINY_PROMPTS, Model
-from hermesflow.prompting import caption_prompt, choice_prompt
+from hermesflow.prompting import caption_prompt, choice_prompt, choices_prompt
 from hermesflow.records import Question, Record
-from hermesflow.scoring import caption_scores, self_vqa, token_f1
-from hermesflow.worlds import shapes
+from hermesflow.scoring import Scorers, score_entries, self_vqa, token_f1
+from hermesflow.text_models import TextEncoder
 
 COLOR = Question("what color is it ?", ("red", "green", "blue", "yellow"), "green", "color", "green")
 YES_NO = Question("is there a circle ?", ("yes", "no"), "yes", "object", "circle")
@@ -35,7 +43,7 @@ YES_NO = Question("is there a circle ?", ("yes", "no"), "yes", "object", "circle
 )
 def test_token_f1_by_hand(caption: str, truth: str, score: float) -> None:
     assert token_f1(caption, truth) == pytest.approx(score)
-    assert caption_scores("token_f1", [caption, truth], truth) == [pytest.approx(score), token_f1(truth, truth)]
+    assert score_captions("token-f1", [caption, truth], truth) == [pytest.approx(score), token_f1(truth, truth)]
 
 
 def test_token_f1_puts_a_wrong_fact_below_another_order_of_mention() -> None:
@@ -45,48 +53,265 @@ def test_token_f1_puts_a_wrong_fact_below_another_order_of_mention() -> None:
     assert 1 > token_f1(other_order, truth) > token_f1(wrong, truth) > 0
 
 
-def test_an_unknown_scorer_is_refused() -> None:
-    with pytest.raises(ValueError, match="caption_scores: expected scorer 'token_f1' or 'bert', got 'bleu'"):
-        caption_scores("bleu", ["a"], "a")
+CAPTION = "a red circle above a blue square on a black background"
+
+
+@pytest.mark.parametrize(
+    ("scorer", "caption", "truth", "score"),
+    [
+        ("exact", "a red circle", "a red circle", 1),
+        ("exact", "A red circle", "a red circle", 0),
+        ("normalised", "The  red circle.", "a red circle", 1),
+        ("normalised", "a theatre", "theatre", 1),  # an article inside a word stays
+        ("normalised", "a red square", "a red circle", 0),
+        # Facts: red circle is one, blue square is one, above, background; named: red, circle, blue, square.
+        ("attribute-f1", CAPTION, CAPTION, 1),
+        ("attribute-f1", "a blue square below a red circle on a black background", CAPTION, 1),
+        ("attribute-f1", "a red circle", CAPTION, 2 * 3 / (3 + 8)),
+        ("attribute-f1", CAPTION.replace("red", "green"), CAPTION, 2 * 5 / (8 + 8)),  # the shape still counts
+        ("attribute-f1", CAPTION.replace("black", "white"), CAPTION, 2 * 7 / (8 + 8)),
+        ("attribute-f1", "", CAPTION, 0),
+    ],
+)
+def test_caption_scorers_by_hand(scorer: str, caption: str, truth: str, score: float) -> None:
+    assert score_captions(scorer, [caption], truth) == [pytest.approx(score)]
+
+
+def test_attribute_f1_refuses_a_truth_of_another_world() -> None:
+    with pytest.raises(InputError, match="caption 'a fox': states no fact of the built-in world; choose another"):
+        score_captions("attribute-f1", ["a red circle"], "a fox")
+
+
+TRUTH = "a red circle on a black background"
+TEXTS = [TRUTH, "a blue square", "", "a red circle above a blue square on a black background", "red " * 100]
+
+
+@pytest.mark.parametrize(("scorer", "pooling"), [("bert-cls", "cls"), ("sentence", "mean")])
+def test_embeddings_are_those_of_one_text_at_a_time(tiny_encoder: str, scorer: str, pooling: str) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, bert = AutoTokenizer.from_pretrained(tiny_encoder), AutoModel.from_pretrained(tiny_encoder).eval()
+    states = []
+    for text in [TRUTH, *TEXTS]:  # without padding
+        with torch.no_grad():
+            inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=32)
+            state = bert(**inputs).last_hidden_state[0]
+        states.append(state[0] if pooling == "cls" else state.mean(0))
+    expected = [torch.cosine_similarity(states[0], state, dim=0).item() for state in states[1:]]
+    scores = score_captions(scorer, TEXTS, TRUTH, bert_model=tiny_encoder, sentence_model=tiny_encoder)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert scores[0] == pytest.approx(1, abs=1e-5) and scores[1] < 0.999
+    assert score_captions(scorer, [], TRUTH, bert_model=tiny_encoder, sentence_model=tiny_encoder) == []
+
+
+def test_records_are_scored_together_as_alone(tiny_encoder: str) -> None:
+    scorers = Scorers(CurationConfig(caption_scorer="sentence", sentence_model=tiny_encoder))
+    alone = [score_captions("sentence", TEXTS[:n], truth, sentence_model=tiny_encoder) for n, truth in enumerate(TEXTS)]
+    together = scorers.score_captions([TEXTS[:n] for n in range(len(TEXTS))], TEXTS)
+    assert [len(row) for row in together] == [0, 1, 2, 3, 4]
+    for mine, theirs in zip(together, alone, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_texts_are_embedded_once(tiny_encoder: str) -> None:
+    encoder = TextEncoder(tiny_encoder, "mean", "choose another", cached_texts=3)
+    embedded = []
+    work = encoder._embed
+    encoder._embed = lambda texts: embedded.extend(texts) or work(texts)
+    first = encoder.encode(["red", "blue", "red"])
+    assert sorted(embedded) == ["blue", "red"] and torch.equal(first[0], first[2])
+    assert torch.equal(encoder.encode(["red", "green"])[0], first[0]) and embedded[2:] == ["green"]
+    encoder.encode(["yellow"])  # the fourth text: blue was used longest ago
+    encoder.encode(["red"])
+    assert embedded[3:] == ["yellow"]
+    assert len(encoder.encode(["one", "two", "three", "four"])) == 4  # more than are remembered
+    embedded.clear()
+    encoder.encode(["blue"])
+    assert embedded == ["blue"]
+    assert encoder.encode([]).shape == (0, 32)
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_weights_in_a_bin_file_are_read(make_encoder, tiny_encoder: str, tmp_path: Path) -> None:
+    make_encoder(tmp_path / "bin")
+    torch.save(load_file(tmp_path / "bin" / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    mine, theirs = (
+        score_captions("bert-cls", TEXTS, TRUTH, bert_model=name) for name in (str(tmp_path / "bin"), tiny_encoder)
+    )
+    assert mine == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("absent", "no-model.*fetch it once"),
+        ("tokenizer", "it holds no tokenizer"),
+        ("weights", "it lacks 1 weights, such as encoder.layer.1.output.dense.weight"),
+        ("vocabulary", r"its tokenizer has \d+ tokens, the model 5"),
+        ("pickle", "cannot be loaded"),
+        ("nan", "this text model gives no finite numbers; its weights may be damaged"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_named(tmp_path: Path, make_encoder, damage: str, reason: str) -> None:
+    folder = tmp_path / "no-model"
+    if damage != "absent":
+        make_encoder(folder)
+        path = folder / "model.safetensors"
+        weights, name = load_file(path), "encoder.layer.1.output.dense.weight"
+        if damage == "tokenizer":
+            for file in ("tokenizer.json", "vocab.txt"):
+                (folder / file).unlink(missing_ok=True)
+        elif damage == "pickle":
+            path.unlink()
+            torch.save({"weight": Touch(tmp_path / "touched")}, folder / "pytorch_model.bin")
+        elif damage == "weights":
+            del weights[name]
+        elif damage == "vocabulary":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+            weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][:5].clone()
+        else:
+            weights[name] = weights[name] * math.nan
+        if path.exists():
+            save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"no-model: .*{reason}") as caught:
+        score_captions("bert-cls", ["a"], "a", bert_model=str(folder))
+    assert "\n" not in str(caught.value) and not (tmp_path / "touched").exists()
+    assert damage == "nan" or "or set curation.bert_model to a folder, or" in str(caught.value)
+
+
+CHOICES = ["red", "green", "a blue square"]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "index"),
+    [
+        ("exact", "green", 1), ("exact", "Green", -1), ("exact", "", -1),
+        ("normalised", "Green.", 1), ("normalised", "the blue square", 2), ("normalised", "blue", -1),
+        ("normalised", "the", -1),
+        ("sentence", "green", 1), ("sentence", "a blue square", 2),
+    ],
+)  # fmt: skip
+def test_answers_are_matched(tiny_encoder: str, scorer: str, answer: str, index: int) -> None:
+    scorers = Scorers(CurationConfig(answer_scorer=scorer, sentence_model=tiny_encoder))
+    assert scorers.match_answers([answer, "red"], [CHOICES, CHOICES[:1]]) == [index, 0]
+
+
+def test_the_nearest_choice_is_taken(tiny_encoder: str) -> None:
+    scorers = Scorers(CurationConfig(answer_scorer="sentence", sentence_model=tiny_encoder))
+    likeness = score_captions("sentence", CHOICES, "a yellow square", sentence_model=tiny_encoder)
+    assert scorers.match_answers(["a yellow square"], [CHOICES]) == [likeness.index(max(likeness))]
+
+
+def score_captions(scorer: str, captions: list[str], truth: str, **models: str) -> list[float]:
+    [scores] = Scorers(CurationConfig(caption_scorer=scorer, **models)).score_captions([captions], [truth])
+    return scores
 
 
 @pytest.fixture
-def tiny_bert(tmp_path):
-    """The folder of a BERT of random weights."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *shapes.vocabulary()]
-    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_bert_scores_are_cosines_of_cls(tiny_bert) -> None:
-    from transformers import AutoModel, AutoTokenizer
-
-    truth = "a red circle on a black background"
-    captions = [truth, "a blue square", "", "a red circle above a blue square on a black background"]
-    scores = caption_scores("bert", captions, truth, bert_name=str(tiny_bert))
-    tokenizer, bert = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
-    with torch.no_grad():  # one text at a time, so without padding
-        states = [bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0] for text in [truth, *captions]]
-    expected = [torch.cosine_similarity(states[0], state, dim=0).item() for state in states[1:]]
-    assert scores == pytest.approx(expected, abs=1e-5)
-    assert scores[0] == pytest.approx(1, abs=1e-5) and scores[1] < 0.999
-    assert caption_scores("bert", [], truth, bert_name=str(tiny_bert)) == []
+def own_module(tmp_path: Path, monkeypatch) -> Iterator[None]:
+    """A module of a user's with functions right and wrong."""
+    (tmp_path / "own_scorers.py").write_text(
+        "number = 3\n"
+        "def lengths(captions, truth): return [len(caption) / len(truth) for caption in captions]\n"
+        "def short(captions, truth): return [1.0]\n"
+        "def nan(captions, truth): return [float('nan')] * len(captions)\n"
+        "def words(captions, truth): return captions\n"
+        "def single(captions, truth): return 1.0\n"
+        "def last(answer, choices): return len(choices) - 1\n"
+        "def beyond(answer, choices): return len(choices)\n"
+        "def text(answer, choices): return choices[0]\n"
+        "def true(answer, choices): return True\n"
+    )
+    (tmp_path / "broken_scorers.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("own_scorers", None)
 
 
-def test_a_bert_that_is_not_there_is_an_input_error(tmp_path) -> None:
-    name = str(tmp_path / "no-bert")
-    with pytest.raises(InputError, match=r"no-bert: this BERT cannot be loaded \(.*set curation.caption_scorer to"):
-        caption_scores("bert", ["a"], "a", bert_name=name)
+def test_a_function_of_the_users(own_module: None) -> None:
+    assert score_captions("own_scorers:lengths", ["ab", "abcd"], "abcd") == [0.5, 1.0]
+    scorers = Scorers(CurationConfig(answer_scorer="own_scorers:last"))
+    assert scorers.match_answers(["x", "y"], [["a", "b"], ["c"]]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("caption_scorer", "no_such_module:f", "the module no_such_module cannot be imported .*set PYTHONPATH"),
+        ("answer_scorer", "broken_scorers:f", r"broken_scorers cannot be imported \(No module named 'nothing_of_this"),
+        ("caption_scorer", "own_scorers:f", "the module own_scorers has no f; check the name"),
+        ("answer_scorer", "own_scorers:number", "number is 3, which is no function; name a function"),
+        ("caption_scorer", "own_scorers:short", r"expected a list of 2 finite numbers for the captions of 't', got"),
+        ("caption_scorer", "own_scorers:nan", r"expected a list of 2 finite numbers .*got \[nan, nan\]; correct"),
+        ("caption_scorer", "own_scorers:words", r"expected a list of 2 finite numbers .*got \['a', 'b'\]; correct"),
+        ("caption_scorer", "own_scorers:single", r"expected a list of 2 finite numbers .*got 1.0; correct"),
+        ("answer_scorer", "own_scorers:beyond", "the index of one of 2 choices, or -1, for the answer 'x', got 2"),
+        ("answer_scorer", "own_scorers:text", "the index of one of 2 choices, or -1, for the answer 'x', got 'a'"),
+        ("answer_scorer", "own_scorers:true", "the index of one of 2 choices, or -1, for the answer 'x', got True"),
+    ],
+)
+def test_a_wrong_function_of_the_users_is_named(own_module: None, key: str, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"curation.{key} {name}: .*{message}"):
+        scorers = Scorers(CurationConfig(**{key: name}))
+        if key == "caption_scorer":
+            scorers.score_captions([["a", "b"]], ["t"])
+        else:
+            scorers.match_answers(["x"], [["a", "b"]])
+
+
+@pytest.mark.parametrize("key", ["caption_scorer", "answer_scorer"])
+@pytest.mark.parametrize("name", ["bleu", "token_f1", "module:", ":function", "a b:c", "module:f:g"])
+def test_an_unknown_scorer_is_refused(key: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f'{key}: expected .*, or "module:function", got "{name}"'):
+        CurationConfig(**{key: name})
+
+
+def test_every_name_can_be_used(tiny_encoder: str) -> None:
+    for name in CAPTION_SCORERS:
+        assert len(score_captions(name, TEXTS, TRUTH, bert_model=tiny_encoder, sentence_model=tiny_encoder)) == 5
+    for name in ANSWER_SCORERS:
+        scorers = Scorers(CurationConfig(answer_scorer=name, sentence_model=tiny_encoder))
+        assert (scorers.match_answers is None) == (name == "likelihood")
+
+
+def test_entries_are_scored() -> None:
+    config = CurationConfig()
+    captions = [{"id": 1, "caption": "a red circle", "truth": "a red circle"}, {"caption": "blue", "truth": "red"}]
+    assert score_entries("token-f1", captions, config) == [
+        captions[0] | {"score": 1.0}, captions[1] | {"score": 0.0}
+    ]  # fmt: skip
+    answers = [{"answer": "Red!", "choices": ["red", "blue"]}, {"answer": "dark", "choices": ["red"]}]
+    assert score_entries("normalised", answers, config) == [
+        answers[0] | {"choice": "red"}, answers[1] | {"choice": None}
+    ]  # fmt: skip
+    assert score_entries("exact", [], config) == []
+
+
+@pytest.mark.parametrize(
+    ("scorer", "entries", "message"),
+    [
+        ("token-f1", [{"answer": "a", "choices": ["a"]}], "token-f1: expected likelihood, .* for entries {.answer"),
+        ("likelihood", [{"answer": "a", "choices": ["a"]}], "--scorer likelihood: needs a model and an image; choose"),
+        ("exact", [{"caption": "a", "truth": "b"}, {"caption": "a"}], 'entries: entry 2: expected {"caption": text'),
+        ("exact", [{"answer": "a", "choices": []}], 'entry 1: expected {"answer": text, "choices": .texts.}'),
+        ("exact", [{"answer": "a", "choices": ["a", 1]}], "entry 1: expected"),
+        ("exact", [3], "entry 1: expected .* got 3; correct it"),
+    ],
+)
+def test_entries_of_another_kind_are_refused(scorer: str, entries: list, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        score_entries(scorer, entries, CurationConfig())
 
 
 class ScriptedModel:
@@ -159,6 +384,56 @@ def test_self_vqa_equals_questions_asked_one_by_one(tiny_model: Model, tiny_reco
             assert score.hard == pytest.approx(sum(right) / len(right))
             softs.append(score.soft)
     assert len({round(soft, 4) for soft in softs}) > 3  # the images do make a difference
+
+
+@pytest.mark.parametrize("scorer", ["exact", "normalised", "sentence"])
+def test_self_vqa_by_free_answers(
+    tiny_model: Model, tiny_records: list[Record], tiny_encoder: str, scorer: str, monkeypatch
+) -> None:
+    tiny_model.prompts = replace(tiny_model.prompts, choices="{question} {choices}", max_caption_tokens=3)
+    encode = tiny_model.encode_text
+    monkeypatch.setattr(tiny_model, "encode_text", lambda text: encode(" ".join(re.findall(r"[\w?.]+", text))))
+    monkeypatch.setattr(tiny_model.engine, "score_choices", None)  # nothing but free answers is asked for
+    config = CurationConfig(answer_scorer=scorer, sentence_model=tiny_encoder)
+    codes = torch.randint(tiny_model.layout.codebook_size, (3, 2, 16), generator=torch.Generator().manual_seed(1))
+    scores = self_vqa(tiny_model, codes, tiny_records[:3], Scorers(config).match_answers)
+    greedy, seeds = [SamplingParams(temperature=0.0, max_new_tokens=3)], torch.zeros(1, 1, 1, dtype=torch.int64)
+    match = Scorers(config).match_answers
+    for of_record, images, item in zip(scores, codes, tiny_records, strict=False):
+        for score, image in zip(of_record, images, strict=True):
+            rights = []
+            for question, answer in zip(item.questions, score.answers, strict=True):
+                prompt = choices_prompt(tiny_model, question.question, question.choices)
+                [[[ids]]] = tiny_model.engine.extend(image[None], [[prompt]], sampling=greedy, seeds=seeds)
+                [index] = match([tiny_model.decode_text(ids)], [question.choices])
+                assert answer.answer == (question.choices[index] if index >= 0 else tiny_model.decode_text(ids))
+                assert answer.probability == (index >= 0 and question.choices[index] == question.answer)
+                assert (answer.question, answer.expected) == (question.question, question.answer)
+                rights.append(answer.probability)
+            assert score.soft == score.hard == pytest.approx(sum(rights) / len(rights))
+
+
+def test_free_answers_are_right_where_they_mean_the_right_choice() -> None:
+    said = {"a": ["green", "Yes."], "b": ["maybe"]}
+    model = SimpleNamespace(
+        prompts=TINY_PROMPTS, encode_text=lambda text: [1], decode_text=lambda text: text,
+        engine=SimpleNamespace(
+            extend=lambda codes, *_, **__: [[[text] for text in said["ab"[int(row[0])]]] for row in codes]
+        ),
+    )  # fmt: skip
+    records = [record("a", COLOR, YES_NO), record("b", YES_NO)]
+    codes = torch.tensor([[[0]], [[1]]])
+    match = Scorers(CurationConfig(answer_scorer="exact")).match_answers
+    [[a], [b]] = self_vqa(model, codes, records, match)
+    assert a.soft == a.hard == 0.5 and b.soft == b.hard == 0
+    assert [answer[1:] for answer in a.answers] == [("green", "green", 1.0), ("Yes.", "yes", 0.0)]
+    assert b.answers[0].answer == "maybe"
+
+
+def test_likelihood_decodes_nothing(tiny_model: Model, tiny_records: list[Record], monkeypatch) -> None:
+    monkeypatch.setattr(tiny_model.engine, "extend", None)
+    match = Scorers(CurationConfig()).match_answers
+    assert len(self_vqa(tiny_model, torch.zeros(1, 2, 16, dtype=torch.int64), tiny_records[:1], match)[0]) == 2
 
 
 def test_self_vqa_of_nothing(tiny_model: Model, tiny_records: list[Record]) -> None:
