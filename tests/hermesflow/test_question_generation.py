@@ -18,6 +18,7 @@ from hermesflow.question_generation import (
     write_questions,
 )
 from hermesflow.records import Question
+from hermesflow.sources import read_source
 
 WRITTEN = """ rabbit, plane
 Activities:
@@ -251,6 +252,16 @@ def test_the_file_is_in_tifas_form(models: dict[str, str], tmp_path: Path, monke
         "answer": "yes",
     }  # fmt: skip
     assert [{key: row[key] for key in heads[0]} for row in rows[::4]] == heads
+
+
+def test_the_file_is_read_back_as_the_questions_of_records(models: dict[str, str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(QuestionGenerator, "write", lambda self, captions: [WRITTEN] * len(captions))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"id": 7, "caption": "a rabbit", "codes": [1]}\n{"id": "x", "caption": "two", "codes": [2]}\n')
+    write_questions(data, tmp_path / "questions.json", models["llama"])
+    records, rejected = read_source(data, tmp_path / "questions.json")
+    assert [(record.id, len(record.questions)) for record in records] == [("7", 4), ("x", 4)] and not rejected
+    assert records[0].questions == tuple(parse_questions(WRITTEN))
 
 
 def test_from_captions_to_questions_with_real_models(models: dict[str, str], tmp_path: Path, monkeypatch) -> None:
