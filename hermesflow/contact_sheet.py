@@ -9,7 +9,7 @@ _LEAST_SIDE = 128
 _MOST_WIDTH = 4096
 _MARGIN = 8
 _CAPTION_LINES = 4
-_BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
+_BACKGROUND, _INK = (236, 236, 236), (40, 40, 40)
 
 
 def draw_contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int) -> Image.Image:

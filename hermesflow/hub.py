@@ -20,7 +20,7 @@ def find_folder(name: str, files: Sequence[str], what: str) -> Path:
     folder = Path(name)
     if name and folder.is_dir():
         return folder
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+    if not name or name.count("/") > 1 or name.startswith(("/", ".", "~")):
         raise InputError(f"no {what} {name!r}: give a folder, or a hub id such as showlab/show-o-512x512")
     from huggingface_hub import snapshot_download  # loaded only where it is needed: it takes a while
 

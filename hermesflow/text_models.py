@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hermesflow.files import InputError
+from hermesflow.hub import find_folder
 
 _BATCH = 64
 _MAX_TOKENS = 512
@@ -29,6 +30,10 @@ def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
     Returns: (tokenizer, model), the model ready for inference.
     Raises: InputError if it cannot be loaded, lacks weights, or its tokenizer has more tokens than it.
     """
+    try:  # transformers itself would try an unreachable hub for a minute
+        find_folder(name, ("config.json",), "text model")
+    except InputError as error:
+        raise InputError(f"{error}, or {instead}") from error
     try:
         import transformers
 
