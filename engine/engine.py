@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .image_decoder import ImageDecoder, ImageSamplingParams
+from .image_decoder import ImageDecoder, ImageSamplingParams, Watch
 from .sequence_logprob import span_logprobs
 from .span_tree import SpanTree
 from .text_decoder import QuestionIds, SamplingParams, TextDecoder
@@ -55,7 +55,7 @@ class Engine:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, num_steps: int, guidance_scale: float,
         mask_temperature: float, seeds: Tensor, known_codes: Tensor | None = None, temperature: float = 1.0,
-        schedule: str = "cosine", mask_decay: str = "linear", max_sequences: int = 256,
+        schedule: str = "cosine", mask_decay: str = "linear", max_sequences: int = 256, watch: Watch = iter,
     ) -> Tensor:  # fmt: skip
         """Draw num_images images of each prompt. An image depends on its prompt, its known codes, its seed and the
         settings, on nothing else.
@@ -68,6 +68,7 @@ class Engine:
             known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
                 None draws all.
             max_sequences: bound on the image spans of one pass (memory); a guided image is two.
+            watch: is given the steps of each pass, and gives them back one by one: where a progress bar fits.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
@@ -90,7 +91,7 @@ class Engine:
             self._check_range("generate", "known_codes", known_codes, -1)
         with torch.inference_mode():
             codes = self._images.generate(
-                prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences
+                prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, watch=watch
             )
         return codes.clone()  # a tensor made in inference mode cannot be used in training
 

@@ -8,7 +8,7 @@ the head runs on the masked positions and on the image codes only. Codes that ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from .token_layout import TokenLayout
 from .transformer import Transformer
 
 Prompt = tuple[int, ...]
+Watch = Callable[[list], Iterable]
+"""Gives back the items of a list, in order and all of them."""
 Start = tuple[Prompt, tuple[int, ...]]
 """What an image starts from: its prompt, and its codes, -1 where one is to be drawn."""
 
@@ -62,7 +64,7 @@ class ImageDecoder:
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
-        known_codes: Tensor | None = None, max_sequences: int = 256,
+        known_codes: Tensor | None = None, max_sequences: int = 256, watch: Watch = iter,
     ) -> Tensor:  # fmt: skip
         """Draw the candidates of each prompt.
 
@@ -73,6 +75,7 @@ class ImageDecoder:
             known_codes: int64 [P, num_image_tokens], codes that each prompt's images keep, -1 where one is drawn; None
                 draws all.
             max_sequences: image spans that one pass may compute; a guided candidate is two.
+            watch: is given the steps of each pass, and gives them back one by one: where a progress bar fits.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
         """
@@ -85,7 +88,8 @@ class ImageDecoder:
         codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
         for num_unknown, rows in self._batches(starts, max_sequences // (2 if params.guidance_scale else 1)):
-            drawn = self._decode([starts[row] for row in rows], codes[rows], flat_seeds[rows], num_unknown, params)
+            started = [starts[row] for row in rows]
+            drawn = self._decode(started, codes[rows], flat_seeds[rows], num_unknown, params, watch)
             codes[rows], failed_steps[rows] = drawn
         for row, step in enumerate(failed_steps.tolist()):
             if step < params.num_steps:
@@ -107,8 +111,9 @@ class ImageDecoder:
                 yield num_unknown, rows[start : start + max(1, batch)]
 
     def _decode(
-        self, starts: list[Start], codes: Tensor, seeds: Tensor, num_unknown: int, params: ImageSamplingParams
-    ) -> tuple[Tensor, Tensor]:
+        self, starts: list[Start], codes: Tensor, seeds: Tensor, num_unknown: int, params: ImageSamplingParams,
+        watch: Watch,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Codes [B, N] and the first step [B] at which a draw failed (num_steps: none); codes: those of starts."""
         num_rows, device = len(starts), seeds.device
         batch = _Batch(self.transformer, self.layout, starts, params.guidance_scale)
@@ -120,7 +125,7 @@ class ImageDecoder:
         failed_steps = torch.full_like(seeds, params.num_steps)
         counts = num_to_mask(codes.shape[1], params.num_steps, params.schedule, num_unknown)
         temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
-        for step, (num_masked, mask_temperature) in enumerate(zip(counts, temperatures, strict=True)):
+        for step, (num_masked, mask_temperature) in watch(list(enumerate(zip(counts, temperatures, strict=True)))):
             if num_masked == num_unknown:
                 continue  # the one unknown token would be drawn and masked again: nothing changes
             # As many tokens are masked in every row, so the host knows the shape of positions [B, num_unknown].

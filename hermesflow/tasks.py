@@ -251,7 +251,8 @@ def _draw_codes(
     """Codes int64 [P, n, N]; seeds int64 [P, n], known_codes [P, N]."""
     return model.engine.generate(
         prompt_ids, num_images=seeds.shape[1], seeds=seeds, known_codes=known_codes,
-        max_sequences=2 * _images_per_batch(model), **asdict(sampling or model.sampling),
+        max_sequences=2 * _images_per_batch(model), watch=lambda steps: track(steps, "draw"),
+        **asdict(sampling or model.sampling),
     )  # fmt: skip
 
 

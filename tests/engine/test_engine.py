@@ -38,6 +38,20 @@ def test_generate_equals_the_naive_loop(naive, engine):
             assert torch.equal(image, naive.draw_image(engine.transformer, naive.LAYOUT, prompt, seed, params))
 
 
+def test_the_steps_of_each_pass_can_be_watched(engine):
+    passes = []
+
+    def watch(steps):
+        passes.append(0)
+        for step in steps:
+            passes[-1] += 1
+            yield step
+
+    watched = engine.generate([[5, 6], [7]], **GENERATE, seeds=seeds(2, 2), max_sequences=4, watch=watch)
+    assert passes == [4, 4]
+    assert torch.equal(watched, engine.generate([[5, 6], [7]], **GENERATE, seeds=seeds(2, 2)))
+
+
 def test_drawn_codes_can_be_trained_on(engine):
     """A tensor made in inference mode would be refused by autograd."""
     codes = engine.generate([[5]], **GENERATE, seeds=seeds(1, 2))
