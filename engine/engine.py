@@ -52,10 +52,15 @@ class Engine:
         """Of the model's weights."""
         return self.transformer.embed.weight.dtype
 
+    @property
+    def max_sequences(self) -> int:
+        """Image spans that one pass of generate computes: 32,768 tokens, 6 GiB of keys and values at Show-o's size."""
+        return max(2, min(256, 32768 // (self.layout.num_image_tokens + 2)))
+
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, num_steps: int, guidance_scale: float,
         mask_temperature: float, seeds: Tensor, known_codes: Tensor | None = None, temperature: float = 1.0,
-        schedule: str = "cosine", mask_decay: str = "linear", max_sequences: int = 256, watch: Watch = iter,
+        schedule: str = "cosine", mask_decay: str = "linear", max_sequences: int | None = None, watch: Watch = iter,
     ) -> Tensor:  # fmt: skip
         """Draw num_images images of each prompt. An image depends on its prompt, its known codes, its seed and the
         settings, on nothing else.
@@ -67,13 +72,15 @@ class Engine:
             seeds: int64 [P, n].
             known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
                 None draws all.
-            max_sequences: bound on the image spans of one pass (memory); a guided image is two.
+            max_sequences: bound on the image spans of one pass (memory); a guided image is two. None takes the
+                property of that name.
             watch: is given the steps of each pass, and gives them back one by one: where a progress bar fits.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
         _check_seeds("generate", seeds, (len(prompt_ids), num_images), "[P, num_images]")
         _check_bound("generate", "num_images", num_images)
+        max_sequences = self.max_sequences if max_sequences is None else max_sequences
         _check_bound("generate", "max_sequences", max_sequences)
         for index, ids in enumerate(prompt_ids):
             self._check_text("generate", f"prompt {index}", ids)

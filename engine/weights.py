@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import pickle
 import re
 from collections import Counter
@@ -42,6 +43,9 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
     """Writes named tensors as safetensors; dtype converts floating-point ones (None keeps theirs)."""
     save_file({name: _converted(tensor, dtype) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    Path(path).chmod(0o666 & ~umask)  # safetensors writes for the owner alone
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

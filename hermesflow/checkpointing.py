@@ -55,7 +55,7 @@ def read_state(path: Path, named: Path, module: nn.Module, optimizers: Sequence[
     Raises: InputError that calls `named` (the file or its folder) damaged if it cannot be read or does not fit.
     """
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises many kinds, and advises to trust the file
         raise damaged(named, "checkpoint", ValueError("torch cannot read it")) from error
     try:

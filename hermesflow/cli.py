@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -153,7 +152,7 @@ def _generate(arguments: argparse.Namespace, config: Config) -> None:
         prompts += [line.strip() for line in _read_text(arguments.prompts_file).splitlines() if line.strip()]
     if not prompts:
         raise InputError("generate: no prompts; give them as arguments or with --prompts-file FILE, one a line")
-    model = _open_model(arguments, config)
+    model = _open_model(config)
     drawing = _drawing(arguments, model)
     images = generate_images(model, prompts, **drawing)
     _save_images(arguments, config, images, drawing, {"command": "generate"})
@@ -162,7 +161,7 @@ def _generate(arguments: argparse.Namespace, config: Config) -> None:
 def _inpaint(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import inpaint_images
 
-    model = _open_model(arguments, config)
+    model = _open_model(config)
     drawing = _drawing(arguments, model)
     images = inpaint_images(model, arguments.image, arguments.mask, arguments.prompt, **drawing)
     settings = {"command": "inpaint", "image": arguments.image, "mask": arguments.mask}
@@ -172,7 +171,7 @@ def _inpaint(arguments: argparse.Namespace, config: Config) -> None:
 def _extrapolate(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import extrapolate_image
 
-    model = _open_model(arguments, config)
+    model = _open_model(config)
     drawing = _drawing(arguments, model)
     images = extrapolate_image(
         model, arguments.image, arguments.prompts, arguments.direction, steps=arguments.steps, offset=arguments.offset,
@@ -202,7 +201,7 @@ def _save_images(
 ) -> None:
     from hermesflow.tasks import save_contact_sheet, save_image
 
-    settings |= {"model": config.model.name, "dtype": arguments.dtype, **asdict(drawing["sampling"])}
+    settings |= {"model": config.model.name, "dtype": config.model.dtype, **asdict(drawing["sampling"])}
     kept = []
     for image in images:
         print(save_image(arguments.output, image, settings, label), flush=True)
@@ -215,7 +214,7 @@ def _save_images(
 def _caption(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import caption_images
 
-    for line in caption_images(_open_model(arguments, config), arguments.images):
+    for line in caption_images(_open_model(config), arguments.images):
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
@@ -223,7 +222,7 @@ def _answer(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import answer_question
 
     choices = arguments.choices.split(",") if arguments.choices is not None else ()
-    for line in answer_question(_open_model(arguments, config), arguments.images, arguments.question, choices):
+    for line in answer_question(_open_model(config), arguments.images, arguments.question, choices):
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
@@ -244,18 +243,10 @@ def _score(arguments: argparse.Namespace, config: Config) -> None:
         print(json.dumps(line, ensure_ascii=False))
 
 
-def _open_model(arguments: argparse.Namespace, config: Config) -> "Model":
-    import torch
+def _open_model(config: Config) -> "Model":
+    from hermesflow.models import open_model
 
-    from hermesflow.models import load_model
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            "choose another, or cpu (hermesflow doctor shows more)"
-        )
-    return load_model(config.model.name, device=device, dtype=arguments.dtype and getattr(torch, arguments.dtype))
+    return open_model(config.model)
 
 
 def _read_text(path: Path) -> str:
@@ -359,6 +350,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     import_.add_argument("file", type=Path, metavar="FILE.json", help="pair_dpo_data.json")
     import_.add_argument("--root", type=Path, metavar="FOLDER", help="where image paths start [the file's folder]")
+    for command in (selfplay, curate, train):
+        _add_model_options(command)
     for command in (selfplay, curate):
         _add_shortcut(command, "--caption-scorer", "curation.caption_scorer", "NAME", "how captions are scored")
         _add_shortcut(command, "--answer-scorer", "curation.answer_scorer", "NAME", "how the model's answers are found")
@@ -395,7 +388,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("source", metavar="MODEL", help="a run's folder (its last trained round), or a model's")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where it goes")
-    _add_dtype_option(export)
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights [as they are kept]"
+    )
     report = _command(commands, "report", _report, "write the page that shows a run", "hermesflow report runs/demo")
     report.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="the run's folder [as configured]")
 
@@ -458,16 +453,10 @@ def _command(
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
+    _add_shortcut(command, "--model", "model.name", "NAME", 'a folder or hub id; without it, the built-in "tiny"')
+    _add_shortcut(command, "--device", "model.device", "D", "cpu, cuda or cuda:N; without it, cuda if there is one")
     _add_shortcut(
-        command, "--model", "model.name", "NAME", 'a model\'s name or folder; without it, the built-in "tiny"'
-    )
-    command.add_argument("--device", type=_device, metavar="D", help="cpu, cuda or cuda:N [cuda if there is one]")
-    _add_dtype_option(command)
-
-
-def _add_dtype_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights [as they are kept]"
+        command, "--dtype", "model.dtype", "T", "float32, bfloat16 or float16; without it, the checkpoint's own"
     )
 
 
@@ -495,12 +484,6 @@ def _add_shortcut(command: argparse.ArgumentParser, option: str, key: str, metav
         option, dest="shortcuts", action="append", type=lambda text: f"{key}={text}", metavar=metavar,
         help=f"{help_text} ({key})",
     )  # fmt: skip
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    return text
 
 
 def _png(text: str) -> Path:

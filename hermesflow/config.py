@@ -56,10 +56,16 @@ class ModelConfig:
     """The unified model that is improved."""
 
     name: str = "tiny"
-    """"tiny" for the model that ships with the package, or the folder of a saved model."""
+    """"tiny" for the model that ships with the package, the folder of a model, or a hub id."""
+    device: str = "auto"
+    """Where it runs: cpu, cuda or cuda:N; auto takes cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights that draw and judge; auto keeps the checkpoint's. Training is in float32."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise ConfigError("ModelConfig", "device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,12 +95,12 @@ class CurationConfig:
 
     num_images: int = 8
     """Images drawn for each prompt."""
-    num_steps: int = 4
-    """Decoding steps of an image."""
-    guidance_scale: float = 0.5
-    """Classifier-free guidance g in (1 + g) * conditional - g * unconditional."""
-    mask_temperature: float = 1.0
-    """Noise on the confidence that decides which image tokens are masked again."""
+    num_steps: int = 0
+    """Decoding steps of an image; 0 takes the model's own number."""
+    guidance_scale: float = -1.0
+    """Classifier-free guidance g in (1 + g) * conditional - g * unconditional; -1 takes the model's own."""
+    mask_temperature: float = -1.0
+    """Noise on the confidence that decides which image tokens are masked again; -1 takes the model's own."""
     caption_temperatures: tuple[float, ...] = (0.1, 0.7, 1.0)
     """Sampling temperatures of captions; each is combined with each top-k."""
     caption_top_k: tuple[int, ...] = (2, 4, 8)
@@ -125,8 +131,8 @@ class CurationConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 2, "num_images")
-        _check_at_least(self, 1, "num_steps", "batch_records")
-        _check_at_least(self, 0, "guidance_scale", "mask_temperature")
+        _check_at_least(self, 1, "batch_records")
+        _check_drawing(self)
         _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
         _check_scorer(self, "caption_scorer", CAPTION_SCORERS)
@@ -182,7 +188,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Measurement on prompts that training never sees; the commands that draw images use the same settings."""
+    """Measurement on prompts that training never sees."""
 
     split: Literal["train", "validation", "test"] = "test"
     """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""
@@ -190,12 +196,12 @@ class EvalConfig:
     """Prompts that images are drawn for."""
     images_per_prompt: int = 2
     """Images drawn for each prompt."""
-    num_steps: int = 4
-    """Decoding steps of an image."""
-    guidance_scale: float = 0.5
-    """Classifier-free guidance."""
-    mask_temperature: float = 1.0
-    """Noise on the confidence that decides which image tokens are masked again."""
+    num_steps: int = 0
+    """Decoding steps of an image; 0 takes the model's own number."""
+    guidance_scale: float = -1.0
+    """Classifier-free guidance; -1 takes the model's own."""
+    mask_temperature: float = -1.0
+    """Noise on the confidence that decides which image tokens are masked again; -1 takes the model's own."""
     num_understanding: int = 600
     """Images that questions are asked about."""
     seed: int = 1234
@@ -204,8 +210,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_seed(self)
-        _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_steps", "num_understanding")
-        _check_at_least(self, 0, "guidance_scale", "mask_temperature")
+        _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_understanding")
+        _check_drawing(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -437,6 +443,14 @@ def _check_scorer(section: Any, name: str, known: Sequence[str]) -> None:
 
 def _check_seed(section: Any) -> None:
     _check(section, ("seed",), lambda value: 0 <= value < 2**63, "a seed from 0 to 2**63 - 1")
+
+
+def _check_drawing(section: Any) -> None:
+    _check(section, ("num_steps",), lambda value: value >= 0, "at least 1, or 0 for the model's own")
+    _check(
+        section, ("guidance_scale", "mask_temperature"), lambda value: value >= 0 or value == -1,
+        "at least 0, or -1 for the model's own",
+    )  # fmt: skip
 
 
 def _check_at_least(section: Any, low: float, *names: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,6 @@ PreviousImages = dict[str, tuple[list[int], list[int]]]
 # What candidates depend on; threshold, margin and keep only choose among them.
 _DRAWN_BY = (
     "num_images",
-    "num_steps",
-    "guidance_scale",
-    "mask_temperature",
     "caption_temperatures",
     "caption_top_k",
     "include_greedy",
@@ -92,7 +90,7 @@ def curate(
     size = config.batch_records
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(batches))]
-    prints = [_fingerprint(batch, config, seed, old) for batch in batches]
+    prints = [_fingerprint(model, batch, config, seed, old) for batch in batches]
     _refuse_strange_parts(make_folder(folder), paths)
     tables = {
         path: _read_part(path, fingerprint) for path, fingerprint in zip(paths, prints, strict=True) if path.exists()
@@ -135,11 +133,7 @@ def _rows(
 def _image_rows(
     model: Model, records: Sequence[Record], config: CurationConfig, seed: int, scorers: Scorers
 ) -> Iterator[dict]:
-    settings = {
-        "num_steps": config.num_steps,
-        "guidance_scale": config.guidance_scale,
-        "mask_temperature": config.mask_temperature,
-    }
+    settings = asdict(model.sampling_of(config))
     seeds = _seeds(seed, records, "image", config.num_images)
     prompts = [image_prompt(model, record.caption) for record in records]
     codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
@@ -236,11 +230,14 @@ def _previous_images(records: Sequence[Record], previous: pa.Table | None) -> Pr
     return {id: (win, lose) for id, win, lose in zip(*columns, strict=True) if id in wanted and win is not None}
 
 
-def _fingerprint(records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages) -> str:
-    """What a part was made from, the model aside."""
+def _fingerprint(
+    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages
+) -> str:
+    """What a part was made from, the model's weights aside."""
     made_from = [
         seed,
         [getattr(config, name) for name in _DRAWN_BY],
+        [asdict(model.sampling_of(config)), asdict(model.prompts)],
         [
             [record.id, record.caption, record.codes.tolist(), repr(record.questions), old.get(record.id)]
             for record in records

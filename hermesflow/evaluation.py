@@ -22,7 +22,7 @@ from .curation import candidate_seed
 from .engine.text_decoder import SamplingParams
 from .files import write_json
 from .images import resize_images
-from .models import Model, load_model
+from .models import Model, open_model
 from .progress import track
 from .prompting import caption_prompt, image_prompt
 from .records import Record
@@ -43,7 +43,7 @@ def run_evaluation(config: Config) -> dict[str, Any]:
     Returns: as evaluate.
     Raises: InputError on a model that is none or cannot draw the built-in world, or an unwritable folder.
     """
-    result = {"model": config.model.name} | evaluate(load_model(config.model.name), config.eval)
+    result = {"model": config.model.name} | evaluate(open_model(config.model), config.eval)
     path = config.run_folder / "evaluation.json"
     write_json(path, result)
     console = Console()
@@ -80,7 +80,8 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
         row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
     for row, drawn in zip(rows, _draw_images(model, records[: config.num_prompts], config), strict=False):
         row["drawn"] = drawn
-    return {"settings": asdict(config), "metrics": measure(rows), "records": rows}
+    drawing = asdict(model.sampling_of(config))
+    return {"settings": asdict(config) | drawing, "metrics": measure(rows), "records": rows}
 
 
 def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -230,10 +231,8 @@ def _draw_images(model: Model, records: Sequence[Record], config: EvalConfig) ->
         codes = model.engine.generate(
             [image_prompt(model, record.caption) for record in batch],
             num_images=config.images_per_prompt,
-            num_steps=config.num_steps,
-            guidance_scale=config.guidance_scale,
-            mask_temperature=config.mask_temperature,
             seeds=_image_seeds(batch, config),
+            **asdict(model.sampling_of(config)),
         )
         seen = oracle.read(resize_images(model.decode_images(codes.flatten(0, 1)), shapes.IMAGE_SIZE))
         for index, record in enumerate(batch):

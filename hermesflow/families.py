@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hermesflow.engine.image_decoder import ImageSamplingParams
-from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 
 from .files import InputError
@@ -63,6 +63,7 @@ _SHOWO_PROMPTS = PromptFormat(
     answer=" {answer}",
     max_prompt_tokens=126,
     max_caption_tokens=100,
+    max_answer_tokens=100,
 )
 _PHI = "showo.model.layers.{layer}"
 
@@ -107,9 +108,7 @@ SHOWO = Family(
     },
     old_buffers=r"showo\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     projector=("mm_projector.0.weight", "mm_projector.0.bias", "mm_projector.2.weight", "mm_projector.2.bias"),
-    special_tokens=(
-        "[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>",
-    ),  # fmt: skip
+    special_tokens=("[PAD]", *(f"<|{name}|>" for name in SPECIAL_TOKENS)),
     pixels_per_token=16,
     vq_tokenizer="showlab/magvitv2",
     vision_encoder="openai/clip-vit-large-patch14-336",

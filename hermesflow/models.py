@@ -7,13 +7,15 @@ published.py know the published layouts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hermesflow.engine.engine import Engine
@@ -23,8 +25,10 @@ from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 
+from .config import CurationConfig, EvalConfig, ModelConfig
 from .files import InputError, read_json
 from .hub import find_folder
+from .images import fit_image
 from .prompting import PromptFormat
 from .text_tokenizers import PretrainedTokenizer, WordTokenizer
 from .worlds.shapes import CAPTION_QUESTION
@@ -66,19 +70,22 @@ class Model:
         """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
         return self.text_tokenizer.decode([token for token in ids if int(token) < self.layout.text_vocab_size])
 
+    def sampling_of(self, settings: CurationConfig | EvalConfig) -> ImageSamplingParams:
+        """How images are drawn under these settings: the model's own way where they leave it open."""
+        given = {"num_steps": settings.num_steps or self.sampling.num_steps}
+        for name in ("guidance_scale", "mask_temperature"):
+            value = getattr(settings, name)
+            given[name] = getattr(self.sampling, name) if value < 0 else value
+        return replace(self.sampling, **given)
+
     @property
     def views_codes(self) -> bool:
         """Whether it sees images as their codes, and not as features of a vision encoder."""
         return True
 
-    @property
-    def view_size(self) -> int:
-        """Height and width of the images that view_images takes."""
-        return self.image_size
-
-    def view_images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """What the model sees of uint8 images [view_size, view_size, 3], ready for the engine: codes int64 [n, N]."""
-        return self.encode_images(np.stack(images))
+    def view_images(self, images: Iterable[Image.Image]) -> Tensor:
+        """What the model sees of images of any size, ready for the engine: codes int64 [n, N]."""
+        return self.encode_images(np.stack([fit_image(image, self.image_size) for image in images]))
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:
@@ -125,6 +132,19 @@ class Model:
 def to_pixels(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8 of the same shape."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def open_model(config: ModelConfig) -> Model:
+    """The model of a run's settings, where and in the dtype that they say. Raises: InputError as load_model does."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"model.device {device}: torch sees {torch.cuda.device_count()} CUDA devices here; choose another, or cpu "
+            "(hermesflow doctor shows more)"
+        )
+    return load_model(config.name, device, None if config.dtype == "auto" else getattr(torch, config.dtype))
 
 
 def load_model(

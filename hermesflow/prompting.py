@@ -28,6 +28,8 @@ class PromptFormat:
     """Text ids of an image's prompt; longer ones are cut. None: no limit."""
     max_caption_tokens: int = 64
     """Captions are cut here."""
+    max_answer_tokens: int = 32
+    """Answers in the model's own words are cut here."""
 
 
 class ChoicePrompt(NamedTuple):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from hermesflow.engine.token_layout import TokenLayout
@@ -101,24 +101,21 @@ class PublishedModel(Model):
         """Whether it sees images as their codes, and not as features of a vision encoder."""
         return self.projector is None
 
-    @property
-    def view_size(self) -> int:
-        """Height and width of the images that view_images takes."""
-        return self.image_size if self.views_codes else self.vision_encoder.image_size
-
-    def view_images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """What the model sees of uint8 images [view_size, view_size, 3]: codes int64 [n, N], or features [n, F, D]."""
-        return super().view_images(images) if self.views_codes else self.vision_encoder.encode(images)
+    def view_images(self, images: Iterable[Image.Image]) -> Tensor:
+        """What the model sees of images of any size: codes int64 [n, N], or features [n, F, D]."""
+        return super().view_images(images) if self.views_codes else self.vision_encoder.encode(list(images))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes the published layout with the language model's files and the image tokenizer, not the vision encoder.
 
-        llm_model_path stays a hub id where it was one, so that the original code finds the language model; load_model
-        prefers the copy in llm/.
+        llm_model_path stays a hub id or an absolute folder where it was one, so that the original code finds the
+        language model from anywhere; else it is "llm", which that code looks for in its working directory. load_model
+        takes llm/.
         """
         make_folder(folder / LLM_FOLDER)
         path = self.config["llm_model_path"]
-        write_json(folder / "config.json", self.config | ({} if _is_hub_id(path) else {"llm_model_path": LLM_FOLDER}))
+        found_elsewhere = _is_hub_id(path) or (Path(path).is_absolute() and Path(path).is_dir())
+        write_json(folder / "config.json", self.config | ({} if found_elsewhere else {"llm_model_path": LLM_FOLDER}))
         parts = {"transformer": self.transformer} | ({"projector": self.projector} if self.projector else {})
         save_tensors(_tensors(self.family, parts), folder / _WEIGHTS, dtype)
         for name, data in self.llm_files.items():
@@ -176,16 +173,18 @@ def export_model(source: str, folder: Path, dtype: torch.dtype | None = None) ->
 
     Args:
         source: a run's folder, whose last trained round is taken, or what load_model opens.
-        folder: where to; an older folder of that name is replaced if it holds a model, and left alone otherwise.
+        folder: where to; a new or an empty one.
         dtype: of the weights; None keeps theirs.
-    Raises: InputError if there is no such model, its family has no published layout, or the folder holds anything else.
+    Raises: InputError if there is no such model, its family has no published layout, or the folder holds anything.
     """
     rounds = sorted(Path(source).glob("round-*/model"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+    if not rounds and (Path(source) / "config.toml").is_file():
+        raise InputError(f"{source}: no round of this run is trained yet; run it first, or give a model")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there is something already; choose another folder, or remove it")
     model = load_model(str(rounds[-1]) if rounds else source)
     if not isinstance(model, PublishedModel):
         raise InputError(f"{source}: its family has no published layout; its folder is what load_model opens")
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: holds something other than a model; choose another folder")
     with atomic_folder(folder) as temporary:
         model.save(temporary, dtype)
 
@@ -198,7 +197,7 @@ def load_vq_tokenizer(source: str, device: torch.device | str | None = None) -> 
         device: where the weights go; None is the CPU.
     Raises: InputError if it cannot be had, or its files are damaged or do not fit.
     """
-    folder = find_folder(source, CHECKPOINT_FILES, "image tokenizer")
+    folder = find_folder(source, CHECKPOINT_FILES, "image tokenizer", "showlab/magvitv2")
     path = folder / "config.json"
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _VQ_CLASS:
@@ -256,7 +255,7 @@ def _llm_folder(folder: Path, path: str) -> Path:
     """Where the language model's configuration and tokenizer are: inside the checkpoint, in a folder, or on the hub."""
     inside = [folder / part for part in (path, LLM_FOLDER) if not Path(part).is_absolute() and ".." not in part]
     found = next((place for place in inside if path and (place / "config.json").is_file()), None)
-    return found or find_folder(path, _LLM_FILES, "language model (llm_model_path)")
+    return found or find_folder(path, _LLM_FILES, "language model (llm_model_path)", "microsoft/phi-1_5")
 
 
 def _is_hub_id(path: str) -> bool:

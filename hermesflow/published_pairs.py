@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from PIL import Image
 from .config import load_config
 from .files import InputError, atomic_write, write_json
 from .images import read_image
-from .models import Model, load_model
+from .models import Model, open_model
 from .pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, SIDES, read_pairs
 from .progress import track
 from .sources import describe_rejected, encode_lazily, id_of, path_inside, read_entries, text_of
@@ -59,7 +60,7 @@ def export_pairs(run_folder: str | os.PathLike, number: int, folder: str | os.Pa
     """
     config = load_config(Path(run_folder) / "config.toml")
     pairs = read_pairs(Path(run_folder) / f"round-{number}" / "pairs.parquet")
-    return write_published_pairs(load_model(config.model.name), pairs, folder)
+    return write_published_pairs(open_model(config.model), pairs, folder)
 
 
 def write_published_pairs(model: Model, pairs: pa.Table, folder: str | os.PathLike) -> Path:
@@ -134,7 +135,8 @@ def read_published_pairs(
 
 
 def _published(row: dict[str, Any], images: dict[str, str]) -> dict[str, Any]:
-    entry = {"id": row["record_id"], "img_path": images["img_path"]}
+    name = row["record_id"]  # the published ids are numbers
+    entry = {"id": int(name) if re.fullmatch(r"0|[1-9][0-9]*", name) else name, "img_path": images["img_path"]}
     entry |= {"prompt": row["caption"], "caption": row["caption"]}
     entry |= {key: row[column] for key, column in _COLUMNS["understanding"].items()}
     entry |= {key: images.get(key) for key in ("image_win", "image_lose")}

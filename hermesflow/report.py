@@ -13,7 +13,7 @@ from .config import Config, load_config
 from .evaluation import summarise
 from .files import InputError, damaged, read_json, read_parquet, write_text
 from .markup import details, document, scrolling
-from .models import load_model
+from .models import open_model
 from .pairs import pair_statistics
 from .showcase import choose_shown, pairs_section
 from .summaries import LABELS, describe_unusable, format_change, format_interval, format_value, headline, tell_verdict
@@ -58,7 +58,7 @@ def write_report(run_folder: Path) -> Path:
     config = load_config(settings)
     summary, missing = read_summary(folder, config)
     number = _last_round_with_pairs(folder, config)
-    shown = choose_shown(folder / f"round-{number}", load_model(config.model.name)) if number else []
+    shown = choose_shown(folder / f"round-{number}", open_model(config.model)) if number else []
     header, measurements, categories, rounds = _show_summary(config, summary, missing)
     sections = [
         header,

@@ -110,7 +110,7 @@ class Scorers:
         return [find(answer, list(of_answer)) for answer, of_answer in zip(answers, choices, strict=True)]
 
     def _score_by_function(self, captions: list[str], truth: str) -> list[float]:
-        returned = self._caption_function(list(captions), truth)
+        returned = _call("caption_scorer", self._caption_scorer, self._caption_function, list(captions), truth)
         try:
             scores = [float(score) for score in returned]
         except (TypeError, ValueError):
@@ -123,7 +123,7 @@ class Scorers:
         return scores
 
     def _find_by_function(self, answer: str, choices: list[str]) -> int:
-        index = self._answer_function(answer, list(choices))
+        index = _call("answer_scorer", self._answer_scorer, self._answer_function, answer, list(choices))
         if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(choices):
             raise InputError(
                 f"curation.answer_scorer {self._answer_scorer}: expected the index of one of {len(choices)} choices, "
@@ -326,7 +326,7 @@ def _answer_freely(
         [choices_prompt(model, question.question, question.choices) for question in record.questions]
         for record in records
     ]
-    greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_caption_tokens)
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_answer_tokens)
     seeds = torch.zeros(len(records), max(map(len, prompts), default=0), 1, dtype=torch.int64)
     said = model.engine.extend(codes, prompts, sampling=[greedy], seeds=seeds)
     texts = [model.decode_text(ids) for of_image in said for [ids] in of_image]
@@ -353,8 +353,8 @@ def _import_function(key: str, spec: str) -> Callable[..., Any]:
     module_name, name = spec.split(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a module of the user's may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"curation.{key} {spec}: the module {module_name} cannot be imported ({reason}); install it, or set "
             "PYTHONPATH to its folder"
@@ -365,6 +365,18 @@ def _import_function(key: str, spec: str) -> Callable[..., Any]:
     if not callable(function):
         raise InputError(f"curation.{key} {spec}: {name} is {_shown(function)}, which is no function; name a function")
     return function
+
+
+def _call(key: str, spec: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a user's function returns."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"curation.{key} {spec}: raised {type(error).__name__} ({reason}) on {_shown(arguments)}; correct the "
+            "function (HERMESFLOW_DEBUG=1 shows where)"
+        ) from error
 
 
 def _fits(entry: Any, kind: str) -> bool:

@@ -42,7 +42,7 @@ from .files import (
     write_problem,
     write_text,
 )
-from .models import Model, load_model
+from .models import Model, open_model
 from .pairs import REJECTED_SCHEMA, make_pairs, pair_statistics, read_pairs
 from .published_pairs import read_published_pairs
 from .records import Record, read_records, write_records
@@ -142,7 +142,7 @@ class Run:
             for key in now[section]
             if section != "pretrain"
             and now[section][key] != saved[section][key]
-            and (section, key) != ("run", "folder")
+            and (section, key) not in (("run", "folder"), ("model", "device"))
         ]
         if changed:
             raise InputError(
@@ -198,27 +198,37 @@ class Run:
         return self._loaded[1]
 
     def _load(self, number: int) -> Model:
+        if number:
+            return self._open(number, self._origin().get("dtype", "float32"))
+        model = self._open(0, self.config.model.dtype)
+        if not model.views_codes:
+            raise InputError(
+                f"{self.config.model.name}: sees images through a vision encoder, and self-play trains captions of "
+                "image codes; choose a checkpoint without it, such as showlab/show-o-512x512"
+            )
+        self._check_origin(model)
+        return model
+
+    def _open(self, number: int, dtype: str) -> Model:
+        """The model after a round, in a dtype."""
         if number == 0:
-            model = load_model(self.config.model.name)
-            if not model.views_codes:
-                raise InputError(
-                    f"{self.config.model.name}: sees images through a vision encoder, and self-play trains captions of "
-                    "image codes; choose a checkpoint without it, such as showlab/show-o-512x512"
-                )
-            self._check_origin(model)
-            return model
+            return open_model(replace(self.config.model, dtype=dtype))
         folder = self._path(number, "model")
         try:
-            return load_model(str(folder))
+            return open_model(replace(self.config.model, name=str(folder), dtype=dtype))
         except InputError as error:
             raise InputError(f"{error}, or delete {folder} and run the same command again to train it anew") from error
 
+    def _origin(self) -> dict[str, str]:
+        """What the run began with: the weights' digest, and their dtype, which every round draws and judges in."""
+        return read_json(self.folder / "origin.json")
+
     def _check_origin(self, model: Model) -> None:
         """Refuses a run that began with other weights of the same name."""
-        path, digest = self.folder / "origin.json", {"model": model_digest(model)}
+        path, digest = self.folder / "origin.json", model_digest(model)
         if not path.exists():
-            write_json(path, digest)
-        elif read_json(path) != digest:
+            write_json(path, {"model": digest, "dtype": str(model.engine.dtype).removeprefix("torch.")})
+        elif self._origin().get("model") != digest:
             raise InputError(
                 f"{path}: the run began with other weights than {self.config.model.name!r} holds now; choose another "
                 f"run.name, or delete {self.folder} to start over"
@@ -288,8 +298,9 @@ class Run:
             )
 
         def work() -> None:
-            model = self.model(number - 1)
-            self._loaded = None  # the policy changes in place
+            self.model(number - 1)  # for its checks
+            self._loaded = None
+            model = self._open(number - 1, "float32")  # a step of 2e-5 is lost in the 8 bits of bf16
             means = train_pairs(
                 model,
                 pairs,
@@ -315,7 +326,8 @@ class Run:
 
     def _evaluate(self, number: int) -> dict[str, Any]:
         agreed = {}
-        if number and self.config.data.source == "shapes":
+        curated = number and self._path(number, "candidates").exists()  # imported pairs have no candidates
+        if curated and self.config.data.source == "shapes":
             candidates, pairs = self._candidates(number), read_pairs(self._path(number, "pairs.parquet"))
             agreed = {"agreement": agreement(self.model(number), self.round_records(number), candidates, pairs)}
         return evaluate(self.model(number), self.config.eval) | agreed
@@ -336,11 +348,12 @@ class Run:
         before["seconds"] = self._seconds(0)
         settings = asdict(replace(self.config))
         del settings["pretrain"]
+        num_records = len(self.records)  # they are made now if every round's pairs were imported
         unusable = read_parquet(self.folder / "rejected.parquet", UNUSABLE_SCHEMA.names).to_pylist()
         return {
             "settings": settings,
             "seed": self.config.run.seed,
-            "data": {"records": len(self.records), "rejected": count_reasons(unusable)},
+            "data": {"records": num_records, "rejected": count_reasons(unusable)},
             "before": before,
             "rounds": rounds,
         }

@@ -29,8 +29,7 @@ from hermesflow.progress import track
 from hermesflow.prompting import answer_ids, caption_prompt, image_prompt, question_prompt
 
 DIRECTIONS = ("left", "right", "up", "down")
-_BATCH_IMAGES, _BATCH_TOKENS = 64, 16384
-_MAX_ANSWER_TOKENS = 32
+_BATCH_VIEWS = 16
 
 
 class GeneratedImage(NamedTuple):
@@ -60,13 +59,12 @@ def generate_images(
     Raises: InputError on an empty prompt or a word that the model does not know.
     """
     prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
-    seeds = seed + torch.arange(len(prompts) * num_images).reshape(len(prompts), num_images)
-    prompts_per_batch = max(1, _images_per_batch(model) // num_images)
-    for start in track(range(0, len(prompts), prompts_per_batch), "generate", "batches"):
-        batch = slice(start, start + prompts_per_batch)
-        codes = _draw_codes(model, prompt_ids[batch], seeds[batch], sampling)
-        for prompt, row_codes, row_seeds in zip(prompts[batch], codes, seeds[batch].tolist(), strict=True):
-            yield from _show(model, prompt, row_seeds, row_codes)
+    total, size = len(prompts) * num_images, _images_per_batch(model)
+    for start in track(range(0, total, size), "generate", "batches"):
+        rows = range(start, min(start + size, total))
+        of_prompt, seeds = [row // num_images for row in rows], [seed + row for row in rows]
+        codes = _draw_codes(model, [prompt_ids[index] for index in of_prompt], torch.tensor(seeds)[:, None], sampling)
+        yield from _show(model, [prompts[index] for index in of_prompt], seeds, codes[:, 0])
 
 
 def inpaint_images(
@@ -76,7 +74,7 @@ def inpaint_images(
     """Draw the masked part of an image anew. The tokens of the rest are kept.
 
     Image and mask are fitted to the model's size (see fit_image). A token is drawn anew where the mean of its patch of
-    the mask is at least half white.
+    the mask is at least half white (the published code samples the mask bicubically, which differs at few tokens).
 
     Args:
         model: the model that draws.
@@ -100,9 +98,8 @@ def inpaint_images(
     size = _images_per_batch(model)
     for start in track(range(0, num_images, size), "inpaint", "batches"):
         seeds = seed + torch.arange(start, min(start + size, num_images))
-        yield from _show(
-            model, prompt, seeds.tolist(), _draw_codes(model, [prompt_ids], seeds[None], sampling, known)[0]
-        )
+        codes = _draw_codes(model, [prompt_ids], seeds[None], sampling, known)[0]
+        yield from _show(model, [prompt] * len(seeds), seeds.tolist(), codes)
 
 
 def extrapolate_image(
@@ -145,7 +142,7 @@ def extrapolate_image(
             drawn = _draw_codes(model, [step_ids] * num_images, torch.tensor(window_seeds), sampling, known.flatten(1))
             canvas[:, rows, columns] = drawn.view(known.shape)
     for own, codes in zip(seeds, canvas, strict=True):
-        yield from _show(model, " | ".join(prompts), [own], codes[None])
+        yield from _show(model, [" | ".join(prompts)], [own], codes[None])
 
 
 def save_image(folder: Path, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:
@@ -191,13 +188,12 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[s
         model: the model that looks.
         paths: image files of any size.
     Yields: {"image": path, "caption": text} for each, in order; the caption is the greedy one.
-    Raises: InputError if a file is no image; all are read before the first is described.
+    Raises: InputError if a file is missing, before the first is described, or is no image.
     """
-    images = [read_image(path, model.view_size) for path in paths]
     question = caption_prompt(model)
-    for batch in _image_batches(images, "caption"):
-        texts = _say(model, model.view_images(images[batch]), question, model.prompts.max_caption_tokens)
-        for path, text in zip(paths[batch], texts, strict=True):
+    for batch, seen in _view(model, paths, "caption"):
+        texts = _say(model, seen, question, model.prompts.max_caption_tokens)
+        for path, text in zip(batch, texts, strict=True):
             yield {"image": str(path), "caption": text}
 
 
@@ -212,8 +208,8 @@ def answer_question(
         question: the question.
         choices: the answers to choose from, by their likelihood; none lets the model answer freely (greedy).
     Yields: {"image", "question", "answer"} for each, in order, and with choices "probabilities": {choice: probability}.
-    Raises: InputError if a file is no image, the question is empty or has a word that the model does not know, or the
-        choices are fewer than two or not distinct.
+    Raises: InputError if a file is missing or no image, the question is empty or has a word that the model does not
+        know, or the choices are fewer than two or not distinct.
     """
     choices = [choice.strip() for choice in choices]
     if choices and (len(set(choices)) < max(2, len(choices)) or "" in choices):
@@ -221,16 +217,14 @@ def answer_question(
     _check_words(question, "question")
     question_ids = question_prompt(model, question)
     choice_ids = [answer_ids(model, choice) for choice in choices]
-    images = [read_image(path, model.view_size) for path in paths]
-    for batch in _image_batches(images, "answer"):
-        seen = model.view_images(images[batch])
+    for batch, seen in _view(model, paths, "answer"):
         if choices:
-            count = len(paths[batch])
-            scores = model.engine.score_choices(seen, [[question_ids]] * count, [[choice_ids]] * count)
+            scores = model.engine.score_choices(seen, [[question_ids]] * len(batch), [[choice_ids]] * len(batch))
             answers = [_chosen(choices, of_image[0]) for of_image in scores]
         else:
-            answers = [{"answer": text} for text in _say(model, seen, question_ids, _MAX_ANSWER_TOKENS)]
-        for path, answer in zip(paths[batch], answers, strict=True):
+            texts = _say(model, seen, question_ids, model.prompts.max_answer_tokens)
+            answers = [{"answer": text} for text in texts]
+        for path, answer in zip(batch, answers, strict=True):
             yield {"image": str(path), "question": question} | answer
 
 
@@ -251,23 +245,24 @@ def _draw_codes(
     """Codes int64 [P, n, N]; seeds int64 [P, n], known_codes [P, N]."""
     return model.engine.generate(
         prompt_ids, num_images=seeds.shape[1], seeds=seeds, known_codes=known_codes,
-        max_sequences=2 * _images_per_batch(model), watch=lambda steps: track(steps, "draw"),
+        watch=lambda steps: track(steps, "draw"),
         **asdict(sampling or model.sampling),
     )  # fmt: skip
 
 
 def _images_per_batch(model: Model) -> int:
-    """As many as keep a pass in a few GiB at the width of Show-o 1.3B."""
-    return max(1, min(_BATCH_IMAGES, _BATCH_TOKENS // model.layout.num_image_tokens))
+    """Guided images that the engine draws in one pass."""
+    return max(1, model.engine.max_sequences // 2)
 
 
-def _show(model: Model, prompt: str, seeds: Sequence[int], codes: Tensor) -> Iterator[GeneratedImage]:
+def _show(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Tensor
+) -> Iterator[GeneratedImage]:
     """The images of codes [n, N] or, if not square, [n, h, w]."""
     side = math.isqrt(model.layout.num_image_tokens)
     codes = codes if codes.dim() == 3 else codes.view(-1, side, side)
     images = model.decode_images(codes.flatten(1), *codes.shape[1:])
-    for image_seed, pixels, image_codes in zip(seeds, images, codes.cpu(), strict=True):
-        yield GeneratedImage(prompt, image_seed, pixels, image_codes)
+    yield from map(GeneratedImage, prompts, seeds, images, codes.cpu())
 
 
 def _check_same_shape(path: str | Path, image: Image.Image, mask_path: str | Path, mask: Image.Image) -> None:
@@ -343,9 +338,14 @@ def _write_png(path: Path, image: Image.Image, prompt: str, fields: dict[str, An
         image.save(temporary, format="PNG", pnginfo=text)
 
 
-def _image_batches(images: Sequence[np.ndarray], description: str) -> Iterator[slice]:
-    starts = range(0, len(images), _BATCH_IMAGES)
-    return (slice(start, start + _BATCH_IMAGES) for start in track(starts, description, "batches"))
+def _view(model: Model, paths: Sequence[str | Path], description: str) -> Iterator[tuple[Sequence[str | Path], Tensor]]:
+    """Batches of paths with what the model sees of their images, of which one at a time is open."""
+    for path in paths:
+        if not Path(path).exists():  # told before the work on the others, not after it
+            raise InputError(f"{path}: no such file; check the path")
+    for start in track(range(0, len(paths), _BATCH_VIEWS), description, "batches"):
+        batch = paths[start : start + _BATCH_VIEWS]
+        yield batch, model.view_images(map(open_image, batch))
 
 
 def _chosen(choices: list[str], scores: list[float]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
     Raises: InputError if it cannot be loaded, lacks weights, or its tokenizer has more tokens than it.
     """
     try:  # transformers itself would try an unreachable hub for a minute
-        find_folder(name, ("config.json",), "text model")
+        find_folder(name, ("config.json",), "text model", "google-bert/bert-large-uncased")
     except InputError as error:
         raise InputError(f"{error}, or {instead}") from error
     try:

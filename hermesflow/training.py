@@ -87,8 +87,9 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
             group["lr"] = learning_rate(config, step)
         chosen = [rows[index] for index in step_indices(len(rows), config.pairs_per_step, step, seed)]
         batch = pair_batch(
-            chosen, model.layout, question, model.prompts.max_caption_tokens, np.random.default_rng([seed, 1, step])
-        )
+            chosen, model.layout, question, model.prompts.max_caption_tokens, np.random.default_rng([seed, 1, step]),
+            policy.embed.weight.device,
+        )  # fmt: skip
         loss, metrics = pair_losses(policy, reference, batch, config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -119,7 +120,7 @@ def step_indices(num_pairs: int, pairs_per_step: int, step: int, seed: int) -> l
 
 def pair_batch(
     pairs: Sequence[dict], layout: TokenLayout, question_ids: Sequence[int], max_caption_tokens: int,
-    rng: np.random.Generator,
+    rng: np.random.Generator, device: torch.device | str | None = None,
 ) -> PairBatch:
     """Packs the pairs' two sides into one forest.
 
@@ -130,7 +131,8 @@ def pair_batch(
         question_ids: text ids of the caption question.
         max_caption_tokens: where captions were cut; one of that length has not ended by itself.
         rng: draws the masks; win and lose of a pair share theirs.
-    Returns: the batch; its tensors lie on the CPU.
+        device: where the batch goes; None is the CPU.
+    Returns: the batch.
     """
     builder = _ForestBuilder()
     for index, pair in enumerate(pairs):
@@ -138,7 +140,7 @@ def pair_batch(
             _add_images(builder, index, pair, layout, rng)
         if pair["sides"] != "generation":
             _add_captions(builder, index, pair, layout, question_ids, max_caption_tokens)
-    return builder.build(len(pairs))
+    return builder.build(len(pairs), device)
 
 
 def _add_images(builder: _ForestBuilder, index: int, pair: dict, layout: TokenLayout, rng: np.random.Generator) -> None:
@@ -191,20 +193,22 @@ class _ForestBuilder:
         """The rows at these offsets from the next span's first token predict targets, as part of a segment."""
         self._found[side].append((self.packed + offsets, np.asarray(targets, dtype=np.int64), segment))
 
-    def build(self, num_pairs: int) -> PairBatch:
+    def build(self, num_pairs: int, device: torch.device | str | None) -> PairBatch:
         """The finished batch."""
-        return PairBatch(SpanTree.build(self.spans), {side: self._side(side, num_pairs) for side in SIDES}, num_pairs)
+        sides = {side: self._side(side, num_pairs, device) for side in SIDES}
+        return PairBatch(SpanTree.build(self.spans, device), sides, num_pairs)
 
-    def _side(self, side: str, num_pairs: int) -> Side:
+    def _side(self, side: str, num_pairs: int, device: torch.device | str | None) -> Side:
         found = self._found[side]
         none = [np.zeros(0, dtype=np.int64)]
         weight = torch.zeros(num_pairs)
         weight[[segment // 2 for _, _, segment in found]] = 1.0
+        segments = np.repeat([s for _, _, s in found], [len(rows) for rows, _, _ in found]).astype(np.int64)
         return Side(
-            torch.from_numpy(np.concatenate([rows for rows, _, _ in found] or none)),
-            torch.from_numpy(np.concatenate([targets for _, targets, _ in found] or none)),
-            torch.from_numpy(np.repeat([s for _, _, s in found], [len(rows) for rows, _, _ in found]).astype(np.int64)),
-            weight,
+            torch.from_numpy(np.concatenate([rows for rows, _, _ in found] or none)).to(device),
+            torch.from_numpy(np.concatenate([targets for _, targets, _ in found] or none)).to(device),
+            torch.from_numpy(segments).to(device),
+            weight.to(device),
         )
 
 
@@ -223,7 +227,7 @@ def pair_losses(
     now = span_logprobs(policy, batch.tree, rows, targets).split(counts)
     with torch.no_grad():
         before = span_logprobs(reference, batch.tree, rows, targets).split(counts)
-    loss, metrics = torch.zeros(()), {}
+    loss, metrics = torch.zeros((), device=batch.tree.token_ids.device), {}
     for (name, side), policy_logprob, reference_logprob in zip(sides.items(), now, before, strict=True):
         result = pair_dpo(
             policy_logprob, reference_logprob, side.segment, batch.num_pairs,

@@ -36,11 +36,6 @@ class ClipEncoder:
         self.tower, self.processor, self.projector = tower, processor, projector
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the images that the tower sees."""
-        return self.tower.config.image_size
-
-    @property
     def num_features(self) -> int:
         """F, patches of an image."""
         return (self.tower.config.image_size // self.tower.config.patch_size) ** 2

@@ -19,6 +19,7 @@ from PIL import Image
 from hermesflow import cli, models, tasks
 from hermesflow.config import load_config
 from hermesflow.files import InputError
+from hermesflow.images import fit_image
 from hermesflow.kernels.registry import BackendError
 from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 
@@ -32,6 +33,8 @@ SIZE = 16
 
 class StandInEngine:
     """Draws each image in one grey level, its seed, and says how bright an image is."""
+
+    max_sequences = 8
 
     def __init__(self):
         self.calls = []
@@ -55,7 +58,7 @@ class StandInEngine:
 
 
 class StandInModel:
-    image_size = view_size = SIZE
+    image_size = SIZE
     prompts, sampling = TINY_PROMPTS, TINY_SAMPLING
     layout = types.SimpleNamespace(sot=-1, num_image_tokens=4)
 
@@ -75,7 +78,7 @@ class StandInModel:
         return torch.from_numpy(images[:, 0, 0, :1].astype(np.int64)).repeat(1, 4)
 
     def view_images(self, images):
-        return self.encode_images(np.stack(images))
+        return self.encode_images(np.stack([fit_image(image, SIZE) for image in images]))
 
     def decode_images(self, codes, height=None, width=None):
         return np.broadcast_to(codes[:, 0].numpy().astype(np.uint8)[:, None, None, None], (len(codes), SIZE, SIZE, 3))
@@ -147,7 +150,7 @@ def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monk
     "arguments",
     [
         "", "selfply", "selfplay extra", "curate --round 0", "generate x --num-images -1", "generate x --seed y",
-        "generate x --device tpu", "generate x --dtype int8", "generate x --grid x.jpg", "caption", "answer a.png",
+        "generate x --grid x.jpg", "caption", "answer a.png",
         "inpaint a.png b.png", "extrapolate a.png x", "extrapolate a.png x --direction left --steps two",
     ],
 )  # fmt: skip
@@ -286,16 +289,22 @@ def test_options_win_over_settings(monkeypatch, tmp_path):
     settings = ["--set", "model.name=other"]
     options = ["--model", "mine", "--device", "cpu", "--dtype", "bfloat16", "--num-steps", "2"]
     assert cli.main(["generate", "x", *options, *settings, "-o", str(tmp_path)]) == 0
-    assert asked == [(("mine",), {"device": "cpu", "dtype": torch.bfloat16})]
+    assert asked == [(("mine", "cpu", torch.bfloat16), {})]
     assert model.engine.calls[0][1] == 2
     assert cli.main(["generate", "x", *settings, "-o", str(tmp_path)]) == 0
-    assert asked[1] == (("other",), {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": None})
+    assert asked[1] == (("other", "cuda" if torch.cuda.is_available() else "cpu", None), {})
     assert model.engine.calls[1][1] == TINY_SAMPLING.num_steps
+
+
+@pytest.mark.parametrize(("option", "value"), [("device", "tpu"), ("dtype", "int8")])
+def test_a_device_or_dtype_that_is_none(option, value, capsys):
+    assert cli.main(["generate", "x", f"--{option}", value]) == 2
+    assert f"model.{option}: expected " in error_line(capsys)
 
 
 def test_a_device_that_is_not_there(capsys):
     assert cli.main(["generate", "x", "--device", "cuda:99"]) == 2
-    assert "--device cuda:99: torch sees" in error_line(capsys)
+    assert "model.device cuda:99: torch sees" in error_line(capsys)
 
 
 def test_a_model_that_is_not_there(capsys):
@@ -312,7 +321,7 @@ def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys,
     assert capsys.readouterr().out.split() == [
         "out/a-dog-inpainted-seed4.png", "out/a-dog-inpainted-seed5.png", "sheets/all.png",
     ]  # fmt: skip
-    drawing = {"model": "tiny", "dtype": None, **asdict(TINY_SAMPLING)}
+    drawing = {"model": "tiny", "dtype": "auto", **asdict(TINY_SAMPLING)}
     for file in ("out/a-dog-inpainted-seed4.png", "sheets/all.png"):
         with Image.open(file) as image:
             assert image.text["prompt"] == "a dog"
@@ -331,10 +340,10 @@ def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys,
         }  # fmt: skip
 
 
-def test_generate_draws_the_same_whatever_the_batch(model, monkeypatch):
+def test_generate_draws_the_same_whatever_the_batch(model):
     prompts = [f"prompt {number}" for number in range(5)]
     whole = list(tasks.generate_images(model, prompts, num_images=3, seed=1))
-    monkeypatch.setattr(tasks, "_BATCH_IMAGES", 4)
+    model.engine.max_sequences = 6
     model.engine.calls.clear()
     parts = list(tasks.generate_images(model, prompts, num_images=3, seed=1))
     assert len(model.engine.calls) == 5 and len(parts) == 15

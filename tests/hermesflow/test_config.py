@@ -132,7 +132,7 @@ RANGES = {
     "train.lr=0": "more than 0, got 0.0",
     "train.warmup_steps=-1": "at least 0, got -1",
     "eval.seed=9223372036854775808": "a seed from 0",
-    "eval.guidance_scale=-0.5": "at least 0, got -0.5",
+    "eval.guidance_scale=-0.5": "at least 0, or -1 for the model's own, got -0.5",
     "selfplay.num_rounds=0": "at least 1, got 0",
     "pretrain.condition_dropout=2": "0 to 1, got 2.0",
 }

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, CurationConfig
 from hermesflow.curation import CANDIDATES_SCHEMA, candidate_seed, caption_sampling, curate
 from hermesflow.files import InputError, read_parquet, write_parquet
-from hermesflow.models import Model
+from hermesflow.models import TINY_SAMPLING, Model
 from hermesflow.pairs import PAIRS_SCHEMA, make_pairs
 from hermesflow.prompting import PromptFormat, caption_prompt
 from hermesflow.records import Record
@@ -84,7 +84,9 @@ def test_every_record_has_its_candidates(candidates: pa.Table, tiny_records: lis
         assert 0 <= row["score"] <= 1
         if row["kind"] == "image":
             assert len(row["token_ids"]) == 16 and row["text"] is None
-            assert json.loads(row["settings"]) == {"num_steps": 3, "guidance_scale": 1.0, "mask_temperature": 3.0}
+            assert json.loads(row["settings"]) == asdict(replace(
+                TINY_SAMPLING, num_steps=3, guidance_scale=1.0, mask_temperature=3.0
+            ))  # fmt: skip
         else:
             assert row["text"] is not None and row["answers"] == "[]"
     settings = [tuple(json.loads(row["settings"]).values()) for row in rows[3:8]]  # temperature, top_k

@@ -15,7 +15,7 @@ from hermesflow.config import EvalConfig, load_config
 from hermesflow.curation import CANDIDATES_SCHEMA
 from hermesflow.evaluation import agreement, evaluate, measure, paired_change, run_evaluation, summarise
 from hermesflow.files import read_json
-from hermesflow.models import TINY_PROMPTS
+from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 from hermesflow.pairs import PAIRS_SCHEMA
 from hermesflow.worlds import oracle, shapes
 
@@ -38,6 +38,7 @@ class KnowingModel:
         self.pictures = np.stack([record.image for record in self.records] + [black])
         self.blind, self.careless, self.texts, self.seeds = blind, careless, [], []
         self.layout, self.prompts = SimpleNamespace(num_image_tokens=1, sot=-1), TINY_PROMPTS
+        self.sampling_of = lambda settings: TINY_SAMPLING
         self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices, extend=self._extend)
 
     def encode_text(self, text):

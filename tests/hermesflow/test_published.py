@@ -173,14 +173,35 @@ def test_export_of_what_cannot_be(source, told, tmp_path, capsys):
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_export_replaces_models_alone(model, tmp_path):
+def test_export_replaces_nothing(model, copied, tmp_path):
     (tmp_path / "thesis.txt").write_text("of great worth")
-    with pytest.raises(InputError, match="holds something other than a model; choose another folder"):
-        export_model(str(model.folder), tmp_path)
+    for folder in (tmp_path, tmp_path / "thesis.txt", copied):
+        with pytest.raises(InputError, match="there is something already; choose another folder"):
+            export_model(str(copied), folder)
     assert (tmp_path / "thesis.txt").exists()
-    export_model(str(model.folder), tmp_path / "out")
-    export_model(str(model.folder), tmp_path / "out")
-    assert torch.equal(logits(load_model(str(tmp_path / "out"))), logits(model))
+    (tmp_path / "empty").mkdir()
+    export_model(str(model.folder), tmp_path / "empty")
+    assert torch.equal(logits(load_model(str(tmp_path / "empty"))), logits(model))
+
+
+def test_export_of_a_run_that_is_not_trained(tmp_path):
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(InputError, match="no round of this run is trained yet"):
+        export_model(str(tmp_path), tmp_path / "out")
+
+
+def test_the_language_models_path_survives_an_export(copied, tmp_path):
+    """An absolute folder is what the original code finds from anywhere."""
+    (copied / "llm").rename(tmp_path / "phi")
+    rewrite(copied / "config.json", lambda values: values.update(llm_model_path=str(tmp_path / "phi")))
+    export_model(str(copied), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["llm_model_path"] == str(tmp_path / "phi")
+
+
+def test_others_may_read_what_is_written(model, tmp_path):
+    model.save(tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 1
 
 
 def test_buffers_of_old_versions_are_left_out(model, copied):
@@ -397,10 +418,11 @@ def test_memory_is_not_doubled(tmp_path, weights):
     shape = replace(TINY, hidden_size=512, num_layers=12, num_heads=8, mlp_size=2048)
     write_checkpoint(tmp_path, shape, weights=weights)
     code = (
-        "import resource, sys, torch\n"
+        "import re, torch\n"
         "from hermesflow import load_model\n"
         "from transformers import AutoTokenizer\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        # Not getrusage: what it tells of a child begins with its parent's peak.
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         f"load_model({str(tmp_path / 'small')!r})\n"
         "before = peak()\n"
         f"model = load_model({str(tmp_path)!r})\n"

@@ -390,7 +390,7 @@ def test_self_vqa_equals_questions_asked_one_by_one(tiny_model: Model, tiny_reco
 def test_self_vqa_by_free_answers(
     tiny_model: Model, tiny_records: list[Record], tiny_encoder: str, scorer: str, monkeypatch
 ) -> None:
-    tiny_model.prompts = replace(tiny_model.prompts, choices="{question} {choices}", max_caption_tokens=3)
+    tiny_model.prompts = replace(tiny_model.prompts, choices="{question} {choices}", max_answer_tokens=3)
     encode = tiny_model.encode_text
     monkeypatch.setattr(tiny_model, "encode_text", lambda text: encode(" ".join(re.findall(r"[\w?.]+", text))))
     monkeypatch.setattr(tiny_model.engine, "score_choices", None)  # nothing but free answers is asked for

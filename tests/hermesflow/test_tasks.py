@@ -11,6 +11,7 @@ from PIL import Image
 from hermesflow import tasks
 from hermesflow.contact_sheet import draw_contact_sheet
 from hermesflow.curation import candidate_seed
+from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.files import InputError
 from hermesflow.prompting import image_prompt
@@ -89,7 +90,7 @@ def test_an_inpainted_image_does_not_depend_on_its_batch(shared_tiny_model, squa
     together = inpaint(shared_tiny_model, square, mask, num_images=5, seed=1)
     alone = inpaint(shared_tiny_model, square, mask, seed=4)[0]
     assert torch.equal(together[3].codes, alone.codes)
-    monkeypatch.setattr(tasks, "_BATCH_IMAGES", 2)
+    monkeypatch.setattr(Engine, "max_sequences", 4)
     for one, other in zip(inpaint(shared_tiny_model, square, mask, num_images=5, seed=1), together, strict=True):
         assert one.seed == other.seed and torch.equal(one.codes, other.codes)
 
@@ -314,7 +315,7 @@ def test_questions_are_put_as_the_model_expects(shared_tiny_model, square, monke
 def test_answers_to_choices_are_the_engines_likelihoods(shared_tiny_model, square):
     question, choices = "what color is the circle ?", ["red", "green"]
     (answer,) = tasks.answer_question(shared_tiny_model, [square], question, choices)
-    seen = shared_tiny_model.view_images([tasks.read_image(square, SIZE)])
+    seen = shared_tiny_model.view_images([Image.open(square)])
     ids = [shared_tiny_model.encode_text(text) for text in (question, *choices)]
     scores = torch.tensor(shared_tiny_model.engine.score_choices(seen, [[ids[0]]], [[ids[1:]]])[0][0])
     assert list(answer["probabilities"].values()) == pytest.approx(scores.softmax(0).tolist(), abs=1e-5)

@@ -298,8 +298,9 @@ def test_a_checkpoint_captions_and_answers_through_clip(naive, checkpoint, tmp_p
     question = model.encode_text("USER: Give a caption for this image. ASSISTANT:")
     assert list(model.layout.system_ids) == model.encode_text(SHOWO.system_prompt)
     (said,) = tasks.caption_images(model, [tmp_path / "a.png"])
-    features = model.view_images([tasks.read_image(tmp_path / "a.png", model.view_size)])
-    assert model.view_size == 32 and features.shape == (1, 16, TINY.hidden_size)
+    features = model.view_images([Image.open(tmp_path / "a.png")])
+    torch.testing.assert_close(features, model.vision_encoder.encode([pictures()[1]]))
+    assert features.shape == (1, 16, TINY.hidden_size)
     ids = naive.answer(model.transformer, model.layout, features[0], question, GREEDY, 0)
     assert said["caption"] == model.decode_text(ids)
     (answer,) = tasks.answer_question(model, [tmp_path / "a.png"], "is it?", ["yes", "no"])
@@ -323,7 +324,7 @@ def test_a_checkpoint_without_clip_says_so(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_model(str(checkpoint)).save(tmp_path)
     with pytest.raises(InputError, match="no vision encoder 'openai/clip-vit-large-patch14-336'"):
-        load_model(str(tmp_path)).view_size  # noqa: B018
+        load_model(str(tmp_path)).vision_encoder  # noqa: B018
 
 
 def test_self_play_refuses_what_it_would_not_train(checkpoint, tmp_path):
