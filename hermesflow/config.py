@@ -315,8 +315,9 @@ def to_toml(config: Config) -> str:
 
 
 def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
+    data = read_bytes(path)
     try:
-        tables = tomllib.loads(read_bytes(path).decode("utf-8"))
+        tables = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
         raise InputError(f"{path}: not a TOML file ({error}); correct that place") from error
     for section, table in tables.items():

@@ -161,8 +161,9 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises: InputError if it is missing, unreadable or damaged.
     """
+    data = read_bytes(path)
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise damaged(path, "JSON", error) from error
 
@@ -189,7 +190,7 @@ def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> p
         names = file.schema_arrow.names
         missing = [name for name in columns or [] if name not in names]
         if missing:
-            raise InputError(f"{path}: has no column {missing[0]!r}, it has {', '.join(names)}; give another file")
+            raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(names)}; give another file")
         return file.read(columns)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, "Parquet", error) from error

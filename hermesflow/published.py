@@ -147,8 +147,9 @@ def load_published(
         )
     _check_config(folder / "config.json", config)
     llm = _llm_folder(folder, config["llm_model_path"])
+    language_model = read_json(llm / "config.json")
     try:
-        shape = transformer_config(family, read_json(llm / "config.json"), config["vocab_size"])
+        shape = transformer_config(family, language_model, config["vocab_size"])
     except InputError as error:
         raise InputError(f"{llm / 'config.json'}: {error}") from error
     text_tokenizer = PretrainedTokenizer(llm, family.special_tokens)
@@ -213,10 +214,12 @@ def load_vq_tokenizer(source: str, device: torch.device | str | None = None) -> 
         config = make_config(VQTokenizerConfig, shape)
         with torch.device("meta"):
             tokenizer = VQTokenizer(config)
-        load_weights(tokenizer, folder, ignored=r"quantize\..*", dtype=torch.float32, device=device)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        reason = reason_of(error)
-        raise InputError(f"{folder}: not an image tokenizer that can be opened ({reason}); restore it") from error
+        raise InputError(f"{path}: not the shape of an image tokenizer ({reason_of(error)}); restore it") from error
+    try:
+        load_weights(tokenizer, folder, ignored=r"quantize\..*", dtype=torch.float32, device=device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return tokenizer.eval()
 
 

@@ -104,7 +104,10 @@ def _clip(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, CLIPImageP
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         _check_sizes(folder, config, processor)
         config.num_hidden_layers -= 1
-        tensors = read_tensors(folder)
+        try:
+            tensors = read_tensors(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         for name, tensor in tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES and not name.endswith("position_ids"):
                 raise InputError(f"{folder}: {name} is {tensor.dtype}, no floating point; restore it from its source")
