@@ -5,19 +5,24 @@ time or memory to speak of is spent, and no code of the input runs.
 """
 
 import contextlib
+import ctypes
+import importlib
 import io
 import json
 import os
 import pickle
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -470,8 +475,8 @@ def calls(canary):
     return {
         "os.system": Call(os.system, touch),
         "os.popen": Call(os.popen, touch),
-        "subprocess.Popen": Call(__import__("subprocess").Popen, ["touch", str(canary)]),
-        "subprocess.getoutput": Call(__import__("subprocess").getoutput, touch),
+        "subprocess.Popen": Call(subprocess.Popen, ["touch", str(canary)]),
+        "subprocess.getoutput": Call(subprocess.getoutput, touch),
         "exec": Call(exec, write),
         "eval": Call(eval, write),
         "compile": Call(compile, write, "x", "exec"),
@@ -479,19 +484,19 @@ def calls(canary):
         "getattr": Call(getattr, object, "__subclasses__"),
         "open": Call(open, str(canary), "w"),
         "shutil.rmtree": Call(shutil.rmtree, str(canary.parent / "showo")),
-        "importlib.import_module": Call(__import__("importlib").import_module, "antigravity"),
-        "runpy.run_path": Call(__import__("runpy").run_path, str(canary.parent / "evil.py")),
+        "importlib.import_module": Call(importlib.import_module, "antigravity"),
+        "runpy.run_path": Call(runpy.run_path, str(canary.parent / "evil.py")),
         "pickle.loads": Call(pickle.loads, pickle.dumps(Call(exec, write))),
         "torch.load": Call(torch.load, str(canary.parent / "other.bin")),
         "torch.storage._load_from_bytes": Call(torch.storage._load_from_bytes, inner.getvalue()),
         "torch.hub.load": Call(torch.hub.load, str(canary.parent), "evil"),
-        "ctypes.CDLL": Call(__import__("ctypes").CDLL, str(canary.parent / "evil.so")),
+        "ctypes.CDLL": Call(ctypes.CDLL, str(canary.parent / "evil.so")),
         "numpy.load": Call(np.load, str(canary.parent / "evil.npy")),
         "bytearray of a terabyte": Call(bytearray, 2**40),
     }
 
 
-CALLS = list(calls(__import__("pathlib").Path("x")))
+CALLS = list(calls(Path("x")))
 
 
 @pytest.mark.parametrize("part", WEIGHTS, ids=lambda part: part or "backbone")
