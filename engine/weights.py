@@ -105,7 +105,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     name = next((name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{path}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+        raise ValueError(f"{path}: holds no weights, none of {', '.join(WEIGHT_FILES)}; restore it from its source")
     if not name.endswith(".index.json"):
         return [path / name]
     index = path / name
@@ -153,7 +153,7 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file}: {name} is no plain tensor; give a file that holds weights alone")
     # torch.load maps what the pickle asks for, be an entry of the archive shorter or not.
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
-    stored = sum(entry.file_size for entry in entries if Path(entry.filename).parent.name == "data")
+    stored = sum(entry.file_size for entry in entries if re.fullmatch(r"[^/]*/data/\d+", entry.filename))
     if sum(storages.values()) != stored:
         raise ValueError(
             f"{file}: holds {stored} bytes of tensors, not {sum(storages.values())}; restore it from its source"
