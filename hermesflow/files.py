@@ -22,13 +22,14 @@ _MAX_MESSAGE = 1 << 16
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that names it and says how to mend it.
 
-    What a file says may stand in it: control characters are escaped, and the middle of an endless line is left out.
+    What a file says may stand in it: line breaks become blanks, other control characters are escaped, and the middle of
+    an endless line is left out.
     """
 
     def __init__(self, message: str) -> None:
         if len(message) > _MAX_MESSAGE:
             message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__("".join(_on_one_line(char) for char in message))
 
 
 def write_problem(path: str | os.PathLike, error: BaseException) -> InputError | None:
@@ -234,6 +235,10 @@ def shown(value: Any) -> str:
     """A value from a file, for a message: its repr, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _on_one_line(char: str) -> str:
+    return char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
 
 
 def _disk_full(path: str | os.PathLike) -> InputError:
