@@ -8,6 +8,8 @@ from typing import Any
 
 SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 """The nine special tokens in Show-o's published order; they follow [PAD]."""
+# Larger than any model's, and small enough that a damaged configuration asks for no endless work.
+_LIMITS = {"text_vocab_size": 2**24, "codebook_size": 2**24, "num_image_tokens": 2**16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,9 @@ class TokenLayout:
     system_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, limit in _LIMITS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"TokenLayout: {name} must lie in [1, {limit}], got {getattr(self, name)}")
         text_ids = [("sot", self.sot), ("eot", self.eot), *(("system_ids", token) for token in self.system_ids)]
         for name, token in text_ids:
             if not 0 <= token < self.text_vocab_size:

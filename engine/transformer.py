@@ -23,6 +23,12 @@ ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
+# Wider than any model, and narrow enough that a damaged configuration asks for no endless work.
+_RANGES = {
+    "vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "num_layers": (1, 2**10), "num_heads": (1, 2**16),
+    "num_kv_heads": (1, 2**16), "mlp_size": (1, 2**24), "norm_eps": (0, 1), "rotary_fraction": (0, 1),
+    "rope_theta": (1, 1e12),
+}  # fmt: skip
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
@@ -56,8 +62,11 @@ class TransformerConfig:
         for name, choices in (("norm", NORMS), ("block", ("sequential", "parallel")), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"TransformerConfig: {name} must be one of {list(choices)}, got {getattr(self, name)!r}"
+                    f"TransformerConfig: {name} must be one of {list(choices)}, got {getattr(self, name)!r:.80}"
                 )
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"TransformerConfig: {name} must lie in [{low}, {high}], got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"TransformerConfig: hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}, "

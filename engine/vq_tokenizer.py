@@ -13,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Wider than any model, and narrow enough that a damaged configuration asks for no endless work.
+_RANGES = {
+    "code_bits": (1, 24), "channels": (1, 2**16), "channel_multipliers": (1, 64), "num_res_blocks": (0, 64),
+    "num_groups": (1, 2**16), "patch_size": (1, 64),
+}  # fmt: skip
+_MAX_LEVELS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class VQTokenizerConfig:
@@ -30,10 +37,17 @@ class VQTokenizerConfig:
     patch_size: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.num_res_blocks) != len(self.channel_multipliers):
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"VQTokenizerConfig: {name} must lie in [{low}, {high}], got {value!r:.80}")
+        levels = len(self.channel_multipliers)
+        if not 1 <= levels <= _MAX_LEVELS:
+            raise ValueError(f"VQTokenizerConfig: expected 1 to {_MAX_LEVELS} channel_multipliers, got {levels}")
+        if len(self.num_res_blocks) != levels:
             raise ValueError(
                 f"VQTokenizerConfig: num_res_blocks and channel_multipliers need one entry a level, "
-                f"got {self.num_res_blocks} and {self.channel_multipliers}"
+                f"got {self.num_res_blocks!r:.80} and {self.channel_multipliers}"
             )
 
     @property

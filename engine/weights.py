@@ -12,6 +12,7 @@ import mmap
 import os
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ WEIGHT_FILES = tuple(
     for stem in ("model", "pytorch_model", "diffusion_pytorch_model")
 )
 """Names under which a folder may hold its weights, the preferred first: those of transformers, diffusers and Show-o."""
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be; narrower ones mean nothing without scales of their own."""
 
 Views = Callable[[nn.Module], dict[str, Tensor]]
 """Of a module: the name of each tensor on disk -> the parameter, or the part of one, that it is."""
@@ -93,18 +97,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         for name, tensor in _open(file):
             if name in tensors:
                 raise ValueError(f"{file}: {name} stands in another shard too; restore the folder from its source")
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-                raise ValueError(f"{file}: {name} is no plain tensor; give a file that holds weights alone")
             tensors[name] = tensor
     return tensors
 
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; restore it from its source")
         return [path]
     name = next((name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{path}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+        raise ValueError(f"{path}: holds no weights, none of {', '.join(WEIGHT_FILES)}; restore it from its source")
     if not name.endswith(".index.json"):
         return [path / name]
     index = path / name
@@ -112,8 +116,8 @@ def _files(path: Path) -> list[Path]:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [index.parent / _plain_name(shard) for shard in shards]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index}: not an index of shards ({error!r}); restore it from its source") from error
-    missing = [shard.name for shard in shards if not shard.is_file()]
+        raise ValueError(f"{index}: not an index of shards ({error!r:.200}); restore it from its source") from error
+    missing = [shard.name for shard in shards if not os.path.isfile(shard)]  # no error on a name too long
     if missing or not shards:
         raise ValueError(f"{index}: shards are missing ({', '.join(missing) or 'all'}); fetch them")
     return shards
@@ -132,6 +136,10 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as opened:
                 yield from ((name, opened.get_tensor(name)) for name in opened.keys())
             return
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # they may unpack to any size
+            raise ValueError("its entries are compressed")
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -143,6 +151,16 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{file}: not a readable {kind} file ({reason}); restore it from its source") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file}: holds a {type(state).__name__}, not named tensors; give a state dict")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{file}: {name} is no plain tensor; give a file that holds weights alone")
+    # torch.load maps what the pickle asks for, be an entry of the archive shorter or not.
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    stored = sum(entry.file_size for entry in entries if re.fullmatch(r"[^/]*/data/\d+", entry.filename))
+    if sum(storages.values()) != stored:
+        raise ValueError(
+            f"{file}: holds {stored} bytes of tensors, not {sum(storages.values())}; restore it from its source"
+        )
     yield from state.items()
 
 
@@ -154,10 +172,11 @@ def _check_fit(path: Path, found: Mapping[str, Tensor], parts: Mapping[str, Tens
                 problems.append(f"unexpected {name}")
         elif tensor.shape != parts[name].shape:
             problems.append(f"{name}: expected {tuple(parts[name].shape)}, got {tuple(tensor.shape)}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name}: expected floating point, got {tensor.dtype}")
+        elif tensor.dtype not in WEIGHT_DTYPES:
+            problems.append(f"{name}: expected floating point of 16 bits or more, got {tensor.dtype}")
     if problems:
-        raise ValueError(f"{path} does not fit the configuration: " + "; ".join(problems))
+        listed = "; ".join(problems)
+        raise ValueError(f"{path} does not fit the configuration: {listed}; restore both from their source")
 
 
 def _copy(source: Tensor, target: Tensor, used_once: bool) -> bool:

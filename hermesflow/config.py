@@ -335,9 +335,10 @@ def to_toml(config: Config) -> str:
 
 
 def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
+    data = read_bytes(path)
     try:
-        tables = tomllib.loads(read_bytes(path).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
         raise InputError(f"{path}: not a TOML file ({error}); correct that place") from error
     for section, table in tables.items():
         if section not in _SECTIONS:
@@ -361,7 +362,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     section, key = name.split(".")
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = {"value": text}
     value = parsed["value"] if set(parsed) == {"value"} else text
     if get_type_hints(_SECTIONS[section])[key] is str and not isinstance(value, str):

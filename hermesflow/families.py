@@ -15,7 +15,7 @@ from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 
-from .files import InputError
+from .files import InputError, shown
 from .prompting import PromptFormat
 
 
@@ -134,24 +134,27 @@ def transformer_config(family: Family, language_model: Mapping[str, Any], vocab_
         vocab_size: of the joint vocabulary.
     Raises: InputError on another model_type, a missing value, an unknown activation or sizes that do not fit.
     """
+    if not isinstance(language_model, Mapping):
+        raise InputError(f"the language model's configuration is {shown(language_model)}, no object; restore it")
     if language_model.get("model_type") != family.language_model:
         raise InputError(
-            f"the language model is of type {language_model.get('model_type')!r}, a {family.class_name} checkpoint "
-            f"grows from {family.language_model!r}; correct llm_model_path in its config.json"
+            f"the language model is of type {shown(language_model.get('model_type'))}, a {family.class_name} "
+            f"checkpoint grows from {family.language_model!r}; correct llm_model_path in its config.json"
         )
     values: dict[str, Any] = {"vocab_size": vocab_size}
-    rope = language_model.get("rope_parameters") or {}  # where transformers 5 keeps two of them
+    rope = language_model.get("rope_parameters")  # where transformers 5 keeps two of them
+    known = {**(rope if isinstance(rope, Mapping) else {}), **language_model}
     for name, value in family.transformer.items():
         if isinstance(value, str) and value.startswith("@"):
-            value = language_model.get(value[1:], rope.get(value[1:]))
+            value = known.get(value[1:])
         values[name] = value
     values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
-    values["activation"] = family.activations.get(values["activation"], values["activation"])
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    values["activation"] = family.activations.get(str(values["activation"]), values["activation"])
+    kinds = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     for item in fields(TransformerConfig):
         value = values.get(item.name, item.default)
-        if not isinstance(value, kinds[item.type]) or (isinstance(value, int | float) and value < 0):
-            raise InputError(f"the language model's configuration gives {item.name} as {value!r}; restore it")
+        if type(value) not in kinds[item.type]:
+            raise InputError(f"the language model's configuration gives {item.name} as {shown(value)}; restore it")
     try:
         return TransformerConfig(**values)
     except (ValueError, ArithmeticError) as error:
@@ -179,14 +182,14 @@ def make_layout(
 ) -> TokenLayout:
     """The joint vocabulary of a checkpoint; system_ids stand before an image's features in the variant that has them.
 
-    Raises: InputError if its sizes do not add up.
+    Raises: ValueError if its sizes do not add up.
     """
     text, codes, total = config["llm_vocab_size"], config["codebook_size"], config["vocab_size"]
     special = len(family.special_tokens)
     if total != text + special + codes + 1:
-        raise InputError(
+        raise ValueError(
             f"the vocabulary does not add up: llm_vocab_size {text} + {special} special tokens + codebook_size {codes} "
-            f"+ 1 mask are {text + special + codes + 1}, vocab_size is {total}; restore config.json from its source"
+            f"+ 1 mask are {text + special + codes + 1}, vocab_size is {total}"
         )
     return TokenLayout(
         text_vocab_size=text, codebook_size=codes, num_image_tokens=config["num_vq_tokens"], sot=bos, eot=eos,

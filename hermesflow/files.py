@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ import pyarrow.parquet as pq
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _LEAST_FREE_BYTES = 1 << 20
+_MAX_MESSAGE = 1 << 16
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it and says how to mend it."""
+    """Something the user gave cannot be used; the message is one line that names it and says how to mend it.
+
+    What a file says may stand in it: line breaks become blanks, other control characters are escaped, and the middle of
+    an endless line is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+        super().__init__("".join(_on_one_line(char) for char in message))
 
 
 def write_problem(path: str | os.PathLike, error: BaseException) -> InputError | None:
@@ -151,9 +162,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises: InputError if it is missing, unreadable or damaged.
     """
+    data = read_bytes(path)
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise damaged(path, "JSON", error) from error
 
 
@@ -172,24 +184,32 @@ def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> p
     Raises: InputError if it is missing, unreadable, damaged or lacks a column.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(path)), page_checksum_verification=True)
+        data = read_bytes(path)
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        if file.metadata.num_rows > len(data):  # a small file can repeat one value for ever
+            raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows in {len(data)} bytes")
         names = file.schema_arrow.names
         missing = [name for name in columns or [] if name not in names]
         if missing:
-            raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(names)}")
+            raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(names)}; give another file")
         return file.read(columns)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, "Parquet", error) from error
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Read a file whole. Raises: InputError if it is missing or cannot be read."""
+    """Read a file whole. Raises: InputError if it is missing, cannot be read or is larger than the memory."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe may never end, nor a device such as /dev/zero
+            raise InputError(f"{path}: cannot be read (it is no regular file); give a file")
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file you can read") from error
+    except InputError:
+        raise
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise InputError(f"{path}: cannot be read ({reason}); give a file you can read") from error
 
 
 def damaged(path: str | os.PathLike, kind: str, error: BaseException) -> InputError:
@@ -200,11 +220,25 @@ def damaged(path: str | os.PathLike, kind: str, error: BaseException) -> InputEr
         kind: what it should have been, such as "Parquet" or "checkpoint".
         error: what its reader said; the first line is shown.
     """
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return InputError(
-        f"{path}: damaged {kind} file ({reason}); restore it from a copy, "
+        f"{path}: damaged {kind} file ({reason_of(error)}); restore it from a copy, "
         "or, if a run made it, delete it and run the same command again"
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, for a message: its first line, else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a message: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _on_one_line(char: str) -> str:
+    return char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
 
 
 def _disk_full(path: str | os.PathLike) -> InputError:

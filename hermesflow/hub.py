@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import InputError
+from .files import InputError, reason_of, shown
 
 
 def find_folder(name: str, files: Sequence[str], what: str, example: str = "showlab/show-o-512x512") -> Path:
@@ -18,18 +19,16 @@ def find_folder(name: str, files: Sequence[str], what: str, example: str = "show
         example: a hub id of one.
     Raises: InputError if there is no such folder and the hub does not give it either.
     """
-    folder = Path(name)
-    if name and folder.is_dir():
-        return folder
+    if name and os.path.isdir(name):  # unlike Path.is_dir it raises nothing on a name that is too long
+        return Path(name)
     if not name or name.count("/") > 1 or name.startswith(("/", ".", "~")):
-        raise InputError(f"no {what} {name!r}: give a folder, or a hub id such as {example}")
+        raise InputError(f"no {what} {shown(name)}: give a folder, or a hub id such as {example}")
     from huggingface_hub import snapshot_download  # loaded only where it is needed: it takes a while
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # of huggingface_hub, its HTTP client and the file system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"no {what} {name!r}: there is no such folder, and the hub does not give it ({reason}); check the name and "
-            f"the network connection, or fetch it elsewhere (hf download {name}) and give the folder"
+            f"no {what} {shown(name)}: there is no such folder, and the hub does not give it ({reason_of(error)}); "
+            f"check the name and the network connection, or fetch it elsewhere (hf download {name}) and give the folder"
         ) from error

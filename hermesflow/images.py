@@ -40,7 +40,7 @@ def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
 
 def open_image(path: str | os.PathLike) -> Image.Image:
     """An image file as it is, upright, in its own mode and size. Raises: InputError as read_image."""
-    return _decode(read_bytes(path), str(path), ImageOps.exif_transpose)
+    return _decode(read_bytes(path), str(path), _upright)
 
 
 def fit_image(image: Image.Image, size: int) -> np.ndarray:
@@ -92,15 +92,25 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip at 255
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65_535) // 257).astype(np.uint8))
     elif image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise ValueError("fit_image: expected finite values, got NaN or infinity; write the image anew")
+        values = np.asarray(_check_finite(image))
         top = 255 if values.max() <= 1 else 1
         image = Image.fromarray(np.clip(values * top, 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image = _check_finite(ImageOps.exif_transpose(image)).copy()
+    image.info.pop("exif", None)  # done with, and where it is damaged the next to read it would stumble
+    return image
+
+
+def _check_finite(image: Image.Image) -> Image.Image:
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("fit_image: expected finite values, got NaN or infinity; write the image anew")
+    return image
 
 
 def _decode(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:

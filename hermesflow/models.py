@@ -7,6 +7,7 @@ published.py know the published layouts.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 
 from .config import CurationConfig, EvalConfig, ModelConfig
-from .files import InputError, read_json
+from .files import InputError, read_json, reason_of, shown
 from .hub import find_folder
 from .images import fit_image
 from .prompting import PromptFormat
@@ -166,12 +167,12 @@ def load_model(
     from .published import CHECKPOINT_FILES, load_published
 
     builtin = ASSETS / name_or_path
-    folder = builtin if builtin.parent == ASSETS and (builtin / "config.json").is_file() else None
-    if folder is None and ("/" in name_or_path or (name_or_path and Path(name_or_path).is_dir())):
+    folder = builtin if builtin.parent == ASSETS and os.path.isfile(builtin / "config.json") else None
+    if folder is None and ("/" in name_or_path or os.path.isdir(name_or_path)):
         folder = find_folder(name_or_path, CHECKPOINT_FILES, "model")
     if folder is None or not (folder / "config.json").is_file():
         raise InputError(
-            f"no model {name_or_path!r}: give 'tiny', a folder that holds config.json, or a hub id such as "
+            f"no model {shown(name_or_path)}: give 'tiny', a folder that holds config.json, or a hub id such as "
             "showlab/show-o-512x512"
         )
     config = read_json(folder / "config.json")
@@ -183,17 +184,18 @@ def load_model(
 def _load_own(folder: Path, config: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:
     """Opens what Model.save wrote."""
     try:
-        transformer = Transformer(make_config(TransformerConfig, config["transformer"]))
-        vq_tokenizer = VQTokenizer(make_config(VQTokenizerConfig, config["vq_tokenizer"]))
+        with torch.device("meta"):
+            transformer = Transformer(make_config(TransformerConfig, config["transformer"]))
+            vq_tokenizer = VQTokenizer(make_config(VQTokenizerConfig, config["vq_tokenizer"]))
         layout, image_size = make_config(TokenLayout, config["layout"]), int(config["image_size"])
         _check_sizes(transformer.config, vq_tokenizer.config, layout, image_size)
     except Exception as error:  # wrong values make the constructors raise many types: ArithmeticError, RuntimeError ...
         raise InputError(
-            f"{folder / 'config.json'}: not a model configuration ({error}); restore it from its source"
+            f"{folder / 'config.json'}: not a model configuration ({reason_of(error)}); restore it from its source"
         ) from error
     try:
-        load_weights(transformer, folder / "model.safetensors")
-        load_weights(vq_tokenizer, folder / "vq_tokenizer.safetensors")
+        load_weights(transformer, folder / "model.safetensors", dtype=dtype or torch.float32, device=device)
+        load_weights(vq_tokenizer, folder / "vq_tokenizer.safetensors", dtype=torch.float32, device=device)
     except ValueError as error:
         raise InputError(str(error)) from error
     text_tokenizer = WordTokenizer.from_file(folder / "tokenizer.json")
@@ -202,10 +204,7 @@ def _load_own(folder: Path, config: Any, device: torch.device | str | None, dtyp
             f"{folder / 'tokenizer.json'}: has {text_tokenizer.size} text ids, the model {layout.text_vocab_size}; "
             "restore it from its source"
         )
-    model = Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
-    model.transformer.to(device, dtype)
-    model.vq_tokenizer.to(device)
-    return model
+    return Model(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size)
 
 
 def make_config(kind: type, values: dict[str, Any]) -> Any:
@@ -220,7 +219,7 @@ def make_config(kind: type, values: dict[str, Any]) -> Any:
         else:
             fits = expected is None or type(value) is expected or (expected is float and type(value) is int)
         if not fits or any(type(item) is int and item < 0 for item in numbers):
-            raise ValueError(f"{kind.__name__}: {name} is {value!r}")
+            raise ValueError(f"{kind.__name__}: {name} is {shown(value)}")
     return kind(**values)
 
 

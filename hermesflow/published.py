@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import WEIGHT_FILES, load_weights, own_tensors, read_tensors, save_tensors
 
 from .families import FAMILIES, Family, make_layout, published_tensors, transformer_config
-from .files import InputError, atomic_folder, make_folder, read_json, write_json
+from .files import InputError, atomic_folder, make_folder, read_json, reason_of, shown, write_json
 from .hub import find_folder
 from .models import Model, load_model, make_config
 from .text_tokenizers import PretrainedTokenizer
@@ -138,12 +139,14 @@ def load_published(
     family = FAMILIES.get(str(config.get("_class_name")))
     if family is None:
         raise InputError(
-            f"{folder / 'config.json'}: unknown _class_name {config.get('_class_name')!r}; known: {', '.join(FAMILIES)}"
+            f"{folder / 'config.json'}: unknown _class_name {shown(config.get('_class_name'))}; known: "
+            f"{', '.join(FAMILIES)}; restore it from its source"
         )
     _check_config(folder / "config.json", config)
     llm = _llm_folder(folder, config["llm_model_path"])
+    language_model = read_json(llm / "config.json")
     try:
-        shape = transformer_config(family, read_json(llm / "config.json"), config["vocab_size"])
+        shape = transformer_config(family, language_model, config["vocab_size"])
     except InputError as error:
         raise InputError(f"{llm / 'config.json'}: {error}") from error
     text_tokenizer = PretrainedTokenizer(llm, family.special_tokens)
@@ -151,6 +154,9 @@ def load_published(
     try:
         system_ids = text_tokenizer.encode(family.system_prompt) if config["w_clip_vit"] else ()
         layout = make_layout(family, config, text_tokenizer.bos, text_tokenizer.eos, system_ids)
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}; restore it from its source") from error
+    try:
         parts = nn.ModuleDict()
         with torch.device("meta"):
             parts["transformer"] = Transformer(shape)
@@ -207,9 +213,12 @@ def load_vq_tokenizer(source: str, device: torch.device | str | None = None) -> 
         config = make_config(VQTokenizerConfig, shape)
         with torch.device("meta"):
             tokenizer = VQTokenizer(config)
-        load_weights(tokenizer, folder, ignored=r"quantize\..*", dtype=torch.float32, device=device)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"{folder}: not an image tokenizer that can be opened ({error}); restore it") from error
+        raise InputError(f"{path}: not the shape of an image tokenizer ({reason_of(error)}); restore it") from error
+    try:
+        load_weights(tokenizer, folder, ignored=r"quantize\..*", dtype=torch.float32, device=device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return tokenizer.eval()
 
 
@@ -244,7 +253,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if type(value) is not kind or (kind is int and value < 1):
             raise InputError(
-                f"{path}: {name}: expected {'a number from 1' if kind is int else kind.__name__}, got {value!r}; "
+                f"{path}: {name}: expected {'a number from 1' if kind is int else kind.__name__}, got {shown(value)}; "
                 "restore it from its source"
             )
     if math.isqrt(config["num_vq_tokens"]) ** 2 != config["num_vq_tokens"]:
@@ -254,8 +263,11 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 def _llm_folder(folder: Path, path: str) -> Path:
     """Where the language model's configuration and tokenizer are: inside the checkpoint, in a folder, or on the hub."""
     inside = [folder / part for part in (path, LLM_FOLDER) if not Path(part).is_absolute() and ".." not in part]
-    found = next((place for place in inside if path and (place / "config.json").is_file()), None)
-    return found or find_folder(path, _LLM_FILES, "language model (llm_model_path)", "microsoft/phi-1_5")
+    found = next((place for place in inside if path and os.path.isfile(place / "config.json")), None)
+    try:
+        return found or find_folder(path, _LLM_FILES, "language model (llm_model_path)", "microsoft/phi-1_5")
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 
 def _is_hub_id(path: str) -> bool:

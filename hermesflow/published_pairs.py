@@ -6,9 +6,9 @@ The published code keeps images as PNG, and decoding and encoding again changes 
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,7 +184,7 @@ def _check_order(win: float, lose: float, name: str, *, alike: bool) -> None:
 
 def _score(entry: dict[str, Any], key: str) -> float:
     value = entry.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # isfinite fails on a huge int
         raise ValueError(f"wrong type: {key} is {str(value)[:80]!r}, expected a finite number")
     return float(value)
 

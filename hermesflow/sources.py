@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from .files import InputError, damaged, read_bytes, read_parquet
+from .files import InputError, damaged, read_bytes, read_parquet, shown
 from .images import decode_image, fit_image, read_image
 from .models import Model
 from .progress import track
@@ -169,11 +169,11 @@ def path_inside(root: Path, name: str) -> Path:
         inside, there = path.is_relative_to(root.resolve()), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null byte
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"missing image: {_shown(name)} is no path ({why})") from error
+        raise ValueError(f"missing image: {shown(name)} is no path ({why})") from error
     if not inside:
-        raise ValueError(f"path leaves its root: {_shown(name)} is outside {root}")
+        raise ValueError(f"path leaves its root: {shown(name)} is outside {root}")
     if not there:
-        raise ValueError(f"missing image: there is no file {_shown(name)} in {root}")
+        raise ValueError(f"missing image: there is no file {shown(name)} in {root}")
     return path
 
 
@@ -183,18 +183,18 @@ def text_of(row: dict, key: str) -> str:
     if value is None or value == "" or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"no {key}: the entry has none")
     if not isinstance(value, str):
-        raise ValueError(f"wrong type: {key} is {_shown(value)}, expected text")
+        raise ValueError(f"wrong type: {key} is {shown(value)}, expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half of a pair of surrogates
-        raise ValueError(f"wrong type: {key} is {_shown(value)}, which is no Unicode text") from error
+        raise ValueError(f"wrong type: {key} is {shown(value)}, which is no Unicode text") from error
     return value
 
 
 def id_of(row: Any) -> str:
     """The id of an entry, as text. Raises: ValueError if it has none."""
     if not isinstance(row, dict):
-        raise ValueError(f"wrong type: {_shown(row)} is no object with keys")
+        raise ValueError(f"wrong type: {shown(row)} is no object with keys")
     return str(row["id"]) if type(row.get("id")) is int else text_of(row, "id")
 
 
@@ -253,7 +253,7 @@ def _record(id: str, row: dict, joined: dict, root: Path, need_questions: bool) 
     if row.get("codes") is not None:
         codes = _list(row, "codes")
         if not all(type(code) is int and 0 <= code < 2**31 for code in codes):
-            raise ValueError(f"wrong type: codes is {_shown(codes)}, expected whole numbers from 0")
+            raise ValueError(f"wrong type: codes is {shown(codes)}, expected whole numbers from 0")
         return replace(record, codes=np.array(codes, dtype=np.int32))
     key = "image" if row.get("image") is not None else "img_path"
     if isinstance(row.get(key), bytes):
@@ -265,12 +265,12 @@ def _record(id: str, row: dict, joined: dict, root: Path, need_questions: bool) 
 
 def _question(row: Any) -> Question:
     if not isinstance(row, dict):
-        raise ValueError(f"wrong type: question {_shown(row)} is no object with keys")
+        raise ValueError(f"wrong type: question {shown(row)} is no object with keys")
     question, answer = text_of(row, "question"), text_of(row, "answer")
     choices = tuple(text_of({"choice": choice}, "choice") for choice in _list(row, "choices"))
     if answer not in choices:
-        shown = [_shown(value) for value in (answer, list(choices), question)]
-        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*shown))
+        told = [shown(value) for value in (answer, list(choices), question)]
+        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*told))
     kind, element = ("" if row.get(key) is None else text_of(row, key) for key in ("element_type", "element"))
     return Question(question, choices, answer, kind, element)
 
@@ -278,13 +278,8 @@ def _question(row: Any) -> Question:
 def _list(row: dict, key: str) -> list:
     value = row.get(key)
     if not isinstance(value, list | None):
-        raise ValueError(f"wrong type: {key} is {_shown(value)}, expected a list")
+        raise ValueError(f"wrong type: {key} is {shown(value)}, expected a list")
     return value or []
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_and_open(model: Model, record: Record) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from .files import InputError
+from .files import InputError, read_bytes, reason_of
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "[UNK]"
@@ -32,10 +32,11 @@ class WordTokenizer:
     @classmethod
     def from_file(cls, path: Path) -> WordTokenizer:
         """Reads what save wrote. Raises: InputError if the file is missing or damaged."""
+        data = read_bytes(path)
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(Tokenizer.from_buffer(data))
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{path}: not a tokenizer ({error}); restore it from its source") from error
+            raise InputError(f"{path}: not a tokenizer ({reason_of(error)}); restore it from its source") from error
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises: InputError on a word that the vocabulary does not have."""
@@ -83,9 +84,9 @@ class PretrainedTokenizer:
             tokenizer.add_tokens(list(special_tokens[1:]))
             self._special_ids = tokenizer.convert_tokens_to_ids(list(special_tokens))
         except Exception as error:  # transformers and tokenizers raise many kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = reason_of(error)
             raise InputError(f"{folder}: holds no tokenizer ({reason}); restore it from its source") from error
-        self._tokenizer, self.folder = tokenizer, folder
+        self._tokenizer, self._special_tokens, self.folder = tokenizer, special_tokens, folder
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if self.bos is None or self.eos is None:
             raise InputError(f"{folder}: the tokenizer has no start or no end of text; restore it from its source")
@@ -94,11 +95,13 @@ class PretrainedTokenizer:
     def check(self, text_vocab_size: int) -> None:
         """Raises InputError unless the special tokens follow a text vocabulary of that size."""
         expected = list(range(text_vocab_size, text_vocab_size + len(self._special_ids)))
-        if self._special_ids != expected:
+        # An id too high, with another left out, would read as a special token or as a piece of an image.
+        text_ids = [id for token, id in self._tokenizer.get_vocab().items() if token not in self._special_tokens]
+        if self._special_ids != expected or max(text_ids) >= text_vocab_size:
             raise InputError(
-                f"{self.folder}: the vocabulary does not add up: the tokenizer has {self.size} text ids and special "
-                f"tokens {self._special_ids[0]} to {self._special_ids[-1]}, config.json's llm_vocab_size is "
-                f"{text_vocab_size}; give the tokenizer that belongs to the checkpoint"
+                f"{self.folder}: the vocabulary does not add up: the tokenizer has {self.size} text ids up to "
+                f"{max(text_ids)} and special tokens {self._special_ids[0]} to {self._special_ids[-1]}, config.json's "
+                f"llm_vocab_size is {text_vocab_size}; give the tokenizer that belongs to the checkpoint"
             )
 
     def encode(self, text: str) -> list[int]:

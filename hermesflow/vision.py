@@ -15,15 +15,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .files import InputError
+from hermesflow.engine.weights import WEIGHT_DTYPES, read_tensors
+
+from .files import InputError, reason_of
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessorPil, CLIPVisionModel
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 CLIP_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*", "pytorch_model*.bin*")
 """What load_clip_encoder reads of a CLIP repository."""
 _BATCH_IMAGES = 32
 _MAX_ASPECT = 8
+_LIMITS = {
+    "hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 2**10, "num_attention_heads": 2**10,
+    "image_size": 2**12, "patch_size": 2**12,
+}  # fmt: skip
 
 
 class ClipEncoder:
@@ -73,7 +79,7 @@ def load_clip_encoder(folder: str | Path, projector: nn.Sequential) -> ClipEncod
     except InputError:
         raise
     except Exception as error:  # transformers and the weights' readers raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = reason_of(error)
         raise InputError(f"{folder}: not a CLIP vision model ({reason}); restore it from its source") from error
     width = tower.config.hidden_size
     if first.shape[1] != width:
@@ -90,10 +96,18 @@ def _clip(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, CLIPImageP
 
     with _quiet_transformers():
         config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
-        config.num_hidden_layers -= 1
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        _check_sizes(folder, config, processor)
+        config.num_hidden_layers -= 1
+        try:
+            tensors = read_tensors(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for name, tensor in tensors.items():
+            if tensor.dtype not in WEIGHT_DTYPES and not name.endswith("position_ids"):
+                raise InputError(f"{folder}: {name} is {tensor.dtype}, no floating point; restore it from its source")
         tower, loaded = CLIPVisionModel.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
+            None, config=config, dtype=dtype, state_dict=tensors, output_loading_info=True
         )
     if loaded["missing_keys"]:
         raise InputError(f"{folder}: lacks {', '.join(sorted(loaded['missing_keys']))}; restore it from its source")
@@ -101,13 +115,25 @@ def _clip(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, CLIPImageP
         if not weight.isfinite().all():
             raise InputError(f"{folder}: {name} holds NaN or infinity in {dtype}; restore it from its source")
     expected = [1, 3, config.image_size, config.image_size]
-    got = list(processor(images=Image.new("RGB", (2, 3)), return_tensors="pt")["pixel_values"].shape)
-    if got != expected:
+    pixels = processor(images=Image.new("RGB", (2, 3)), return_tensors="pt")["pixel_values"]
+    if list(pixels.shape) != expected or not pixels.isfinite().all():
+        got = list(pixels.shape[1:]) if pixels.isfinite().all() else "NaN or infinity"
         raise InputError(
-            f"{folder / 'preprocessor_config.json'}: makes images of {got[1:]}, CLIP's config.json says "
+            f"{folder / 'preprocessor_config.json'}: makes images of {got}, CLIP's config.json says "
             f"{expected[1:]}; restore both from their source"
         )
     return tower.eval().requires_grad_(False), processor
+
+
+def _check_sizes(folder: Path, config: CLIPVisionConfig, processor: CLIPImageProcessorPil) -> None:
+    """Refuses sizes whose model or images would be endless, before any is made."""
+    sides = [side for sizes in (processor.size, processor.crop_size) for side in dict(sizes or {}).values()]
+    for name, values, limit in (
+        *((f"config.json: {name}", [getattr(config, name)], limit) for name, limit in _LIMITS.items()),
+        ("preprocessor_config.json: size", sides, _LIMITS["image_size"]),
+    ):
+        if not all(type(value) is int and 1 <= value <= limit for value in values):
+            raise InputError(f"{folder}/{name}: expected 1 to {limit}, got {values}; restore it from its source")
 
 
 @contextlib.contextmanager

@@ -171,6 +171,19 @@ def test_parquet_with_a_flipped_byte_of_data(tmp_path):
         files.read_parquet(path)
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("a\nb\u2028c\td", "a b c d"), ("\x1b[2J\0", r"\x1b[2J\x00"), ("\ud800.png", r"\ud800.png"),
+        ("größe 図", "größe 図"),
+        ("a" * 10**6 + "; mend it", "a" * 2**15 + " ... " + "a" * (2**15 - 9) + "; mend it"),
+    ],
+    ids=["breaks", "control", "surrogate", "printable", "endless"],
+)  # fmt: skip
+def test_an_error_is_one_line_that_a_terminal_can_show(message, told):
+    assert str(InputError(message)) == told
+
+
 def test_parquet_without_the_column(tmp_path, table):
     path = tmp_path / "table.parquet"
     files.write_parquet(path, table)

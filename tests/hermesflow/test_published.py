@@ -225,7 +225,7 @@ def test_keys_that_do_not_fit_are_all_listed(copied):
     for told in (
         "missing showo.lm_head.bias", "missing showo.model.layers.1.mlp.fc1.weight", "unexpected showo.extra",
         r"self_attn.k_proj.weight: expected (32, 32), got (32, 31)",
-        "final_layernorm.bias: expected floating point, got torch.int64",
+        "final_layernorm.bias: expected floating point of 16 bits or more, got torch.int64",
     ):  # fmt: skip
         assert told in str(caught.value)
 
@@ -286,7 +286,7 @@ def test_a_wrong_configuration_is_refused(copied, key, value, told):
         ("hidden_size", "wide", "gives hidden_size as 'wide'"),
         ("num_attention_heads", 3, "does not fit together"),
         ("num_attention_heads", 0, "does not fit together|gives num_heads"),
-        ("num_hidden_layers", -1, "gives num_layers as -1"),
+        ("num_hidden_layers", -1, r"num_layers must lie in \[1, 1024\], got -1"),
         ("hidden_act", "swishy", "activation must be one of"),
         ("rope_theta", [1], "gives rope_theta as"),
         ("intermediate_size", 65, r"mlp.fc1.weight: expected \(65, 32\), got \(64, 32\)"),
