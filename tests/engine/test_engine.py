@@ -38,6 +38,12 @@ def test_generate_equals_the_naive_loop(naive, engine):
             assert torch.equal(image, naive.draw_image(engine.transformer, naive.LAYOUT, prompt, seed, params))
 
 
+@pytest.mark.parametrize(("num_tokens", "spans"), [(16, 256), (256, 127), (1024, 31), (65536, 2)])
+def test_a_pass_is_bounded_by_tokens(naive, num_tokens, spans):
+    layout = dataclasses.replace(naive.LAYOUT, num_image_tokens=num_tokens)
+    assert Engine(naive.tiny_model(), layout).max_sequences == spans
+
+
 def test_the_steps_of_each_pass_can_be_watched(engine):
     passes = []
 

@@ -284,6 +284,8 @@ def test_a_part_with_other_columns_is_named(
         {"seed": 6},
         {"config": replace(CONFIG, num_steps=4)},
         {"config": replace(CONFIG, answer_scorer="exact")},
+        {"config": replace(CONFIG, bert_model="other")},
+        {"config": replace(CONFIG, sentence_model="other")},
         {"config": replace(CONFIG, batch_records=4)},
         {"records": slice(1, None)},
         {"records": slice(0, 3)},  # parts are left over

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from hermesflow import cli
 from hermesflow.benchmarks.random_checkpoint import TINY, WEIGHTS, write_checkpoint, write_tokenizer
+from hermesflow.config import CurationConfig, EvalConfig
+from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.files import InputError
 from hermesflow.models import load_model
-from hermesflow.prompting import caption_prompt, choices_prompt, image_prompt
+from hermesflow.prompting import answer_ids, caption_prompt, choices_prompt, image_prompt
 from hermesflow.published import export_model, load_vq_tokenizer
 
 
@@ -98,9 +100,34 @@ def test_dtype_is_the_checkpoints_or_the_wanted_one(checkpoint, tmp_path):
     assert load_model(str(tmp_path)).engine.dtype == torch.bfloat16
 
 
-def test_the_image_tokenizer_keeps_fp32(checkpoint):
-    model = load_model(str(checkpoint), dtype=torch.bfloat16)
+def test_the_image_tokenizer_is_in_fp32(copied):
+    """Whatever its file holds and the backbone is opened in."""
+    path = copied / "magvitv2" / "pytorch_model.safetensors"
+    state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(state, path)
+    model = load_model(str(copied), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.vq_tokenizer.parameters()} == {torch.float32}
+
+
+def test_everything_goes_to_the_device(checkpoint):
+    """The meta device stands in for a GPU."""
+    model = load_model(str(checkpoint), device="meta")
+    assert {parameter.device.type for parameter in model.transformer.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in model.vq_tokenizer.parameters()} == {"meta"}
+
+
+def test_images_are_drawn_as_published_unless_settings_say_otherwise(model):
+    """README of HermesFlow: guidance 5 and 50 steps; the temperature compounds, as in Show-o's t2i_generate."""
+    published = ImageSamplingParams(num_steps=50, guidance_scale=5.0, mask_temperature=1.0, mask_decay="showo")
+    for settings in (CurationConfig(), EvalConfig()):
+        assert model.sampling == model.sampling_of(settings) == published
+    chosen = CurationConfig(num_steps=7, guidance_scale=0.0, mask_temperature=0.5)
+    assert model.sampling_of(chosen) == replace(published, num_steps=7, guidance_scale=0.0, mask_temperature=0.5)
+
+
+def test_answers_follow_a_question_after_a_blank(model):
+    assert answer_ids(model, "red") == model.encode_text(" red")
 
 
 @pytest.mark.parametrize("as_path", [lambda folder: str(folder), lambda folder: "phi"], ids=["folder", "other-name"])

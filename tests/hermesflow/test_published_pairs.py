@@ -16,7 +16,7 @@ from hermesflow.files import InputError, read_parquet
 from hermesflow.images import read_image
 from hermesflow.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, read_pairs
 from hermesflow.published_pairs import read_published_pairs, write_published_pairs
-from hermesflow.selfplay import import_pairs, run_curation, run_training
+from hermesflow.selfplay import import_pairs, run_curation, run_selfplay, run_training
 
 KEYS = [
     "id", "img_path", "prompt", "caption", "caption_win", "caption_lose", "bert_score_win", "bert_score_lose",
@@ -181,15 +181,20 @@ def test_one_run_exports_and_another_trains_on_it(settings, tmp_path, capsys):
     assert cli.main(["pairs", "export", str(tmp_path / "one"), "--round", "1", "-o", str(tmp_path / "out")]) == 0
     file = tmp_path / "out/pair_dpo_data.json"
     assert capsys.readouterr().out.strip() == str(file)
-    overrides = [item for setting in (*settings, "run.name=two") for item in ("--set", setting)]
+    small = ["run.name=two", "selfplay.num_rounds=1", "eval.num_prompts=3", "eval.num_understanding=3"]
+    overrides = [item for setting in (*settings, *small) for item in ("--set", setting)]
     assert cli.main(["pairs", "import", str(file), *overrides]) == 0
     mine, theirs = (read_pairs(tmp_path / name / "round-1/pairs.parquet") for name in ("two", "one"))
     rejected = read_parquet(tmp_path / "two/round-1/rejected.parquet", REJECTED_SCHEMA.names)
     assert len(theirs) and {*mine["record_id"].to_pylist(), *rejected["record_id"].to_pylist()} == {
         *theirs["record_id"].to_pylist()
     }
-    run_training(load_config(None, [*settings, "run.name=two"]), 1)
+    config = load_config(None, [*settings, *small])
+    run_training(config, 1)
     assert (tmp_path / "two/round-1/model/model.safetensors").exists()
+    # Self-play takes the round as done, and makes no candidates of records that the pairs are not of.
+    summary = run_selfplay(config)
+    assert summary["rounds"][0]["pairs"]["kept"] == len(mine) and not (tmp_path / "two/round-1/candidates").exists()
 
 
 def test_pairs_of_a_round_are_not_replaced(settings, folder):

@@ -17,7 +17,6 @@ from hermesflow.benchmarks.random_checkpoint import TINY, write_checkpoint
 from hermesflow.config import load_config
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.families import SHOWO
 from hermesflow.files import InputError
 from hermesflow.models import load_model
 from hermesflow.selfplay import run_selfplay
@@ -296,11 +295,17 @@ def test_a_checkpoint_captions_and_answers_through_clip(naive, checkpoint, tmp_p
     model.prompts = replace(model.prompts, max_caption_tokens=6)
     Image.fromarray(pictures()[1]).save(tmp_path / "a.png")
     question = model.encode_text("USER: Give a caption for this image. ASSISTANT:")
-    assert list(model.layout.system_ids) == model.encode_text(SHOWO.system_prompt)
+    system_prompt = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert list(model.layout.system_ids) == model.encode_text(system_prompt)
     (said,) = tasks.caption_images(model, [tmp_path / "a.png"])
     features = model.view_images([Image.open(tmp_path / "a.png")])
     torch.testing.assert_close(features, model.vision_encoder.encode([pictures()[1]]))
     assert features.shape == (1, 16, TINY.hidden_size)
+    truth = features_by_clip(checkpoint / "clip", model.projector, pictures()[1])
+    torch.testing.assert_close(features[0], truth, rtol=1e-5, atol=1e-5)
     ids = naive.answer(model.transformer, model.layout, features[0], question, GREEDY, 0)
     assert said["caption"] == model.decode_text(ids)
     (answer,) = tasks.answer_question(model, [tmp_path / "a.png"], "is it?", ["yes", "no"])
