@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hermesflow import __version__
-from hermesflow.config import Config, load_config
+from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, Config, load_config
 from hermesflow.files import InputError, read_bytes, write_problem
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ def _caption(arguments: argparse.Namespace, config: Config) -> None:
 def _answer(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.tasks import answer_question
 
+    if os.path.isfile(arguments.question):
+        raise InputError(f"{arguments.question}: is a file; write the question last, after the images")
     choices = arguments.choices.split(",") if arguments.choices is not None else ()
     for line in answer_question(_open_model(config), arguments.images, arguments.question, choices):
         print(json.dumps(line, ensure_ascii=False), flush=True)
@@ -276,14 +278,15 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(
         commands, "generate", _generate, "draw images for prompts",
-        'hermesflow generate "a small red circle" -o pictures --num-images 4',
+        'hermesflow generate "a large green triangle in the top left on a white background" -o pictures --num-images 4',
     )  # fmt: skip
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     generate.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
 
     inpaint = _command(
         commands, "inpaint", _inpaint, "draw the white part of a mask anew",
-        'hermesflow inpaint pictures/a-small-red-circle-seed0.png docs/mask.png "a large blue square" -o pictures',
+        "hermesflow inpaint pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-seed0.png docs/"
+        'mask.png "a large red square in the top left on a white background" -o pictures',
     )  # fmt: skip
     inpaint.add_argument("image", metavar="IMAGE", help="an image file of any size")
     inpaint.add_argument("mask", metavar="MASK", help="a picture of the same shape: white is drawn anew, black is kept")
@@ -291,7 +294,8 @@ def _parser() -> argparse.ArgumentParser:
 
     extrapolate = _command(
         commands, "extrapolate", _extrapolate, "draw more of an image beyond its borders",
-        'hermesflow extrapolate pictures/a-small-red-circle-seed0.png "a small red circle" --direction right '
+        "hermesflow extrapolate pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-seed0.png "
+        '"a large green triangle in the top left on a white background" --direction right '
         "--direction down -o pictures",
     )  # fmt: skip
     extrapolate.add_argument("image", metavar="IMAGE", help="an image file of any size")
@@ -316,8 +320,8 @@ def _parser() -> argparse.ArgumentParser:
 
     answer = _command(
         commands, "answer", _answer, "answer a question about each of some images, as JSON lines",
-        "hermesflow answer pictures/a-small-red-circle-seed0.png "
-        '"what color is the circle ?" --choices red,green,blue,yellow',
+        "hermesflow answer pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-seed0.png "
+        '"what color is the triangle ?" --choices red,green,blue,yellow',
     )  # fmt: skip
     answer.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
     answer.add_argument("question", metavar="QUESTION", help="the question, after the images")
@@ -353,8 +357,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (selfplay, curate, train):
         _add_model_options(command)
     for command in (selfplay, curate):
-        _add_shortcut(command, "--caption-scorer", "curation.caption_scorer", "NAME", "how captions are scored")
-        _add_shortcut(command, "--answer-scorer", "curation.answer_scorer", "NAME", "how the model's answers are found")
+        for kind, names in (("caption", CAPTION_SCORERS), ("answer", ANSWER_SCORERS)):
+            told = f"how {kind}s are scored: {', '.join(names)} or module:function"
+            _add_shortcut(command, f"--{kind}-scorer", f"curation.{kind}_scorer", "NAME", told)
     for command in (curate, train, export, import_):
         command.add_argument("--round", type=_positive, default=1, metavar="N", help="the round, from 1 [1]")
 
@@ -363,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
         "hermesflow score captions.jsonl --scorer token-f1",
     )  # fmt: skip
     score.add_argument("file", type=Path, metavar="FILE", help='lines {"caption", "truth"} or {"answer", "choices"}')
-    score.add_argument("--scorer", required=True, metavar="NAME", help="as for curate")
+    score.add_argument("--scorer", required=True, metavar="NAME", help="as hermesflow curate --help lists them")
     questions = _command(
         commands, "questions", _questions, "write questions about captions with a text model, in TIFA's form",
         "hermesflow questions captions.jsonl -o questions.json --filter", configured=False,
@@ -378,10 +383,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep what a question-answering model finds in the caption [off; without a NAME UnifiedQA]",
     )  # fmt: skip
 
-    _command(
+    evaluate = _command(
         commands, "eval", _eval, "measure understanding and generation",
-        "hermesflow eval --set model.name=tiny --set eval.num_prompts=200",
+        "hermesflow eval --model tiny --set eval.num_prompts=200",
     )  # fmt: skip
+    _add_model_options(evaluate)
     export = _command(
         commands, "export", _export, "write a trained model in the published layout, which the original code can load",
         "hermesflow export runs/mine -o exported --dtype bfloat16", configured=False,
@@ -462,7 +468,8 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 
 def _add_drawing_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "-o", "--output", type=Path, default=Path("images"), metavar="FOLDER", help="where they go [images]"
+        "-o", "--output", type=Path, default=Path("images"), metavar="FOLDER",
+        help="where they go; files of the same prompt and seed are replaced [images]",
     )
     command.add_argument(
         "--grid", type=_png, metavar="FILE.png", help="also write all images on one, with their prompts"

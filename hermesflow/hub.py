@@ -21,7 +21,8 @@ def find_folder(name: str, files: Sequence[str], what: str, example: str = "show
     """
     if name and os.path.isdir(name):  # unlike Path.is_dir it raises nothing on a name that is too long
         return Path(name)
-    if not name or name.count("/") > 1 or name.startswith(("/", ".", "~")):
+    local = name.startswith(("/", ".", "~")) or ("/" in name and os.path.isdir(name.partition("/")[0]))
+    if not name or name.count("/") > 1 or local:
         raise InputError(f"no {what} {shown(name)}: give a folder, or a hub id such as {example}")
     from huggingface_hub import snapshot_download  # loaded only where it is needed: it takes a while
 

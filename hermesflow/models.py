@@ -166,8 +166,8 @@ def load_model(
     """
     from .published import CHECKPOINT_FILES, load_published
 
-    builtin = ASSETS / name_or_path
-    folder = builtin if builtin.parent == ASSETS and os.path.isfile(builtin / "config.json") else None
+    is_name = name_or_path == Path(name_or_path).name  # "./tiny" is a folder of the user's
+    folder = ASSETS / name_or_path if is_name and os.path.isfile(ASSETS / name_or_path / "config.json") else None
     if folder is None and ("/" in name_or_path or os.path.isdir(name_or_path)):
         folder = find_folder(name_or_path, CHECKPOINT_FILES, "model")
     if folder is None or not (folder / "config.json").is_file():

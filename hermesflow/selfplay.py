@@ -67,6 +67,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     console = console or Console()
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
+    _ = run.records  # a mistake in the data shows before the first evaluation, not after it
     run.evaluation(0)
     for number in range(1, config.selfplay.num_rounds + 1):
         run.curate(number)
@@ -111,7 +112,7 @@ class Run:
         self.config, self.folder = config, config.run_folder
         self._lock = self._locked()
         settings = self.folder / "config.toml"
-        if settings.exists():
+        if settings.exists() and (any(self.folder.glob("round-*")) or (self.folder / "records.parquet").exists()):
             self._check_settings(settings)
             remove_leftovers(self.folder)
         else:
@@ -177,8 +178,9 @@ class Run:
         rejected += unfit
         if len(records) < count:
             told = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
+            need = f"{count} are needed" + (f" ({rounds} rounds of {data.num_records})" if rounds > 1 else "")
             raise InputError(
-                f"{data.source}: has {len(records)} usable records, {count} are needed; lower data.num_records{told}"
+                f"{data.source}: has {len(records)} usable records, {need}; lower data.num_records{told}"
             )
         return records, pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA)
 
@@ -290,11 +292,16 @@ class Run:
         target = self._path(number, "model")
         if target.exists() and self._path(number, "training.json").exists():
             return
+        if not self._path(number, "pairs.parquet").exists():
+            raise InputError(f"{self.folder}: round {number} has no pairs yet; curate or import them first")
         pairs = read_pairs(self._path(number, "pairs.parquet"))
         if not len(pairs):
+            rejected = read_parquet(self._path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
+            reason = next(iter(pair_statistics(pairs, rejected)["rejected"]), "no records")
             raise InputError(
-                f"{self._path(number, 'pairs.parquet')}: round {number} kept no pair; lower curation.threshold or "
-                "curation.margin, or raise data.num_records, under another run.name"
+                f"{self._path(number, 'rejected.parquet')}: round {number} kept no pair, most often for {reason!r}; "
+                "lower curation.threshold or curation.margin, set curation.keep to any, or raise data.num_records, "
+                "under another run.name"
             )
 
         def work() -> None:

@@ -208,7 +208,10 @@ def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
     """The three most frequent reasons with their counts, and the first rejected record; for an error's message."""
     if not rejected:
         return "it has no entries"
-    told = [f"{count} {kind}" for kind, count in list(count_reasons(rejected).items())[:3]]
+    counts = count_reasons(rejected)
+    told = [f"{count} {kind}" for kind, count in list(counts.items())[:3]]
+    if len(counts) > 3:
+        told.append(f"{sum(list(counts.values())[3:])} of other kinds")
     return f"{', '.join(told)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
 
 

@@ -214,7 +214,9 @@ def answer_question(
     """
     choices = [choice.strip() for choice in choices]
     if choices and (len(set(choices)) < max(2, len(choices)) or "" in choices):
-        raise InputError(f"choices {','.join(choices)}: expected two or more distinct answers, such as yes,no")
+        raise InputError(
+            f"choices {','.join(choices)}: expected two or more distinct answers, none empty, such as yes,no"
+        )
     _check_words(question, "question")
     question_ids = question_prompt(model, question)
     choice_ids = [answer_ids(model, choice) for choice in choices]

@@ -157,6 +157,17 @@ def test_language_model_from_the_hub(model, copied, monkeypatch, tmp_path):
     assert torch.equal(logits(load_model(str(tmp_path / "saved"))), logits(model)) and len(asked) == 1
 
 
+def test_a_folder_named_like_the_built_in_model(model, checkpoint, tmp_path, monkeypatch):
+    """ "tiny" is the built-in one; "./tiny" and "tiny/" are folders."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no model './tiny'"):
+        load_model("./tiny")
+    (tmp_path / "tiny").symlink_to(checkpoint)
+    assert torch.equal(logits(load_model("./tiny")), logits(model))
+    assert torch.equal(logits(load_model("tiny/")), logits(model))
+    assert load_model("tiny").layout != model.layout
+
+
 def test_a_whole_model_from_the_hub(model, checkpoint, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(checkpoint))
     assert torch.equal(logits(load_model("showlab/show-o")), logits(model))

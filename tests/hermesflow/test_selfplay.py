@@ -122,12 +122,13 @@ def test_other_settings_in_the_same_folder_are_refused(settings, whole):
 
 
 def test_training_before_curation_names_the_missing_file(settings, tmp_path):
-    with pytest.raises(InputError, match="pairs.parquet: no such file"):
+    with pytest.raises(InputError, match="round 1 has no pairs yet; curate or import them first"):
         run_training(config_for(settings, tmp_path), 1)
 
 
 def test_a_round_without_pairs_says_what_to_lower(settings, tmp_path):
-    with pytest.raises(InputError, match="round 1 kept no pair; lower curation.threshold"):
+    told = "round 1 kept no pair, most often for 'generation: best image .*; lower curation.threshold"
+    with pytest.raises(InputError, match=told):
         run_selfplay(config_for(settings, tmp_path, "curation.threshold=1", "curation.keep=both"))
 
 
@@ -257,3 +258,11 @@ def test_a_lost_list_of_rejected_records_is_made_again(settings, data, tmp_path)
     (tmp_path / "t/rejected.parquet").unlink()
     assert Run(config).round_records(1)[0].id == "r0"
     assert (tmp_path / "t/rejected.parquet").read_bytes() == before
+
+
+def test_a_mistake_in_the_data_shows_first_and_may_be_mended(settings, tmp_path):
+    """Nothing was made by the run that failed, so the same name takes other settings."""
+    with pytest.raises(InputError, match="none.jsonl: no such file"):
+        run_selfplay(config_for(settings, tmp_path, "data.source=none.jsonl"))
+    assert not list(tmp_path.rglob("evaluation.json"))
+    assert run_selfplay(config_for(settings, tmp_path))["rounds"]

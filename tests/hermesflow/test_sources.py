@@ -259,8 +259,8 @@ def test_a_file_of_unusable_records_says_why(folder):
     with pytest.raises(InputError) as error:
         read_source(write(folder, rows))
     assert str(error.value) == (
-        f"{folder / 'mine.jsonl'}: no record can be used (3 no caption, 2 missing image, 2 wrong type; the first is "
-        "record 0: no caption: the entry has none); mend the file"
+        f"{folder / 'mine.jsonl'}: no record can be used (3 no caption, 2 missing image, 2 wrong type, "
+        "1 of other kinds; the first is record 0: no caption: the entry has none); mend the file"
     )
 
 
