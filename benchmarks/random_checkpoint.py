@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -173,7 +174,7 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
     drawn = time.perf_counter()
     sampling = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
     seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
-    seen, question = model.view_images(image), caption_prompt(model)
+    seen, question = model.view_images([Image.fromarray(image[0])]), caption_prompt(model)
     (((ids,),),) = model.engine.extend(seen, [[question]], sampling=sampling, seeds=seeds)
     captioned = time.perf_counter()
     return {
