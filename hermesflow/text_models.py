@@ -21,7 +21,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 
 
 def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
-    """A tokenizer and a model in fp32, on the GPU if there is one.
+    """A tokenizer and a model, on the GPU if there is one; in fp32, but for a causal model on a GPU, which is in fp16.
 
     Args:
         kind: transformers' class that opens it: "AutoModel", "AutoModelForCausalLM" or "AutoModelForSeq2SeqLM".
@@ -40,9 +40,11 @@ def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
         if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
             raise InputError("it holds no tokenizer")  # transformers makes one up
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        half = kind == "AutoModelForCausalLM" and torch.cuda.is_available()  # seven billion weights, as published
         model, loaded = getattr(transformers, kind).from_pretrained(
-            name, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True
-        )
+            name, trust_remote_code=False, weights_only=True, dtype=torch.float16 if half else torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
         # A pooler is for training and not used here; transformers draws other missing weights at random.
         missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
         if missing:
