@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
@@ -161,9 +161,8 @@ def transformer_config(family: Family, language_model: Mapping[str, Any], vocab_
         raise InputError(f"the language model's configuration does not fit together ({error}); restore it") from error
 
 
-def published_tensors(family: Family, transformer: nn.Module) -> dict[str, Tensor]:
+def published_tensors(family: Family, transformer: Transformer) -> dict[str, Tensor]:
     """Of a backbone: the name of each published tensor -> the parameter, or the rows of one, that it is."""
-    assert isinstance(transformer, Transformer)
     config = transformer.config
     own = {name: tensor.detach() for name, tensor in transformer.state_dict(keep_vars=True).items()}
     heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]

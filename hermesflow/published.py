@@ -36,7 +36,7 @@ LLM_FOLDER, VQ_FOLDER, VISION_FOLDER = "llm", "magvitv2", "clip"
 CHECKPOINT_FILES = ("config.json", *WEIGHT_FILES, "*-of-*.safetensors", "*-of-*.bin")
 _LLM_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json",
+    "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
 _WEIGHTS = "pytorch_model.safetensors"  # the name that Show-o's from_pretrained looks for first
 _CONFIG_FIELDS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hermesflow.config import ANSWER_SCORERS, ConfigError, CurationConfig
 from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError
+from hermesflow.files import InputError, reason_of, shown
 from hermesflow.models import Model
 from hermesflow.prompting import choice_prompt, choices_prompt
 from hermesflow.records import Record
@@ -118,7 +118,7 @@ class Scorers:
         if scores is None or len(scores) != len(captions) or not all(map(math.isfinite, scores)):
             raise InputError(
                 f"curation.caption_scorer {self._caption_scorer}: expected a list of {len(captions)} finite numbers "
-                f"for the captions of {truth!r}, got {_shown(returned)}; correct the function"
+                f"for the captions of {truth!r}, got {shown(returned)}; correct the function"
             )
         return scores
 
@@ -127,7 +127,7 @@ class Scorers:
         if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(choices):
             raise InputError(
                 f"curation.answer_scorer {self._answer_scorer}: expected the index of one of {len(choices)} choices, "
-                f"or -1, for the answer {answer!r}, got {_shown(index)}; correct the function"
+                f"or -1, for the answer {answer!r}, got {shown(index)}; correct the function"
             )
         return index
 
@@ -188,7 +188,7 @@ def score_entries(
     expected = {"caption": '{"caption": text, "truth": text}', "answer": '{"answer": text, "choices": [texts]}'}[kind]
     for number, entry in enumerate(entries, 1):
         if not _fits(entry, kind):
-            raise InputError(f"{source}: entry {number}: expected {expected}, got {_shown(entry)}; correct it")
+            raise InputError(f"{source}: entry {number}: expected {expected}, got {shown(entry)}; correct it")
     try:
         chosen = {"caption_scorer": "exact", "answer_scorer": "exact", f"{kind}_scorer": scorer}
         scorers = Scorers(replace(config, **chosen))
@@ -354,7 +354,7 @@ def _import_function(key: str, spec: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module of the user's may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise InputError(
             f"curation.{key} {spec}: the module {module_name} cannot be imported ({reason}); install it, or set "
             "PYTHONPATH to its folder"
@@ -363,7 +363,7 @@ def _import_function(key: str, spec: str) -> Callable[..., Any]:
         raise InputError(f"curation.{key} {spec}: the module {module_name} has no {name}; check the name")
     function = getattr(module, name)
     if not callable(function):
-        raise InputError(f"curation.{key} {spec}: {name} is {_shown(function)}, which is no function; name a function")
+        raise InputError(f"curation.{key} {spec}: {name} is {shown(function)}, which is no function; name a function")
     return function
 
 
@@ -372,10 +372,9 @@ def _call(key: str, spec: str, function: Callable[..., Any], *arguments: Any) ->
     try:
         return function(*arguments)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"curation.{key} {spec}: raised {type(error).__name__} ({reason}) on {_shown(arguments)}; correct the "
-            "function (HERMESFLOW_DEBUG=1 shows where)"
+            f"curation.{key} {spec}: raised {type(error).__name__} ({reason_of(error)}) on {shown(arguments)}; correct "
+            "the function (HERMESFLOW_DEBUG=1 shows where)"
         ) from error
 
 
@@ -387,11 +386,6 @@ def _fits(entry: Any, kind: str) -> bool:
     choices = entry.get("choices")
     texts = [entry.get("answer"), *choices] if isinstance(choices, list) and choices else [None]
     return all(isinstance(text, str) for text in texts)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _attributes(caption: str) -> Counter:

@@ -305,9 +305,10 @@ class Run:
             )
 
         def work() -> None:
-            self.model(number - 1)  # for its checks
-            self._loaded = None
-            model = self._open(number - 1, "float32")  # a step of 2e-5 is lost in the 8 bits of bf16
+            model = self.model(number - 1)
+            self._loaded = None  # the policy changes in place
+            if model.engine.dtype != torch.float32:  # a step of 2e-5 is lost in the 8 bits of bf16
+                model = self._open(number - 1, "float32")
             means = train_pairs(
                 model,
                 pairs,

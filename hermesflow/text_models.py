@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hermesflow.files import InputError
+from hermesflow.files import InputError, reason_of
 from hermesflow.hub import find_folder
 
 _BATCH = 64
@@ -53,9 +53,8 @@ def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
         if len(tokenizer) > num_embeddings:
             raise InputError(f"its tokenizer has {len(tokenizer)} tokens, the model {num_embeddings}")
     except Exception as error:  # transformers, huggingface_hub and safetensors raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"{name}: this text model cannot be loaded ({reason}); fetch it once with a network connection, "
+            f"{name}: this text model cannot be loaded ({reason_of(error)}); fetch it once with a network connection, "
             f"or {instead}"
         ) from error
     return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from hermesflow import published_pairs, sources
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from hermesflow.images import read_image
 from hermesflow.models import Model
 from hermesflow.records import Record
 from hermesflow.text_tokenizers import WordTokenizer
@@ -48,6 +50,27 @@ def tiny_model() -> Model:
 def shared_tiny_model() -> Model:
     """The same model, one for all tests, for results that several of them share: leave its weights alone."""
     return make_tiny_model()
+
+
+@pytest.fixture
+def images_in_memory(shared_tiny_model: Model, monkeypatch) -> list[int]:
+    """Four images a batch; receives 1 for every image that is read, and -n for n that are encoded."""
+    events: list[int] = []
+    encode = shared_tiny_model.encode_images
+
+    def noting_read(path, size):
+        events.append(1)
+        return read_image(path, size)
+
+    def noting_encode(images):
+        events.append(-len(images))
+        return encode(images)
+
+    for module in (published_pairs, sources):
+        monkeypatch.setattr(module, "read_image", noting_read)
+    monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
+    monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)
+    return events
 
 
 @pytest.fixture(scope="session")

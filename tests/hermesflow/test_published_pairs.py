@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hermesflow import cli, published_pairs, sources
+from hermesflow import cli, sources
 from hermesflow.config import load_config
 from hermesflow.files import InputError, read_parquet
 from hermesflow.images import read_image
@@ -146,22 +146,9 @@ def test_a_file_of_bad_entries_says_why(shared_tiny_model, folder):
         read_published_pairs(shared_tiny_model, path)
 
 
-def test_images_are_opened_a_batch_at_a_time(shared_tiny_model, folder, monkeypatch):
-    events, encode = [], shared_tiny_model.encode_images
-
-    def noting_read(path, size):
-        events.append(1)
-        return read_image(path, size)
-
-    def noting_encode(images):
-        events.append(-len(images))
-        return encode(images)
-
-    monkeypatch.setattr(published_pairs, "read_image", noting_read)
-    monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
-    monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)
+def test_images_are_opened_a_batch_at_a_time(shared_tiny_model, folder, images_in_memory):
     pairs, _ = read_published_pairs(shared_tiny_model, write(folder, [entry(n) for n in range(10)]))
-    assert len(pairs) == 10 and events.count(1) == 30 and max(np.cumsum(events)) == 6
+    assert len(pairs) == 10 and images_in_memory.count(1) == 30 and max(np.cumsum(images_in_memory)) == 6
 
 
 SETTINGS = (

@@ -353,29 +353,15 @@ def test_damaged_files_are_rejected_where_they_are_opened(shared_tiny_model, fol
 
 @pytest.mark.parametrize(("count", "opened"), [(3, 4), (None, 20), (100, 20)])
 def test_images_are_opened_a_batch_at_a_time_and_no_more_than_are_needed(
-    count, opened, shared_tiny_model, folder, monkeypatch
+    count, opened, shared_tiny_model, folder, images_in_memory
 ):
     common = Record("0", "a red circle", "other", (), image_path=folder / "images/1.png")
     records = [replace(common, id=str(index)) for index in range(20)]
     records[1] = replace(records[1], image_path=folder / "mine.png")  # is not there
-    events = []
-    read, encode = sources.read_image, shared_tiny_model.encode_images
-
-    def noting_read(path, size):
-        events.append(1)
-        return read(path, size)
-
-    def noting_encode(images):
-        events.append(-len(images))
-        return encode(images)
-
-    monkeypatch.setattr(sources, "read_image", noting_read)
-    monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
-    monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)
     done, rejected = encode_records(shared_tiny_model, records, count)
     assert [record.id for record in done] == [str(i) for i in range(20) if i != 1][:count] and len(rejected) == 1
-    assert events.count(1) == opened
-    assert max(np.cumsum(events)) <= 5  # a batch of four, and the one that could not be opened
+    assert images_in_memory.count(1) == opened
+    assert max(np.cumsum(images_in_memory)) <= 5  # a batch of four, and the one that could not be opened
 
 
 ODD = [None, 1, 1.5, True, "", [], {}, "images", "x" * 300, "\ud800", "\0", float("nan"), [None], -1, 10**30, "/", ".."]
