@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from hermesflow import cli
 from hermesflow.benchmarks.random_checkpoint import TINY, WEIGHTS, write_checkpoint, write_tokenizer
-from hermesflow.config import CurationConfig, EvalConfig
+from hermesflow.config import CurationConfig, EvalConfig, load_config
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.files import InputError
 from hermesflow.models import load_model
 from hermesflow.prompting import answer_ids, caption_prompt, choices_prompt, image_prompt
 from hermesflow.published import export_model, load_vq_tokenizer
+from hermesflow.selfplay import Run, run_selfplay
 
 
 @pytest.fixture(scope="module")
@@ -525,3 +526,18 @@ def test_special_tokens_in_a_text_are_refused(model):
 def test_decoded_text_has_no_special_tokens(model):
     ids = [*model.encode_text(" hello there"), model.layout.eot, model.layout.soi, model.layout.mask_id]
     assert model.decode_text(ids) == "hello there"
+
+
+def test_self_play_draws_in_the_checkpoints_dtype_and_trains_in_fp32(tmp_path):
+    write_checkpoint(tmp_path / "showo", TINY, dtype=torch.bfloat16)
+    settings = [
+        f"model.name={tmp_path / 'showo'}", "run.name=run", f"run.folder={tmp_path}", "data.num_records=4",
+        "curation.num_images=2", "curation.num_steps=2", "curation.threshold=0", "curation.margin=0",
+        "curation.keep=any", "curation.caption_top_k=[4]", "train.num_steps=2", "train.pairs_per_step=2",
+        "selfplay.num_rounds=2", "eval.num_prompts=2", "eval.num_understanding=2", "eval.num_steps=2",
+    ]  # fmt: skip
+    config = load_config(None, settings)
+    run_selfplay(config)
+    trained = load_file(tmp_path / "run" / "round-2" / "model" / "pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert {Run(config).model(number).engine.dtype for number in (0, 1, 2)} == {torch.bfloat16}
