@@ -31,6 +31,7 @@ class AttentionGroup:
     with the span's own first row and slot, so that nothing of another span is read; mask [G, Lq, Lk] is False on
     padding and on what causality forbids, or None where everything is allowed.
     packed_rows [n] and batch_rows [n] pair the real queries: packed row -> row of the flattened [G * Lq].
+    num_shared [G] counts the keys of the ancestors, which come first.
     """
 
     query_rows: Tensor
@@ -38,6 +39,12 @@ class AttentionGroup:
     mask: Tensor | None
     packed_rows: Tensor
     batch_rows: Tensor
+    num_shared: Tensor
+
+    def decode_mask(self, num_visible: Tensor) -> Tensor:
+        """The mask where the device holds the lengths of the rows' own spans, num_visible [Tq]."""
+        last = self.num_shared + num_visible[self.query_rows[:, 0]]
+        return torch.arange(self.key_slots.shape[1], device=last.device) < last[:, None, None]
 
 
 @dataclass
@@ -49,6 +56,8 @@ class SpanTree:
     starts, lengths, parents, num_causal, num_new, regions: one entry a span, on the host. starts is the storage slot of
     the span's first token, num_causal its k (0: full; its length or more: causal), num_new counts its trailing tokens
     that are new (0: cached), regions the slots it may grow into.
+    num_visible: of a tree that decodes (see decode), int64 [Tq]: how many tokens a row's own span has by now, the row's
+    included; the host then takes the span's whole region for its length. None: the host knows all lengths.
     capacity: storage slots that the tree needs, reserved ones included.
     has_mixed: whether a span with new tokens is neither full nor causal.
     """
@@ -62,13 +71,14 @@ class SpanTree:
     num_causal: np.ndarray
     num_new: np.ndarray
     regions: np.ndarray
+    num_visible: Tensor | None = None
     _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     capacity: int = field(init=False)
     has_mixed: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Plain values, not properties over numpy: torch.compile reads them while it traces.
-        self.capacity = int(self.starts[-1] + self.regions[-1]) if len(self.starts) else 0
+        self.capacity = int((self.starts + self.regions).max()) if len(self.starts) else 0
         self.has_mixed = bool(((self.num_new > 0) & ~self.full & ~self.causal).any())
 
     @classmethod
@@ -79,8 +89,13 @@ class SpanTree:
         root = cls(empty, empty, empty, none, none, none, none, none, none)
         return root.extend(spans, reserve=reserve)
 
-    def extend(self, spans: Sequence[Span], reserve: int = 0) -> SpanTree:
+    def extend(
+        self, spans: Sequence[Span], reserve: int | Sequence[int] = 0, starts: np.ndarray | None = None
+    ) -> SpanTree:
         """The same tree with its spans cached and new ones appended; parents count over all spans.
+
+        reserve adds storage slots to each new span; starts [len(spans)] gives their first slots, which the caller keeps
+        free; None places them behind all others.
 
         Raises:
             ValueError: an empty span, an unknown mode, or a parent that does not come before its child.
@@ -96,8 +111,9 @@ class SpanTree:
         lengths = np.array([len(ids) for ids, _, _ in spans], dtype=np.int64)
         counts = {"causal": _EVERY_TOKEN, "full": 0}
         num_causal = np.array([counts.get(mode, mode) for _, _, mode in spans], dtype=np.int64)
-        regions = lengths + reserve
-        starts = self.capacity + np.cumsum(regions) - regions
+        regions = lengths + np.asarray(reserve, dtype=np.int64)
+        if starts is None:
+            starts = self.capacity + np.cumsum(regions) - regions
         flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _, _ in spans]) if spans else lengths
         return SpanTree._assemble(
             torch.from_numpy(flat).to(self.token_ids.device),
@@ -127,8 +143,66 @@ class SpanTree:
             raise ValueError("SpanTree.grow: a span is out of reserved slots; build it with a larger reserve")
         return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
 
-    def with_tokens(self, token_ids: Tensor) -> SpanTree:
-        """The same structure over other token ids [Tq]; the attention plans are shared.
+    def keep(self, spans: np.ndarray | Sequence[int]) -> SpanTree:
+        """Only the given spans (ascending), all of them cached where they are, numbered anew from 0.
+
+        Raises:
+            ValueError: spans are not ascending, or the parent of one is not among them.
+        """
+        spans = np.asarray(spans, dtype=np.int64)
+        number = np.full(self.num_spans + 1, -2)  # entry -1 stands for the parent of all roots
+        number[-1], number[spans] = -1, np.arange(len(spans))
+        parents = number[self.parents[spans]]
+        if (np.diff(spans) <= 0).any() or (parents < -1).any():
+            raise ValueError("SpanTree.keep: expected ascending spans together with their parents")
+        return SpanTree._assemble(
+            self.token_ids[:0], self.starts[spans], self.lengths[spans], parents, self.num_causal[spans],
+            np.zeros(len(spans), dtype=np.int64), self.regions[spans],
+        )  # fmt: skip
+
+    def decode(self, spans: np.ndarray | Sequence[int], token_ids: Tensor, num_visible: Tensor) -> SpanTree:
+        """One more token on each of the given causal spans (ascending), whose lengths the device holds.
+
+        The host takes a span's whole region for its length, so one structure, and one plan of the attention, serves
+        every step (with_tokens), and nothing waits for the device.
+
+        Args:
+            spans: n leaves.
+            token_ids: int64 [n], the new tokens.
+            num_visible: int64 [n], tokens of each span including the new one, from 1 to its region.
+        Raises:
+            ValueError: spans are not ascending, not causal or no leaves, or a tensor is not [n].
+        """
+        spans = np.asarray(spans, dtype=np.int64)
+        shapes = (tuple(token_ids.shape), tuple(num_visible.shape))
+        if (np.diff(spans) <= 0).any() or shapes != ((len(spans),),) * 2:
+            raise ValueError(
+                f"SpanTree.decode: expected ascending spans, token_ids and num_visible [{len(spans)}], got {shapes}"
+            )
+        if not self.causal[spans].all() or np.isin(spans, self.parents).any():
+            raise ValueError("SpanTree.decode: expected causal spans without children")
+        lengths, num_new = self.lengths.copy(), np.zeros_like(self.num_new)
+        lengths[spans], num_new[spans] = self.regions[spans], 1
+        tree = SpanTree._assemble(
+            token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions
+        )
+        own = torch.from_numpy(lengths[spans]).to(token_ids.device)
+        # _assemble placed each row at the end of its region; its first position and slot are where the region begins.
+        tree._plans["decode"] = (tree.position_ids - own, tree.slots - own)
+        return tree.with_tokens(token_ids, num_visible)
+
+    def settled(self) -> SpanTree:
+        """The same where the host knows all lengths; a tree that decodes waits for the device. For what cannot mask."""
+        if self.num_visible is None:
+            return self
+        lengths = self.lengths.copy()
+        lengths[self.num_new > 0] = self.num_visible.cpu().numpy()
+        return SpanTree._assemble(
+            self.token_ids, self.starts, lengths, self.parents, self.num_causal, self.num_new, self.regions
+        )
+
+    def with_tokens(self, token_ids: Tensor, num_visible: Tensor | None = None) -> SpanTree:
+        """The same structure over other token ids [Tq], and in a tree that decodes other lengths; plans are shared.
 
         Raises:
             ValueError: token_ids is not [Tq].
@@ -137,9 +211,12 @@ class SpanTree:
             raise ValueError(
                 f"SpanTree.with_tokens: expected token_ids {list(self.token_ids.shape)}, got {list(token_ids.shape)}"
             )
+        position_ids, slots = self.position_ids, self.slots
+        if num_visible is not None:
+            position_ids, slots = (before + num_visible for before in self._plans["decode"])
         return SpanTree(
-            token_ids, self.position_ids, self.slots, self.starts, self.lengths, self.parents, self.num_causal,
-            self.num_new, self.regions, self._plans,
+            token_ids, position_ids, slots, self.starts, self.lengths, self.parents, self.num_causal, self.num_new,
+            self.regions, num_visible, self._plans,
         )  # fmt: skip
 
     @classmethod
@@ -187,6 +264,9 @@ class SpanTree:
 
     def allowed(self) -> Tensor:
         """The dense truth, bool [Tq, capacity]: whether a new token attends to a storage slot. For tests and masks."""
+        if self.num_visible is not None:
+            allowed = self.settled().allowed()
+            return torch.nn.functional.pad(allowed, (0, self.capacity - allowed.shape[1]))
         allowed = torch.zeros(len(self.token_ids), self.capacity, dtype=torch.bool)
         for span in range(self.num_spans):
             rows = self.span_rows(span)
@@ -257,6 +337,7 @@ class SpanTree:
             None if mask is None else torch.from_numpy(mask).to(device),
             torch.from_numpy(packed_rows).to(device),
             torch.from_numpy(row * num_queries + offsets).to(device),
+            torch.from_numpy(key_lengths - self.lengths[spans]).to(device),
         )
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermesflow.engine.span_tree import SpanTree
+from hermesflow.kernels.span_attention import span_attention
 
 
 @st.composite
@@ -160,3 +161,31 @@ def test_bad_growth():
         tree.grow([1, 2], torch.tensor([5]))
     with pytest.raises(ValueError, match=r"with_tokens: expected token_ids \[3\], got \[2\]"):
         tree.with_tokens(torch.tensor([5, 6]))
+
+
+def test_a_decoding_tree_is_the_grown_tree():
+    spans = [([1, 2, 3], -1, "full"), ([4, 5], 0, "causal"), ([6], 1, "causal"), ([7, 8], 1, "causal")]
+    tree = SpanTree.build(spans, reserve=[0, 0, 3, 3])
+    tokens = torch.tensor([10, 11])
+    grown = tree.grow([2, 3], tokens)
+    decoding = tree.decode([2, 3], tokens, torch.tensor([2, 3]))
+    assert torch.equal(decoding.position_ids, grown.position_ids) and torch.equal(decoding.slots, grown.slots)
+    assert torch.equal(decoding.allowed()[:, : grown.capacity], grown.allowed())
+    later = grown.grow([2, 3], tokens)
+    stepped = decoding.with_tokens(tokens, torch.tensor([3, 4]))
+    assert torch.equal(stepped.position_ids, later.position_ids) and torch.equal(stepped.slots, later.slots)
+    assert torch.equal(stepped.settled().allowed(), later.allowed())
+    torch.manual_seed(0)
+    q, storage = torch.randn(2, 4, 8), torch.randn(2, tree.capacity, 2, 8)
+    outs = [span_attention(q, *storage, other, backend="torch") for other in (stepped, later)]
+    torch.testing.assert_close(*outs)
+
+
+def test_kept_spans_stay_where_they_are():
+    spans = [([1, 2], -1, "full"), ([3], -1, "full"), ([4], 1, "causal"), ([5, 6], 2, "causal")]
+    kept = SpanTree.build(spans, reserve=[0, 1, 2, 0]).keep([1, 2])
+    assert kept.parents.tolist() == [-1, 0] and kept.starts.tolist() == [2, 4] and len(kept.token_ids) == 0
+    added = kept.extend([([9, 9], 1, "causal")], starts=np.array([0]))
+    assert added.slots.tolist() == [0, 1] and added.position_ids.tolist() == [2, 3] and added.capacity == 7
+    with pytest.raises(ValueError, match="together with their parents"):
+        kept.keep([1])
