@@ -1,57 +1,31 @@
 """Captions and answers about images: autoregressive sampling and scoring of given answers.
 
-An image is prefilled once and shared by its questions, a question once and shared by its samples. The answers of a
-batch are decoded together, one token a step; those that have ended leave the batch.
+An image is prefilled once and shared by its questions, a question once and shared by its samples. Answers are decoded
+together, one token a step; those that have ended make room for the next (answer_stream.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hermesflow.kernels.linear_logprob import linear_logprob
-from hermesflow.kernels.philox import RandomKey
-from hermesflow.kernels.token_sample import token_sample
 
+from .answer_sampler import AnswerSampler, SamplingParams
+from .answer_stream import AnswerStream
+from .memory_planner import is_out_of_memory
+from .prompt_spans import Pair, PromptSpans, QuestionIds
 from .sequence_logprob import next_token_targets
-from .span_tree import Span, SpanTree
+from .span_tree import SpanTree
 from .token_layout import TokenLayout
-from .transformer import Embeds, Transformer
+from .transformer import Transformer
 
-QuestionIds = Sequence[Sequence[Sequence[int]]]
-"""Plain text ids of each image's questions: [image][question][token]."""
-
-Pair = tuple[int, int]
-"""(image, question of that image)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one answer is sampled; kernels/token_sample.py explains the filters.
-
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing. An answer ends with eot, or at max_new_tokens.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0, float("inf")), "top_k": (0, float("inf")), "top_p": (0, 1), "min_p": (0, 1),
-            "max_new_tokens": (1, float("inf")),
-        }  # fmt: skip
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not low <= value <= high or value == float("inf"):
-                raise ValueError(f"SamplingParams: expected a finite {name} in [{low}, {high}], got {value}")
+__all__ = ["QuestionIds", "SamplingParams", "TextDecoder"]
+_log = logging.getLogger(__name__)
 
 
 class TextDecoder:
@@ -82,14 +56,20 @@ class TextDecoder:
         Raises: RuntimeError naming the answer and the step if the model's logits hold NaN.
         """
         answers: list[list] = [[None] * len(questions) for questions in question_ids]
-        reserve = sum(params.max_new_tokens for params in sampling)
-        costs = [[len(question) + 1 + reserve for question in questions] for questions in question_ids]
-        for pairs in self._batches(images, costs, max_tokens):
-            batch_seeds = torch.stack([seeds[image, question] for image, question in pairs]).flatten()
-            spans, embeds = self._question_spans(images, question_ids, pairs)
-            batch = _AnswerBatch(self, spans, embeds, pairs, sampling, batch_seeds, text_only)
-            for (image, question), samples in zip(pairs, batch.decode(), strict=True):
+        prompts = PromptSpans(self.layout, images, question_ids)
+        limits = [params.max_new_tokens for params in sampling]
+        sizes = {pair: len(prompts.question(*pair)) + sum(limits) for pair in prompts.pairs}
+
+        def draw(capacity: int) -> None:
+            cache = self.transformer.new_cache(capacity)
+            sampler = AnswerSampler(self.transformer, cache, self.text_head(text_only), self.layout.eot, self.backend)
+            left = [(image, question) for image, question in sizes if answers[image][question] is None]
+            for (image, question), samples in AnswerStream(sampler, prompts, sampling, seeds).answers(left):
                 answers[image][question] = samples
+
+        # Room for the longest piece of a question twice: what the gaps beside an image may waste.
+        longest = max((max(size - sum(limits), *limits) for size in sizes.values()), default=0)
+        _within_memory(draw, sizes, prompts.image_length, max_tokens, longest)
         return answers
 
     def score_choices(
@@ -107,32 +87,40 @@ class TextDecoder:
         Returns: log-probabilities [b][q][c].
         """
         scores: list[list] = [[None] * len(questions) for questions in question_ids]
-        costs = [
-            [len(question) + 1 + sum(map(len, choices)) for question, choices in zip(*of_image, strict=True)]
-            for of_image in zip(question_ids, choice_ids, strict=True)
-        ]
-        for pairs in self._batches(images, costs, max_tokens):
-            spans, embeds = self._question_spans(images, question_ids, pairs)
-            logprobs_of = self._score(spans, embeds, pairs, choice_ids, text_only)
-            for (image, question), logprobs in zip(pairs, logprobs_of, strict=True):
-                scores[image][question] = logprobs
+        prompts = PromptSpans(self.layout, images, question_ids)
+        sizes = {
+            (image, question): len(prompts.question(image, question)) + sum(map(len, choice_ids[image][question]))
+            for image, question in prompts.pairs
+        }
+
+        def score(max_tokens: int) -> None:
+            left = {pair: size for pair, size in sizes.items() if scores[pair[0]][pair[1]] is None}
+            for pairs in _batches(left, prompts.image_length, max_tokens):
+                logprobs_of = self._score(prompts, pairs, choice_ids, text_only)
+                for (image, question), logprobs in zip(pairs, logprobs_of, strict=True):
+                    scores[image][question] = logprobs
+
+        _within_memory(score, sizes, prompts.image_length, max_tokens)
         return scores
 
     def _score(
-        self, spans: list[Span], embeds: Embeds | None, pairs: list[Pair], choice_ids: Sequence[QuestionIds],
-        text_only: bool,
-    ) -> list[list[float]]:  # fmt: skip
+        self, prompts: PromptSpans, pairs: list[Pair], choice_ids: Sequence[QuestionIds], text_only: bool
+    ) -> list[list[float]]:
         choices = [choice_ids[image][question] for image, question in pairs]
         num_choices = [len(of_question) for of_question in choices]
-        first_question, first_choice = len(spans) - len(pairs), len(spans)
-        asked = enumerate(choices, start=first_question)
-        spans = [*spans, *((ids, parent, "causal") for parent, of_question in asked for ids in of_question)]
-        if len(spans) == first_choice:
+        if not any(num_choices):
             return [[] for _ in pairs]
+        images = list(dict.fromkeys(image for image, _ in pairs))
+        number = {image: span for span, image in enumerate(images)}
+        spans = [prompts.image(image) for image in images]
+        spans += [(prompts.question(*pair), number[pair[0]], "causal") for pair in pairs]
+        first_choice = len(spans)
+        asked = enumerate(choices, start=len(images))
+        spans += [(ids, parent, "causal") for parent, of_question in asked for ids in of_question]
         tree = SpanTree.build(spans, self.transformer.embed.weight.device)
         rows, targets = next_token_targets(tree, range(first_choice, len(spans)), end=self.layout.eot)
         weight, bias = self.text_head(text_only)
-        hidden = self.transformer(tree, embeds=embeds)[rows]
+        hidden = self.transformer(tree, embeds=prompts.embeds(images))[rows]
         logprob = linear_logprob(hidden, weight, targets, bias=bias, backend=self.backend)
         lengths = tree.lengths[first_choice:] + 1
         # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.
@@ -144,120 +132,43 @@ class TextDecoder:
         head, ids = self.transformer.head, slice(self.layout.text_vocab_size if text_only else None)
         return head.weight[ids], None if head.bias is None else head.bias[ids]
 
-    def _question_spans(
-        self, images: Tensor, question_ids: QuestionIds, pairs: list[Pair]
-    ) -> tuple[list[Span], Embeds | None]:
-        """The images of the pairs, each once, then one question a pair; and the images' features, if they are such."""
-        used = list(dict.fromkeys(image for image, _ in pairs))
-        span_of = {image: span for span, image in enumerate(used)}
-        spans: list[Span]
-        if images.is_floating_point():
-            ids, first = self.layout.feature_prefix(images.shape[1])
-            spans = [(ids, -1, first)] * len(used)
-            rows = torch.arange(len(used))[:, None] * len(ids) + torch.arange(first, len(ids))
-            ask, embeds = self.layout.feature_question, (rows.flatten(), images[used].flatten(0, 1))
-        else:
-            spans = [(self.layout.image_prefix(codes), -1, "full") for codes in images[used].tolist()]
-            ask, embeds = self.layout.question, None
-        for image, question in pairs:
-            spans.append((ask(question_ids[image][question]), span_of[image], "causal"))
-        return spans, embeds
 
-    def _batches(self, images: Tensor, costs: list[list[int]], max_tokens: int) -> Iterator[list[Pair]]:
-        """(image, question) pairs in order, cut so that images and costs [image][question] stay within max_tokens."""
-        prefix = images.shape[1] + (2 + len(self.layout.system_ids) if images.is_floating_point() else 3)
-        pairs: list[Pair] = []
-        total = 0
-        for image, of_image in enumerate(costs):
-            for question, cost in enumerate(of_image):
-                added = cost if pairs and pairs[-1][0] == image else cost + prefix
-                if pairs and total + added > max_tokens:
-                    yield pairs
-                    pairs, total, added = [], 0, cost + prefix
-                pairs.append((image, question))
-                total += added
-        if pairs:
+def _batches(sizes: dict[Pair, int], image_length: int, max_tokens: int) -> Iterator[list[Pair]]:
+    """Pairs in order, cut so that their images and sizes stay within max_tokens; one pair always fits."""
+    pairs: list[Pair] = []
+    total = 0
+    for pair, size in sizes.items():
+        added = size if pairs and pairs[-1][0] == pair[0] else size + image_length
+        if pairs and total + added > max_tokens:
             yield pairs
+            pairs, total, added = [], 0, size + image_length
+        pairs.append(pair)
+        total += added
+    if pairs:
+        yield pairs
 
 
-class _AnswerBatch:
-    """Answers under way. Row r answers question r // S with sampling[r % S], S the number of settings."""
+def _within_memory(
+    work: Callable[[int], None], sizes: dict[Pair, int], image_length: int, max_tokens: int, slack: int = 0
+) -> None:
+    """Calls work(bound), which goes on where it stopped, with half the bound each time that memory runs out.
 
-    def __init__(
-        self, decoder: TextDecoder, spans: list[Span], embeds: Embeds | None, pairs: list[Pair],
-        sampling: Sequence[SamplingParams], seeds: Tensor, text_only: bool,
-    ) -> None:  # fmt: skip
-        self.transformer, self.eot, self.backend = decoder.transformer, decoder.layout.eot, decoder.backend
-        self.head, self.pairs, self.num_samples = decoder.text_head(text_only), pairs, len(sampling)
-        device, num_questions = self.head[0].device, len(pairs)
-        self.seeds = seeds.to(device)
-        self.max_new_tokens = [params.max_new_tokens for params in sampling]
-        self.settings = {}
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            dtype = torch.int64 if name == "top_k" else torch.float32
-            values = torch.tensor([getattr(params, name) for params in sampling], dtype=dtype, device=device)
-            self.settings[name] = values.repeat(num_questions)
-        self.tree, self.embeds = SpanTree.build(spans, device), embeds
-        self.question_spans = np.arange(len(spans) - num_questions, len(spans))
-        self.answer_spans = np.full(len(seeds), -1)
-        # The last token of an answer is never fed back.
-        self.limit = max(self.max_new_tokens)
-        self.cache = self.transformer.new_cache(self.tree.capacity + len(seeds) * (self.limit - 1))
-
-    @property
-    def device(self) -> torch.device:
-        return self.head[0].device
-
-    def decode(self) -> list[list[list[int]]]:
-        """Token ids [question][sample], without eot."""
-        answers: list[list[int]] = [[] for _ in self.seeds]
-        active = np.arange(len(answers))
-        logits = self._first_logits()
-        for step in range(self.limit):
-            token = self._sample(logits, active, step)
-            going_on = []
-            for index, (row, drawn) in enumerate(zip(active.tolist(), token.tolist(), strict=True)):
-                if drawn < 0:
-                    raise self._no_distribution(row, step)
-                if drawn != self.eot:
-                    answers[row].append(drawn)
-                    if step + 1 < self.max_new_tokens[row % self.num_samples]:
-                        going_on.append(index)
-            if not going_on:
-                break
-            active, token = active[going_on], token[torch.tensor(going_on, device=self.device)]
-            logits = self._next_logits(active, token, step)
-        return [answers[row : row + self.num_samples] for row in range(0, len(answers), self.num_samples)]
-
-    def _first_logits(self) -> Tensor:
-        """A question's last token predicts the first token of all its samples."""
-        tree = self.tree
-        last = tree.packed_starts[self.question_spans] + tree.num_new[self.question_spans] - 1
-        hidden = self.transformer(tree, self.cache, self.embeds)[torch.from_numpy(last).to(self.device)]
-        return F.linear(hidden, *self.head).repeat_interleave(self.num_samples, dim=0)
-
-    def _next_logits(self, active: np.ndarray, token: Tensor, step: int) -> Tensor:
-        """Feeds token [R] to the active rows."""
-        if step == 0:
-            parents = self.question_spans[active // self.num_samples]
-            drawn_after = zip(token.tolist(), parents.tolist(), strict=True)
-            spans = [([drawn], parent, "causal") for drawn, parent in drawn_after]
-            self.answer_spans[active] = self.tree.num_spans + np.arange(len(active))
-            self.tree = self.tree.extend(spans, reserve=self.limit - 2)
-        else:
-            self.tree = self.tree.grow(self.answer_spans[active], token)
-        return F.linear(self.transformer(self.tree, self.cache), *self.head)
-
-    def _sample(self, logits: Tensor, active: np.ndarray, step: int) -> Tensor:
-        rows = torch.from_numpy(active).to(self.device)
-        step_number = torch.full((), step, dtype=torch.int64, device=self.device)
-        key = RandomKey(self.seeds[rows], step_number, torch.zeros_like(rows))
-        settings = {name: values[rows] for name, values in self.settings.items()}
-        return token_sample(logits, **settings, key=key, backend=self.backend)[0]
-
-    def _no_distribution(self, row: int, step: int) -> RuntimeError:
-        image, question = self.pairs[row // self.num_samples]
-        return RuntimeError(
-            f"TextDecoder: the model gives no distribution (NaN) for image {image}, question {question}, "
-            f"sample {row % self.num_samples}, step {step}; check its weights"
-        )
+    The bound is no more than all pairs and their images need together, and no less than any one needs with the slack.
+    """
+    if not sizes:
+        return
+    total = sum(sizes.values()) + image_length * len({image for image, _ in sizes})
+    least = min(total, max(sizes.values()) + image_length + slack)
+    bound = max(least, min(total, max_tokens))
+    while True:
+        try:
+            return work(bound)
+        except (RuntimeError, MemoryError) as error:
+            if bound == least or not is_out_of_memory(error):
+                raise
+        # Here, where the error is gone and with it what the failed batch held.
+        smaller = max(least, bound // 2)
+        _log.warning("text decoder: out of memory with %d tokens in a batch, goes on with %d", bound, smaller)
+        bound = smaller
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

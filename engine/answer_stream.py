@@ -1,0 +1,201 @@
+"""Continuous batching: answers decoded side by side, of questions that enter as others leave.
+
+A round is admit -> step -> collect. Questions that fit into the cache are prefilled, with their image if it is not
+there yet, and draw their first tokens; all answers under way go on by some tokens, without the host; then the host
+looks, gives out what has ended, and frees its slots.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .answer_sampler import ENDED, FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
+from .device_graph import DeviceGraph
+from .nan_cause import likely_cause
+from .prompt_spans import Pair, PromptSpans
+from .slot_allocator import SlotAllocator
+from .span_tree import SpanTree
+
+Key = tuple[int, ...]
+"""Of a span: (image,), (image, question) or (image, question, sample); a key without its last entry is its parent's."""
+
+_STEPS_TO_LOOK = 8
+"""On CUDA, where a look makes the device wait for the host."""
+_SHARE = 0.25
+"""Of the rows, and of the cache: so many have to leave, or to enter, before the batch changes while others go on."""
+
+
+class _Step:
+    """A step of fixed rows over a fixed structure: a device graph."""
+
+    def __init__(self, sampler: AnswerSampler, tree: SpanTree, rows: Rows) -> None:
+        self.tree, self.rows = tree, rows
+        self.run = DeviceGraph(functools.partial(sampler.advance, tree, rows), rows.seed.device)
+
+    def load_(self, tree: SpanTree, rows: Rows) -> bool:
+        """Other rows and another structure of the same shapes, in place of these; False if the shapes differ."""
+        if rows.seed.shape != self.rows.seed.shape or not self.tree.load_(tree):
+            return False
+        for mine, other in zip(self.rows, rows, strict=True):
+            mine.copy_(other)
+        return True
+
+
+class AnswerStream:
+    """Draws the answers of one list of questions within a cache of fixed capacity."""
+
+    def __init__(
+        self, sampler: AnswerSampler, prompts: PromptSpans, sampling: Sequence[SamplingParams], seeds: Tensor
+    ) -> None:
+        """
+        Args:
+            sampler: the model, with a cache in which any one question fits with its image and its answers, and with
+                room once more for the longest of question and answers (see _admit).
+            prompts: images and questions.
+            sampling: S settings.
+            seeds: int64 [B, Q, S].
+        """
+        self.sampler, self.prompts, self.sampling = sampler, prompts, sampling
+        self.device = sampler.cache.keys.device
+        self.seeds = seeds.to(self.device)
+        self.waiting: list[Pair] = []
+        self.tree, self.spans = SpanTree.build([], self.device), []
+        self.rows, self.row_keys = Rows.new(self.seeds.flatten(0, 1)[:0], sampling), []
+        self.goes_on = np.zeros(0, dtype=bool)
+        self.most_to_draw = 0
+        self.first_slots: dict[Key, int] = {}
+        self.finished: dict[Pair, dict[int, list[int]]] = {}
+        self.step: _Step | None = None
+
+    def answers(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, list[list[int]]]]:
+        """(pair, token ids [S] without eot), each as soon as all its samples have ended.
+
+        Args:
+            pairs: (image, question), those of an image one after the other.
+        Raises: RuntimeError naming the answer and the step if the model's logits hold NaN.
+        """
+        self.waiting = list(pairs)
+        while self.waiting or self.goes_on.any():
+            if self._should_change():
+                self._drop_ended()
+                if self._admit():
+                    yield from self._collect()
+                    self._drop_ended()
+                if not self.row_keys:
+                    continue
+                self._arrange()
+            for _ in range(min(self.most_to_draw, _STEPS_TO_LOOK if self.device.type == "cuda" else 1)):
+                self.step.run()
+            yield from self._collect()
+
+    def _should_change(self) -> bool:
+        """Whether enough rows have ended. A new structure is cheap on the CPU, where each row costs its share."""
+        num_ended = int((~self.goes_on).sum())
+        share = _SHARE if self.device.type == "cuda" else 0.0
+        return not self.goes_on.any() or num_ended > share * len(self.goes_on)
+
+    def _drop_ended(self) -> None:
+        """Ended rows leave, and with them every span that nobody needs any more."""
+        kept = np.flatnonzero(self.goes_on)
+        if len(kept) < len(self.row_keys):
+            self.rows, self.row_keys = self.rows.select(kept), [self.row_keys[row] for row in kept]
+            self.goes_on = self.goes_on[kept]
+        needed = {key[:depth] for key in self.row_keys for depth in (1, 2, 3)}
+        needed |= {pair[:1] for pair in self.waiting[:1]}
+        spans = [span for span, key in enumerate(self.spans) if key in needed]
+        self.tree, self.spans = self.tree.keep(spans), [self.spans[span] for span in spans]
+
+    def _admit(self) -> bool:
+        """Prefills the questions that fit, in order, and draws their first tokens; False if none enters.
+
+        While others go on, questions wait until there are enough for a pass of their own. Where none goes on, the next
+        always fits: the tree is empty, or holds the next one's image alone, and of the two gaps beside it the first
+        wastes less than the longest piece.
+        """
+        prompts, capacity = self.prompts, self.sampler.cache.capacity
+        slots = SlotAllocator(capacity, self.tree.starts, self.tree.regions)
+        cached, entering = set(self.spans), {}
+        num_pairs = num_slots = 0
+        for pair in self.waiting:
+            sizes: dict[Key, int] = {}
+            if pair[:1] not in cached and pair[:1] not in entering:
+                sizes[pair[:1]] = prompts.image_length
+            sizes[pair] = len(prompts.question(*pair))
+            sizes |= {(*pair, sample): params.max_new_tokens for sample, params in enumerate(self.sampling)}
+            placed = slots.place(list(sizes.values()), from_end=[len(key) > 1 for key in sizes])
+            if placed is None:
+                break
+            entering |= zip(sizes, placed, strict=True)
+            num_pairs, num_slots = num_pairs + 1, num_slots + sum(sizes.values())
+        pairs, waiting = self.waiting[:num_pairs], self.waiting[num_pairs:]
+        if not pairs or (self.row_keys and waiting and num_slots < _SHARE * capacity):
+            assert self.row_keys, "a question with its answers fits into the cache"
+            return False
+        self.waiting, self.first_slots = waiting, entering
+        self._prefill(pairs)
+        return True
+
+    def _prefill(self, pairs: list[Pair]) -> None:
+        """Computes the entering images and questions, each once, and draws a first token for every sample."""
+        prompts, num_samples = self.prompts, len(self.sampling)
+        images = [key for key in self.first_slots if len(key) == 1]
+        number = {key: span for span, key in enumerate([*self.spans, *images, *pairs])}
+        spans = [prompts.image(image) for (image,) in images]
+        spans += [(prompts.question(*pair), number[pair[:1]], "causal") for pair in pairs]
+        starts = np.array([self.first_slots[key] for key in (*images, *pairs)])
+        self.tree, self.spans = self.tree.extend(spans, starts=starts), list(number)
+
+        embeds = prompts.embeds([image for (image,) in images])
+        hidden = self.sampler.transformer(self.tree, self.sampler.cache, embeds)
+        ends = (self.tree.packed_starts + self.tree.num_new)[-len(pairs) :] - 1
+        logits = self.sampler.logits(hidden[torch.from_numpy(ends).to(self.device)])
+        rows = Rows.new(self.seeds[tuple(zip(*pairs, strict=True))], self.sampling)
+        self.sampler.draw(logits.repeat_interleave(num_samples, dim=0), rows)
+        self.rows = self.rows.join(rows)
+        self.row_keys = [*self.row_keys, *((*pair, sample) for pair in pairs for sample in range(num_samples))]
+        self.goes_on = np.concatenate([self.goes_on, np.ones(len(rows.seed), dtype=bool)])
+
+    def _arrange(self) -> None:
+        """The structure in which all rows decode, with spans for those that entered."""
+        entered = self.row_keys[len(self.row_keys) - sum(key in self.first_slots for key in self.row_keys) :]
+        number = {key: span for span, key in enumerate([*self.spans, *entered])}
+        # The device holds the tokens; here they only take their place.
+        spans = [([0], number[key[:2]], "causal") for key in entered]
+        reserve = [self.sampling[key[2]].max_new_tokens - 1 for key in entered]
+        tree = self.tree.extend(spans, reserve, np.array([self.first_slots[key] for key in entered], dtype=np.int64))
+        tree = tree.decode([number[key] for key in self.row_keys], self.rows.last_token(), self.rows.length)
+        if self.step is None or not self.step.load_(tree, self.rows):
+            self.step = _Step(self.sampler, tree, self.rows)
+        self.tree, self.rows, self.spans, self.first_slots = self.step.tree, self.step.rows, list(number), {}
+
+    def _collect(self) -> Iterator[tuple[Pair, list[list[int]]]]:
+        """Looks at the rows, which waits for the device, and gives out the questions whose answers have all ended."""
+        rows = self.rows
+        counts = torch.stack([rows.status, rows.length, rows.limit - rows.length], dim=1)
+        looked = torch.cat([counts, rows.tokens], dim=1).cpu().numpy()
+        (status, length, to_draw), tokens = looked[:, :3].T, looked[:, 3:]
+        failed = np.flatnonzero(status == FAILED)
+        if len(failed):
+            raise self._no_distribution(*min((self.row_keys[row], int(length[row])) for row in failed))
+        ended = np.flatnonzero(self.goes_on & (status == ENDED))
+        self.goes_on = status == GOES_ON
+        self.most_to_draw = int(to_draw[self.goes_on].max(initial=0))
+        for row in ended:
+            *pair, sample = self.row_keys[row]
+            samples = self.finished.setdefault(tuple(pair), {})
+            samples[sample] = tokens[row, : length[row]].tolist()
+            if len(samples) == len(self.sampling):
+                del self.finished[tuple(pair)]
+                yield tuple(pair), [samples[sample] for sample in range(len(self.sampling))]
+
+    def _no_distribution(self, key: Key, step: int) -> RuntimeError:
+        image, question, sample = key
+        return RuntimeError(
+            f"TextDecoder: the model gives no distribution (NaN) for image {image}, question {question}, "
+            f"sample {sample}, step {step}; {likely_cause(self.sampler.transformer)}"
+        )

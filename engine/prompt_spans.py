@@ -1,0 +1,56 @@
+"""Images and the questions asked of them, as spans of a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .span_tree import Span
+from .token_layout import TokenLayout
+from .transformer import Embeds
+
+QuestionIds = Sequence[Sequence[Sequence[int]]]
+"""Plain text ids of each image's questions: [image][question][token]."""
+
+Pair = tuple[int, int]
+"""(image, question of that image)."""
+
+
+class PromptSpans:
+    """Frames images (codes int64 [B, N], or features [B, F, D]) and questions as the layout has them."""
+
+    def __init__(self, layout: TokenLayout, images: Tensor, question_ids: QuestionIds) -> None:
+        self._images, self._question_ids = images, question_ids
+        self._codes: list[list[int]] | None = None
+        if images.is_floating_point():
+            self._feature_ids, self._first = layout.feature_prefix(images.shape[1])
+            self._image, self._ask = None, layout.feature_question
+            self.image_length = len(self._feature_ids)
+        else:
+            self._codes, self._image, self._ask = images.tolist(), layout.image_prefix, layout.question
+            self.image_length = len(layout.image_prefix([0] * images.shape[1]))
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every question, image by image."""
+        counts = enumerate(map(len, self._question_ids))
+        return [(image, question) for image, count in counts for question in range(count)]
+
+    def image(self, image: int) -> Span:
+        """Root span of an image; features take the place of its pads (embeds)."""
+        if self._codes is None:
+            return self._feature_ids, -1, self._first
+        return self._image(self._codes[image]), -1, "full"
+
+    def question(self, image: int, question: int) -> list[int]:
+        """Tokens of a question's causal span, whose parent is the image's."""
+        return self._ask(self._question_ids[image][question])
+
+    def embeds(self, images: Sequence[int]) -> Embeds | None:
+        """The features of images whose spans come first, in this order, among a tree's new tokens; None for codes."""
+        if self._codes is not None or not images:
+            return None
+        rows = torch.arange(len(images))[:, None] * self.image_length + torch.arange(self._first, self.image_length)
+        return rows.flatten(), self._images[list(images)].flatten(0, 1)
