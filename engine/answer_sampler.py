@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hermesflow.kernels.matmul import logits_of
@@ -109,8 +110,10 @@ class AnswerSampler:
         self.draw(self.logits(self.transformer(tree, self.cache)), rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, D] -> fp32 [R, V] over the ids that may be drawn."""
+        """[R, D] -> [R, V] over the ids that may be drawn."""
         weight, bias = self.head
+        if hidden.dtype != torch.float32:
+            return F.linear(hidden, weight, bias)
         logits = logits_of(hidden, weight)
         return logits if bias is None else logits.add_(bias)
 

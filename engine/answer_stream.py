@@ -24,10 +24,13 @@ from .span_tree import SpanTree
 Key = tuple[int, ...]
 """Of a span: (image,), (image, question) or (image, question, sample); a key without its last entry is its parent's."""
 
-_STEPS_TO_LOOK = 8
-"""On CUDA, where a look makes the device wait for the host."""
-_SHARE = 0.25
-"""Of the rows, and of the cache: so many have to leave, or to enter, before the batch changes while others go on."""
+_PACE = {"cpu": (1, 0.0), "cuda": (8, 0.25)}
+"""Steps from look to look, and the share of rows that must have ended for the batch to change while others go on.
+
+On CUDA a look makes the device wait for the host, and a change takes a new graph; on the CPU each row costs its share.
+"""
+_ENOUGH = 0.25
+"""Share of the cache that questions must fill to enter while others go on: each time is a pass of its own."""
 
 
 class _Step:
@@ -63,6 +66,7 @@ class AnswerStream:
         self.sampler, self.prompts, self.sampling = sampler, prompts, sampling
         self.device = sampler.cache.keys.device
         self.seeds = seeds.to(self.device)
+        self.steps_to_look, self.share = _PACE["cpu" if self.device.type == "cpu" else "cuda"]
         self.waiting: list[Pair] = []
         self.tree, self.spans = SpanTree.build([], self.device), []
         self.rows, self.row_keys = Rows.new(self.seeds.flatten(0, 1)[:0], sampling), []
@@ -89,15 +93,13 @@ class AnswerStream:
                 if not self.row_keys:
                     continue
                 self._arrange()
-            for _ in range(min(self.most_to_draw, _STEPS_TO_LOOK if self.device.type == "cuda" else 1)):
+            for _ in range(min(self.most_to_draw, self.steps_to_look)):
                 self.step.run()
             yield from self._collect()
 
     def _should_change(self) -> bool:
-        """Whether enough rows have ended. A new structure is cheap on the CPU, where each row costs its share."""
         num_ended = int((~self.goes_on).sum())
-        share = _SHARE if self.device.type == "cuda" else 0.0
-        return not self.goes_on.any() or num_ended > share * len(self.goes_on)
+        return num_ended == len(self.goes_on) or num_ended > self.share * len(self.goes_on)
 
     def _drop_ended(self) -> None:
         """Ended rows leave, and with them every span that nobody needs any more."""
@@ -133,7 +135,7 @@ class AnswerStream:
             entering |= zip(sizes, placed, strict=True)
             num_pairs, num_slots = num_pairs + 1, num_slots + sum(sizes.values())
         pairs, waiting = self.waiting[:num_pairs], self.waiting[num_pairs:]
-        if not pairs or (self.row_keys and waiting and num_slots < _SHARE * capacity):
+        if not pairs or (self.row_keys and waiting and num_slots < _ENOUGH * capacity):
             assert self.row_keys, "a question with its answers fits into the cache"
             return False
         self.waiting, self.first_slots = waiting, entering
@@ -171,7 +173,7 @@ class AnswerStream:
         tree = tree.decode([number[key] for key in self.row_keys], self.rows.last_token(), self.rows.length)
         if self.step is None or not self.step.load_(tree, self.rows):
             self.step = _Step(self.sampler, tree, self.rows)
-        self.tree, self.rows, self.spans, self.first_slots = self.step.tree, self.step.rows, list(number), {}
+        self.tree, self.rows, self.spans, self.first_slots = tree, self.step.rows, list(number), {}
 
     def _collect(self) -> Iterator[tuple[Pair, list[list[int]]]]:
         """Looks at the rows, which waits for the device, and gives out the questions whose answers have all ended."""

@@ -23,7 +23,9 @@ class _Recorder(TorchDispatchMode):
         if func.name().partition(".")[0] in WAITS:
             raise RuntimeError(f"{func.name()} waits for the device or brings data from the host")
         out = func(*args, **kwargs)
-        if not func.is_view:
+        # In inference mode reshape and its like arrive whole: a view where they can be one, else a copy.
+        storages = {tensor.untyped_storage().data_ptr() for tensor in (args[0], *tree_leaves(out))} if func.is_view else ()
+        if len(storages) != 1:
             self.calls.append((func, args, kwargs, tree_leaves(out)))
         return out
 
