@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
 
 from .kv_cache import KVCache
@@ -16,6 +19,8 @@ from .span_tree import SpanTree
 
 Embeds = tuple[Tensor, Tensor]
 """(packed rows int64 [n] of a tree, vectors [n, D] in place of the embeddings of those tokens)."""
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine [Tq, 1, rotary_dim / 2], fp32; see rotary_table."""
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -89,11 +94,11 @@ class TransformerConfig:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with partial rotary embedding over a span tree."""
+    """The projections around grouped-query attention, with partial rotary embedding."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.hidden_size, width, bias=config.bias)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
@@ -101,17 +106,13 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim, eps=config.norm_eps)
         self.k_norm = norm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], tree: SpanTree, cache: KVCache | None) -> Tensor:
-        """x [Tq, D] -> [Tq, D]; with a cache the new keys and values are written to it first."""
+    def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """x [Tq, D] -> queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim]."""
         config = self.config
-        heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
+        heads = linear(x, self.qkv.weight, self.qkv.bias).view(x.shape[0], -1, config.head_dim)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        v = v.to(q.dtype)
-        if cache is not None:
-            k, v = cache.write(self.layer, tree.slots, k, v)
-            q = q.to(k.dtype)
-        return self.out(span_attention(q, k, v, tree).flatten(1))
+        return q, k, v.to(q.dtype)
 
 
 class MLP(nn.Module):
@@ -120,35 +121,44 @@ class MLP(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        self.gelu = None if config.gated else {"gelu": "none", "gelu_tanh": "tanh"}.get(config.activation)
         self.up = nn.Linear(config.hidden_size, config.mlp_size * (2 if config.gated else 1), bias=config.bias)
         self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [Tq, D] -> [Tq, D]."""
-        x = self.up(x)
+        x = linear(x, self.up.weight, self.up.bias, gelu=self.gelu)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * x)
-        return self.down(self.activation(x))
+            x = self.activation(gate) * x
+        elif self.gelu is None:
+            x = self.activation(x)
+        return linear(x, self.down.weight, self.down.bias)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP with residual connections."""
+    """One layer: attention and MLP with residual connections, in two halves that torch.compile takes whole."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         norm = NORMS[config.norm]
         self.attention_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps) if config.block == "sequential" else None
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], tree: SpanTree, cache: KVCache | None) -> Tensor:
-        """x [Tq, D] -> [Tq, D]."""
+    def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [Tq, D] -> normed [Tq, D], queries, keys and values."""
         normed = self.attention_norm(x)
+        return normed, *self.attention(normed, rotary)
+
+    def after_attention(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        """x, normed [R, D] and attended [R, H, head_dim] of any rows -> [R, D]."""
+        out = self.attention.out
+        attended = linear(attended.flatten(1), out.weight, out.bias)
         if self.mlp_norm is None:
-            return x + self.attention(normed, rotary, tree, cache) + self.mlp(normed)
-        x = x + self.attention(normed, rotary, tree, cache)
+            return x + attended + self.mlp(normed)
+        x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -159,26 +169,50 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self._compiler: str | None = None
 
-    def forward(self, tree: SpanTree, cache: KVCache | None = None, embeds: Embeds | None = None) -> Tensor:
+    def forward(
+        self, tree: SpanTree, cache: KVCache | None = None, embeds: Embeds | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [Tq, D] of the tree's new tokens after the final norm.
 
         Without a cache every span must be new; with one, cached spans are read from it and new ones written to it.
         embeds stand in place of the embeddings of some new tokens; they are converted to the weights' dtype and device.
+        rows, int64 [R], are the packed rows whose hidden states [R, D] are wanted; what follows the last layer's
+        attention is computed for them alone. None: all rows.
         """
         x = self.embed(tree.token_ids)
         if embeds is not None:
-            rows, values = embeds
-            x = x.index_copy(0, rows.to(x.device), values.to(x))
+            replaced, values = embeds
+            x = x.index_copy(0, replaced.to(x.device), values.to(x))
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
-        for block in self.blocks:
-            x = block(x, rotary, tree, cache)
+        before_attention, after_attention = self._halves()
+        for layer, block in enumerate(self.blocks):
+            normed, q, k, v = before_attention(block, x, rotary)
+            if cache is not None:
+                k, v = cache.write(layer, tree.slots, k, v)
+            attended = span_attention(q.to(k.dtype), k, v, tree)
+            if rows is not None and layer == len(self.blocks) - 1:
+                x, normed, attended = x[rows], normed[rows], attended[rows]
+            x = after_attention(block, x, normed, attended)
         return self.norm(x)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From now on inference mode runs the blocks through torch.compile, one graph on each side of attention.
+
+        All layers share the two graphs, which hold for any number of tokens. TORCHDYNAMO_DISABLE=1 turns them off.
+        """
+        self._compiler = backend
+
+    def _halves(self) -> tuple[Callable, Callable]:
+        if self._compiler is None or not torch.is_inference_mode_enabled():
+            return Block.before_attention, Block.after_attention
+        return _compiled_halves(self._compiler)
 
     def new_cache(self, capacity: int) -> KVCache:
         """A cache of capacity token slots on the weights' device, in their dtype."""
@@ -198,14 +232,20 @@ class Transformer(nn.Module):
         return self
 
 
-def rotary_table(position_ids: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _compiled_halves(backend: str) -> tuple[Callable, Callable]:
+    compile_half = functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=backend)
+    return compile_half(Block.before_attention), compile_half(Block.after_attention)
+
+
+def rotary_table(position_ids: Tensor, rotary_dim: int, theta: float) -> Rotary:
     """Cosine and sine [T, 1, rotary_dim / 2], fp32, of the rotary embedding's angles."""
     exponent = torch.arange(0, rotary_dim, 2, device=position_ids.device, dtype=torch.float32) / rotary_dim
     angles = position_ids[:, None, None].float() * theta**-exponent
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary embedding of x [T, H, head_dim] on its first rotary_dim channels (halves paired), in fp32."""
     cos, sin = rotary
     half = cos.shape[-1]

@@ -1,9 +1,34 @@
-"""Library matmuls with fp32 results, for the ops whose kernels take up where the matmul ends."""
+"""Library matmuls: with fp32 results, for the ops whose kernels take up where the matmul ends, and linear layers."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str | None = None) -> Tensor:
+    """x @ weight.T + bias, and GELU of it; in inference mode on the CPU by oneDNN, otherwise by F.linear.
+
+    In inference mode alone, so that the policy and the reference of a training step, which differ in whether gradients
+    are wanted, take the same way. There a row's result does not depend on the number of rows, as MKL's does.
+
+    Args:
+        x: [T, D].
+        weight: [V, D]; dtype and device of x.
+        bias: [V] or None.
+        gelu: "none" or "tanh", F.gelu's approximations; None is no activation.
+    Returns: [T, V].
+    """
+    if not (torch.is_inference_mode_enabled() and _onednn_computes(x, weight)):
+        x = F.linear(x, weight, bias)
+        return x if gelu is None else F.gelu(x, approximate=gelu)
+    # One row alone would go to a matrix-vector product, which adds up in another order.
+    rows = x.expand(2, -1) if len(x) == 1 else x
+    attr, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, attr, [], algorithm)[: len(x)]
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -28,6 +53,17 @@ def logits_of(x: Tensor, weight: Tensor) -> Tensor:
 def new_block(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for a block's logits or dz; its rows begin at multiples of 128 bytes at least, as matmuls like them."""
     return x.new_empty(len(x), -(-len(weight) // 64) * 64, dtype=dtype)[:, : len(weight)]
+
+
+def _onednn_computes(x: Tensor, weight: Tensor) -> bool:
+    if not _takes_onednn(x) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn_has_bf16())
+
+
+@functools.cache
+def _onednn_has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _takes_onednn(a: Tensor) -> bool:
