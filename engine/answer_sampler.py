@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hermesflow.kernels.matmul import logits_of
+from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.token_sample import token_sample
 
@@ -111,11 +110,7 @@ class AnswerSampler:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] over the ids that may be drawn."""
-        weight, bias = self.head
-        if hidden.dtype != torch.float32:
-            return F.linear(hidden, weight, bias)
-        logits = logits_of(hidden, weight)
-        return logits if bias is None else logits.add_(bias)
+        return linear(hidden, *self.head)
 
     def draw(self, logits: Tensor, rows: Rows) -> None:
         """Writes a token a row, in place, where the row has not ended."""

@@ -153,9 +153,9 @@ class AnswerStream:
         self.tree, self.spans = self.tree.extend(spans, starts=starts), list(number)
 
         embeds = prompts.embeds([image for (image,) in images])
-        hidden = self.sampler.transformer(self.tree, self.sampler.cache, embeds)
         ends = (self.tree.packed_starts + self.tree.num_new)[-len(pairs) :] - 1
-        logits = self.sampler.logits(hidden[torch.from_numpy(ends).to(self.device)])
+        ends = torch.from_numpy(ends).to(self.device)
+        logits = self.sampler.logits(self.sampler.transformer(self.tree, self.sampler.cache, embeds, ends))
         rows = Rows.new(self.seeds[tuple(zip(*pairs, strict=True))], self.sampling)
         self.sampler.draw(logits.repeat_interleave(num_samples, dim=0), rows)
         self.rows = self.rows.join(rows)

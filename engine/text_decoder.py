@@ -120,7 +120,7 @@ class TextDecoder:
         tree = SpanTree.build(spans, self.transformer.embed.weight.device)
         rows, targets = next_token_targets(tree, range(first_choice, len(spans)), end=self.layout.eot)
         weight, bias = self.text_head(text_only)
-        hidden = self.transformer(tree, embeds=prompts.embeds(images))[rows]
+        hidden = self.transformer(tree, embeds=prompts.embeds(images), rows=rows)
         logprob = linear_logprob(hidden, weight, targets, bias=bias, backend=self.backend)
         lengths = tree.lengths[first_choice:] + 1
         # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.
