@@ -13,6 +13,10 @@ WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten
 """What a CUDA graph cannot hold: it waits for the device, or brings data from the host."""
 
 
+def _storage(tensors):
+    return tree_leaves(tensors)[0].untyped_storage().data_ptr()
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -24,8 +28,7 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError(f"{func.name()} waits for the device or brings data from the host")
         out = func(*args, **kwargs)
         # In inference mode reshape and its like arrive whole: a view where they can be one, else a copy.
-        storages = {tensor.untyped_storage().data_ptr() for tensor in (args[0], *tree_leaves(out))} if func.is_view else ()
-        if len(storages) != 1:
+        if not (func.is_view and _storage(out) == _storage(args[0])):
             self.calls.append((func, args, kwargs, tree_leaves(out)))
         return out
 
