@@ -243,3 +243,30 @@ def test_errors_that_halving_does_not_mend(naive, model, images, questions, monk
         TextDecoder(model, naive.LAYOUT).extend(images, questions, MIXED, seeds_of(5))
     one = 16 + 3 + 12 + 1 + sum(params.max_new_tokens for params in MIXED)
     assert len(calls) == 1 if "not" in str(error) else one <= calls[-1] <= one + 13
+
+
+@torch.inference_mode()
+def test_a_last_token_is_never_fed(naive, images, monkeypatch):
+    """An answer at its limit waits for others to end; what its last token would do to the model is nobody's concern."""
+    monkeypatch.setitem(answer_stream._PACE, "cpu", (8, 0.9))
+    model = naive.tiny_model()
+    text, question = TextDecoder(model, naive.LAYOUT), [5, 6, 7]
+    sampling = [SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=12)]
+    for seed in itertools.count():
+        seeds = torch.tensor([[[seed, seed + 1000]]])
+        [[[short, long]]] = answers = text.extend(images[:1], [[question]], sampling, seeds)
+        if len(short) == 3 and len(long) == 12 and short[2] not in {*short[:2], *long[:-1], *question}:
+            break
+    model.embed.weight[short[2]] = float("nan")
+    assert text.extend(images[:1], [[question]], sampling, seeds) == answers
+
+
+@torch.inference_mode()
+def test_a_long_question_fits_beside_its_image_wherever_that_lies(naive, model, images, fed):
+    """The second image enters beside the first; its long question finds the room on either side of it."""
+    questions, sampling = [[[5]], [[6], list(range(2, 40))]], [SamplingParams(max_new_tokens=2)]
+    text, seeds = TextDecoder(model, naive.LAYOUT), seeds_of(1)
+    expected = text.extend(images[:2], questions, sampling, seeds)
+    fed.clear()
+    assert text.extend(images[:2], questions, sampling, seeds, max_tokens=1) == expected
+    assert [sum(token == naive.LAYOUT.soi for token in ids) for ids in fed if len(ids) > 2] == [2, 0]
