@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,21 @@ from .span_tree import SpanTree
 Key = tuple[int, ...]
 """Of a span: (image,), (image, question) or (image, question, sample); a key without its last entry is its parent's."""
 
-_PACE = {"cpu": (1, 0.0), "cuda": (8, 0.25)}
-"""Steps from look to look, and the share of rows that must have ended for the batch to change while others go on.
 
-On CUDA a look makes the device wait for the host, and a change takes a new graph; on the CPU each row costs its share.
-"""
+class Pace(NamedTuple):
+    """How often the batch is looked at and changed.
+
+    steps_to_look: from look to look. share: of the rows, must have ended for the batch to change while others go on.
+    round_rows: whether the batch is filled up to one of few sizes, so that a device graph serves more than one batch.
+    """
+
+    steps_to_look: int
+    share: float
+    round_rows: bool
+
+
+_PACE = {"cpu": Pace(1, 0.0, False), "cuda": Pace(8, 0.25, True)}
+"""On CUDA a look makes the device wait for the host, and a change may take a new graph; on the CPU a row is work."""
 _ENOUGH = 0.25
 """Share of the cache that questions must fill to enter while others go on: each time is a pass of its own."""
 
@@ -49,6 +60,12 @@ class _Step:
         return True
 
 
+def _rounded(num_rows: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    power = 1 << (num_rows - 1).bit_length()
+    return power * 3 // 4 if num_rows <= power * 3 // 4 else power
+
+
 class AnswerStream:
     """Draws the answers of one list of questions within a cache of fixed capacity."""
 
@@ -57,8 +74,8 @@ class AnswerStream:
     ) -> None:
         """
         Args:
-            sampler: the model, with a cache in which any one question fits with its image and its answers, and with
-                room once more for the longest of question and answers (see _admit).
+            sampler: the model, with a cache in which any one question fits with its image and its answers, with room
+                once more for the longest of question and answers (see _admit), and one slot more.
             prompts: images and questions.
             sampling: S settings.
             seeds: int64 [B, Q, S].
@@ -66,7 +83,8 @@ class AnswerStream:
         self.sampler, self.prompts, self.sampling = sampler, prompts, sampling
         self.device = sampler.cache.keys.device
         self.seeds = seeds.to(self.device)
-        self.steps_to_look, self.share = _PACE["cpu" if self.device.type == "cpu" else "cuda"]
+        self.pace = _PACE["cpu" if self.device.type == "cpu" else "cuda"]
+        self.capacity = sampler.cache.capacity - 1  # the last slot is that of the rows which fill up a batch
         self.waiting: list[Pair] = []
         self.tree, self.spans = SpanTree.build([], self.device), []
         self.rows, self.row_keys = Rows.new(self.seeds.flatten(0, 1)[:0], sampling), []
@@ -75,6 +93,7 @@ class AnswerStream:
         self.first_slots: dict[Key, int] = {}
         self.finished: dict[Pair, dict[int, list[int]]] = {}
         self.step: _Step | None = None
+        self.steps: dict[int, _Step] = {}
 
     def answers(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, list[list[int]]]]:
         """(pair, token ids [S] without eot), each as soon as all its samples have ended.
@@ -93,20 +112,19 @@ class AnswerStream:
                 if not self.row_keys:
                     continue
                 self._arrange()
-            for _ in range(min(self.most_to_draw, self.steps_to_look)):
+            for _ in range(min(self.most_to_draw, self.pace.steps_to_look)):
                 self.step.run()
             yield from self._collect()
 
     def _should_change(self) -> bool:
         num_ended = int((~self.goes_on).sum())
-        return num_ended == len(self.goes_on) or num_ended > self.share * len(self.goes_on)
+        return num_ended == len(self.goes_on) or num_ended > self.pace.share * len(self.goes_on)
 
     def _drop_ended(self) -> None:
         """Ended rows leave, and with them every span that nobody needs any more."""
         kept = np.flatnonzero(self.goes_on)
-        if len(kept) < len(self.row_keys):
-            self.rows, self.row_keys = self.rows.select(kept), [self.row_keys[row] for row in kept]
-            self.goes_on = self.goes_on[kept]
+        self.rows, self.row_keys = self.rows.select(kept), [self.row_keys[row] for row in kept]
+        self.goes_on = self.goes_on[kept]
         needed = {key[:depth] for key in self.row_keys for depth in (1, 2, 3)}
         needed |= {pair[:1] for pair in self.waiting[:1]}
         spans = [span for span, key in enumerate(self.spans) if key in needed]
@@ -119,8 +137,8 @@ class AnswerStream:
         always fits: the tree is empty, or holds the next one's image alone, and of the two gaps beside it the first
         wastes less than the longest piece.
         """
-        prompts, capacity = self.prompts, self.sampler.cache.capacity
-        slots = SlotAllocator(capacity, self.tree.starts, self.tree.regions)
+        prompts = self.prompts
+        slots = SlotAllocator(self.capacity, self.tree.starts, self.tree.regions)
         cached, entering = set(self.spans), {}
         num_pairs = num_slots = 0
         for pair in self.waiting:
@@ -135,7 +153,7 @@ class AnswerStream:
             entering |= zip(sizes, placed, strict=True)
             num_pairs, num_slots = num_pairs + 1, num_slots + sum(sizes.values())
         pairs, waiting = self.waiting[:num_pairs], self.waiting[num_pairs:]
-        if not pairs or (self.row_keys and waiting and num_slots < _ENOUGH * capacity):
+        if not pairs or (self.row_keys and waiting and num_slots < _ENOUGH * self.capacity):
             assert self.row_keys, "a question with its answers fits into the cache"
             return False
         self.waiting, self.first_slots = waiting, entering
@@ -169,17 +187,27 @@ class AnswerStream:
         # The device holds the tokens; here they only take their place.
         spans = [([0], number[key[:2]], "causal") for key in entered]
         reserve = [self.sampling[key[2]].max_new_tokens - 1 for key in entered]
-        tree = self.tree.extend(spans, reserve, np.array([self.first_slots[key] for key in entered], dtype=np.int64))
-        tree = tree.decode([number[key] for key in self.row_keys], self.rows.last_token(), self.rows.length)
-        if self.step is None or not self.step.load_(tree, self.rows):
-            self.step = _Step(self.sampler, tree, self.rows)
-        self.tree, self.rows, self.spans, self.first_slots = tree, self.step.rows, list(number), {}
+        starts = np.array([self.first_slots[key] for key in entered], dtype=np.int64)
+        self.tree, self.spans, self.first_slots = self.tree.extend(spans, reserve, starts), list(number), {}
+
+        num_rows = _rounded(len(self.row_keys)) if self.pace.round_rows else len(self.row_keys)
+        num_filling = num_rows - len(self.row_keys)
+        filling = self.rows.select(np.zeros(num_filling, dtype=np.int64))
+        filling.status.fill_(ENDED), filling.length.fill_(1)
+        rows = self.rows.join(filling)
+        tree = self.tree.extend([([0], -1, "causal")] * num_filling, starts=np.full(num_filling, self.capacity))
+        leaves = [number[key] for key in self.row_keys] + list(range(self.tree.num_spans, tree.num_spans))
+        tree = tree.decode(leaves, rows.last_token(), rows.length)
+        self.step = self.steps.get(num_rows)
+        if self.step is None or not self.step.load_(tree, rows):
+            self.step = self.steps[num_rows] = _Step(self.sampler, tree, rows)
+        self.rows = self.step.rows
 
     def _collect(self) -> Iterator[tuple[Pair, list[list[int]]]]:
         """Looks at the rows, which waits for the device, and gives out the questions whose answers have all ended."""
         rows = self.rows
         counts = torch.stack([rows.status, rows.length, rows.limit - rows.length], dim=1)
-        looked = torch.cat([counts, rows.tokens], dim=1).cpu().numpy()
+        looked = torch.cat([counts, rows.tokens], dim=1)[: len(self.row_keys)].cpu().numpy()
         (status, length, to_draw), tokens = looked[:, :3].T, looked[:, 3:]
         failed = np.flatnonzero(status == FAILED)
         if len(failed):

@@ -61,7 +61,7 @@ class TextDecoder:
         sizes = {pair: len(prompts.question(*pair)) + sum(limits) for pair in prompts.pairs}
 
         def draw(capacity: int) -> None:
-            cache = self.transformer.new_cache(capacity)
+            cache = self.transformer.new_cache(capacity + 1)
             sampler = AnswerSampler(self.transformer, cache, self.text_head(text_only), self.layout.eot, self.backend)
             left = [(image, question) for image, question in sizes if answers[image][question] is None]
             for (image, question), samples in AnswerStream(sampler, prompts, sampling, seeds).answers(left):
