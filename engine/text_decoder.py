@@ -25,7 +25,7 @@ from .token_layout import TokenLayout
 from .transformer import Transformer
 
 __all__ = ["QuestionIds", "SamplingParams", "TextDecoder"]
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class TextDecoder:
@@ -38,6 +38,7 @@ class TextDecoder:
 
     def __init__(self, transformer: Transformer, layout: TokenLayout, backend: str | None = None) -> None:
         self.transformer, self.layout, self.backend = transformer, layout, backend
+        self._bounds: dict[str, int] = {}
 
     def extend(
         self, images: Tensor, question_ids: QuestionIds, sampling: Sequence[SamplingParams], seeds: Tensor,
@@ -51,7 +52,8 @@ class TextDecoder:
             sampling: S settings.
             seeds: int64 [B, Q, S], Q at least the largest number of questions of an image.
             text_only: whether only text ids may be drawn.
-            max_tokens: tokens that a batch may hold in the cache; one question with its answers always fits.
+            max_tokens: tokens that a batch may hold in the cache; one question with its answers always fits. Where
+                memory runs out it is halved, for later calls too.
         Returns: ids [b][q][s], each a list of token ids without eot.
         Raises: RuntimeError naming the answer and the step if the model's logits hold NaN.
         """
@@ -69,7 +71,7 @@ class TextDecoder:
 
         # Room for the longest piece of a question twice: what the gaps beside an image may waste.
         longest = max((max(size - sum(limits), *limits) for size in sizes.values()), default=0)
-        _within_memory(draw, sizes, prompts.image_length, max_tokens, longest)
+        self._within_memory("extend", draw, sizes, prompts.image_length, max_tokens, longest)
         return answers
 
     def score_choices(
@@ -83,7 +85,7 @@ class TextDecoder:
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none of them empty.
             text_only: whether probabilities are normalised over the text ids or over the joint vocabulary.
-            max_tokens: tokens of one pass; one question with its choices always fits.
+            max_tokens: tokens of one pass; one question with its choices always fits. Halved where memory runs out.
         Returns: log-probabilities [b][q][c].
         """
         scores: list[list] = [[None] * len(questions) for questions in question_ids]
@@ -100,8 +102,36 @@ class TextDecoder:
                 for (image, question), logprobs in zip(pairs, logprobs_of, strict=True):
                     scores[image][question] = logprobs
 
-        _within_memory(score, sizes, prompts.image_length, max_tokens)
+        self._within_memory("score_choices", score, sizes, prompts.image_length, max_tokens)
         return scores
+
+    def _within_memory(
+        self, name: str, work: Callable[[int], None], sizes: dict[Pair, int], image_length: int, max_tokens: int,
+        slack: int = 0,
+    ) -> None:  # fmt: skip
+        """Calls work(bound), which goes on where it stopped, with half the bound each time that memory runs out.
+
+        The bound is no more than all pairs need with their images, and no less than any one needs with the slack.
+        """
+        if not sizes:
+            return
+        total = sum(sizes.values()) + image_length * len({image for image, _ in sizes})
+        least = min(total, max(sizes.values()) + image_length + slack)
+        bound = max(least, min(total, max_tokens, self._bounds.get(name, total)))
+        while True:
+            try:
+                return work(bound)
+            except (RuntimeError, MemoryError) as error:
+                if bound == least or not is_out_of_memory(error):
+                    raise
+            # Only here, after the error is gone and with it what the failed batch held.
+            smaller = self._bounds[name] = max(least, bound // 2)
+            logger.warning(
+                "TextDecoder.%s: out of memory with %d tokens in a batch; going on with %d", name, bound, smaller
+            )
+            bound = smaller
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _score(
         self, prompts: PromptSpans, pairs: list[Pair], choice_ids: Sequence[QuestionIds], text_only: bool
@@ -146,29 +176,3 @@ def _batches(sizes: dict[Pair, int], image_length: int, max_tokens: int) -> Iter
         total += added
     if pairs:
         yield pairs
-
-
-def _within_memory(
-    work: Callable[[int], None], sizes: dict[Pair, int], image_length: int, max_tokens: int, slack: int = 0
-) -> None:
-    """Calls work(bound), which goes on where it stopped, with half the bound each time that memory runs out.
-
-    The bound is no more than all pairs and their images need together, and no less than any one needs with the slack.
-    """
-    if not sizes:
-        return
-    total = sum(sizes.values()) + image_length * len({image for image, _ in sizes})
-    least = min(total, max(sizes.values()) + image_length + slack)
-    bound = max(least, min(total, max_tokens))
-    while True:
-        try:
-            return work(bound)
-        except (RuntimeError, MemoryError) as error:
-            if bound == least or not is_out_of_memory(error):
-                raise
-        # Here, where the error is gone and with it what the failed batch held.
-        smaller = max(least, bound // 2)
-        _log.warning("text decoder: out of memory with %d tokens in a batch, goes on with %d", bound, smaller)
-        bound = smaller
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

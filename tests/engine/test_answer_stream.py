@@ -10,6 +10,7 @@ import torch
 
 from hermesflow.engine import answer_stream
 from hermesflow.engine.answer_stream import Pace
+from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.text_decoder import SamplingParams, TextDecoder
 
 MIXED = [
@@ -163,6 +164,23 @@ def test_replayed_steps_draw_what_eager_ones_do(
 
 
 @torch.inference_mode()
+def test_a_step_serves_later_batches_of_its_size(naive, model, images, questions, monkeypatch):
+    """Where the attention plans fit (here: all do, for there is no graph to keep)."""
+    steps, make = [], answer_stream._Step
+    monkeypatch.setitem(answer_stream._PACE, "cpu", answer_stream._PACE["cuda"])
+    monkeypatch.setattr(answer_stream, "_Step", lambda *args: steps.append(make(*args)) or steps[-1])
+    text = TextDecoder(model, naive.LAYOUT)
+    expected = text.extend(images, questions, LONG, seeds_of(1), max_tokens=400)
+    num_without = len(steps)
+    steps.clear()
+    monkeypatch.setattr(SpanTree, "load_", lambda self, other: self.__dict__.update(other.__dict__) or True)
+    assert text.extend(images, questions, LONG, seeds_of(1), max_tokens=400) == expected
+    sizes = [len(step.rows.seed) for step in steps]
+    assert len(set(sizes)) == len(sizes) < num_without
+    assert set(sizes) <= {1, 2, 3, 4, 6, 8, 12, 16}
+
+
+@torch.inference_mode()
 def test_nan_at_a_later_step(naive, images):
     """A token with a broken embedding does harm where it is fed, in whichever pass that is."""
     model = naive.tiny_model()
@@ -207,14 +225,16 @@ def fail_above(model, monkeypatch, where, tokens):
 @torch.inference_mode()
 def test_out_of_memory_halves_the_batch(naive, model, images, questions, alone, monkeypatch, caplog, where):
     tried = fail_above(model, monkeypatch, where, tokens=100)
-    got = TextDecoder(model, naive.LAYOUT).extend(images, questions, MIXED, seeds_of(5))
-    assert got == alone
+    text = TextDecoder(model, naive.LAYOUT)
+    assert text.extend(images, questions, MIXED, seeds_of(5)) == alone
     bounds = [capacity - 1 for capacity in tried]  # a slot more is for filling up
     assert bounds == [1590, 795, 397, 198, 99][: len(bounds)] and len(bounds) > 2
     assert caplog.messages == [
-        f"text decoder: out of memory with {before} tokens in a batch, goes on with {after}"
+        f"TextDecoder.extend: out of memory with {before} tokens in a batch; going on with {after}"
         for before, after in itertools.pairwise(bounds)
     ]
+    tried.clear()
+    assert text.extend(images, questions, MIXED, seeds_of(5)) == alone and tried == [bounds[-1] + 1], "it remembers"
 
 
 @torch.inference_mode()
@@ -225,7 +245,8 @@ def test_out_of_memory_while_scoring(naive, model, images, questions, monkeypatc
     fail_above(model, monkeypatch, "forward", tokens=100)
     got = text.score_choices(images, questions, choices)
     assert torch.tensor(got).sub(torch.tensor(expected)).abs().max() < 1e-4
-    assert len(caplog.messages) == 3 and "out of memory with 430 tokens in a batch, goes on with 215" in caplog.text
+    first = "TextDecoder.score_choices: out of memory with 430 tokens in a batch; going on with 215"
+    assert len(caplog.messages) == 3 and caplog.messages[0] == first
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not memory")])
