@@ -219,6 +219,11 @@ class SpanTree:
             self.regions, num_visible, self._plans,
         )  # fmt: skip
 
+    def load_(self, other: SpanTree) -> bool:
+        """Takes over another tree's structure in place; False, and nothing done, if shapes differ."""
+        names = ("starts", "lengths", "parents", "num_causal", "num_new", "regions")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
     @classmethod
     def _assemble(
         cls, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray,
