@@ -143,7 +143,7 @@ class ImageDecoder:
         return [rows[start : start + batch] for rows in rows_of.values() for start in range(0, len(rows), batch)]
 
     def _draw_within_memory(self, rows: list[int], draw: Callable[[list[int]], None], halves: int) -> None:
-        """draw(rows), in parts that fit in memory; draws depend on seed, step and position, so any may be done again."""
+        """draw(rows), in parts that fit in memory. Draws depend on seed, step and position alone: any may be repeated."""
         pending = [rows]
         while pending:
             rows = pending.pop(0)

@@ -1,5 +1,7 @@
 """torch.compile of the blocks: one graph on each side of attention, shared by all layers, for any number of tokens."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -7,7 +9,8 @@ from torch._dynamo.utils import counters
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.transformer import Transformer
 
-MODEL_NAMES = ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied", "relu2-no-rotary"]
+WIDTHS = [32, 4, 8, 48]
+"""Of a tiny model: hidden_size, num_heads, head_dim, mlp_size."""
 
 
 @pytest.fixture
@@ -19,34 +22,50 @@ def num_graphs():
     torch._dynamo.reset()
 
 
-def trees(*lengths):
-    return [SpanTree.build([([3, 4, 5], -1, "causal"), (list(range(length)), 0, "full")]) for length in lengths]
-
-
-def run(transformer, tree, rows=None):
+def hidden(transformer, num_tokens, rows=None):
+    tree = SpanTree.build([(list(range(num_tokens)), -1, "full")])
     with torch.inference_mode():
         return transformer(tree, transformer.new_cache(tree.capacity), rows=rows)
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
-def test_two_graphs_serve_all_layers_and_lengths(naive, num_graphs, name):
-    transformer = naive.tiny_model(name)
-    expected = [run(transformer, tree) for tree in trees(16, 7, 30)]
-    some = run(transformer, trees(30)[0], rows=torch.arange(5, 12))
+@pytest.mark.parametrize("name", ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied"])
+def test_compiled_blocks_give_the_same(naive, num_graphs, name):
+    transformer, rows = naive.tiny_model(name), torch.tensor([3, 17, 3])
+    expected, some = hidden(transformer, 20), hidden(transformer, 20, rows)
     transformer.compile_blocks("aot_eager")
-    got = [run(transformer, tree) for tree in trees(16)]
+    torch.testing.assert_close(hidden(transformer, 20), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(hidden(transformer, 20, rows), some, rtol=0, atol=2e-5)
     assert num_graphs() == 2
+
+
+@pytest.mark.parametrize("first", [17, *WIDTHS])
+def test_two_graphs_serve_any_number_of_tokens(naive, num_graphs, first):
+    """Whatever the first number is, a width of the model too; then one token, which is a case of its own."""
+    transformer = naive.tiny_model()
+    transformer.compile_blocks("eager")
+    hidden(transformer, first)
+    assert num_graphs() == 2
+    hidden(transformer, 1)
+    assert num_graphs() == 4
     with torch._dynamo.config.patch(error_on_recompile=True):
-        got += [run(transformer, tree) for tree in trees(7, 30)]
-        few = run(transformer, trees(30)[0], rows=torch.arange(5, 12))
-    assert num_graphs() == 2
-    for mine, truth in zip([*got, few], [*expected, some], strict=True):
-        torch.testing.assert_close(mine, truth, rtol=0, atol=2e-5)
+        for num_tokens in (19, 2, 1, 40, *WIDTHS):
+            hidden(transformer, num_tokens)
+            hidden(transformer, num_tokens, torch.zeros(3, dtype=torch.int64))
+    assert num_graphs() == 4
 
 
 def test_number_of_graphs_does_not_grow_with_layers(naive, num_graphs):
-    config = {**naive.tiny_model().config.to_dict(), "num_layers": 12}
-    transformer = Transformer(type(naive.tiny_model().config)(**config)).eval()
-    transformer.compile_blocks("aot_eager")
-    run(transformer, trees(16)[0])
+    transformer = Transformer(dataclasses.replace(naive.tiny_model().config, num_layers=12))
+    transformer.compile_blocks("eager")
+    hidden(transformer, 16)
     assert num_graphs() == 2
+
+
+def test_training_is_not_compiled(naive, num_graphs):
+    transformer = naive.tiny_model()
+    transformer.compile_blocks("eager")
+    tree = SpanTree.build([([1, 2, 3], -1, "causal")])
+    transformer(tree).sum().backward()
+    with torch.no_grad():
+        transformer(tree)
+    assert num_graphs() == 0
