@@ -123,7 +123,7 @@ class ImageDecoder:
             if step < params.num_steps:
                 raise RuntimeError(
                     f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
-                    f"image {row % num_images}, step {step}; {self._likely_cause()}"
+                    f"image {row % num_images}, step {step}; check its weights"
                 )
         return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
 
@@ -143,7 +143,7 @@ class ImageDecoder:
         return [rows[start : start + batch] for rows in rows_of.values() for start in range(0, len(rows), batch)]
 
     def _draw_within_memory(self, rows: list[int], draw: Callable[[list[int]], None], halves: int) -> None:
-        """draw(rows), in parts that fit in memory. Draws depend on seed, step and position alone: any may be repeated."""
+        """draw(rows), cut into parts that fit in memory; what is drawn again comes out the same."""
         pending = [rows]
         while pending:
             rows = pending.pop(0)
@@ -181,9 +181,6 @@ class ImageDecoder:
         if self._session is None or not self._session.was_reused or session.key == self._last_key:
             self._session = session
         self._last_key = session.key
-
-    def _likely_cause(self) -> str:
-        return "check its weights"
 
 
 class _Batch:

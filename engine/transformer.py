@@ -255,5 +255,5 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([rotated.to(x.dtype), rest], dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)

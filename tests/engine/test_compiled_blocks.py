@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from hermesflow.engine import engine as engine_module
+from hermesflow.engine.engine import Engine
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.transformer import Transformer
 
@@ -69,3 +71,14 @@ def test_training_is_not_compiled(naive, num_graphs):
     with torch.no_grad():
         transformer(tree)
     assert num_graphs() == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "expected"),
+    [("cuda", None, "inductor"), ("cuda", "triton is not installed", None), ("cpu", None, None)],
+    ids=["cuda", "cuda without Triton", "cpu"],
+)  # fmt: skip
+def test_engine_compiles_on_cuda(naive, monkeypatch, device, missing, expected):
+    monkeypatch.setattr(Engine, "device", torch.device(device))
+    monkeypatch.setattr(engine_module, "triton_missing", lambda: missing)
+    assert Engine(naive.tiny_model(), naive.LAYOUT).transformer._compiler == expected
