@@ -30,9 +30,14 @@ class DeviceGraph:
         self._has_run = True
 
 
+def captures(device: torch.device) -> bool:
+    """Whether work on the device can be captured."""
+    return device.type == "cuda"
+
+
 def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
     """What replays the function's work on the device; capturing does not run it. None where nothing is captured."""
-    if device.type != "cuda":
+    if not captures(device):
         return None
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hermesflow.kernels.checks import triton_missing
+
 from .image_decoder import ImageDecoder, ImageSamplingParams, Watch
 from .sequence_logprob import span_logprobs
 from .span_tree import SpanTree
@@ -19,6 +21,7 @@ class Engine:
     """Draws images, answers questions and scores answers with one model.
 
     The transformer is the caller's own, not a copy: device and dtype move it in place, and training it shows at once.
+    On CUDA its blocks are compiled at the first use; TORCHDYNAMO_DISABLE=1 leaves them as they are.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class Engine:
                 f"got {transformer.config.vocab_size}; load both from the same model"
             )
         self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
+        if self.device.type == "cuda" and triton_missing() is None:
+            transformer.compile_blocks()
         self._images = ImageDecoder(transformer, layout, backend)
         self._text = TextDecoder(transformer, layout, backend)
 
@@ -74,7 +79,8 @@ class Engine:
                 None draws all.
             max_sequences: bound on the image spans of one pass (memory); a guided image is two. None takes the
                 property of that name.
-            watch: is given the steps of each pass, and gives them back one by one: where a progress bar fits.
+            watch: is given the steps of each pass, on CUDA the passes, and gives them back one by one: where a progress
+                bar fits.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """

@@ -4,11 +4,16 @@ Prompts are prefilled once and shared by their candidates; a step computes the i
 the unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and
 the head runs on the masked positions and on the image codes only. Codes that are known from the start are kept
 (inpainting); they stand in both branches.
+
+All steps after the first work on tensors that stay where they are and never wait for the device, so that on CUDA they
+are one graph, which the next batches of the same shapes replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +23,9 @@ from hermesflow.kernels.linear_sample import linear_sample
 from hermesflow.kernels.mask_topk import mask_topk
 from hermesflow.kernels.philox import RandomKey
 
+from . import device_graph
 from .mask_schedule import mask_temperatures, num_to_mask
+from .memory_planner import is_out_of_memory
 from .span_tree import SpanTree
 from .token_layout import TokenLayout
 from .transformer import Transformer
@@ -28,6 +35,10 @@ Watch = Callable[[list], Iterable]
 """Gives back the items of a list, in order and all of them."""
 Start = tuple[Prompt, tuple[int, ...]]
 """What an image starts from: its prompt, and its codes, -1 where one is to be drawn."""
+Step = tuple[int, int, int, float]
+"""(step, tokens masked before it, tokens masked after it, temperature of the re-masking noise)."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,9 @@ class ImageDecoder:
 
     def __init__(self, transformer: Transformer, layout: TokenLayout, backend: str | None = None) -> None:
         self.transformer, self.layout, self.backend = transformer, layout, backend
+        self._session: _Session | None = None
+        self._last_key: Hashable = None
+        self._max_sequences: int | None = None
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
@@ -74,8 +88,10 @@ class ImageDecoder:
             params: how to draw.
             known_codes: int64 [P, num_image_tokens], codes that each prompt's images keep, -1 where one is drawn; None
                 draws all.
-            max_sequences: image spans that one pass may compute; a guided candidate is two.
-            watch: is given the steps of each pass, and gives them back one by one: where a progress bar fits.
+            max_sequences: image spans that one pass may compute; a guided candidate is two. Where memory runs out it
+                is halved, for later calls too.
+            watch: is given the steps of each pass, on CUDA the passes, and gives them back one by one: where a progress
+                bar fits.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
         """
@@ -87,10 +103,22 @@ class ImageDecoder:
         flat_seeds = seeds.to(self.transformer.embed.weight.device).flatten()
         codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
-        for num_unknown, rows in self._batches(starts, max_sequences // (2 if params.guidance_scale else 1)):
-            started = [starts[row] for row in rows]
-            drawn = self._decode(started, codes[rows], flat_seeds[rows], num_unknown, params, watch)
-            codes[rows], failed_steps[rows] = drawn
+        graphs = device_graph.captures(flat_seeds.device)
+
+        def draw(rows: list[int]) -> None:
+            batch = _Batch(self.transformer, self.layout, [starts[row] for row in rows], params.guidance_scale)
+            session = self._session_of(batch, params)
+            # Indexed by a tensor: a list would wait for the device in between.
+            index = torch.tensor(rows, device=codes.device)
+            drawn = session.draw(batch, codes[index], flat_seeds[index], iter if graphs else watch)
+            codes[index], failed_steps[index] = drawn
+            self._keep(session)
+
+        batches = self._batches(starts, max_sequences, params)
+        for rows in watch(batches) if graphs else batches:
+            self._draw_within_memory(rows, draw, 2 if params.guidance_scale else 1)
+        if not graphs:
+            self.release()
         for row, step in enumerate(failed_steps.tolist()):
             if step < params.num_steps:
                 raise RuntimeError(
@@ -99,61 +127,64 @@ class ImageDecoder:
                 )
         return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
 
-    @staticmethod
-    def _batches(starts: list[Start], batch: int) -> Iterator[tuple[int, list[int]]]:
-        """Rows that are drawn together, with the tokens that each has to draw: as many in all, so that shapes agree."""
+    def release(self) -> None:
+        """Gives back the memory that is kept for the next batch."""
+        self._session = None
+        if self.transformer.embed.weight.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _batches(self, starts: list[Start], max_sequences: int, params: ImageSamplingParams) -> list[list[int]]:
+        """Rows that are drawn together: all of them have as many tokens to draw, so that shapes agree."""
+        batch = max(1, max_sequences // (2 if params.guidance_scale else 1))
         rows_of: dict[int, list[int]] = {}
         for row, (_, known) in enumerate(starts):
             rows_of.setdefault(known.count(-1), []).append(row)
         rows_of.pop(0, None)  # nothing to draw
-        for num_unknown, rows in rows_of.items():
-            for start in range(0, len(rows), max(1, batch)):
-                yield num_unknown, rows[start : start + max(1, batch)]
+        return [rows[start : start + batch] for rows in rows_of.values() for start in range(0, len(rows), batch)]
 
-    def _decode(
-        self, starts: list[Start], codes: Tensor, seeds: Tensor, num_unknown: int, params: ImageSamplingParams,
-        watch: Watch,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Codes [B, N] and the first step [B] at which a draw failed (num_steps: none); codes: those of starts."""
-        num_rows, device = len(starts), seeds.device
-        batch = _Batch(self.transformer, self.layout, starts, params.guidance_scale)
-        image_codes = slice(self.layout.code_offset, self.layout.code_offset + self.layout.codebook_size)
-        head = self.transformer.head
-        weight, bias = head.weight[image_codes], None if head.bias is None else head.bias[image_codes]
+    def _draw_within_memory(self, rows: list[int], draw: Callable[[list[int]], None], halves: int) -> None:
+        """draw(rows), cut into parts that fit in memory; what is drawn again comes out the same."""
+        pending = [rows]
+        while pending:
+            rows = pending.pop(0)
+            most = len(rows) if self._max_sequences is None else max(1, self._max_sequences // halves)
+            if len(rows) > most:
+                pending[:0] = [rows[start : start + most] for start in range(0, len(rows), most)]
+                continue
+            try:
+                draw(rows)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                kept = self._session is not None
+                if not is_out_of_memory(error) or (len(rows) == 1 and not kept):
+                    raise
+            # Only here, after the error and what its frames held are gone.
+            self.release()
+            if not kept:
+                self._max_sequences = len(rows) // 2 * halves
+                logger.warning(
+                    "ImageDecoder: out of memory with %d image spans in a pass; going on with %d",
+                    len(rows) * halves, self._max_sequences,
+                )  # fmt: skip
+            pending.insert(0, rows)
 
-        masked = codes < 0
-        failed_steps = torch.full_like(seeds, params.num_steps)
-        counts = num_to_mask(codes.shape[1], params.num_steps, params.schedule, num_unknown)
-        temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
-        for step, (num_masked, mask_temperature) in watch(list(enumerate(zip(counts, temperatures, strict=True)))):
-            if num_masked == num_unknown:
-                continue  # the one unknown token would be drawn and masked again: nothing changes
-            # As many tokens are masked in every row, so the host knows the shape of positions [B, num_unknown].
-            positions = (~masked).byte().argsort(dim=1, stable=True)[:, :num_unknown]
-            hidden = batch.hidden(codes, masked, positions)
-            step_number = torch.full((), step, dtype=torch.int64, device=device)
-            key = RandomKey(seeds.repeat_interleave(num_unknown), step_number, positions.flatten())
-            drawn = linear_sample(
-                hidden.flatten(0, 1), weight, bias, temperature=params.temperature, key=key, backend=self.backend
-            )
-            token, logprob = (values.view(num_rows, num_unknown) for values in drawn)
-            codes = codes.scatter(1, positions, token)
-            failed_steps = torch.where((token < 0).any(1), failed_steps.clamp(max=step), failed_steps)
-            if num_masked:
-                masked = mask_topk(
-                    torch.zeros(codes.shape, device=device).scatter(1, positions, logprob),
-                    ~masked,
-                    torch.full_like(seeds, num_masked),
-                    temperature=mask_temperature,
-                    key=RandomKey(seeds, step_number, torch.zeros_like(seeds)),
-                    backend=self.backend,
-                )
-            num_unknown = num_masked
-        return codes, failed_steps
+    def _session_of(self, batch: _Batch, params: ImageSamplingParams) -> _Session:
+        """The kept session if its shapes are the batch's, otherwise a new one."""
+        weights = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in self.transformer.parameters())
+        key = (len(batch.starts), batch.num_unknown, params, weights)
+        if self._session is not None and self._session.key == key and self._session.takes(batch):
+            return self._session
+        return _Session(self, batch, params, key)
+
+    def _keep(self, session: _Session) -> None:
+        """For the next batch; a shape that comes once, as a last batch does, does not replace one that comes again."""
+        if self._session is None or not self._session.was_reused or session.key == self._last_key:
+            self._session = session
+        self._last_key = session.key
 
 
 class _Batch:
-    """Images under way: prompts cached, image spans recomputed at each step.
+    """What a batch of images starts from: its prompts, to be prefilled, and the tree of its image spans.
 
     The empty prompt is the condition of every unconditional span; a caller's own empty prompt shares it.
     """
@@ -161,8 +192,8 @@ class _Batch:
     def __init__(
         self, transformer: Transformer, layout: TokenLayout, starts: list[Start], guidance_scale: float
     ) -> None:
-        self.transformer, self.layout, self.guidance_scale = transformer, layout, guidance_scale
         device = transformer.embed.weight.device
+        self.starts, self.num_unknown = starts, starts[0][1].count(-1)
         unguided: list[Start] = [((), known) for _, known in starts] if guidance_scale else []
         of_start = _indices(starts + unguided)
         of_prompt = _indices([prompt for prompt, _ in of_start])
@@ -171,34 +202,116 @@ class _Batch:
         images = {start: (layout.masked_image(start[1]), of_prompt[start[0]], "full") for start in of_start}
         self.prefill = SpanTree.build([*spans, *images.values()], device)
         self.tree = SpanTree.build(spans, device).extend([images[start] for start in starts + unguided])
-        self.num_shared, self.halves = len(images), 2 if guidance_scale else 1
+        self.num_shared = len(images)
         self.rows = torch.tensor([of_start[start] for start in starts], device=device)
         self.unguided = torch.tensor([of_start[(), known] for _, known in of_start if unguided], device=device)
-        self.soi, self.eoi = (torch.full((len(starts), 1), token, device=device) for token in (layout.soi, layout.eoi))
-        self.cache = transformer.new_cache(self.tree.capacity)
-        self.started = False
 
-    def hidden(self, codes: Tensor, masked: Tensor, positions: Tensor) -> Tensor:
-        """Guided hidden states [B, U, D] of positions [B, U], given codes and masked [B, N], at first as started."""
-        if not self.started:
-            self.started = True
-            return self._first_hidden(positions)
-        image = torch.where(masked, self.layout.mask_id, codes + self.layout.code_offset)
+
+class _Session:
+    """The state of images under way, in tensors that stay where they are from batch to batch.
+
+    codes int64 [B, N], -1 where none is known; masked bool [B, N]; seeds and failed_steps int64 [B]; the prompts are in
+    the cache, the image spans are computed anew at each step.
+    """
+
+    def __init__(self, decoder: ImageDecoder, batch: _Batch, params: ImageSamplingParams, key: Hashable) -> None:
+        self.transformer, self.layout, self.backend = decoder.transformer, decoder.layout, decoder.backend
+        self.params, self.key, self.tree = params, key, batch.tree
+        self.was_reused = False
+        device = self.transformer.embed.weight.device
+        num_rows, num_tokens = len(batch.starts), self.layout.num_image_tokens
+        self.codes = torch.empty(num_rows, num_tokens, dtype=torch.int64, device=device)
+        self.masked = torch.empty(num_rows, num_tokens, dtype=torch.bool, device=device)
+        self.seeds, self.failed_steps = (torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(2))
+        self.soi, self.eoi = (
+            torch.full((num_rows, 1), token, device=device) for token in (self.layout.soi, self.layout.eoi)
+        )
+        self.halves = 2 if params.guidance_scale else 1
+        self.first_rows = torch.arange(self.halves * num_rows, device=device)[:, None] * (num_tokens + 2) + 1
+        self.step_numbers = torch.arange(params.num_steps, device=device)
+        self.steps = _changing_steps(num_tokens, batch.num_unknown, params)
+        # Room for longer prompts than this batch's.
+        self.cache = self.transformer.new_cache(-(-batch.tree.capacity // 1024) * 1024)
+        # By a weak reference, since memory must be free as soon as the session is dropped, not after a collection.
+        later_steps = weakref.WeakMethod(self._later_steps)
+        self.graph = device_graph.DeviceGraph(lambda: later_steps()(), device)
+
+    def takes(self, batch: _Batch) -> bool:
+        """Whether the batch fits in here; its tree then stands in place of the last one's."""
+        self.was_reused = batch.tree.capacity <= self.cache.capacity and self.tree.load_(batch.tree)
+        return self.was_reused
+
+    def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
+        """Codes [B, N], and the first step [B] at which an image had no distribution, or num_steps."""
+        self.codes.copy_(codes)
+        self.masked.copy_(codes < 0)
+        self.seeds.copy_(seeds)
+        self.failed_steps.fill_(self.params.num_steps)
+        steps = iter(watch(self.steps))
+        self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
+        self._later = steps
+        self.graph()
+        return self.codes.clone(), self.failed_steps.clone()
+
+    def _later_steps(self) -> None:
+        for step in self._later:
+            self._step(step, self._hidden)
+
+    def _step(self, step: Step, hidden_of: Callable[[Tensor], Tensor]) -> None:
+        """Draws the masked tokens and masks the least confident of them again; hidden_of [B, U] gives [B * U, D]."""
+        number, num_unknown, num_masked, mask_temperature = step
+        # As many tokens are masked in every row, so the host knows the shape of positions [B, num_unknown].
+        positions = (~self.masked).byte().argsort(dim=1, stable=True)[:, :num_unknown]
+        step_number = self.step_numbers[number]
+        head = self.transformer.head
+        ids = slice(self.layout.code_offset, self.layout.code_offset + self.layout.codebook_size)
+        drawn = linear_sample(
+            hidden_of(positions), head.weight[ids], None if head.bias is None else head.bias[ids],
+            temperature=self.params.temperature, backend=self.backend,
+            key=RandomKey(self.seeds.repeat_interleave(num_unknown), step_number, positions.flatten()),
+        )  # fmt: skip
+        token, logprob = (values.view(positions.shape) for values in drawn)
+        self.codes.scatter_(1, positions, token)
+        failed = (token < 0).any(1)
+        self.failed_steps.copy_(torch.where(failed, self.failed_steps.clamp(max=number), self.failed_steps))
+        if num_masked:
+            masked = mask_topk(
+                torch.zeros_like(self.codes, dtype=torch.float32).scatter(1, positions, logprob),
+                ~self.masked,
+                torch.full_like(self.seeds, num_masked),
+                temperature=mask_temperature,
+                key=RandomKey(self.seeds, step_number, torch.zeros_like(self.seeds)),
+                backend=self.backend,
+            )
+            self.masked.copy_(masked)
+
+    def _hidden(self, positions: Tensor) -> Tensor:
+        """Guided hidden states [B * U, D] of positions [B, U]."""
+        image = torch.where(self.masked, self.layout.mask_id, self.codes + self.layout.code_offset)
         tokens = torch.cat([self.soi, image, self.eoi], dim=1).flatten()
-        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache)
-        hidden = hidden.view(self.halves, len(codes), -1, hidden.shape[1])
-        rows = torch.arange(len(codes), device=codes.device)[:, None]
-        selected = hidden[:, rows, positions + 1]
-        return torch.lerp(selected[1], selected[0], 1 + self.guidance_scale) if self.halves == 2 else selected[0]
+        rows = (self.first_rows + positions.repeat(self.halves, 1)).flatten()
+        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache, rows=rows)
+        if self.halves == 1:
+            return hidden
+        guided, unguided = hidden.chunk(2)
+        return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
 
-    def _first_hidden(self, positions: Tensor) -> Tensor:
+    def _first_hidden(self, batch: _Batch, positions: Tensor) -> Tensor:
         """Before the first draw the images of one start are equal, so each start has one, which its images share."""
         num_tokens = self.layout.num_image_tokens
-        hidden = self.transformer(self.prefill, self.cache)
-        hidden = hidden[-self.num_shared * (num_tokens + 2) :].view(self.num_shared, num_tokens + 2, -1)[:, 1:-1]
+        hidden = self.transformer(batch.prefill, self.cache)
+        hidden = hidden[-batch.num_shared * (num_tokens + 2) :].view(batch.num_shared, num_tokens + 2, -1)[:, 1:-1]
         if self.halves == 2:
-            hidden = torch.lerp(hidden[self.unguided], hidden, 1 + self.guidance_scale)
-        return hidden[self.rows[:, None], positions]
+            hidden = torch.lerp(hidden[batch.unguided], hidden, 1 + self.params.guidance_scale)
+        return hidden[batch.rows[:, None], positions].flatten(0, 1)
+
+
+def _changing_steps(num_tokens: int, num_unknown: int, params: ImageSamplingParams) -> list[Step]:
+    """The steps without those that would draw the one unknown token and mask it again."""
+    counts = num_to_mask(num_tokens, params.num_steps, params.schedule, num_unknown)
+    temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
+    steps = zip(range(params.num_steps), [num_unknown, *counts], counts, temperatures, strict=False)
+    return [step for step in steps if step[1] != step[2]]
 
 
 def _indices(items: Iterable[Hashable]) -> dict[Hashable, int]:

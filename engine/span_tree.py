@@ -191,10 +191,6 @@ class SpanTree:
         tree._plans["decode"] = (tree.position_ids - own, tree.slots - own)
         return tree.with_tokens(token_ids, num_visible)
 
-    def load_(self, other: SpanTree) -> bool:
-        """Takes over the structure and the plans of other in place, if all shapes agree; False if they do not."""
-        return False
-
     def settled(self) -> SpanTree:
         """The same where the host knows all lengths; a tree that decodes waits for the device. For what cannot mask."""
         if self.num_visible is None:

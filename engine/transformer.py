@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_shapes
 
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
@@ -205,7 +206,8 @@ class Transformer(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """From now on inference mode runs the blocks through torch.compile, one graph on each side of attention.
 
-        All layers share the two graphs, which hold for any number of tokens. TORCHDYNAMO_DISABLE=1 turns them off.
+        All layers share the two graphs, which hold for any number of tokens; one token alone has two of its own.
+        TORCHDYNAMO_DISABLE=1 turns them off. backend is torch.compile's.
         """
         self._compiler = backend
 
@@ -234,8 +236,11 @@ class Transformer(nn.Module):
 
 @functools.cache
 def _compiled_halves(backend: str) -> tuple[Callable, Callable]:
-    compile_half = functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=backend)
-    return compile_half(Block.before_attention), compile_half(Block.after_attention)
+    # With "duck shapes" a first number of tokens that happens to be some width would be taken for that width.
+    any_length = symbolic_shapes.patch(use_duck_shape=False)
+    halves = (Block.before_attention, Block.after_attention)
+    before, after = (torch.compile(half, fullgraph=True, dynamic=True, backend=backend) for half in halves)
+    return any_length(before), any_length(after)
 
 
 def rotary_table(position_ids: Tensor, rotary_dim: int, theta: float) -> Rotary:
@@ -250,5 +255,5 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([rotated.to(x.dtype), rest], dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)

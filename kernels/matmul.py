@@ -20,9 +20,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str |
         weight: [V, D]; dtype and device of x.
         bias: [V] or None.
         gelu: "none" or "tanh", F.gelu's approximations; None is no activation.
-    Returns: [T, V].
+    Returns: [T, V]. torch.compile sees F.linear.
     """
-    if not (torch.is_inference_mode_enabled() and _onednn_computes(x, weight)):
+    if not _onednn_computes(x, weight):
         x = F.linear(x, weight, bias)
         return x if gelu is None else F.gelu(x, approximate=gelu)
     # One row alone would go to a matrix-vector product, which adds up in another order.
@@ -56,7 +56,9 @@ def new_block(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _onednn_computes(x: Tensor, weight: Tensor) -> bool:
-    if not _takes_onednn(x) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or not _takes_onednn(x):
+        return False
+    if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn_has_bf16())
 

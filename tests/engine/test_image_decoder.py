@@ -1,11 +1,15 @@
 """Image decoding against the published loop, and its independence of the batch."""
 
 import dataclasses
+import gc
+import logging
 
 import pytest
 import torch
 
 from hermesflow.engine.image_decoder import ImageDecoder, ImageSamplingParams
+from hermesflow.engine.kv_cache import KVCache
+from hermesflow.engine.transformer import Transformer
 
 PARAMS = ImageSamplingParams(num_steps=6, guidance_scale=1.5, mask_temperature=2.0)
 PROMPTS = [[3, 4, 5], [], [6, 7, 8, 9, 10], [3, 4, 5]]
@@ -157,6 +161,176 @@ def test_work_is_shared(naive):
     known = some_known(8, 8)[[0, 1, 1]]
     decode(naive, transformer, [[3, 4, 5]] * 3, torch.arange(12).view(3, 4), PARAMS, known_codes=known)
     assert counts == [6 + 3 + 2 * 2 * 18, *[2 * 12 * 18] * 5]
+
+
+@pytest.fixture
+def forward_calls(monkeypatch):
+    """Tokens of every forward pass that Python runs; one of more than `limit` tokens finds no memory."""
+
+    class Calls(list):
+        limit = None
+
+    calls, forward = Calls(), Transformer.forward
+
+    def counted(self, tree, *args, **kwargs):
+        calls.append(len(tree.token_ids))
+        if calls.limit is not None and len(tree.token_ids) > calls.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, tree, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+@pytest.mark.parametrize("change", [{}, {"guidance_scale": 0.0, "temperature": 0.0}, {"mask_decay": "showo"}],
+                         ids=["default", "argmax", "showo-decay"])  # fmt: skip
+def test_batches_of_one_shape_replay_one_graph_of_all_steps(naive, recorded_graphs, forward_calls, change, backend):
+    """The steps wait for nothing; later batches run the prompts' pass alone in Python, and draw what they should."""
+    transformer, params = naive.tiny_model("parallel-gqa-partial-qknorm"), dataclasses.replace(PARAMS, **change)
+    prompts, seeds = [[3, 4, 5], [6, 7, 8], [9, 4, 1], [2, 2, 2]], torch.arange(8).view(4, 2)
+    expected = expected_codes(naive, transformer, prompts, seeds, params)
+    decoder = ImageDecoder(transformer, naive.LAYOUT, backend)
+    max_sequences = 4 if params.guidance_scale else 2
+    with torch.inference_mode():
+        for calls in (2 * 6 + 2, 4):  # the first call runs its first batch, records its second and replays two
+            forward_calls.clear()
+            assert torch.equal(decoder.generate(prompts, seeds, params, max_sequences=max_sequences), expected)
+            assert len(forward_calls) == calls
+    assert len(recorded_graphs) == 1
+
+
+def test_replay_with_known_codes_and_nan(naive, recorded_graphs):
+    """What one batch leaves behind does not reach the next: known codes, a failed step."""
+    transformer, known = naive.tiny_model(), some_known(9, 9, 9, 9, 9)
+    transformer.embed.weight.data[7] = float("nan")
+    prompts, seeds = [[3], [4], [5], [7], [6]], torch.arange(5).view(5, 1)
+    decoder = ImageDecoder(transformer, naive.LAYOUT)
+    with torch.inference_mode():
+        kept = [0, 1, 2, 4]
+        got = decoder.generate([prompts[row] for row in kept], seeds[kept], PARAMS, known_codes=known[kept],
+                               max_sequences=2)  # fmt: skip
+        expected = expected_codes(naive, transformer, prompts, seeds, PARAMS, known_codes=known)
+        assert torch.equal(got, expected[kept])
+        with pytest.raises(RuntimeError, match="for prompt 3, image 0, step 0"):
+            decoder.generate(prompts, seeds, PARAMS, known_codes=known, max_sequences=2)
+        got = decoder.generate(prompts[:3], seeds[:3], PARAMS, known_codes=known[:3], max_sequences=2)
+        assert torch.equal(got, expected[:3])
+    assert len(recorded_graphs) == 1
+
+
+def test_graph_serves_prompts_of_other_lengths_or_is_made_anew(naive, recorded_graphs):
+    transformer, params = naive.tiny_model(), PARAMS
+    prompts = [[3, 4, 5], [6, 7, 8], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [], [5, 4, 3], [3, 4, 5]]
+    seeds = torch.arange(14).view(7, 2)
+    got = decode(naive, transformer, prompts, seeds, params, max_sequences=4)
+    assert torch.equal(got, expected_codes(naive, transformer, prompts, seeds, params))
+    assert recorded_graphs
+
+
+def test_last_batch_is_not_captured_and_the_graph_stays(naive, recorded_graphs, forward_calls):
+    transformer, decoder = naive.tiny_model(), ImageDecoder(naive.tiny_model(), naive.LAYOUT)
+    seeds = torch.arange(5).view(1, 5)
+    expected = decode(naive, transformer, [[3, 4]], seeds, PARAMS)
+    recorded_graphs.clear()
+    with torch.inference_mode():
+        for call in range(3):
+            forward_calls.clear()
+            assert torch.equal(decoder.generate([[3, 4]], seeds, PARAMS, max_sequences=4), expected)
+            assert len(forward_calls) == (3 * 6 if call == 0 else 1 + 1 + 6)
+    assert len(recorded_graphs) == 1
+
+
+def test_another_way_of_drawing_replaces_the_graph(naive, recorded_graphs):
+    """Other steps, and weights that have moved, as a change of dtype moves them."""
+    decoder, seeds = ImageDecoder(naive.tiny_model(), naive.LAYOUT), torch.arange(6).view(1, 6)
+    with torch.inference_mode():
+        for params, dtype in ((PARAMS, torch.float32), (dataclasses.replace(PARAMS, num_steps=3), torch.float32),
+                              (PARAMS, torch.bfloat16), (PARAMS, torch.float32)):  # fmt: skip
+            decoder.transformer.to(dtype)
+            alone = decode(naive, decoder.transformer, [[3, 4]], seeds, params, max_sequences=12)
+            assert torch.equal(decoder.generate([[3, 4]], seeds, params, max_sequences=4), alone)
+    assert len(recorded_graphs) == 4
+
+
+def test_kept_memory_is_given_back(naive, recorded_graphs):
+    decoder = ImageDecoder(naive.tiny_model(), naive.LAYOUT)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            decoder.generate([[3, 4]], torch.arange(2).view(1, 2), PARAMS, max_sequences=2)
+        assert [cache for cache in gc.get_objects() if type(cache) is KVCache]
+        decoder.release()
+        assert not [cache for cache in gc.get_objects() if type(cache) is KVCache]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["steps", "batches"])
+def test_watch_sees_steps_or_batches(naive, graphs, request):
+    if graphs:
+        request.getfixturevalue("recorded_graphs")
+    seen = []
+
+    def watch(items):
+        for item in items:
+            yield item
+            seen.append(len(items))
+
+    decode(naive, naive.tiny_model(), [[3]], torch.arange(6).view(1, 6), PARAMS, max_sequences=4, watch=watch)
+    assert seen == ([3] * 3 if graphs else [6] * 18)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.5])
+def test_out_of_memory_halves_the_batch(naive, forward_calls, caplog, request, guidance_scale, graphs):
+    """Six image spans of 18 tokens fit: eight images of one span become four and then two, with guidance one."""
+    if graphs:
+        request.getfixturevalue("recorded_graphs")
+    transformer, params = naive.tiny_model(), dataclasses.replace(PARAMS, guidance_scale=guidance_scale)
+    prompts, seeds = [[3, 4, 5], [6]], torch.arange(16).view(2, 8)
+    expected = decode(naive, transformer, prompts, seeds, params)
+    decoder, forward_calls.limit = ImageDecoder(transformer, naive.LAYOUT), 6 * 18
+    spans = 32 if guidance_scale else 16
+    halvings = [f"with {count} image spans in a pass; going on with {count // 2}" for count in (32, 16, 8)
+                if count <= spans]  # fmt: skip
+    with caplog.at_level(logging.WARNING, "hermesflow.engine.image_decoder"), torch.inference_mode():
+        assert torch.equal(decoder.generate(prompts, seeds, params), expected)
+        assert [record.message.partition("memory ")[2] for record in caplog.records] == halvings
+        forward_calls.clear()
+        assert torch.equal(decoder.generate(prompts, seeds, params), expected)
+    assert len(caplog.records) == len(halvings) and max(forward_calls) <= 6 * 18
+
+
+def test_a_kept_session_goes_before_a_batch_is_halved(naive, recorded_graphs, forward_calls, caplog, monkeypatch):
+    transformer, seeds = naive.tiny_model(), torch.arange(4).view(1, 4)
+    decoder = ImageDecoder(transformer, naive.LAYOUT)
+    with torch.inference_mode():
+        expected = decoder.generate([[3, 4]], seeds, PARAMS)
+        new_cache = Transformer.new_cache
+
+        def no_room_for_two(self, capacity):
+            if decoder._session is not None:
+                raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 6442450944 bytes")
+            return new_cache(self, capacity)
+
+        monkeypatch.setattr(Transformer, "new_cache", no_room_for_two)
+        assert torch.equal(decoder.generate([[3, 4]], seeds[:, :3], PARAMS), expected[:, :3])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("error", "name"), [(torch.OutOfMemoryError("CUDA out of memory"), "memory"), (RuntimeError("a fault"), "fault")],
+    ids=["one image does not fit", "another error"],
+)  # fmt: skip
+def test_other_errors_and_one_image_that_does_not_fit(naive, monkeypatch, error, name):
+    def forward(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    with pytest.raises(type(error), match=name):
+        decode(naive, naive.tiny_model(), [[3]], torch.arange(4).view(1, 4), PARAMS)
 
 
 def test_nan_is_reported_with_image_and_step(naive):

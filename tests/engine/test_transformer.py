@@ -92,6 +92,21 @@ def test_embeds_stand_in_for_tokens(naive, transformer):
     assert gradient.dtype == torch.float32 and gradient.abs().sum(1).min() > 0
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["gradients", "inference"])
+def test_wanted_rows_are_those_of_all(naive, transformer, inference):
+    """In any order, repeated or none; the last block's MLP sees no others."""
+    tree, rows = SpanTree.build(SPANS), torch.tensor([40, 3, 3, 0, 70])
+    counts = []
+    for block in transformer.blocks:
+        block.mlp.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+    with torch.inference_mode(inference):
+        expected = transformer(tree)
+        for wanted in (rows, rows[:0]):
+            counts.clear()
+            torch.testing.assert_close(transformer(tree, rows=wanted), expected[wanted], rtol=0, atol=1e-12)
+            assert counts == [len(tree.token_ids), len(wanted)]
+
+
 @torch.no_grad()
 def test_growing_token_by_token_equals_one_pass(transformer):
     answers = [[11, 12, 13, 14], [21, 22], [31, 32, 33]]
