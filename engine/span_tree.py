@@ -237,6 +237,10 @@ class SpanTree:
             starts, lengths, parents, num_causal, num_new, regions,
         )  # fmt: skip
 
+    def ancestor_levels(self) -> list[np.ndarray]:
+        """[parents, grandparents, ...] of every span, int64 [S] each, -1 where there is none."""
+        return _ancestor_levels(self.parents)
+
     @property
     def num_spans(self) -> int:
         """Number of spans, cached ones included."""

@@ -101,10 +101,19 @@ def _triton_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -
     return not_on_triton_device(q, k, v, with_dot=True)
 
 
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _cpu_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if _wants_gradient(q, k, v):
+        return "a gradient is wanted, needs torch.no_grad() or tensors that require none"
+    return not_on("cpu", q, k, v)
+
+
 def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
     if q.device.type == "cpu":
-        wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        return "FlexAttention has no gradient on the CPU" if wants_gradient else None
+        return "FlexAttention has no gradient on the CPU" if _wants_gradient(q, k, v) else None
     if q.dtype not in FLOAT_DTYPES or q.shape[2] < 16:
         return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at least 16"
     return not_on("cuda", q, k, v)
@@ -126,14 +135,9 @@ def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, **_: obje
     return not_on("cuda", q, k, v)
 
 
-# On CUDA the order from torch on is a guess, not measured; all give the same results. The libraries read a shared
-# ancestor once a span, and FlexAttention compiles for minutes, so neither comes before what needs nothing else.
 registry.register(OP, "triton", "hermesflow.kernels.span_attention_triton:span_attention", _triton_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.span_attention_cascade:span_attention", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)
-# What the C++ backend is to the other ops: on the CPU the batched calls of torch are the fast way.
-registry.register(
-    OP, "cpu", "hermesflow.kernels.span_attention:span_attention_reference", lambda q, *_, **__: not_on("cpu", q)
-)
 registry.register(OP, "flex", "hermesflow.kernels.span_attention_flex:span_attention", _flex_can_run)
 registry.register(OP, "flash_attn", "hermesflow.kernels.span_attention_varlen:flash_attn", _flash_attn_can_run)
 registry.register(OP, "xformers", "hermesflow.kernels.span_attention_varlen:xformers", _xformers_can_run)

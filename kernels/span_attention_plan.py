@@ -62,29 +62,37 @@ def tile_plan(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
     return tree.plan(("tiles", block_rows, tile_keys), make)
 
 
-def depth_first(tree: SpanTree) -> SortedTree:
-    """Sort the tree's rows and keys."""
-    parents, num_new = tree.parents.tolist(), tree.num_new.tolist()
-    # Entry -1, which is the last, stands for the parent of all roots.
-    num_below = [*num_new, 0]
-    for span in reversed(range(len(parents))):
-        num_below[parents[span]] += num_below[span]
-    first, free = list(parents), [0] * (len(parents) + 1)
-    for span, parent in enumerate(parents):
-        first[span] = free[parent]
-        free[parent] += num_below[span]
-        free[span] = first[span] + num_new[span]
-    first, num_below = np.array(first, dtype=np.int64), np.array(num_below[:-1], dtype=np.int64)
-
+def row_intervals(tree: SpanTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed row [R] of each sorted row; and of each span the first of its sorted rows, and the end of those that it
+    and its descendants have together, [S] each."""
+    num_below, num_spans = tree.num_new.copy(), tree.num_spans
+    levels = tree.ancestor_levels()
+    for ancestors in levels:
+        below = ancestors >= 0
+        num_below += np.bincount(ancestors[below], tree.num_new[below], num_spans).astype(np.int64)
+    by_parent = np.argsort(tree.parents, kind="stable")
+    before = np.cumsum(num_below[by_parent]) - num_below[by_parent]
+    is_first = np.diff(tree.parents[by_parent], prepend=-2) > 0
+    after_siblings = np.empty(num_spans, dtype=np.int64)
+    after_siblings[by_parent] = before - before[is_first][np.cumsum(is_first) - 1]
+    first = after_siblings.copy()
+    for ancestors in levels:
+        first += np.where(ancestors >= 0, (after_siblings + tree.num_new)[ancestors], 0)
     rows = np.empty(len(tree.token_ids), dtype=np.int64)
     rows[np.repeat(first, tree.num_new) + _counting(tree.num_new)] = np.arange(len(rows))
+    return rows, first, first + num_below
 
-    spans = np.argsort(first, kind="stable")
-    spans = spans[num_below[spans] > 0]
+
+def depth_first(tree: SpanTree) -> SortedTree:
+    """Sort the tree's rows and keys."""
+    rows, first, end = row_intervals(tree)
+    spans = np.flatnonzero(end > first)
+    # A span comes before its first child, which has its first row if the span has no new tokens.
+    spans = spans[np.lexsort((spans, first[spans]))]
     span, position = np.repeat(spans, tree.lengths[spans]), _counting(tree.lengths[spans])
     num_cached = (tree.lengths - tree.num_new)[span]
     own_row = np.where(position < tree.num_causal[span], np.maximum(position - num_cached, 0), 0)
-    return SortedTree(rows, tree.starts[span] + position, first[span] + own_row, (first + num_below)[span])
+    return SortedTree(rows, tree.starts[span] + position, first[span] + own_row, end[span])
 
 
 def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
