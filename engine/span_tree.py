@@ -237,6 +237,23 @@ class SpanTree:
             starts, lengths, parents, num_causal, num_new, regions,
         )  # fmt: skip
 
+    def chain_lengths(self, chains: list[np.ndarray]) -> np.ndarray:
+        """Tokens of each chain, int64 [G]; chains: spans [G] of each level, -1 where a chain has none there."""
+        return sum(np.where(level >= 0, self.lengths[level], 0) for level in chains)
+
+    def chain_slots(self, chains: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Storage slots of each chain's tokens, int64 [G, the longest chain], padded with the last span's first slot,
+        and how many each has."""
+        num_keys = self.chain_lengths(chains)
+        slots = np.repeat(self.starts[chains[-1]][:, None], num_keys.max(), axis=1)
+        column = np.zeros_like(num_keys)
+        for level in chains:
+            lengths = np.where(level >= 0, self.lengths[level], 0)
+            row = np.repeat(np.arange(len(level)), lengths)
+            slots[row, _ranges(column, lengths)] = _ranges(np.where(level >= 0, self.starts[level], 0), lengths)
+            column += lengths
+        return slots, num_keys
+
     def ancestor_levels(self) -> list[np.ndarray]:
         """[parents, grandparents, ...] of every span, int64 [S] each, -1 where there is none."""
         return _ancestor_levels(self.parents)
@@ -298,7 +315,7 @@ class SpanTree:
     def _make_groups(self) -> list[AttentionGroup]:
         spans = np.flatnonzero(self.num_new)
         chains = [level[spans] for level in reversed(_ancestor_levels(self.parents))] + [spans]
-        key_lengths = sum(np.where(level >= 0, self.lengths[level], 0) for level in chains)
+        key_lengths = self.chain_lengths(chains)
         # Buckets of 8 queries and 16 keys keep the padding small and the calls few; equal spans need no padding at all.
         shape_class = np.stack([self.full[spans], -(-self.num_new[spans] // 8), -(-key_lengths // 16)], axis=1)
         groups = []
@@ -310,14 +327,8 @@ class SpanTree:
     def _group(self, chains: list[np.ndarray], key_lengths: np.ndarray, full: bool) -> AttentionGroup:
         spans = chains[-1]
         queries = self.num_new[spans]
-        num_queries, num_keys = int(queries.max()), int(key_lengths.max())
-        key_slots = np.repeat(self.starts[spans][:, None], num_keys, axis=1)
-        column = np.zeros(len(spans), dtype=np.int64)
-        for level in chains:
-            lengths = np.where(level >= 0, self.lengths[level], 0)
-            row = np.repeat(np.arange(len(spans)), lengths)
-            key_slots[row, _ranges(column, lengths)] = _ranges(np.where(level >= 0, self.starts[level], 0), lengths)
-            column += lengths
+        key_slots, _ = self.chain_slots(chains)
+        num_queries, num_keys = int(queries.max()), key_slots.shape[1]
         row = np.repeat(np.arange(len(spans)), queries)
         offsets = _ranges(np.zeros_like(queries), queries)
         packed_rows = _ranges(self.packed_starts[spans], queries)
