@@ -68,8 +68,7 @@ def span_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *,
     for group in tree.groups():
         query = _gather(q, group.query_rows)
         key, value = (_gather(storage, group.key_slots) for storage in (k, v))
-        mask = group.mask if tree.num_visible is None else group.decode_mask(tree.num_visible)
-        mask = None if mask is None else mask[:, None]
+        mask = None if group.mask is None else group.mask[:, None]
         out = _attend(query, key, value, mask, scale)
         pieces.append(out.transpose(1, 2).reshape(-1, num_heads * head_dim)[group.batch_rows])
         rows.append(group.packed_rows)
