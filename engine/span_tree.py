@@ -284,14 +284,14 @@ class SpanTree:
     def chain_slots(self, chains: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Storage slots of each chain's tokens, int64 [G, the longest chain], padded with the last span's first slot,
         and how many each has."""
-        num_keys = self.chain_lengths(chains)
+        num_keys, spans = self.chain_lengths(chains), np.stack(chains, axis=1)
+        lengths = np.where(spans >= 0, self.lengths[spans], 0)
+        used = lengths > 0
+        packed = _ranges(self.starts[spans[used]], lengths[used])
+        if (num_keys == num_keys.max()).all():
+            return packed.reshape(len(spans), -1), num_keys
         slots = np.repeat(self.starts[chains[-1]][:, None], num_keys.max(), axis=1)
-        column = np.zeros_like(num_keys)
-        for level in chains:
-            lengths = np.where(level >= 0, self.lengths[level], 0)
-            row = np.repeat(np.arange(len(level)), lengths)
-            slots[row, _ranges(column, lengths)] = _ranges(np.where(level >= 0, self.starts[level], 0), lengths)
-            column += lengths
+        slots[np.arange(num_keys.max()) < num_keys[:, None]] = packed
         return slots, num_keys
 
     def ancestor_levels(self) -> list[np.ndarray]:
