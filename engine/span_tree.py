@@ -370,14 +370,16 @@ class SpanTree:
         chains = [level[spans] for level in reversed(self.ancestor_levels())] + [spans]
         key_lengths = self.chain_lengths(chains)
         # Buckets of 8 queries and 16 keys keep the padding small and the calls few; equal spans need no padding at all.
-        shape_class = np.stack([self.full[spans], -(-self.num_new[spans] // 8), -(-key_lengths // 16)], axis=1)
+        # The only new token of a causal span sees all its tokens, as those of a full one do: a call without a mask.
+        whole = self.full[spans] | (self.causal[spans] & (self.num_new[spans] == 1))
+        shape_class = np.stack([whole, -(-self.num_new[spans] // 8), -(-key_lengths // 16)], axis=1)
         groups = []
         for key in np.unique(shape_class, axis=0):
             members = np.flatnonzero((shape_class == key).all(axis=1))
             groups.append(self._group([level[members] for level in chains], key_lengths[members], bool(key[0])))
         return groups
 
-    def _group(self, chains: list[np.ndarray], key_lengths: np.ndarray, full: bool) -> AttentionGroup:
+    def _group(self, chains: list[np.ndarray], key_lengths: np.ndarray, whole: bool) -> AttentionGroup:
         spans = chains[-1]
         queries = self.num_new[spans]
         key_slots, _ = self.chain_slots(chains)
@@ -388,13 +390,13 @@ class SpanTree:
         query_rows = np.repeat(self.packed_starts[spans][:, None], num_queries, axis=1)
         query_rows[row, offsets] = packed_rows
         mask = None
-        if not full or (key_lengths != num_keys).any():
+        if not whole or (key_lengths != num_keys).any():
             last_key = np.broadcast_to(key_lengths[:, None], query_rows.shape)
-            if not full:
+            if not whole:
                 last_key = last_key - queries[:, None] + 1 + np.arange(num_queries)
             key = np.arange(num_keys)
             mask = key < np.minimum(last_key, key_lengths[:, None])[:, :, None]
-            if not full and self.has_mixed:
+            if not whole and self.has_mixed:
                 num_shared = np.maximum(self.lengths[spans] - self.num_causal[spans], 0)
                 shared = (key >= (key_lengths - num_shared)[:, None]) & (key < key_lengths[:, None])
                 mask |= shared[:, None]

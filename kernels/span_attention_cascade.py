@@ -68,7 +68,10 @@ class _Part(NamedTuple):
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None) -> Tensor:
-    """hermesflow.kernels.span_attention.span_attention on the CPU."""
+    """hermesflow.kernels.span_attention.span_attention on the CPU.
+
+    Whole regions of spans that decode are read, under a mask: what lies there beyond their tokens must be finite.
+    """
     key_bytes = 2 * k.shape[1] * k.shape[2] * k.element_size()
     row_bytes = _MERGE_COST * 2 * q.shape[1] * q.shape[2] * 4
     make = functools.partial(_make_plan, key_bytes=key_bytes, row_bytes=row_bytes)
@@ -86,8 +89,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
         out, lse = results[0]
         out = out.to(dtype)
     else:
-        out = torch.empty(q.shape, dtype=dtype)
-        lse = torch.empty(q.shape[:2], dtype=results[0][1].dtype)
+        out, lse = q.new_empty(q.shape, dtype=dtype), results[0][1].new_empty(q.shape[:2])
         for part, (part_out, part_lse) in zip(own, results, strict=True):
             _put(out, part.rows, part_out.to(dtype))
             _put(lse, part.rows, part_lse)
@@ -100,9 +102,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
     return out.to(q.dtype)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, part: _Part, tree: SpanTree, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:
     """Output [n, H, d] and log-sum-exp [n, H] of the part's rows."""
     mask = part.mask
     if part.visible is not None:

@@ -132,6 +132,13 @@ def test_equal_full_spans_need_no_mask():
     assert group.key_slots.shape == (4, 13)
 
 
+def test_single_tokens_need_no_mask():
+    """A decoding step of answers of one length to questions of one length."""
+    tree = SpanTree.build([([1, 2], -1, "causal")] * 2).extend([([3, 4], k % 2, "causal") for k in range(6)], reserve=1)
+    (group,) = tree.grow(range(2, 8), torch.zeros(6, dtype=torch.int64)).groups()
+    assert group.mask is None and group.key_slots.shape == (6, 5)
+
+
 def test_kinds_of_spans():
     """k at either end is full or causal; only new spans count as mixed, and a grown causal span stays causal."""
     modes = ["causal", "full", 0, 1, 2]

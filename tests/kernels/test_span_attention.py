@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._pytree import tree_leaves
 
 from hermesflow.engine.span_tree import SpanTree
-from hermesflow.kernels import registry, span_attention_flex, span_attention_varlen
+from hermesflow.kernels import registry, span_attention_cascade, span_attention_flex, span_attention_varlen
 from hermesflow.kernels.registry import BackendError
 from hermesflow.kernels.span_attention import span_attention
 
@@ -203,6 +203,29 @@ def test_reference_in_float64(name, num_kv_heads):
 def test_error_is_that_of_plain_torch(name, dtype, backend, device, check_error_budget):
     tree = on_device(TREES[name](), device)
     check_against_dense(tree, inputs(tree, dtype, device=device), backend, check_error_budget)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", TREES)
+def test_merged_parts_on_the_cpu(name, dtype, monkeypatch, check_error_budget):
+    """Every ancestor shared, though none of these trees is large enough for it."""
+    monkeypatch.setattr(span_attention_cascade, "_CALL_COST", -1e18)
+    tree = TREES[name]()
+    check_against_dense(tree, inputs(tree, dtype), "cpu", check_error_budget)
+    if name not in ("one-token", "causal", "full", "causal-in-part"):
+        ((_, shared),) = (value for key, (_, value) in tree._plans.items() if key[0] == "cascade")
+        assert shared
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("call_cost", [-1e18, 1e18], ids=["merged", "copied"])
+@pytest.mark.parametrize("name", TREES)
+def test_the_cpu_in_float64(name, call_cost, num_kv_heads, monkeypatch):
+    monkeypatch.setattr(span_attention_cascade, "_CALL_COST", call_cost)
+    tree = TREES[name]()
+    tensors = inputs(tree, torch.float64, num_kv_heads=num_kv_heads, head_dim=8)
+    found, truth = span_attention(*tensors, tree, backend="cpu"), dense_attention(*tensors, tree)
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -557,7 +580,9 @@ def test_backends_that_cannot_run_say_why(dtype, head_dim, refusals, monkeypatch
     monkeypatch.setattr(registry, "ENVIRONMENT_CHECKS", {})
     tree = SpanTree.build([([1, 2, 3], -1, "causal")])
     reasons = dict(registry.explain(OP, *inputs(tree, dtype, head_dim=head_dim, device="meta"), tree))
-    assert list(reasons) == ["triton", "cpu", "torch", "flex", "flash_attn", "xformers"] and reasons["torch"] is None
+    assert list(reasons) == ["triton", "cpu", "torch", "flex", "flash_attn", "xformers"]
+    assert next(name for name, reason in reasons.items() if reason is None) == "torch"
+    assert reasons["cpu"] == "a tensor is on meta, needs cpu"
     assert all(reason in reasons[backend] for backend, reason in refusals.items())
 
 
