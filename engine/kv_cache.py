@@ -9,6 +9,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every cached token, allocated once.
 
+    It begins as zeros: attention may read a slot that holds no token yet, and gives it the weight 0.
     Layout: keys and values are [num_layers, capacity, num_kv_heads, head_dim]; a token's row is its SpanTree slot, so
     that spans which share an ancestor share its rows.
     """

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 Span = tuple[Sequence[int], int, str | int]
 """(token ids, index of the parent span or -1, "causal", "full" or k)."""
@@ -23,8 +24,7 @@ Span = tuple[Sequence[int], int, str | int]
 _EVERY_TOKEN = np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True)
-class AttentionGroup:
+class AttentionGroup(NamedTuple):
     """Query spans of equal shape class that one batched attention call serves.
 
     query_rows [G, Lq] and key_slots [G, Lk] index the packed new tokens and the key/value storage. Both are padded
@@ -41,10 +41,12 @@ class AttentionGroup:
     batch_rows: Tensor
     num_shared: Tensor
 
-    def decode_mask(self, num_visible: Tensor) -> Tensor:
-        """The mask where the device holds the lengths of the rows' own spans, num_visible [Tq]."""
+    def visible(self, num_visible: Tensor) -> AttentionGroup:
+        """The same where the rows' own spans have num_visible [Tq] tokens; slots beyond them are not read."""
         last = self.num_shared + num_visible[self.query_rows[:, 0]]
-        return torch.arange(self.key_slots.shape[1], device=last.device) < last[:, None, None]
+        seen = torch.arange(self.key_slots.shape[1], device=last.device) < last[:, None]
+        key_slots = torch.where(seen, self.key_slots, self.key_slots.gather(1, self.num_shared[:, None]))
+        return self._replace(key_slots=key_slots, mask=seen[:, None])
 
 
 @dataclass
@@ -58,6 +60,8 @@ class SpanTree:
     that are new (0: cached), regions the slots it may grow into.
     num_visible: of a tree that decodes (see decode), int64 [Tq]: how many tokens a row's own span has by now, the row's
     included; the host then takes the span's whole region for its length. None: the host knows all lengths.
+    fixed: whether plans of trees with as many rows, and about the capacity, have tensors of the same sizes, for load_;
+        trees made from a fixed one are fixed.
     capacity: storage slots that the tree needs, reserved ones included.
     has_mixed: whether a span with new tokens is neither full nor causal.
     """
@@ -72,7 +76,9 @@ class SpanTree:
     num_new: np.ndarray
     regions: np.ndarray
     num_visible: Tensor | None = None
-    _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    fixed: bool = False
+    _plans: dict[Hashable, tuple[Callable[[SpanTree], Any], Any]] = field(default_factory=dict, repr=False)
+    _of_step: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     capacity: int = field(init=False)
     has_mixed: bool = field(init=False)
 
@@ -82,11 +88,14 @@ class SpanTree:
         self.has_mixed = bool(((self.num_new > 0) & ~self.full & ~self.causal).any())
 
     @classmethod
-    def build(cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int = 0) -> SpanTree:
+    def build(
+        cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int | Sequence[int] = 0,
+        fixed: bool = False,
+    ) -> SpanTree:  # fmt: skip
         """A tree whose spans are all new, parents before children; reserve adds storage slots to each span."""
         none = np.zeros(0, dtype=np.int64)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        root = cls(empty, empty, empty, none, none, none, none, none, none)
+        root = cls(empty, empty, empty, none, none, none, none, none, none, fixed=fixed)
         return root.extend(spans, reserve=reserve)
 
     def extend(
@@ -115,7 +124,7 @@ class SpanTree:
         if starts is None:
             starts = self.capacity + np.cumsum(regions) - regions
         flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _, _ in spans]) if spans else lengths
-        return SpanTree._assemble(
+        return self._assemble(
             torch.from_numpy(flat).to(self.token_ids.device),
             np.concatenate([self.starts, starts]),
             np.concatenate([self.lengths, lengths]),
@@ -141,7 +150,7 @@ class SpanTree:
         num_new[spans] = 1
         if (lengths > self.regions).any():
             raise ValueError("SpanTree.grow: a span is out of reserved slots; build it with a larger reserve")
-        return SpanTree._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
+        return self._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
 
     def keep(self, spans: np.ndarray | Sequence[int]) -> SpanTree:
         """Only the given spans (ascending), all of them cached where they are, numbered anew from 0.
@@ -155,7 +164,7 @@ class SpanTree:
         parents = number[self.parents[spans]]
         if (np.diff(spans) <= 0).any() or (parents < -1).any():
             raise ValueError("SpanTree.keep: expected ascending spans together with their parents")
-        return SpanTree._assemble(
+        return self._assemble(
             self.token_ids[:0], self.starts[spans], self.lengths[spans], parents, self.num_causal[spans],
             np.zeros(len(spans), dtype=np.int64), self.regions[spans],
         )  # fmt: skip
@@ -183,21 +192,17 @@ class SpanTree:
             raise ValueError("SpanTree.decode: expected causal spans without children")
         lengths, num_new = self.lengths.copy(), np.zeros_like(self.num_new)
         lengths[spans], num_new[spans] = self.regions[spans], 1
-        tree = SpanTree._assemble(
-            token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions
-        )
-        own = torch.from_numpy(lengths[spans]).to(token_ids.device)
-        # _assemble placed each row at the end of its region; its first position and slot are where the region begins.
-        tree._plans["decode"] = (tree.position_ids - own, tree.slots - own)
+        tree = self._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
         return tree.with_tokens(token_ids, num_visible)
 
     def settled(self) -> SpanTree:
         """The same where the host knows all lengths; a tree that decodes waits for the device. For what cannot mask."""
-        if self.num_visible is None:
-            return self
+        return self if self.num_visible is None else self.plan_step("settled", SpanTree._make_settled)
+
+    def _make_settled(self) -> SpanTree:
         lengths = self.lengths.copy()
         lengths[self.num_new > 0] = self.num_visible.cpu().numpy()
-        return SpanTree._assemble(
+        return self._assemble(
             self.token_ids, self.starts, lengths, self.parents, self.num_causal, self.num_new, self.regions
         )
 
@@ -212,30 +217,90 @@ class SpanTree:
                 f"SpanTree.with_tokens: expected token_ids {list(self.token_ids.shape)}, got {list(token_ids.shape)}"
             )
         position_ids, slots = self.position_ids, self.slots
-        if num_visible is not None:
-            position_ids, slots = (before + num_visible for before in self._plans["decode"])
+        if num_visible is None:
+            num_visible = self.num_visible
+        else:
+            position_ids, slots = (before + num_visible for before in self.plan("before", SpanTree._make_before))
         return SpanTree(
             token_ids, position_ids, slots, self.starts, self.lengths, self.parents, self.num_causal, self.num_new,
-            self.regions, num_visible, self._plans,
+            self.regions, num_visible, self.fixed, self._plans,
         )  # fmt: skip
 
-    @classmethod
+    def _make_before(self) -> tuple[Tensor, Tensor]:
+        """Position and slot [Tq] before the first of each row's own span, of which each row is a token."""
+        spans = np.flatnonzero(self.num_new)
+        before = self._first_positions()[spans] - 1, self.starts[spans] - 1
+        return tuple(torch.from_numpy(values).to(self.token_ids.device) for values in before)
+
+    def load_(self, other: SpanTree) -> bool:
+        """Take over the structure and the tokens of another tree in this one's tensors, those of its plans included.
+
+        What a captured graph reads of this tree (and of those made by with_tokens) then is the other's. Plans of fixed
+        trees fit where the number of rows and the capacity, rounded up to a power of two, agree; other plans where the
+        structures have the same shapes.
+        Returns: False, and nothing is changed, where anything that the tensors do not hold differs.
+        """
+        theirs = [other._state(), [other.plan(key, make) for key, (make, _) in self._plans.items()]]
+        leaves, spec = tree_flatten([self._state(), [value for _, value in self._plans.values()]])
+        new_leaves, new_spec = tree_flatten(theirs)
+        if spec != new_spec or not all(map(_can_hold, leaves, new_leaves)):
+            return False
+        for leaf, new in zip(leaves, new_leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                leaf.copy_(new)
+        for name in ("starts", "lengths", "parents", "num_causal", "num_new", "regions", "capacity"):
+            setattr(self, name, getattr(other, name))
+        self._of_step.clear()
+        return True
+
+    def _state(self) -> tuple:
+        return self.token_ids, self.position_ids, self.slots, self.num_visible, self.fixed, self.has_mixed
+
     def _assemble(
-        cls, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray,
+        self, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray,
         num_causal: np.ndarray, num_new: np.ndarray, regions: np.ndarray,
     ) -> SpanTree:  # fmt: skip
-        first_position = np.zeros_like(starts)
-        for ancestors in _ancestor_levels(parents):
-            first_position += np.where(ancestors >= 0, lengths[ancestors], 0)
+        """A tree of these spans, whose new tokens are their last ones."""
+        tree = SpanTree(
+            token_ids, token_ids, token_ids, starts, lengths, parents, num_causal, num_new, regions, fixed=self.fixed
+        )
         offsets = _ranges(lengths - num_new, num_new)
         of_span = np.repeat(np.arange(len(starts)), num_new)
-        device = token_ids.device
-        return cls(
-            token_ids,
-            torch.from_numpy(first_position[of_span] + offsets).to(device),
-            torch.from_numpy(starts[of_span] + offsets).to(device),
-            starts, lengths, parents, num_causal, num_new, regions,
-        )  # fmt: skip
+        tree.position_ids = torch.from_numpy(tree._first_positions()[of_span] + offsets).to(token_ids.device)
+        tree.slots = torch.from_numpy(starts[of_span] + offsets).to(token_ids.device)
+        return tree
+
+    def _first_positions(self) -> np.ndarray:
+        """Position of each span's first token, int64 [S]."""
+        first = np.zeros_like(self.starts)
+        for ancestors in self.ancestor_levels():
+            first += np.where(ancestors >= 0, self.lengths[ancestors], 0)
+        return first
+
+    def chain_lengths(self, chains: list[np.ndarray]) -> np.ndarray:
+        """Tokens of each chain, int64 [G]; chains: spans [G] of each level, -1 where a chain has none there."""
+        return sum(np.where(level >= 0, self.lengths[level], 0) for level in chains)
+
+    def chain_slots(self, chains: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Storage slots of each chain's tokens, int64 [G, the longest chain], padded with the last span's first slot,
+        and how many each has."""
+        num_keys, spans = self.chain_lengths(chains), np.stack(chains, axis=1)
+        lengths = np.where(spans >= 0, self.lengths[spans], 0)
+        used = lengths > 0
+        packed = _ranges(self.starts[spans[used]], lengths[used])
+        if (num_keys == num_keys.max()).all():
+            return packed.reshape(len(spans), -1), num_keys
+        slots = np.repeat(self.starts[chains[-1]][:, None], num_keys.max(), axis=1)
+        slots[np.arange(num_keys.max()) < num_keys[:, None]] = packed
+        return slots, num_keys
+
+    def ancestor_levels(self) -> list[np.ndarray]:
+        """[parents, grandparents, ...] of every span, int64 [S] each, -1 where there is none."""
+        levels, level = [], self.parents
+        while (level >= 0).any():
+            levels.append(level)
+            level = np.where(level >= 0, self.parents[level], -1)
+        return levels
 
     @property
     def num_spans(self) -> int:
@@ -284,49 +349,54 @@ class SpanTree:
     def plan(self, key: Hashable, make: Callable[[SpanTree], Any]) -> Any:
         """What make(tree) derives from the structure alone, computed once for all trees that share it (with_tokens)."""
         if key not in self._plans:
-            self._plans[key] = make(self)
-        return self._plans[key]
+            self._plans[key] = make, make(self)
+        return self._plans[key][1]
+
+    def plan_step(self, key: Hashable, make: Callable[[SpanTree], Any]) -> Any:
+        """What make(tree) derives from num_visible too, computed once for this tree: all layers of a step share it."""
+        if key not in self._of_step:
+            self._of_step[key] = make(self)
+        return self._of_step[key]
 
     def groups(self) -> list[AttentionGroup]:
         """The attention plan of batched calls: query spans bucketed by length, full ones apart."""
-        return self.plan("groups", SpanTree._make_groups)
+        groups = self.plan("groups", SpanTree._make_groups)
+        if self.num_visible is None:
+            return groups
+        return self.plan_step("groups", lambda tree: [group.visible(tree.num_visible) for group in groups])
 
     def _make_groups(self) -> list[AttentionGroup]:
         spans = np.flatnonzero(self.num_new)
-        chains = [level[spans] for level in reversed(_ancestor_levels(self.parents))] + [spans]
-        key_lengths = sum(np.where(level >= 0, self.lengths[level], 0) for level in chains)
+        chains = [level[spans] for level in reversed(self.ancestor_levels())] + [spans]
+        key_lengths = self.chain_lengths(chains)
         # Buckets of 8 queries and 16 keys keep the padding small and the calls few; equal spans need no padding at all.
-        shape_class = np.stack([self.full[spans], -(-self.num_new[spans] // 8), -(-key_lengths // 16)], axis=1)
+        # The only new token of a causal span sees all its tokens, as those of a full one do: a call without a mask.
+        whole = self.full[spans] | (self.causal[spans] & (self.num_new[spans] == 1))
+        shape_class = np.stack([whole, -(-self.num_new[spans] // 8), -(-key_lengths // 16)], axis=1)
         groups = []
         for key in np.unique(shape_class, axis=0):
             members = np.flatnonzero((shape_class == key).all(axis=1))
             groups.append(self._group([level[members] for level in chains], key_lengths[members], bool(key[0])))
         return groups
 
-    def _group(self, chains: list[np.ndarray], key_lengths: np.ndarray, full: bool) -> AttentionGroup:
+    def _group(self, chains: list[np.ndarray], key_lengths: np.ndarray, whole: bool) -> AttentionGroup:
         spans = chains[-1]
         queries = self.num_new[spans]
-        num_queries, num_keys = int(queries.max()), int(key_lengths.max())
-        key_slots = np.repeat(self.starts[spans][:, None], num_keys, axis=1)
-        column = np.zeros(len(spans), dtype=np.int64)
-        for level in chains:
-            lengths = np.where(level >= 0, self.lengths[level], 0)
-            row = np.repeat(np.arange(len(spans)), lengths)
-            key_slots[row, _ranges(column, lengths)] = _ranges(np.where(level >= 0, self.starts[level], 0), lengths)
-            column += lengths
+        key_slots, _ = self.chain_slots(chains)
+        num_queries, num_keys = int(queries.max()), key_slots.shape[1]
         row = np.repeat(np.arange(len(spans)), queries)
         offsets = _ranges(np.zeros_like(queries), queries)
         packed_rows = _ranges(self.packed_starts[spans], queries)
         query_rows = np.repeat(self.packed_starts[spans][:, None], num_queries, axis=1)
         query_rows[row, offsets] = packed_rows
         mask = None
-        if not full or (key_lengths != num_keys).any():
+        if not whole or (key_lengths != num_keys).any():
             last_key = np.broadcast_to(key_lengths[:, None], query_rows.shape)
-            if not full:
+            if not whole:
                 last_key = last_key - queries[:, None] + 1 + np.arange(num_queries)
             key = np.arange(num_keys)
             mask = key < np.minimum(last_key, key_lengths[:, None])[:, :, None]
-            if not full and self.has_mixed:
+            if not whole and self.has_mixed:
                 num_shared = np.maximum(self.lengths[spans] - self.num_causal[spans], 0)
                 shared = (key >= (key_lengths - num_shared)[:, None]) & (key < key_lengths[:, None])
                 mask |= shared[:, None]
@@ -341,13 +411,11 @@ class SpanTree:
         )
 
 
-def _ancestor_levels(parents: np.ndarray) -> list[np.ndarray]:
-    """[parents, grandparents, ...] of every span, -1 where there is none."""
-    levels, level = [], parents
-    while (level >= 0).any():
-        levels.append(level)
-        level = np.where(level >= 0, parents[level], -1)
-    return levels
+def _can_hold(old: Any, new: Any) -> bool:
+    """Whether copying into the old leaf of a structure makes it the new one."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return type(old) is type(new) and old == new
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

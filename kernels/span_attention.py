@@ -1,8 +1,9 @@
 """Attention over a span tree: every token attends to its span's ancestors and to its own span.
 
 Formula: softmax(q k^T * scale) v over the storage slots that the tree allows (engine/span_tree.py states the rule).
-The torch backend batches spans of equal shape class and calls scaled_dot_product_attention once a class; spans of equal
-shape need no mask. Padding exists inside a class only and never reaches the output.
+The torch backend batches spans of equal shape class and calls scaled_dot_product_attention once a class; full spans of
+equal shape, and single tokens, pass no mask, so that its flash and cuDNN kernels serve them. Padding exists inside a
+class only and never reaches the output.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def span_attention(
     Args:
         q: queries [Tq, H, head_dim], one a new token, packed in the tree's order; fp32, bf16, fp16 or fp64.
         k, v: storage [slots, Hkv, head_dim] of at least tree.capacity slots, H a multiple of Hkv; dtype and device of
-            q. Slots that no token attends to are not read and have gradient 0.
+            q. Slots that no token attends to are not read and have gradient 0; of a tree that decodes the backend
+            "cpu" reads the whole regions, which must be finite, and gives what lies beyond num_visible the weight 0.
         tree: the SpanTree, on q's device. The first call over a structure plans it, which torch.compile does not trace:
             with fullgraph=True call the op before, with its backward pass (for "torch", tree.groups() will do).
         scale: factor on q k^T; None is head_dim ** -0.5.
-        backend: "triton", "torch", "cpu" (torch's calls, on the CPU alone), "flex", "flash_attn" or "xformers"; None
-            takes the first that can run.
+        backend: "triton", "cpu" (without gradient), "torch", "flex", "flash_attn" or "xformers"; None takes the first
+            that can run. Where a tree decodes, the last three wait for the device, once a step.
     Returns: [Tq, H, head_dim]. Differentiable in q, k and v.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
     Source: attention rule of Show-o (arXiv 2408.12528), section 3.2, restated for shared prefixes.
@@ -68,8 +70,7 @@ def span_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *,
     for group in tree.groups():
         query = _gather(q, group.query_rows)
         key, value = (_gather(storage, group.key_slots) for storage in (k, v))
-        mask = group.mask if tree.num_visible is None else group.decode_mask(tree.num_visible)
-        mask = None if mask is None else mask[:, None]
+        mask = None if group.mask is None else group.mask[:, None]
         out = _attend(query, key, value, mask, scale)
         pieces.append(out.transpose(1, 2).reshape(-1, num_heads * head_dim)[group.batch_rows])
         rows.append(group.packed_rows)
@@ -101,10 +102,19 @@ def _triton_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -
     return not_on_triton_device(q, k, v, with_dot=True)
 
 
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _cpu_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if _wants_gradient(q, k, v):
+        return "a gradient is wanted, needs torch.no_grad() or tensors that require none"
+    return not_on("cpu", q, k, v)
+
+
 def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
     if q.device.type == "cpu":
-        wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        return "FlexAttention has no gradient on the CPU" if wants_gradient else None
+        return "FlexAttention has no gradient on the CPU" if _wants_gradient(q, k, v) else None
     if q.dtype not in FLOAT_DTYPES or q.shape[2] < 16:
         return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at least 16"
     return not_on("cuda", q, k, v)
@@ -126,14 +136,12 @@ def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, **_: obje
     return not_on("cuda", q, k, v)
 
 
-# On CUDA the order from torch on is a guess, not measured; all give the same results. The libraries read a shared
-# ancestor once a span, and FlexAttention compiles for minutes, so neither comes before what needs nothing else.
+# On the CPU "cpu" serves what wants no gradient, "torch" what does. On CUDA the order is a guess, not measured: Triton
+# where it is there, else SDPA, whose flash and cuDNN kernels run unmasked groups and which needs nothing but torch. The
+# libraries read a shared ancestor once a span, as SDPA does, and FlexAttention compiles for minutes.
 registry.register(OP, "triton", "hermesflow.kernels.span_attention_triton:span_attention", _triton_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.span_attention_cascade:span_attention", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)
-# What the C++ backend is to the other ops: on the CPU the batched calls of torch are the fast way.
-registry.register(
-    OP, "cpu", "hermesflow.kernels.span_attention:span_attention_reference", lambda q, *_, **__: not_on("cpu", q)
-)
 registry.register(OP, "flex", "hermesflow.kernels.span_attention_flex:span_attention", _flex_can_run)
 registry.register(OP, "flash_attn", "hermesflow.kernels.span_attention_varlen:flash_attn", _flash_attn_can_run)
 registry.register(OP, "xformers", "hermesflow.kernels.span_attention_varlen:xformers", _xformers_can_run)

@@ -3,6 +3,7 @@
 Rows and keys are gathered in the depth-first order of span_attention_plan.py, so that storage which nobody attends to
 is never read and the mask of a key is one interval of rows. The block mask comes from the plan's tile lists, not from
 a dense mask. On CUDA the call is compiled; on the CPU, FlexAttention's eager path computes it from the mask alone.
+A tree that decodes waits for the device, once a step.
 Source: FlexAttention (arXiv 2412.05496).
 """
 
@@ -36,7 +37,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
     """hermesflow.kernels.span_attention.span_attention by FlexAttention."""
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    plan = tree.plan("flex", _make_plan)
+    plan = tree.settled().plan("flex", _make_plan)
     query, key, value = (
         tensor.index_select(0, index).transpose(0, 1)[None]
         for tensor, index in ((q, plan.rows), (k, plan.slots), (v, plan.slots))

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     from hermesflow.engine.span_tree import SpanTree
 
 
+_LEAST_ROOM = 1024  # keys of the smallest fixed plan
+
+
 class SortedTree(NamedTuple):
-    """Depth-first order: packed row [R] of each sorted row; slot [K] of each sorted key, seen by the sorted rows
-    [first_row, end_row)."""
+    """Depth-first order: packed row [R] of each sorted row; slot [K] of each sorted key, its span and its number there,
+    seen by the sorted rows [first_row, end_row)."""
 
     rows: np.ndarray
     slots: np.ndarray
+    span: np.ndarray
+    position: np.ndarray
     first_row: np.ndarray
     end_row: np.ndarray
 
@@ -43,7 +48,10 @@ class TilePlan(NamedTuple):
     """A SortedTree cut into blocks of rows and tiles of keys, int32 on the tree's device.
 
     rows is padded to whole blocks with its last entry, slots to whole tiles likewise (so that nothing is read that
-    nobody attends to); no row sees the padding keys.
+    nobody attends to); no row sees the padding keys, whose intervals are empty. Of a fixed tree slots is padded to a
+    power of two and the lists to all pairs of a block and a tile, so that their sizes do not tell the structure.
+    own_row, own_position: of a tree that decodes, for each key of a row's own span that row and the key's number in the
+    span; -1 for the number of any other key.
     """
 
     num_rows: int
@@ -54,45 +62,79 @@ class TilePlan(NamedTuple):
     end_row: Tensor
     tiles_of_block: TileLists
     blocks_of_tile: TileLists
+    own_row: Tensor | None = None
+    own_position: Tensor | None = None
+
+    def visible(self, num_visible: Tensor) -> TilePlan:
+        """The same where the rows' own spans have num_visible [Tq] tokens: nobody sees a key beyond them, and the
+        span's first slot is read in its place."""
+        if self.num_rows == 0:
+            return self
+        seen = self.own_position < num_visible.index_select(0, self.own_row)
+        slots = torch.where(seen, self.slots, self.slots - self.own_position)
+        return self._replace(slots=slots, end_row=torch.where(seen, self.end_row, 0))
 
 
 def tile_plan(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
-    """The tree's plan for these sizes, computed once a structure."""
-    make = functools.partial(_cut, block_rows=block_rows, tile_keys=tile_keys)
-    return tree.plan(("tiles", block_rows, tile_keys), make)
+    """The tree's plan for these sizes, computed once a structure, and on the device once a step where it decodes."""
+    key, make = ("tiles", block_rows, tile_keys), functools.partial(_cut, block_rows=block_rows, tile_keys=tile_keys)
+    plan = tree.plan(key, make)
+    return plan if tree.num_visible is None else tree.plan_step(key, lambda step: plan.visible(step.num_visible))
+
+
+def row_intervals(tree: SpanTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed row [R] of each sorted row; and of each span the first of its sorted rows, and the end of those that it
+    and its descendants have together, [S] each."""
+    num_below, num_spans = tree.num_new.copy(), tree.num_spans
+    levels = tree.ancestor_levels()
+    for ancestors in levels:
+        below = ancestors >= 0
+        num_below += np.bincount(ancestors[below], tree.num_new[below], num_spans).astype(np.int64)
+    by_parent = np.argsort(tree.parents, kind="stable")
+    before = np.cumsum(num_below[by_parent]) - num_below[by_parent]
+    is_first = np.diff(tree.parents[by_parent], prepend=-2) > 0
+    after_siblings = np.empty(num_spans, dtype=np.int64)
+    after_siblings[by_parent] = before - before[is_first][np.cumsum(is_first) - 1]
+    first = after_siblings.copy()
+    for ancestors in levels:
+        first += np.where(ancestors >= 0, (after_siblings + tree.num_new)[ancestors], 0)
+    rows = np.empty(len(tree.token_ids), dtype=np.int64)
+    rows[np.repeat(first, tree.num_new) + _counting(tree.num_new)] = np.arange(len(rows))
+    return rows, first, first + num_below
 
 
 def depth_first(tree: SpanTree) -> SortedTree:
     """Sort the tree's rows and keys."""
-    parents, num_new = tree.parents.tolist(), tree.num_new.tolist()
-    # Entry -1, which is the last, stands for the parent of all roots.
-    num_below = [*num_new, 0]
-    for span in reversed(range(len(parents))):
-        num_below[parents[span]] += num_below[span]
-    first, free = list(parents), [0] * (len(parents) + 1)
-    for span, parent in enumerate(parents):
-        first[span] = free[parent]
-        free[parent] += num_below[span]
-        free[span] = first[span] + num_new[span]
-    first, num_below = np.array(first, dtype=np.int64), np.array(num_below[:-1], dtype=np.int64)
-
-    rows = np.empty(len(tree.token_ids), dtype=np.int64)
-    rows[np.repeat(first, tree.num_new) + _counting(tree.num_new)] = np.arange(len(rows))
-
-    spans = np.argsort(first, kind="stable")
-    spans = spans[num_below[spans] > 0]
+    rows, first, end = row_intervals(tree)
+    spans = np.flatnonzero(end > first)
+    # A span comes before its first child, which has its first row if the span has no new tokens.
+    spans = spans[np.lexsort((spans, first[spans]))]
     span, position = np.repeat(spans, tree.lengths[spans]), _counting(tree.lengths[spans])
     num_cached = (tree.lengths - tree.num_new)[span]
     own_row = np.where(position < tree.num_causal[span], np.maximum(position - num_cached, 0), 0)
-    return SortedTree(rows, tree.starts[span] + position, first[span] + own_row, (first + num_below)[span])
+    return SortedTree(rows, tree.starts[span] + position, span, position, first[span] + own_row, end[span])
 
 
 def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
     order = depth_first(tree)
     num_rows, num_keys = len(order.rows), len(order.slots)
+    if tree.fixed:
+        num_keys = max(_LEAST_ROOM, 1 << (tree.capacity - 1).bit_length())
     num_blocks, num_tiles = -(-num_rows // block_rows), -(-num_keys // tile_keys)
-    padding = (0, num_tiles * tile_keys - num_keys)
-    first_row, end_row = np.pad(order.first_row, padding), np.pad(order.end_row, padding)
+
+    def padded(values: np.ndarray, size: int, mode: str = "edge") -> np.ndarray:
+        return np.pad(values, (0, size - len(values)), mode=mode if len(values) else "constant")
+
+    decodes = tree.num_visible is not None
+    is_own = decodes & (tree.num_new > 0)[order.span]
+    own_row = np.where(is_own, tree.packed_starts[order.span], 0)
+    own_position = np.where(is_own, order.position, -1)
+    slots, own_row, own_position = (
+        padded(values, num_tiles * tile_keys) for values in (order.slots, own_row, own_position)
+    )
+    first_row, end_row = (
+        padded(values, num_tiles * tile_keys, "constant") for values in (order.first_row, order.end_row)
+    )
 
     # Every (block, tile) in which a row sees a key; an interval inside its predecessor's in the same tile adds none.
     inside = (first_row[1:] >= first_row[:-1]) & (end_row[1:] <= end_row[:-1])
@@ -103,7 +145,8 @@ def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
     tile = np.repeat(kept // tile_keys, num_met)
 
     last_first = first_row.reshape(-1, tile_keys).max(axis=1)[tile]
-    first_end = end_row.reshape(-1, tile_keys).min(axis=1)[tile]
+    # A key that may be beyond a span's end needs the mask, whoever sees it.
+    first_end = np.where(own_position > 0, 0, end_row).reshape(-1, tile_keys).min(axis=1)[tile]
     masked = (last_first > block * block_rows) | (first_end < (block + 1) * block_rows)
 
     device = tree.token_ids.device
@@ -114,17 +157,20 @@ def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
     def lists(outer: np.ndarray, inner: np.ndarray, num_outer: int, num_inner: int) -> TileLists:
         codes = np.unique((2 * outer + masked) * num_inner + inner)
         bounds = np.searchsorted(codes, np.arange(2 * num_outer + 1) * num_inner)
-        return TileLists(to_device(bounds), to_device(codes % max(num_inner, 1)))
+        unused = num_outer * num_inner - len(codes) if tree.fixed else 0
+        return TileLists(to_device(bounds), to_device(np.pad(codes % max(num_inner, 1), (0, unused))))
 
     return TilePlan(
         num_rows,
         num_keys,
-        to_device(np.pad(order.rows, (0, num_blocks * block_rows - num_rows), mode="edge" if num_rows else "constant")),
-        to_device(np.pad(order.slots, padding, mode="edge" if num_keys else "constant")),
+        to_device(padded(order.rows, num_blocks * block_rows)),
+        to_device(slots),
         to_device(first_row),
         to_device(end_row),
         lists(block, tile, num_blocks, num_tiles),
         lists(tile, block, num_tiles, num_blocks),
+        to_device(own_row) if decodes else None,
+        to_device(own_position) if decodes else None,
     )
 
 

@@ -198,7 +198,7 @@ def _add_dk_dv(
 def _backward_dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, rows_ptr, slots_ptr, first_row_ptr,
     end_row_ptr, bounds_ptr, blocks_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt,
-    stride_gh, stride_dkt, stride_dkh, stride_dvt, stride_dvh, num_rows, num_keys, group, scale, scale_log2,
+    stride_gh, stride_dkt, stride_dkh, stride_dvt, stride_dvh, num_rows, group, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -223,7 +223,7 @@ def _backward_dk_dv_kernel(
             dk, dv, k, v, first_row, end_row, q_of_head, d_out_of_head, lse_of_head, delta_of_head, rows_ptr,
             blocks_ptr, middle, end, stride_qt, stride_gt, num_rows, scale_log2, True, HEAD_DIM, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    inside = offs_n < num_keys
+    inside = first_row < end_row  # not padding, and within its span's present length
     _store_rows(dk_ptr + kv_head * stride_dkh, slots, stride_dkt, dk * scale, inside, HEAD_DIM, BLOCK_D)
     _store_rows(dv_ptr + kv_head * stride_dvh, slots, stride_dvt, dv, inside, HEAD_DIM, BLOCK_D)
 
@@ -308,7 +308,7 @@ def _launch_backward(
         )  # fmt: skip
         _backward_dk_dv_kernel[(plan.slots.shape[0] // launch.tile_keys, num_kv_heads)](
             q, k, v, d_out, lse, delta, dk, dv, *order, *plan.blocks_of_tile,
-            *_head_strides(q, k, v, d_out, dk, dv), num_rows, plan.num_keys, group, *scales, **options,
+            *_head_strides(q, k, v, d_out, dk, dv), num_rows, group, *scales, **options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -344,7 +344,7 @@ def _production(head_dim: int, group: int | str) -> list[tuple]:
     forward, backward = _launches(torch.bfloat16, head_dim, 16_384)
     tensors = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
     types = {f"{name}_ptr": "*bf16" for name in tensors} | {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-    types |= {"scale": "fp32", "scale_log2": "fp32", "num_rows": "i32", "num_keys": "i32", "group": group}
+    types |= {"scale": "fp32", "scale_log2": "fp32", "num_rows": "i32", "group": group}
     found = []
     for kernel, launch in (
         (_forward_kernel, forward), (_backward_dq_kernel, backward), (_backward_dk_dv_kernel, backward)

@@ -3,7 +3,7 @@
 Each span with new tokens is one sequence: its queries are those tokens, its keys those of its ancestors and its own,
 gathered together. Full spans go into one call, causal spans into another, whose mask is aligned at the bottom right:
 the last new token sees all keys, which is the tree's rule. Spans that are causal in part have no such call. Shared
-ancestors are gathered once a span.
+ancestors are gathered once a span. A tree that decodes waits for the device, once a step.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float 
     """hermesflow.kernels.span_attention.span_attention by flash_attn.flash_attn_varlen_func."""
     from flash_attn import flash_attn_varlen_func
 
+    tree = tree.settled()
+
     def bounds(lengths: list[int]) -> Tensor:
         return F.pad(torch.tensor(lengths), (1, 0)).cumsum(0, dtype=torch.int32).to(tree.token_ids.device)
 
@@ -55,6 +57,8 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | 
     """hermesflow.kernels.span_attention.span_attention by xformers.ops.memory_efficient_attention."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask, BlockDiagonalMask
+
+    tree = tree.settled()
 
     def make_masks(_: SpanTree) -> list[Any]:
         masks = {False: BlockDiagonalMask, True: BlockDiagonalCausalFromBottomRightMask}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._pytree import tree_leaves
 
 from hermesflow.engine.span_tree import SpanTree
-from hermesflow.kernels import registry, span_attention_flex, span_attention_varlen
+from hermesflow.kernels import registry, span_attention_cascade, span_attention_flex, span_attention_varlen
 from hermesflow.kernels.registry import BackendError
 from hermesflow.kernels.span_attention import span_attention
 
@@ -73,6 +74,16 @@ def mixed_forest():
     return tree.grow([13, 14, 20], torch.tensor([1, 2, 3]))
 
 
+def decoding_answers(reserve):
+    """Answers of two images' questions, whose lengths the device holds; some have one token, some fill their region."""
+    tree = SpanTree.build([(ids(20), -1, "full"), (ids(7), -1, 3), *[(ids(6 - k), k % 2, "causal") for k in range(4)]])
+    reserve = np.broadcast_to(reserve, 12)
+    tree = tree.extend([([1], 2 + k % 4, "causal") for k in range(12)], reserve=reserve)
+    decoded = np.delete(np.arange(6, 18), 5)
+    num_visible = torch.tensor([1 + 7 * span % (1 + int(reserve[span - 6])) for span in decoded])
+    return tree.decode(decoded, torch.zeros(11, dtype=torch.int64), num_visible)
+
+
 TREES = {
     "first-root-unused": first_root_unused,
     "one-token": lambda: SpanTree.build([([1], -1, "causal")]),
@@ -98,6 +109,12 @@ TREES = {
     "causal-in-part": lambda: SpanTree.build([(ids(33), -1, 6)]),
     "questions-about-features": questions_about_features,
     "mixed-forest": mixed_forest,
+    "decoding-equal-regions": lambda: decoding_answers(6),
+    "decoding-ragged-regions": lambda: decoding_answers(range(0, 48, 4)),
+    "decoding-long-regions": lambda: decoding_answers(150),
+    "fixed": lambda: SpanTree.build(
+        [(ids(5), -1, "causal"), *[(ids(18), 0, "full")] * 3, (ids(7), 1, "causal")], fixed=True
+    ),
 }
 
 
@@ -122,7 +139,9 @@ def inputs(tree, dtype, num_heads=4, num_kv_heads=2, head_dim=16, seed=0, device
 def on_device(tree, device):
     """The same structure with its tokens, and so its plans, on the device."""
     moved = [tensor.to(device) for tensor in (tree.token_ids, tree.position_ids, tree.slots)]
-    return SpanTree(*moved, tree.starts, tree.lengths, tree.parents, tree.num_causal, tree.num_new, tree.regions)
+    num_visible = None if tree.num_visible is None else tree.num_visible.to(device)
+    structure = (tree.starts, tree.lengths, tree.parents, tree.num_causal, tree.num_new, tree.regions)
+    return SpanTree(*moved, *structure, num_visible, tree.fixed)
 
 
 def skip_what_is_refused(backend, *arguments):
@@ -143,7 +162,7 @@ def results(function, tensors, tree, weight):
 
 def weight_of(q, backend):
     """A gradient of the output; None where the backend has none (FlexAttention on the CPU)."""
-    if backend == "flex" and q.device.type == "cpu":
+    if backend == "cpu" or (backend == "flex" and q.device.type == "cpu"):
         return None
     return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.device, q.dtype)
 
@@ -184,6 +203,29 @@ def test_reference_in_float64(name, num_kv_heads):
 def test_error_is_that_of_plain_torch(name, dtype, backend, device, check_error_budget):
     tree = on_device(TREES[name](), device)
     check_against_dense(tree, inputs(tree, dtype, device=device), backend, check_error_budget)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", TREES)
+def test_merged_parts_on_the_cpu(name, dtype, monkeypatch, check_error_budget):
+    """Every ancestor shared, though none of these trees is large enough for it."""
+    monkeypatch.setattr(span_attention_cascade, "_CALL_COST", -1e18)
+    tree = TREES[name]()
+    check_against_dense(tree, inputs(tree, dtype), "cpu", check_error_budget)
+    if name not in ("one-token", "causal", "full", "causal-in-part"):
+        ((_, shared),) = (value for key, (_, value) in tree._plans.items() if key[0] == "cascade")
+        assert shared
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("call_cost", [-1e18, 1e18], ids=["merged", "copied"])
+@pytest.mark.parametrize("name", TREES)
+def test_the_cpu_in_float64(name, call_cost, num_kv_heads, monkeypatch):
+    monkeypatch.setattr(span_attention_cascade, "_CALL_COST", call_cost)
+    tree = TREES[name]()
+    tensors = inputs(tree, torch.float64, num_kv_heads=num_kv_heads, head_dim=8)
+    found, truth = span_attention(*tensors, tree, backend="cpu"), dense_attention(*tensors, tree)
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -241,9 +283,12 @@ def test_long_spans(backend, device, check_error_budget):
     check_against_dense(tree, tensors, backend, check_error_budget)
 
 
-@pytest.mark.parametrize("name", ["grown-answers", "answers-of-one-image", "first-root-unused"])
+@pytest.mark.parametrize(
+    "name", ["grown-answers", "answers-of-one-image", "first-root-unused", "decoding-ragged-regions"]
+)
 def test_slots_that_are_not_attended_may_hold_anything(name, backend, device):
-    """A cache's unused slots are never initialised to something finite by contract."""
+    """A cache's unused slots are never initialised to something finite by contract; what an answer of an earlier batch
+    left in the region of one that decodes is finite, since only answers without a NaN go on."""
     tree = on_device(TREES[name](), device)
     tensors = inputs(tree, torch.float16, device=device)
     skip_what_is_refused(backend, *tensors, tree)
@@ -256,10 +301,48 @@ def test_slots_that_are_not_attended_may_hold_anything(name, backend, device):
     unused = ~tree.allowed().any(0)
     assert unused.any()
     q, k, v = (tensor.clone() for tensor in tensors)
-    k[unused], v[unused] = float("nan"), float("inf")
+    finite = backend == "cpu" and tree.num_visible is not None
+    k[unused], v[unused] = (-1e4, 1e4) if finite else (float("nan"), float("inf"))
     found = results(mine, (q, k, v), tree, weight)
     assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
     assert all((grad[unused] == 0).all() for grad in found[2:])
+
+
+def test_one_plan_serves_every_decoding_step(backend, device, check_error_budget):
+    """Layers share what a step derives from the lengths; the next step derives it anew, from the same plan."""
+    tree = on_device(decoding_answers(9), device)
+    for step in range(3):
+        tree = tree.with_tokens(tree.token_ids, torch.full_like(tree.num_visible, 2 + 4 * step))
+        settled = on_device(tree.settled(), device)
+        tensors = inputs(tree, torch.float16, device=device, seed=step)
+        check_against_dense(tree, tensors, backend, check_error_budget)
+        num_plans = len(tree._plans)
+        q, k, v = tensors
+        for layer in range(2):
+            out = span_attention(q, k + layer, v, tree, backend=backend)
+            expected = span_attention(q, k + layer, v, settled, backend="torch")
+            torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+        assert len(tree._plans) == num_plans
+
+
+def test_a_plan_that_took_over_another_structure(backend, device, check_error_budget):
+    """Of fixed trees of as many rows, whatever their spans; on the backend's own plan where its sizes are fixed."""
+    trees = [
+        SpanTree.build([(ids(n), -1, "causal"), (ids(m), 0, "full")], fixed=True).extend(
+            [(ids(9), k, mode) for k in range(2)] + [(ids(22), 1, "full")]
+        )
+        for n, m, mode in ((5, 30, "causal"), (17, 4, "full"))
+    ]
+    first, second = (on_device(tree, device) for tree in trees)
+    tensors = inputs(second, torch.float16, device=device)
+    skip_what_is_refused(backend, *tensors, second)
+    span_attention(*inputs(first, torch.float16, device=device), first, backend=backend)
+    held = [leaf for leaf in tree_leaves([value for _, value in first._plans.values()]) if torch.is_tensor(leaf)]
+    assert first.load_(second) == (backend == "triton")
+    if backend == "triton":
+        check_against_dense(first, tensors, backend, check_error_budget)
+        again = tree_leaves([value for _, value in first._plans.values()])
+        assert all(any(leaf is tensor for leaf in again) for tensor in held)
 
 
 def test_storage_may_be_larger_than_the_tree(backend, device):
@@ -461,7 +544,7 @@ def test_libraries_with_a_scale_and_nothing_to_do(library_backend):
 @pytest.mark.parametrize("name", TREES)
 def test_flex_block_mask(name):
     """The block mask from the plan is what FlexAttention makes of the dense mask."""
-    mask = span_attention_flex._make_plan(TREES[name]()).mask
+    mask = span_attention_flex._make_plan(TREES[name]().settled()).mask
     dense = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
     for field in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(mask, field), getattr(dense, field)), field
@@ -497,7 +580,9 @@ def test_backends_that_cannot_run_say_why(dtype, head_dim, refusals, monkeypatch
     monkeypatch.setattr(registry, "ENVIRONMENT_CHECKS", {})
     tree = SpanTree.build([([1, 2, 3], -1, "causal")])
     reasons = dict(registry.explain(OP, *inputs(tree, dtype, head_dim=head_dim, device="meta"), tree))
-    assert list(reasons) == ["triton", "torch", "cpu", "flex", "flash_attn", "xformers"] and reasons["torch"] is None
+    assert list(reasons) == ["triton", "cpu", "torch", "flex", "flash_attn", "xformers"]
+    assert next(name for name, reason in reasons.items() if reason is None) == "torch"
+    assert reasons["cpu"] == "a tensor is on meta, needs cpu"
     assert all(reason in reasons[backend] for backend, reason in refusals.items())
 
 
@@ -509,6 +594,33 @@ def test_libraries_refuse_spans_that_are_causal_in_part(library, monkeypatch):
     answers = tree.extend([([1], 0, "causal")])
     reasons = [dict(registry.explain(OP, *inputs(tree, torch.float16), tree))[library] for tree in (tree, answers)]
     assert "causal in part" in reasons[0] and "needs cuda" in reasons[1]
+
+
+def test_the_cpu_serves_what_wants_no_gradient():
+    tree = SpanTree.build([([1, 2, 3], -1, "causal")])
+    q, k, v = inputs(tree, torch.float32)
+    assert next(name for name, reason in registry.explain(OP, q, k, v, tree) if reason is None) == "cpu"
+    v.requires_grad_()
+    assert next(name for name, reason in registry.explain(OP, q, k, v, tree) if reason is None) == "torch"
+    with pytest.raises(BackendError, match="cpu: a gradient is wanted"):
+        span_attention(q, k, v, tree, backend="cpu")
+    with torch.no_grad():
+        assert span_attention(q, k, v, tree, backend="cpu").shape == q.shape
+
+
+@pytest.mark.parametrize("num_samples", [1, 64], ids=["copied", "shared"])
+def test_shared_ancestors_are_not_copied_on_the_cpu(num_samples, largest_tensor):
+    """A decoding step of many answers makes nothing as large as their questions' image once an answer; a single answer
+    has its keys gathered, which costs less than merging."""
+    tree = SpanTree.build([(ids(100), -1, "full")]).extend([([1], 0, "causal")] * num_samples, reserve=3)
+    tensors = inputs(tree, torch.float32, num_heads=8, num_kv_heads=8, head_dim=64)
+    span_attention(*tensors, tree, backend="cpu")
+    with largest_tensor as seen:
+        span_attention(*tensors, tree, backend="cpu")
+    keys = (num_samples * 101 if num_samples == 1 else num_samples) * 8 * 64
+    assert tensors[1].numel() >= seen.numel >= keys and len(tree._plans) == 1
+    ((own, shared),) = (value for _, value in tree._plans.values())
+    assert len(shared) == (num_samples > 1)
 
 
 def test_flex_has_no_gradient_on_the_cpu():

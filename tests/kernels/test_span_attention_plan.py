@@ -1,10 +1,13 @@
 """The depth-first plan of a span tree against the dense truth."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.kernels.span_attention_plan import depth_first, tile_plan
@@ -35,6 +38,18 @@ def trees(draw):
         grown = sorted(draw(st.sets(st.sampled_from(room.tolist()), min_size=1))) if len(room) else []
         tree = tree.grow(grown, torch.zeros(len(grown), dtype=torch.int64))
     return tree
+
+
+@st.composite
+def decoding_trees(draw):
+    """Leaves of unequal regions below anything, some of which decode, with lengths on the device."""
+    tree = SpanTree.build(draw(spans_below(0)), fixed=draw(st.booleans()))
+    parents = draw(st.lists(st.integers(0, tree.num_spans - 1), min_size=1, max_size=6))
+    reserve = [draw(st.integers(0, 12)) for _ in parents]
+    tree = tree.extend([([0], parent, "causal") for parent in parents], reserve=reserve)
+    decoded = tree.num_spans - 1 - np.array(sorted(draw(st.sets(st.sampled_from(range(len(parents)))))), int)[::-1]
+    num_visible = [draw(st.integers(1, int(tree.regions[span]))) for span in decoded]
+    return tree.decode(decoded, torch.zeros(len(decoded), dtype=torch.int64), torch.tensor(num_visible, dtype=int))
 
 
 def allowed_in_sorted_order(plan):
@@ -71,6 +86,74 @@ def test_lists_name_every_tile_that_meets_a_block(tree, sizes):
             begin, middle, end = lists.bounds[2 * index : 2 * index + 3].tolist()
             assert lists.tiles[begin:middle].tolist() == full[index].nonzero().flatten().tolist()
             assert lists.tiles[middle:end].tolist() == (meets & ~full)[index].nonzero().flatten().tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(decoding_trees(), st.sampled_from([(4, 8), (8, 4), (2, 2), (64, 16)]))
+def test_a_decoding_plan_is_the_mask_of_its_step(tree, sizes):
+    plan = tile_plan(tree, *sizes)
+    allowed = allowed_in_sorted_order(plan)
+    row, key = allowed[: plan.num_rows].nonzero(as_tuple=True)
+    dense = torch.zeros(len(tree.token_ids), tree.capacity, dtype=torch.bool)
+    dense[plan.rows[row].long(), plan.slots[key].long()] = True
+    assert torch.equal(dense, tree.allowed())
+    if plan.num_rows:
+        assert set(plan.slots.tolist()) == set(dense.any(0).nonzero().flatten().tolist()), "reads what nobody sees"
+    tiles = allowed.unflatten(1, (-1, sizes[1])).unflatten(0, (-1, sizes[0]))
+    some, whole = tiles.any(3).any(1), tiles.all(3).all(1)
+    for lists, meets, full in ((plan.tiles_of_block, some, whole), (plan.blocks_of_tile, some.T, whole.T)):
+        for index in range(len(meets)):
+            begin, middle, end = lists.bounds[2 * index : 2 * index + 3].tolist()
+            assert set(lists.tiles[begin:end].tolist()) >= set(meets[index].nonzero().flatten().tolist())
+            assert all(full[index, other] for other in lists.tiles[begin:middle].tolist())
+
+
+def test_later_steps_share_the_plan():
+    tree = SpanTree.build([([0] * 5, -1, "full"), ([0], 0, "causal"), ([0], 0, "causal")], reserve=4)
+    tree = tree.decode([1, 2], torch.zeros(2, dtype=torch.int64), torch.tensor([1, 3]))
+    later = tree.with_tokens(tree.token_ids, torch.tensor([2, 5]))
+    first, second = tile_plan(tree, 16, 16), tile_plan(later, 16, 16)
+    assert tile_plan(tree, 16, 16) is first and second.tiles_of_block is first.tiles_of_block
+    assert [(plan.end_row > plan.first_row).sum().item() for plan in (first, second)] == [5 + 1 + 3, 5 + 2 + 5]
+
+
+def fixed_forests():
+    """Different structures of 40 new tokens and at most 1,024 slots."""
+    yield SpanTree.build([([0] * 10, -1, "causal"), *[([0] * 15, 0, "full")] * 2], fixed=True)
+    yield SpanTree.build([([0] * 2, -1, 1), *[([0] * 19, k, "causal") for k in range(2)]], reserve=3, fixed=True)
+    images = SpanTree.build([([0] * 490, -1, "full")] * 2, fixed=True)
+    yield images.extend([([0] * 4, k % 2, "full") for k in range(10)])
+    yield SpanTree.build([([0], -1, "full")] * 40, fixed=True)
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (64, 64)], ids=str)
+def test_fixed_plans_are_of_one_size_and_take_over_one_another(sizes):
+    tree = next(fixed_forests())
+    held = tree_leaves(tile_plan(tree, *sizes))
+    for other in fixed_forests():
+        assert tree.load_(other) or tree.has_mixed != other.has_mixed
+        if tree.has_mixed == other.has_mixed:
+            fresh = tree_leaves(tile_plan(other, *sizes))
+            assert [np.shape(leaf) for leaf in held] == [np.shape(leaf) for leaf in fresh]
+            assert all(np.array_equal(leaf, new) for leaf, new in zip(held, fresh, strict=True))
+            assert np.array_equal(tree.allowed(), other.allowed())
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (64, 64)], ids=str)
+def test_fixed_plans_only_add_padding(sizes):
+    for fixed in fixed_forests():
+        exact = replace(fixed, fixed=False, _plans={})
+        plan, padded = tile_plan(exact, *sizes), tile_plan(fixed, *sizes)
+        num_keys = plan.num_keys
+        assert padded.num_keys == 1024 and torch.equal(padded.rows, plan.rows)
+        for name in ("slots", "first_row", "end_row"):
+            assert torch.equal(getattr(padded, name)[:num_keys], getattr(plan, name)[:num_keys])
+        assert (padded.slots[num_keys:] == padded.slots[num_keys - 1]).all() and not padded.end_row[num_keys:].any()
+        used = int(padded.tiles_of_block.bounds[-1])
+        assert torch.equal(padded.tiles_of_block.bounds, plan.tiles_of_block.bounds)
+        assert torch.equal(padded.tiles_of_block.tiles[:used], plan.tiles_of_block.tiles)
+        num_pairs = -(-40 // sizes[0]) * 1024 // sizes[1]
+        assert len(padded.tiles_of_block.tiles) == len(padded.blocks_of_tile.tiles) == num_pairs
 
 
 def test_answers_of_one_image_share_a_block():
