@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint check-cuda check-triton sanitize clean
+.PHONY: help setup demo test lint check-cuda check-triton sanitize soak clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -29,6 +29,10 @@ demo: setup
 test: export OMP_NUM_THREADS ?= 2
 test: lint
 	$(BIN)/pytest
+
+soak: export OMP_NUM_THREADS ?= 2
+soak: setup
+	$(BIN)/pytest -m soak -s
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,8 +15,9 @@ import torch
 
 from hermesflow.config import CurationConfig
 from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError, damaged, make_folder, read_parquet, write_parquet
+from hermesflow.files import InputError, ParquetRows, damaged, make_folder, read_parquet, write_parquet
 from hermesflow.models import Model
+from hermesflow.pairs import PairFile
 from hermesflow.progress import track
 from hermesflow.prompting import caption_prompt, choice_prompt, image_prompt
 from hermesflow.records import Record
@@ -63,45 +65,46 @@ def curate(
     *,
     seed: int,
     folder: Path,
-    previous: pa.Table | None = None,
-) -> pa.Table:
-    """Draws and scores every record's candidates.
+    previous: PairFile | None = None,
+) -> Iterator[tuple[list[Record], pa.Table]]:
+    """Draws and scores every record's candidates, part by part: what is in memory does not grow with the records.
 
     Each record gets config.num_images images of its caption, scored by the model's own answers to its questions, and
     config.num_captions captions of its image, scored against its caption. Every config.batch_records records make one
     file, folder/part-NNNNN.parquet; a part that exists is read instead of made again. A candidate's draws depend on the
     seed and the record alone, not on the batch.
 
+    All records are looked at once before anything is drawn; then each part comes as soon as it is on the disk.
+
     Args:
         model: draws and judges; a folder must not be gone on with by another model.
-        records: with codes, questions and ids of their own.
+        records: with codes, questions and ids of their own; gone through twice.
         config: numbers, sampling settings and scorers.
         seed: of this round; from 0 to 2**63 - 1.
         folder: of the parts.
         previous: the pairs of the previous round; their images of these records are scored again by this model, so that
             one judge compares old and new.
-    Returns: all candidates with CANDIDATES_SCHEMA, in the records' order.
-    Raises: InputError on a damaged part, parts of other records or settings, an unwritable folder, a record that cannot
-        be curated, a scorer that cannot be had, or a word that the model does not know.
+    Yields: (the records of a part, their candidates with CANDIDATES_SCHEMA), both in the records' order.
+    Raises: InputError, at the call itself, on a damaged part, parts of other records or settings, an unwritable folder,
+        a record that cannot be curated, a scorer that cannot be had, or a word that the model does not know.
     Source: HermesFlow (arXiv 2502.12148), section 3.
     """
-    _check_records(model, records)
-    old = _previous_images(records, previous)
-    size = config.batch_records
-    batches = [records[start : start + size] for start in range(0, len(records), size)]
-    paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(batches))]
-    prints = [_fingerprint(model, batch, config, seed, old) for batch in batches]
+    prints = _fingerprints(model, records, config, seed, previous)
+    paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(prints))]
     _refuse_strange_parts(make_folder(folder), paths)
-    tables = {
-        path: _read_part(path, fingerprint) for path, fingerprint in zip(paths, prints, strict=True) if path.exists()
-    }
-    missing = [number for number, path in enumerate(paths) if path not in tables]
-    scorers = Scorers(config) if missing else None
-    for number in track(missing, "curation", "batches", completed=len(tables)):
-        table = pa.Table.from_pylist(_rows(model, batches[number], config, seed, old, scorers), CANDIDATES_SCHEMA)
-        write_parquet(paths[number], table.replace_schema_metadata({_FINGERPRINT: prints[number]}))
-        tables[paths[number]] = table
-    return pa.concat_tables([CANDIDATES_SCHEMA.empty_table(), *(tables[path] for path in paths)])
+    done = {path for path, fingerprint in zip(paths, prints, strict=True) if _is_made(path, fingerprint)}
+    scorers = Scorers(config) if len(done) < len(paths) else None
+
+    def parts() -> Iterator[tuple[list[Record], pa.Table]]:
+        batches = zip(paths, prints, _batches(records, config), strict=True)
+        for path, fingerprint, batch in track(batches, "curation", "batches", total=len(paths)):
+            if path not in done:
+                rows = _rows(model, batch, config, seed, _previous_images(batch, previous), scorers)
+                table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)
+                write_parquet(path, table.replace_schema_metadata({_FINGERPRINT: fingerprint}))
+            yield batch, _read_part(path)
+
+    return parts()
 
 
 def candidate_seed(seed: int, record_id: str, kind: str, index: int) -> int:
@@ -205,29 +208,45 @@ def _seeds(seed: int, records: Sequence[Record], kind: str, count: int) -> np.nd
     return np.array(rows, dtype=np.int64)
 
 
-def _check_records(model: Model, records: Sequence[Record]) -> None:
-    """Tells at once what would stop the work at the last record."""
-    seen = set()
-    for record in records:
-        if record.id in seen:
-            raise InputError(f"record {record.id}: the id occurs twice; give each record an id of its own")
-        if not record.questions:
-            raise InputError(f"record {record.id}: has no questions to judge its images by; add some or leave it out")
-        if record.codes is None:
-            raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
-        seen.add(record.id)
-        image_prompt(model, record.caption)
-        for question in record.questions:
-            choice_prompt(model, question)
+def _batches(records: Sequence[Record], config: CurationConfig) -> Iterator[list[Record]]:
+    """The records of each part, of which one part is in memory."""
+    waiting = iter(records)
+    while batch := list(itertools.islice(waiting, config.batch_records)):
+        yield batch
 
 
-def _previous_images(records: Sequence[Record], previous: pa.Table | None) -> PreviousImages:
+def _fingerprints(
+    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, previous: PairFile | None
+) -> list[str]:
+    """Each part's, after a look at all records: what would stop the work at the last one is told at once."""
+    prints, seen = [], set()
+    for batch in _batches(records, config):
+        for record in batch:
+            if record.id in seen:
+                raise InputError(f"record {record.id}: the id occurs twice; give each record an id of its own")
+            seen.add(record.id)
+            _check_record(model, record)
+        prints.append(_fingerprint(model, batch, config, seed, _previous_images(batch, previous)))
+    return prints
+
+
+def _check_record(model: Model, record: Record) -> None:
+    if not record.questions:
+        raise InputError(f"record {record.id}: has no questions to judge its images by; add some or leave it out")
+    if record.codes is None:
+        raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
+    image_prompt(model, record.caption)
+    for question in record.questions:
+        choice_prompt(model, question)
+
+
+def _previous_images(records: Sequence[Record], previous: PairFile | None) -> PreviousImages:
     """The previous win and lose codes of those records that have them."""
     if previous is None:
         return {}
-    wanted = {record.id for record in records}
-    columns = (previous[name].to_pylist() for name in ("record_id", "win_codes", "lose_codes"))
-    return {id: (win, lose) for id, win, lose in zip(*columns, strict=True) if id in wanted and win is not None}
+    table = previous.of(records)
+    columns = (table[name].to_pylist() for name in ("record_id", "win_codes", "lose_codes"))
+    return {id: (win, lose) for id, win, lose in zip(*columns, strict=True) if win is not None}
 
 
 def _fingerprint(
@@ -252,10 +271,17 @@ def _refuse_strange_parts(folder: Path, paths: Sequence[Path]) -> None:
         raise _made_otherwise(strange[0])
 
 
-def _read_part(path: Path, fingerprint: str) -> pa.Table:
-    table = read_parquet(path)
-    if (table.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
+def _is_made(path: Path, fingerprint: str) -> bool:
+    """Whether the part is there. Raises: InputError if it was made from something else."""
+    if not path.exists():
+        return False
+    if (ParquetRows(path).schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
         raise _made_otherwise(path)
+    return True
+
+
+def _read_part(path: Path) -> pa.Table:
+    table = read_parquet(path)
     try:
         return table.replace_schema_metadata(None).cast(CANDIDATES_SCHEMA)
     except (pa.ArrowException, ValueError) as error:

@@ -7,7 +7,8 @@ and resample is a pure function of the settings, so that two models are compared
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -144,14 +145,13 @@ def summarise(evaluations: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], li
     return dict(before["metrics"]), rounds
 
 
-def agreement(model: Model, records: Sequence[Record], candidates: pa.Table, pairs: pa.Table) -> dict[str, Any]:
+def agreement(model: Model, parts: Iterable[tuple[Sequence[Record], pa.Table, pa.Table]]) -> dict[str, Any]:
     """How well the model's own scores of its images agree with the oracle.
 
     Args:
         model: decodes the image codes.
-        records: those that the candidates were made for.
-        candidates: a table of curation; its images are used.
-        pairs: the pairs made of them; those with images are used.
+        parts: (records, their candidates, the pairs made of them), of which images are used; one part at a time is in
+            memory.
     Returns: "spearman" of score and the oracle's fraction right over all images and "spearman_within" a record (mean);
         "auc" of the score for images right in full; "mean_score" and "mean_oracle"; "best_strict", "mean_strict" and
         "worst_strict", the fraction of images right in full, chosen by score within each record; "win_better",
@@ -159,18 +159,14 @@ def agreement(model: Model, records: Sequence[Record], candidates: pa.Table, pai
         nothing to compare.
     Raises: ValueError if a candidate's record is not among the records.
     """
-    questions = {record.id: record.questions for record in records}
-    images = candidates.filter(pc.equal(candidates["kind"], "image"))
-    ids, scores = np.array(images["record_id"].to_pylist()), images["score"].to_numpy().astype(np.float64)
-    missing = sorted({*ids.tolist(), *pairs["record_id"].to_pylist()} - questions.keys())
-    if missing:
-        raise ValueError(f"agreement: expected a record for each candidate, got none for {missing[0]!r}; give all")
-    fractions, strict = _judge(model, images["token_ids"].to_pylist(), [questions[name] for name in ids.tolist()])
-    members = [np.flatnonzero(ids == name) for name in dict.fromkeys(ids.tolist())]
+    judged = [_judge_part(model, *part) for part in parts]
+    scores, fractions, strict, win, lose = (
+        np.concatenate([np.zeros(0), *(part[index] for part in judged)]) for index in range(5)
+    )
+    strict = strict.astype(bool)
+    sizes = [size for *_, of_part in judged for size in of_part]
+    members = np.split(np.arange(len(scores)), np.cumsum(sizes)[:-1]) if sizes else []
     within = [rank_correlation(scores[index], fractions[index]) for index in members]
-    chosen = pairs.filter(pc.is_valid(pairs["win_codes"]))
-    about = [questions[name] for name in chosen["record_id"].to_pylist()]
-    win, lose = (_judge(model, chosen[f"{role}_codes"].to_pylist(), about)[0] for role in ("win", "lose"))
     return {
         "spearman": rank_correlation(scores, fractions),
         "spearman_within": _mean([value for value in within if value is not None]),
@@ -186,6 +182,25 @@ def agreement(model: Model, records: Sequence[Record], candidates: pa.Table, pai
         "num_images": len(scores),
         "num_pairs": len(win),
     }
+
+
+def _judge_part(
+    model: Model, records: Sequence[Record], candidates: pa.Table, pairs: pa.Table
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """By image, record by record, score, the oracle's fraction right, and whether all is; by pair the fraction right of
+    win and of lose; and the number of images of each record that has any."""
+    questions = {record.id: record.questions for record in records}
+    images = candidates.filter(pc.equal(candidates["kind"], "image"))
+    ids, scores = images["record_id"].to_pylist(), images["score"].to_numpy().astype(np.float64)
+    missing = sorted({*ids, *pairs["record_id"].to_pylist()} - questions.keys())
+    if missing:
+        raise ValueError(f"agreement: expected a record for each candidate, got none for {missing[0]!r}; give all")
+    fractions, strict = _judge(model, images["token_ids"].to_pylist(), [questions[name] for name in ids])
+    chosen = pairs.filter(pc.is_valid(pairs["win_codes"]))
+    about = [questions[name] for name in chosen["record_id"].to_pylist()]
+    win, lose = (_judge(model, chosen[f"{role}_codes"].to_pylist(), about)[0] for role in ("win", "lose"))
+    sizes = [len(list(group)) for _, group in itertools.groupby(ids)]
+    return scores, fractions, strict, win, lose, sizes
 
 
 def _empty_row(record: Record) -> dict[str, Any]:

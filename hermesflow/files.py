@@ -1,22 +1,26 @@
 """Files: every write goes to a temporary name beside its target and is renamed, so what exists is whole."""
 
+import bisect
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_Result = TypeVar("_Result")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _LEAST_FREE_BYTES = 1 << 20
 _MAX_MESSAGE = 1 << 16
+_ROWS_PER_GROUP = 1024
 
 
 class InputError(ValueError):
@@ -175,6 +179,75 @@ def write_parquet(path: str | os.PathLike, table: pa.Table) -> None:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
+@contextlib.contextmanager
+def parquet_writer(path: str | os.PathLike, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Write a table part by part, with no more than a row group of it in memory.
+
+    `with parquet_writer(path, schema) as write: write(part)`: the file appears whole when the block ends, or not at all
+    if it raises.
+
+    Args:
+        path: the file.
+        schema: of every part.
+    Yields: the function that adds a part.
+    Raises: InputError if it cannot be written.
+    """
+    waiting = schema.empty_table()
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+
+        def write(table: pa.Table) -> None:
+            nonlocal waiting
+            waiting = pa.concat_tables([waiting, table])
+            if len(waiting) >= _ROWS_PER_GROUP:
+                writer.write_table(waiting, _ROWS_PER_GROUP)
+                waiting = schema.empty_table()
+
+        yield write
+        writer.write_table(waiting)
+
+
+class ParquetRows:
+    """The rows of a Parquet file, read where they are used; one row group at a time is in memory."""
+
+    def __init__(self, path: str | os.PathLike, columns: list[str] | None = None) -> None:
+        """
+        Args:
+            path: the file.
+            columns: the columns that are needed; None reads all.
+        Raises: InputError if it is missing, unreadable, damaged or lacks a column; read raises it for damage inside.
+        """
+        self.path, self._columns = Path(path), columns
+        with _reading(path):
+            source = open(path, "rb")  # noqa: SIM115 - closed with this object
+        self._file = _open_parquet(path, source, os.fstat(source.fileno()).st_size, columns)
+        groups = range(self._file.num_row_groups)
+        self._starts = [0, *itertools.accumulate(self._file.metadata.row_group(group).num_rows for group in groups)]
+        self._group: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The file's schema, with its metadata."""
+        return self._file.schema_arrow
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """Rows start to stop, 0 <= start <= stop <= the length."""
+        first, last = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
+        parts = [self._read_group(group) for group in range(min(first, self._file.num_row_groups), last)]
+        if not parts:
+            return _arrow(self.path, lambda: self._file.read_row_groups([], self._columns))
+        offset = start - self._starts[first]
+        return pa.concat_tables(parts).slice(offset, stop - start)
+
+    def _read_group(self, group: int) -> pa.Table:
+        if self._group is None or self._group[0] != group:
+            self._group = None  # frees it first
+            self._group = group, _arrow(self.path, lambda: self._file.read_row_group(group, self._columns))
+        return self._group[1]
+
+
 def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file.
 
@@ -183,26 +256,24 @@ def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> p
         columns: the columns that are needed; None reads all.
     Raises: InputError if it is missing, unreadable, damaged or lacks a column.
     """
-    try:
-        data = read_bytes(path)
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        if file.metadata.num_rows > len(data):  # a small file can repeat one value for ever
-            raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows in {len(data)} bytes")
-        names = file.schema_arrow.names
-        missing = [name for name in columns or [] if name not in names]
-        if missing:
-            raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(names)}; give another file")
-        return file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, "Parquet", error) from error
+    data = read_bytes(path)
+    file = _open_parquet(path, pa.BufferReader(data), len(data), columns)
+    return _arrow(path, lambda: file.read(columns))
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
     """Read a file whole. Raises: InputError if it is missing, cannot be read or is larger than the memory."""
+    with _reading(path):
+        return Path(path).read_bytes()
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+    """Tells what goes wrong in the block, which opens or reads a file, as an InputError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe may never end, nor a device such as /dev/zero
             raise InputError(f"{path}: cannot be read (it is no regular file); give a file")
-        return Path(path).read_bytes()
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check the path") from error
     except InputError:
@@ -210,6 +281,30 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise InputError(f"{path}: cannot be read ({reason}); give a file you can read") from error
+
+
+def _open_parquet(path: str | os.PathLike, source: Any, size: int, columns: list[str] | None) -> pq.ParquetFile:
+    """The open file, once its footer and its columns were looked at."""
+
+    def work() -> pq.ParquetFile:
+        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+        if file.metadata.num_rows > size:  # a small file can repeat one value for ever
+            raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows in {size} bytes")
+        names = file.schema_arrow.names
+        missing = [name for name in columns or [] if name not in names]
+        if missing:
+            raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(names)}; give another file")
+        return file
+
+    return _arrow(path, work)
+
+
+def _arrow(path: str | os.PathLike, work: Callable[[], _Result]) -> _Result:
+    """What the work returns. Raises: InputError where it finds the file damaged."""
+    try:
+        return work()
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, "Parquet", error) from error
 
 
 def damaged(path: str | os.PathLike, kind: str, error: BaseException) -> InputError:

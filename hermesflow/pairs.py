@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from hermesflow.config import CurationConfig
-from hermesflow.files import damaged, read_parquet
+from hermesflow.files import ParquetRows, damaged, read_parquet
 from hermesflow.records import Record
 
 SIDES = ("generation", "understanding")
@@ -79,9 +79,9 @@ def make_pairs(
 
     Args:
         records: the records with codes.
-        candidates: from curate; made with the same `previous`.
+        candidates: those of the records, from curate; made with the same `previous`.
         config: threshold, margin and keep are used; margin is that of images, captions have CAPTION_MARGIN.
-        previous: the pairs of the previous round.
+        previous: the pairs of the previous round, if only of these records.
     Returns: (pairs with PAIRS_SCHEMA, rejected with REJECTED_SCHEMA), both in the records' order.
     Raises: ValueError on a record without codes, or a previous pair whose images were not scored again.
     Source: HermesFlow (arXiv 2502.12148), section 4; its published script lets a lose stand above its win.
@@ -125,6 +125,22 @@ def pair_statistics(pairs: pa.Table, rejected: pa.Table) -> dict:
     return {"records": len(ids), "kept": len(pairs), **counts, "rejected": dict(ordered)}
 
 
+class PairFile:
+    """The pairs of a file, found by their record and read where they are used."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        """Raises: InputError if the file is missing, damaged or holds no pairs, here or where it is read."""
+        self._rows = ParquetRows(path, PAIRS_SCHEMA.names)
+        ids = ParquetRows(path, ["record_id"]).read(0, len(self._rows))["record_id"].to_pylist()
+        self._row_of = {id: row for row, id in enumerate(ids)}
+
+    def of(self, records: Iterable[Record]) -> pa.Table:
+        """The pairs with PAIRS_SCHEMA of those records that have one."""
+        rows = [self._row_of[record.id] for record in records if record.id in self._row_of]
+        table = pa.concat_tables([self._rows.read(0, 0), *(self._rows.read(row, row + 1) for row in rows)])
+        return _cast(self._rows.path, table)
+
+
 def read_pairs(path: str | os.PathLike) -> pa.Table:
     """Reads a file of pairs that files.write_parquet wrote.
 
@@ -133,9 +149,12 @@ def read_pairs(path: str | os.PathLike) -> pa.Table:
     Returns: the pairs with PAIRS_SCHEMA.
     Raises: InputError if the file is missing, damaged or holds no pairs.
     """
-    table = read_parquet(path, PAIRS_SCHEMA.names)
+    return _cast(path, read_parquet(path, PAIRS_SCHEMA.names))
+
+
+def _cast(path: str | os.PathLike, table: pa.Table) -> pa.Table:
     try:
-        return table.cast(PAIRS_SCHEMA)
+        return table.select(PAIRS_SCHEMA.names).cast(PAIRS_SCHEMA)
     except (pa.ArrowException, ValueError) as error:
         raise damaged(path, "pairs", error) from error
 

@@ -122,7 +122,7 @@ def read_published_pairs(
         except ValueError as error:
             unusable.append({"record_id": id, "reason": str(error)})
     pairs, size = [], model.image_size
-    for entry, codes in encode_lazily(model, list(entries.values()), lambda entry: _open_images(entry, size)):
+    for entry, codes in encode_lazily(model, entries.values(), lambda entry: _open_images(entry, size), len(entries)):
         if isinstance(codes, str):
             unusable.append({"record_id": entry.row["record_id"], "reason": codes})
         else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from hermesflow.files import InputError, read_parquet, write_parquet
+from hermesflow.files import InputError, ParquetRows, parquet_writer
 
 ELEMENT_TYPES = ("object", "count", "color", "location", "spatial", "size", "background")
 
@@ -35,6 +37,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _IMAGE_FIELD = pa.field("image", pa.binary())
+_PART = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,9 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
         [[_question_row(question) for question in record.questions] for record in rows],
         [None if record.codes is None else np.asarray(record.codes, dtype=np.int32) for record in rows],
     ]
-    schema = _SCHEMA
+    schema = _schema(include_images)
     if include_images:
         columns.append([_png_bytes(record.image) for record in rows])
-        schema = schema.append(_IMAGE_FIELD)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.table(arrays, schema=schema)
 
@@ -135,26 +137,54 @@ def write_records(path: str | os.PathLike, records: Iterable[Record], include_im
 
     Args:
         path: the file.
-        records: the records.
+        records: the records; they are gone through once, and a part of them is in memory.
         include_images: see records_to_table.
     Raises: InputError if the file cannot be written.
     """
-    write_parquet(path, records_to_table(records, include_images))
+    waiting = iter(records)
+    with parquet_writer(path, _schema(include_images)) as write:
+        while part := list(itertools.islice(waiting, _PART)):
+            write(records_to_table(part, include_images))
 
 
-def read_records(path: str | os.PathLike) -> list[Record]:
-    """Reads records that write_records wrote; for files of others see hermesflow.sources.
+class RecordFile(Sequence[Record]):
+    """The records of a file that write_records wrote, read where they are used; for files of others see
+    hermesflow.sources. A slice is another of its kind and reads nothing yet."""
 
-    Args:
-        path: the file.
-    Returns: the records.
-    Raises: InputError if the file is missing or damaged or is no table of records.
-    """
-    table = read_parquet(path)
-    try:
-        return records_from_table(table)
-    except ValueError as error:
-        raise InputError(f"{path}: is no table of records ({error})") from error
+    def __init__(self, path: str | os.PathLike) -> None:
+        """Raises: InputError if the file is missing or damaged or is no table of records, here or where it is read."""
+        self._rows = ParquetRows(path)
+        self._span = range(len(self._rows))
+        self._records(0, 0)
+
+    def __len__(self) -> int:
+        return len(self._span)
+
+    def __getitem__(self, index: int | slice) -> Record | RecordFile:
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._span = self._span[index]
+            return part
+        row = self._span[index]
+        return self._records(row, row + 1)[0]
+
+    def __iter__(self) -> Iterator[Record]:
+        if self._span.step != 1:
+            yield from super().__iter__()
+            return
+        for start in range(self._span.start, self._span.stop, _PART):
+            yield from self._records(start, min(start + _PART, self._span.stop))
+
+    def _records(self, start: int, stop: int) -> list[Record]:
+        table = self._rows.read(start, stop)
+        try:
+            return records_from_table(table)
+        except ValueError as error:
+            raise InputError(f"{self._rows.path}: is no table of records ({error})") from error
+
+
+def _schema(include_images: bool) -> pa.Schema:
+    return _SCHEMA.append(_IMAGE_FIELD) if include_images else _SCHEMA
 
 
 def _record(row: dict) -> Record:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from .files import (
     atomic_folder,
     damaged,
     make_folder,
+    parquet_writer,
     read_json,
     read_parquet,
     remove_leftovers,
@@ -43,9 +45,9 @@ from .files import (
     write_text,
 )
 from .models import Model, open_model
-from .pairs import REJECTED_SCHEMA, make_pairs, pair_statistics, read_pairs
+from .pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs, pair_statistics, read_pairs
 from .published_pairs import read_published_pairs
-from .records import Record, read_records, write_records
+from .records import Record, RecordFile, write_records
 from .report import write_report
 from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
 from .summaries import print_summary
@@ -114,9 +116,9 @@ class Run:
         settings = self.folder / "config.toml"
         if settings.exists() and (any(self.folder.glob("round-*")) or (self.folder / "records.parquet").exists()):
             self._check_settings(settings)
-            remove_leftovers(self.folder)
         else:
             write_text(settings, to_toml(config))
+        remove_leftovers(self.folder)
         self._loaded: tuple[int, Model] | None = None
 
     def _locked(self) -> TextIO:
@@ -152,39 +154,41 @@ class Run:
             )
 
     @cached_property
-    def records(self) -> list[Record]:
-        """All rounds' image-caption pairs with their images' codes."""
-        path, path_rejected = self.folder / "records.parquet", self.folder / "rejected.parquet"
-        if not (path.exists() and path_rejected.exists()):
-            records, rejected = self._make_records()
-            write_parquet(path_rejected, rejected)
-            write_records(path, records)
-        return read_records(path)
+    def records(self) -> RecordFile:
+        """All rounds' image-caption pairs with their images' codes; on the disk, and read where they are used."""
+        path = self.folder / "records.parquet"
+        if not (path.exists() and (self.folder / "rejected.parquet").exists()):
+            write_records(path, self._make_records())
+        return RecordFile(path)
 
-    def _make_records(self) -> tuple[list[Record], pa.Table]:
+    def _make_records(self) -> Iterator[Record]:
+        """The records one by one; when the last was taken, the rejected ones are written down."""
         data, rounds = self.config.data, self.config.selfplay.num_rounds if self.config.selfplay.fresh_prompts else 1
         count, rejected = data.num_records * rounds, []
         if data.source == "shapes":
             # A stream of its own: pretraining draws the scenes of small seeds.
             seed = _SCENE_SEEDS + self.config.run.seed
-            scenes, rng = (
-                shapes.sample_scenes("train", count, seed=seed),
-                np.random.default_rng([seed, len(shapes.SPLITS)]),
-            )
-            records = [shapes.make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes)]
+            scenes = itertools.islice(shapes.endless_scenes("train", seed), count)
+            rng = np.random.default_rng([seed, len(shapes.SPLITS)])
+            records = (shapes.make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes))
         else:
             records, rejected = read_source(data.source, data.questions or None, data.root or None)
-        records, unfit = encode_records(self.model(0), records, count)
-        rejected += unfit
-        if len(records) < count:
+        num_usable = 0
+        for record, reason in encode_records(self.model(0), records, count):
+            if reason is None:
+                num_usable += 1
+                yield record
+            else:
+                rejected.append({"record_id": record.id, "reason": reason})
+        if num_usable < count:
             told = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
             need = f"{count} are needed" + (f" ({rounds} rounds of {data.num_records})" if rounds > 1 else "")
             raise InputError(
-                f"{data.source}: has {len(records)} usable records, {need}; lower data.num_records{told}"
+                f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{told}"
             )
-        return records, pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA)
+        write_parquet(self.folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
 
-    def round_records(self, number: int) -> list[Record]:
+    def round_records(self, number: int) -> Sequence[Record]:
         """The records of one round: fresh ones, or the same in every round."""
         if not self.config.selfplay.fresh_prompts:
             return self.records
@@ -243,14 +247,14 @@ class Run:
                 "larger selfplay.num_rounds under another run.name"
             )
 
-    def _previous(self, number: int) -> pa.Table | None:
+    def _previous(self, number: int) -> PairFile | None:
         """The pairs that a round's win and lose are compared with, where its records are the same."""
         if number == 1 or self.config.selfplay.fresh_prompts:
             return None
-        return read_pairs(self._path(number - 1, "pairs.parquet"))
+        return PairFile(self._path(number - 1, "pairs.parquet"))
 
-    def _candidates(self, number: int) -> pa.Table:
-        """A round's candidates; what is on disk is read, the rest made."""
+    def _candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
+        """A round's records and candidates, part by part; what is on disk is read, the rest made."""
         return curate(
             self.model(number - 1),
             self.round_records(number),
@@ -267,10 +271,16 @@ class Run:
             return
 
         def work() -> None:
-            records, candidates = self.round_records(number), self._candidates(number)
-            pairs, rejected = make_pairs(records, candidates, self.config.curation, self._previous(number))
-            write_parquet(self._path(number, "rejected.parquet"), rejected)
-            write_parquet(self._path(number, "pairs.parquet"), pairs)
+            previous, parts = self._previous(number), self._candidates(number)
+            with (
+                parquet_writer(self._path(number, "pairs.parquet"), PAIRS_SCHEMA) as write_pairs,
+                parquet_writer(self._path(number, "rejected.parquet"), REJECTED_SCHEMA) as write_rejected,
+            ):
+                for records, candidates in parts:
+                    before = None if previous is None else previous.of(records)
+                    pairs, rejected = make_pairs(records, candidates, self.config.curation, before)
+                    write_pairs(pairs)
+                    write_rejected(rejected)
 
         self._timed(number, "curation", work)
 
@@ -336,8 +346,9 @@ class Run:
         agreed = {}
         curated = number and self._path(number, "candidates").exists()  # imported pairs have no candidates
         if curated and self.config.data.source == "shapes":
-            candidates, pairs = self._candidates(number), read_pairs(self._path(number, "pairs.parquet"))
-            agreed = {"agreement": agreement(self.model(number), self.round_records(number), candidates, pairs)}
+            pairs = PairFile(self._path(number, "pairs.parquet"))
+            parts = ((records, candidates, pairs.of(records)) for records, candidates in self._candidates(number))
+            agreed = {"agreement": agreement(self.model(number), parts)}
         return evaluate(self.model(number), self.config.eval) | agreed
 
     def summary(self) -> dict[str, Any]:
@@ -346,7 +357,7 @@ class Run:
         evaluations = [self.evaluation(number) for number in numbers]
         before, rounds = summarise(evaluations)
         for number, metrics in enumerate(rounds, start=1):
-            pairs = read_pairs(self._path(number, "pairs.parquet"))
+            pairs = read_parquet(self._path(number, "pairs.parquet"), ["record_id", "sides"])
             rejected = read_parquet(self._path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
             metrics["pairs"] = pair_statistics(pairs, rejected)
             metrics["training"] = read_json(self._path(number, "training.json"))

@@ -72,30 +72,33 @@ def read_source(
 
 
 def encode_records(
-    model: Model, records: Sequence[Record], count: int | None = None
-) -> tuple[list[Record], list[dict[str, str]]]:
-    """The records with the codes of their images; images are opened a batch at a time and dropped.
+    model: Model, records: Iterable[Record], count: int
+) -> Iterator[tuple[Record, str | None]]:
+    """Adds the codes of their images to records; images are opened a batch at a time and dropped.
 
     Args:
         model: encodes the images, and must know the words of captions and questions.
         records: with codes, images or image paths; images of other sizes are fitted to the model's (see fit_image).
-        count: how many usable records are wanted; later ones are not looked at. None: all.
-    Returns: (records, rejected): the usable ones, and rows of UNUSABLE_SCHEMA.
+        count: how many usable records are wanted; later ones are not looked at.
+    Yields: in order (a usable record with its codes and without its image, None), or (a record, why it is unusable).
     """
-    done, rejected, waiting = [], [], iter(records)
-    count = len(records) if count is None else count
-    while wanted := list(itertools.islice(waiting, count - len(done))):
-        for record, codes in encode_lazily(model, wanted, lambda record: _check_and_open(model, record)):
+    num_done, waiting, at_end = 0, iter(records), False
+    while num_done < count and not at_end:
+        wanted, at_end = count - num_done, True
+        for record, codes in encode_lazily(
+            model, itertools.islice(waiting, wanted), lambda record: _check_and_open(model, record), wanted
+        ):
+            at_end = False
             if isinstance(codes, str):
-                rejected.append({"record_id": record.id, "reason": codes})
+                yield record, codes
             else:
                 [codes] = codes or [record.codes]
-                done.append(replace(record, codes=codes, image=None, image_path=None))
-    return done, rejected
+                num_done += 1
+                yield replace(record, codes=codes, image=None, image_path=None), None
 
 
 def encode_lazily(
-    model: Model, items: Sequence[_Item], read: Callable[[_Item], list[np.ndarray]]
+    model: Model, items: Iterable[_Item], read: Callable[[_Item], list[np.ndarray]], total: int
 ) -> Iterator[tuple[_Item, list[np.ndarray] | str]]:
     """Encodes the images of each item, with no more than one batch of images in memory.
 
@@ -103,11 +106,12 @@ def encode_lazily(
         model: encodes them.
         items: what has images.
         read: the images of an item, uint8 [size, size, 3] each; raises ValueError where it cannot.
+        total: how many items there are at most, for the progress bar.
     Yields: (item, codes int32 [N] of each of its images) in order, or (item, the reason) where read raised.
     """
     batch: list[tuple[_Item, list[np.ndarray] | str]] = []
     num_images = 0
-    for item in track(items, "encode images", "records"):
+    for item in track(items, "encode images", "records", total=total):
         try:
             images = read(item)
             batch.append((item, images))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 
@@ -144,6 +144,11 @@ def sample_scenes(split: str, n: int, seed: int, categories: Sequence[str] = CAT
     Returns: n scenes.
     Raises: ValueError on an unknown split or category.
     """
+    return list(islice(endless_scenes(split, seed, categories), n))
+
+
+def endless_scenes(split: str, seed: int, categories: Sequence[str] = CATEGORIES) -> Iterator[Scene]:
+    """The scenes of sample_scenes, one after the other and without end."""
     if split not in SPLITS:
         raise ValueError(f"sample_scenes: expected split in {SPLITS}, got {split!r}; name one of them")
     unknown = [category for category in categories if category not in CATEGORIES]
@@ -152,7 +157,8 @@ def sample_scenes(split: str, n: int, seed: int, categories: Sequence[str] = CAT
             f"sample_scenes: expected categories among {CATEGORIES}, got {tuple(categories)}; name some of them"
         )
     rng = np.random.default_rng([seed, SPLITS.index(split)])
-    return [_sample_scene(split, categories[rng.integers(len(categories))], rng) for _ in range(n)]
+    while True:
+        yield _sample_scene(split, categories[rng.integers(len(categories))], rng)
 
 
 def _sample_scene(split: str, category: str, rng: np.random.Generator) -> Scene:

@@ -16,7 +16,7 @@ from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, CurationConfig
 from hermesflow.curation import CANDIDATES_SCHEMA, candidate_seed, caption_sampling, curate
 from hermesflow.files import InputError, read_parquet, write_parquet
 from hermesflow.models import TINY_SAMPLING, Model
-from hermesflow.pairs import PAIRS_SCHEMA, make_pairs
+from hermesflow.pairs import PAIRS_SCHEMA, PairFile, make_pairs
 from hermesflow.prompting import PromptFormat, caption_prompt
 from hermesflow.records import Record
 from hermesflow.scoring import Scorers, self_vqa, token_f1
@@ -27,6 +27,11 @@ CONFIG = CurationConfig(
     num_images=3, num_steps=3, caption_temperatures=(0.7, 1.0), caption_top_k=(2, 0), batch_records=3,
     threshold=0.0, margin=1e-4, keep="any",
 )  # fmt: skip
+
+
+def curate_all(*args, **kwargs) -> pa.Table:
+    """All candidates in one table."""
+    return pa.concat_tables([CANDIDATES_SCHEMA.empty_table(), *(table for _, table in curate(*args, **kwargs))])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def made_once(
 ) -> tuple[pa.Table, Path]:
     """The seven records' candidates, made in parts of 3, 3 and 1, and the folder of the parts."""
     folder = tmp_path_factory.mktemp("curation") / "candidates"
-    return curate(shared_tiny_model, tiny_records, CONFIG, seed=5, folder=folder), folder
+    return curate_all(shared_tiny_model, tiny_records, CONFIG, seed=5, folder=folder), folder
 
 
 @pytest.fixture
@@ -112,7 +117,7 @@ def test_images_are_scored_by_the_models_answers(
         assert [answer["probability"] for answer in answers] == pytest.approx(
             [answer.probability for answer in score.answers], abs=1e-5
         )
-    hard = curate(tiny_model, tiny_records, replace(CONFIG, score="hard"), seed=5, folder=tmp_path / "hard")
+    hard = curate_all(tiny_model, tiny_records, replace(CONFIG, score="hard"), seed=5, folder=tmp_path / "hard")
     hard_scores = [row["score"] for row in hard.to_pylist() if row["kind"] == "image"]
     assert hard_scores == pytest.approx([score.hard for score in scores])
 
@@ -130,7 +135,7 @@ def test_captions_by_every_scorer(
     shared_tiny_model: Model, short_captions, tiny_records: list[Record], tiny_encoder: str, tmp_path: Path, scorer: str
 ) -> None:
     config = replace(CONFIG, caption_scorer=scorer, bert_model=tiny_encoder, sentence_model=tiny_encoder)
-    table = curate(shared_tiny_model, tiny_records[:4], config, seed=5, folder=tmp_path / "candidates")
+    table = curate_all(shared_tiny_model, tiny_records[:4], config, seed=5, folder=tmp_path / "candidates")
     scorers, rows = Scorers(config), [row for row in table.to_pylist() if row["kind"] == "caption"]
     for record in tiny_records[:4]:
         mine = [row for row in rows if row["record_id"] == record.id]
@@ -144,7 +149,7 @@ def test_images_by_every_scorer(
     shared_tiny_model: Model, short_captions, tiny_records: list[Record], tiny_encoder: str, tmp_path: Path, scorer: str
 ) -> None:
     config = replace(CONFIG, answer_scorer=scorer, sentence_model=tiny_encoder)
-    table = curate(shared_tiny_model, tiny_records[:4], config, seed=5, folder=tmp_path / "candidates")
+    table = curate_all(shared_tiny_model, tiny_records[:4], config, seed=5, folder=tmp_path / "candidates")
     rows = [row for row in table.to_pylist() if row["kind"] == "image"]
     codes = torch.tensor([row["token_ids"] for row in rows]).reshape(4, 3, 16)
     scores = self_vqa(shared_tiny_model, codes, tiny_records[:4], Scorers(config).match_answers)
@@ -160,7 +165,7 @@ def test_a_scorer_that_is_not_there_is_told_before_any_work(
     monkeypatch.setattr(shared_tiny_model.engine, "generate", None)
     config = replace(CONFIG, answer_scorer="no_such_module:f")
     with pytest.raises(InputError, match="curation.answer_scorer no_such_module:f: the module no_such_module cannot"):
-        curate(shared_tiny_model, tiny_records, config, seed=5, folder=tmp_path / "candidates")
+        curate_all(shared_tiny_model, tiny_records, config, seed=5, folder=tmp_path / "candidates")
 
 
 def test_captions_are_of_the_records_image(candidates: pa.Table, tiny_model: Model, tiny_records: list[Record]) -> None:
@@ -181,7 +186,7 @@ def test_batches_change_nothing(
     candidates: pa.Table, tiny_model: Model, tiny_records: list[Record], tmp_path: Path, batch_records: int
 ) -> None:
     config = replace(CONFIG, batch_records=batch_records)
-    other = curate(tiny_model, tiny_records, config, seed=5, folder=tmp_path / "other")
+    other = curate_all(tiny_model, tiny_records, config, seed=5, folder=tmp_path / "other")
     assert drawn(other).equals(drawn(candidates))
     assert np.allclose(other["score"].to_numpy(), candidates["score"].to_numpy(), rtol=0, atol=1e-5)
 
@@ -189,7 +194,7 @@ def test_batches_change_nothing(
 def test_order_and_company_of_records_change_nothing(
     candidates: pa.Table, tiny_model: Model, tiny_records: list[Record], tmp_path: Path
 ) -> None:
-    other = curate(tiny_model, tiny_records[5:2:-1], CONFIG, seed=5, folder=tmp_path / "other")
+    other = curate_all(tiny_model, tiny_records[5:2:-1], CONFIG, seed=5, folder=tmp_path / "other")
     for record in tiny_records[3:6]:
         mine, theirs = (
             [row for row in drawn(table).to_pylist() if row["record_id"] == record.id] for table in (other, candidates)
@@ -200,7 +205,7 @@ def test_order_and_company_of_records_change_nothing(
 def test_another_seed_draws_others(
     candidates: pa.Table, tiny_model: Model, tiny_records: list[Record], tmp_path: Path
 ) -> None:
-    other = curate(tiny_model, tiny_records, CONFIG, seed=6, folder=tmp_path / "other")
+    other = curate_all(tiny_model, tiny_records, CONFIG, seed=6, folder=tmp_path / "other")
     assert other["seed"].to_pylist() != candidates["seed"].to_pylist()
     mine, theirs = ({tuple(ids) for ids in table["token_ids"].to_pylist()} for table in (other, candidates))
     assert len(mine & theirs) < len(mine) / 2
@@ -224,7 +229,7 @@ def test_lost_parts_come_back_the_same(
     folder = tmp_path / "candidates"
     for number in lost:
         (folder / f"part-{number:05d}.parquet").unlink()
-    assert curate(tiny_model, tiny_records, CONFIG, seed=5, folder=folder).equals(candidates)
+    assert curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=folder).equals(candidates)
 
 
 @pytest.mark.parametrize("stage", ["generate", "extend", "score_choices"])
@@ -242,9 +247,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(tiny_model.engine, stage, killed_at_second_call)
     with pytest.raises(KeyboardInterrupt):
-        curate(tiny_model, tiny_records, CONFIG, seed=5, folder=folder)
+        curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=folder)
     assert parts(folder) == ["part-00000.parquet"]
-    assert curate(tiny_model, tiny_records, CONFIG, seed=5, folder=folder).equals(candidates)
+    assert curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=folder).equals(candidates)
     assert calls[stage] == 4  # the first part, the one that was killed, and the two that were missing
 
 
@@ -254,7 +259,7 @@ def test_finished_parts_need_no_model(
     for name in ("generate", "extend", "score_choices"):
         monkeypatch.setattr(tiny_model.engine, name, None)
     chosen = replace(CONFIG, threshold=0.9, margin=0.5, keep="both")  # these only choose among candidates
-    assert curate(tiny_model, tiny_records, chosen, seed=5, folder=tmp_path / "candidates").equals(candidates)
+    assert curate_all(tiny_model, tiny_records, chosen, seed=5, folder=tmp_path / "candidates").equals(candidates)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
@@ -265,7 +270,7 @@ def test_a_damaged_part_is_named(
     data = path.read_bytes()
     path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"not a table"}[damage])
     with pytest.raises(InputError, match=r"part-00001\.parquet: damaged Parquet file \(.*delete it and run the same"):
-        curate(tiny_model, tiny_records, CONFIG, seed=5, folder=tmp_path / "candidates")
+        curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=tmp_path / "candidates")
 
 
 def test_a_part_with_other_columns_is_named(
@@ -275,7 +280,7 @@ def test_a_part_with_other_columns_is_named(
     table = read_parquet(path)
     write_parquet(path, table.drop_columns(["score"]))
     with pytest.raises(InputError, match=r"part-00001\.parquet: damaged candidates file .*delete it"):
-        curate(tiny_model, tiny_records, CONFIG, seed=5, folder=tmp_path / "candidates")
+        curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=tmp_path / "candidates")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +302,7 @@ def test_parts_of_other_settings_or_records_are_refused(
     records = tiny_records[change.get("records", slice(None))]
     config, seed = change.get("config", CONFIG), change.get("seed", 5)
     with pytest.raises(InputError, match=r"part-0000\d\.parquet: was made from other records or settings; delete "):
-        curate(tiny_model, records, config, seed=seed, folder=tmp_path / "candidates")
+        curate_all(tiny_model, records, config, seed=seed, folder=tmp_path / "candidates")
 
 
 @pytest.mark.parametrize(
@@ -314,17 +319,17 @@ def test_bad_records_are_told_before_any_work(
 ) -> None:
     records = [*tiny_records[:-1], replace(tiny_records[-1], **change)]
     with pytest.raises(InputError, match=message):
-        curate(tiny_model, records, CONFIG, seed=5, folder=tmp_path / "candidates")
+        curate_all(tiny_model, records, CONFIG, seed=5, folder=tmp_path / "candidates")
     assert not (tmp_path / "candidates").exists()
 
 
 def test_an_unwritable_folder_is_an_input_error(tiny_model: Model, tiny_records: list[Record], no_folder: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
-        curate(tiny_model, tiny_records, CONFIG, seed=5, folder=no_folder)
+        curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=no_folder)
 
 
 def test_no_records(tiny_model: Model, tmp_path: Path) -> None:
-    table = curate(tiny_model, [], CONFIG, seed=5, folder=tmp_path / "candidates")
+    table = curate_all(tiny_model, [], CONFIG, seed=5, folder=tmp_path / "candidates")
     assert len(table) == 0 and table.schema == CANDIDATES_SCHEMA
 
 
@@ -335,10 +340,12 @@ def test_previous_images_are_scored_by_the_current_model(
     stranger = pairs.to_pylist()[-1] | {"record_id": "stranger"}
     captions_only = pairs.to_pylist()[0] | {"win_codes": None, "lose_codes": None, "sides": "understanding"}
     previous = pa.Table.from_pylist([captions_only, *pairs.to_pylist()[1:], stranger], PAIRS_SCHEMA)
+    write_parquet(tmp_path / "pairs.parquet", previous)
+    before = PairFile(tmp_path / "pairs.parquet")
     with torch.no_grad():  # a round of training
         for parameter in tiny_model.transformer.parameters():
             parameter.mul_(0.9)
-    again = curate(tiny_model, tiny_records, CONFIG, seed=6, folder=tmp_path / "round-2", previous=previous)
+    again = curate_all(tiny_model, tiny_records, CONFIG, seed=6, folder=tmp_path / "round-2", previous=before)
     rows = [row for row in again.to_pylist() if row["kind"].startswith("previous")]
     kept = [row for row in previous.to_pylist()[:-1] if row["win_codes"] is not None]
     assert len(kept) >= 4
@@ -349,14 +356,14 @@ def test_previous_images_are_scored_by_the_current_model(
     codes = torch.tensor([[pair["win_codes"], pair["lose_codes"]] for pair in kept])
     expected = [score.soft for of_record in self_vqa(tiny_model, codes, records) for score in of_record]
     assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-5)
-    before = [pair[f"{role}_image_score"] for pair in kept for role in ("win", "lose")]
-    assert [row["score"] for row in rows] != pytest.approx(before, abs=1e-5)
+    old_scores = [pair[f"{role}_image_score"] for pair in kept for role in ("win", "lose")]
+    assert [row["score"] for row in rows] != pytest.approx(old_scores, abs=1e-5)
     new_pairs, _ = make_pairs(tiny_records, again, CONFIG, previous)
     for pair in new_pairs.to_pylist():
         if pair["win_codes"] is not None:
             assert pair["win_image_score"] > pair["lose_image_score"]
     (tmp_path / "round-2" / "part-00001.parquet").unlink()
-    resumed = curate(tiny_model, tiny_records, CONFIG, seed=6, folder=tmp_path / "round-2", previous=previous)
+    resumed = curate_all(tiny_model, tiny_records, CONFIG, seed=6, folder=tmp_path / "round-2", previous=before)
     assert resumed.equals(again)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from rich.console import Console
@@ -267,9 +268,13 @@ def test_agreement_with_the_oracle(scores):
         {"record_id": "r0", "sides": "both", **{f"{role}_codes": code for role, code in codes.items()}},
         {"record_id": "r1", "sides": "understanding"},
     ]
-    result = agreement(
-        model, records, judged_candidates(model, scores, ["r0", "r1"]), pa.Table.from_pylist(pairs, PAIRS_SCHEMA)
-    )
+    candidates, pairs = judged_candidates(model, scores, ["r0", "r1"]), pa.Table.from_pylist(pairs, PAIRS_SCHEMA)
+    result = agreement(model, [(records, candidates, pairs)])
+    parts = [
+        ([record], *(table.filter(pc.equal(table["record_id"], record.id)) for table in (candidates, pairs)))
+        for record in records
+    ]
+    assert agreement(model, parts) == result
     empty = [oracle.score(record.questions, oracle.read(model.pictures[-1:])[0])[0] for record in records]
     assert result["mean_oracle"] == pytest.approx((2 + sum(empty)) / 4) and result["mean_score"] == pytest.approx(0.5)
     assert result["spearman_within"] == pytest.approx(1 if sees else -1) and result["auc"] == float(sees)
@@ -280,10 +285,11 @@ def test_agreement_with_the_oracle(scores):
 
 def test_agreement_without_images():
     model = KnowingModel(SMALL)
-    result = agreement(model, [], CANDIDATES_SCHEMA.empty_table(), PAIRS_SCHEMA.empty_table())
+    result = agreement(model, [([], CANDIDATES_SCHEMA.empty_table(), PAIRS_SCHEMA.empty_table())])
+    assert agreement(model, []) == result
     assert result["spearman"] is None and result["win_better"] is None and result["num_pairs"] == 0
     with pytest.raises(ValueError, match="agreement: expected a record for each candidate, got none for 'r0'"):
-        agreement(model, [], judged_candidates(model, (1, 0), ["r0"]), PAIRS_SCHEMA.empty_table())
+        agreement(model, [([], judged_candidates(model, (1, 0), ["r0"]), PAIRS_SCHEMA.empty_table())])
 
 
 def printed(summary):

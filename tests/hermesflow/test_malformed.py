@@ -43,7 +43,7 @@ from hermesflow.models import load_model
 from hermesflow.pairs import PAIRS_SCHEMA, read_pairs
 from hermesflow.published import load_vq_tokenizer
 from hermesflow.published_pairs import read_published_pairs
-from hermesflow.records import read_records
+from hermesflow.records import RecordFile
 from hermesflow.sources import encode_records, read_source
 from hermesflow.vision import load_clip_encoder
 
@@ -1055,9 +1055,9 @@ def test_bad_images(data, shared_tiny_model, tmp_path, monkeypatch):
     for name in ("data.jsonl", "data.parquet"):
         with nothing_happens():
             records, _ = read_source(tmp_path / name, need_questions=False)
-            done, rejected = encode_records(shared_tiny_model, records)
-        assert not done and [row["reason"][:15] for row in rejected] == ["damaged image: "]
-        check_rejected(rejected)
+            [(encoded, reason)] = encode_records(shared_tiny_model, records, 1)
+        assert reason.startswith("damaged image: ")
+        check_rejected([{"record_id": encoded.id, "reason": reason}])
     assert listing(tmp_path) == before
 
 
@@ -1157,8 +1157,10 @@ def test_bad_entries_are_rejected(entry, shared_tiny_model, maze):
     (maze / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good | {"id": "last"})))
     with nothing_happens():
         records, unread = read_source(maze / "data.jsonl")
-        done, unusable = encode_records(shared_tiny_model, records)
-    assert [row.id for row in done] == ["good", "last"] and len(unread + unusable) == 1
+        encoded = list(encode_records(shared_tiny_model, records, 3))
+    done = [row.id for row, reason in encoded if reason is None]
+    unusable = [{"record_id": row.id, "reason": reason} for row, reason in encoded if reason is not None]
+    assert done == ["good", "last"] and len(unread + unusable) == 1
     check_rejected(unread + unusable)
 
 
@@ -1238,7 +1240,7 @@ PARQUETS = {
 }  # fmt: skip
 PARQUET_READERS = {
     "source": lambda model, path: read_source(path, need_questions=False),
-    "records": lambda model, path: read_records(path),
+    "records": lambda model, path: list(RecordFile(path)),
     "pairs": lambda model, path: read_pairs(path),
 }
 
@@ -1282,7 +1284,7 @@ def test_wrong_settings(text, tmp_path):
 
 
 FILE_READERS = {
-    "records": lambda path: read_source(path), "Parquet": lambda path: read_records(path),
+    "records": lambda path: read_source(path), "Parquet": lambda path: RecordFile(path),
     "settings": lambda path: load_config(path), "image": lambda path: read_image(path, 16),
 }  # fmt: skip
 

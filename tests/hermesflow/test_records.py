@@ -10,7 +10,7 @@ from hermesflow.images import decode_image
 from hermesflow.records import (
     Question,
     Record,
-    read_records,
+    RecordFile,
     records_from_table,
     records_to_table,
     write_records,
@@ -40,9 +40,9 @@ def _assert_same(left, right):
 def test_file_gives_back_records_with_their_images(tmp_path):
     records = [_record("a"), _record("b", codes=None, image=False), _record("c", codes=(), image=False)]
     write_records(tmp_path / "records.parquet", records, include_images=True)
-    back = read_records(tmp_path / "records.parquet")
+    back = RecordFile(tmp_path / "records.parquet")
     write_records(tmp_path / "again.parquet", back, include_images=True)
-    for some in (back, read_records(tmp_path / "again.parquet")):
+    for some in (back, RecordFile(tmp_path / "again.parquet")):
         assert len(some) == 3
         for left, right in zip(records, some, strict=True):
             _assert_same(left, right)
@@ -102,7 +102,7 @@ def test_a_table_that_is_none_of_records_is_refused_with_its_file(make, match, t
     path = tmp_path / "mine.parquet"
     pq.write_table(make(), path)
     with pytest.raises(InputError, match=f"mine.parquet: is no table of records .*{match}") as error:
-        read_records(path)
+        list(RecordFile(path))
     assert "\n" not in str(error.value)
 
 
@@ -111,4 +111,4 @@ def test_damaged_file_is_named(tmp_path):
     write_records(path, [_record()])
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="records.parquet"):
-        read_records(path)
+        list(RecordFile(path))

@@ -65,13 +65,13 @@ def finished(shared_tiny_model, tiny_records, tmp_path_factory):
     config = load_config(None, [*SETTINGS, f"model.name={folder / 'model'}"])
     run, model = folder / "t", shared_tiny_model
     write_text(run / "config.toml", to_toml(config))
-    candidates = curate(model, tiny_records, config.curation, seed=1, folder=run / "round-1" / "candidates")
+    [(_, candidates)] = curate(model, tiny_records, config.curation, seed=1, folder=run / "round-1" / "candidates")
     pairs, rejected = make_pairs(tiny_records, candidates, config.curation)
     assert len(pairs) > 3, "the tiny model must give pairs, or there is nothing to show"
     write_parquet(run / "round-1" / "rejected.parquet", rejected)
     write_parquet(run / "round-1" / "pairs.parquet", pairs)
     evaluations = [evaluate(model, config.eval), evaluate(model, config.eval)]
-    evaluations[1]["agreement"] = agreement(model, tiny_records, candidates, pairs)
+    evaluations[1]["agreement"] = agreement(model, [(tiny_records, candidates, pairs)])
     for number, evaluation in enumerate(evaluations):
         write_json(run / f"round-{number}" / "evaluation.json", evaluation)
         write_json(run / f"round-{number}" / "seconds.json", {"evaluation": 1.25})

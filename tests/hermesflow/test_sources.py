@@ -152,7 +152,7 @@ def test_records_of_parquet_keep_their_images_as_bytes(folder, shared_tiny_model
     records, rejected = read_source(folder / "mine.parquet")
     assert [type(record.image) for record in records] == [bytes, bytes, type(None)]
     assert reasons(rejected) == ["no image: the entry has neither image, img_path nor codes"]
-    records, rejected = encode_records(shared_tiny_model, records)
+    records, rejected = encode_all(shared_tiny_model, records)
     assert [record.id for record in records] == ["1", "3"]
     assert reasons(rejected) == [
         "damaged image: its image: not an image that can be read; give a whole PNG, JPEG or WebP file"
@@ -282,6 +282,13 @@ def test_a_damaged_parquet_is_named(kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def encode_all(model, records, count=None):
+    """(the usable records, the rejected ones with their reasons)."""
+    found = list(encode_records(model, iter(records), len(records) if count is None else count))
+    done = [record for record, reason in found if reason is None]
+    return done, [{"record_id": record.id, "reason": reason} for record, reason in found if reason is not None]
+
+
 def image_records(*sizes):
     scenes = shapes.sample_scenes("train", len(sizes), 3)
     rng = np.random.default_rng(0)
@@ -293,7 +300,7 @@ def image_records(*sizes):
 
 
 def test_images_of_any_size_are_fitted_to_the_model(shared_tiny_model):
-    records, rejected = encode_records(shared_tiny_model, image_records((64, 64), (100, 100), (128, 64)))
+    records, rejected = encode_all(shared_tiny_model, image_records((64, 64), (100, 100), (128, 64)))
     assert [(record.codes.shape, record.codes.dtype) for record in records] == [((16,), np.int32)] * 3
     assert not rejected and not [record for record in records if record.image is not None]
 
@@ -306,7 +313,7 @@ def test_codes_are_those_of_the_image_wherever_it_lies(shared_tiny_model, folder
     kinds = {"image_path": path, "image": pixels}
     for record in (*(replace(common, **{key: value}) for key, value in kinds.items()),
                    replace(common, image=path.read_bytes())):  # fmt: skip
-        [done], _ = encode_records(shared_tiny_model, [record])
+        [done], _ = encode_all(shared_tiny_model, [record])
         np.testing.assert_array_equal(done.codes, expected)
         assert done.image is None and done.image_path is None
 
@@ -336,7 +343,7 @@ UNFIT = {
 @pytest.mark.parametrize(("make", "reason"), UNFIT.values(), ids=UNFIT.keys())
 def test_a_record_that_does_not_fit_the_model_is_rejected(make, reason, shared_tiny_model):
     first, second, third = image_records((64, 64), (64, 64), (64, 64))
-    records, [rejected] = encode_records(shared_tiny_model, [first, make(second), third])
+    records, [rejected] = encode_all(shared_tiny_model, [first, make(second), third])
     assert [record.id for record in records] == ["r0", "r2"] and rejected["record_id"] == "r1"
     assert re.match(reason, rejected["reason"])
 
@@ -346,7 +353,7 @@ def test_damaged_files_are_rejected_where_they_are_opened(shared_tiny_model, fol
     (folder / "images/3.png").write_bytes(whole[: len(whole) // 2])
     records, rejected = read_source(write(folder, [entry(3), entry(1), entry(2)]))
     assert len(records) == 3 and not rejected
-    records, rejected = encode_records(shared_tiny_model, records)
+    records, rejected = encode_all(shared_tiny_model, records)
     assert [record.id for record in records] == ["1", "2"]
     assert reasons(rejected)[0].startswith("damaged image: ") and "3.png" in reasons(rejected)[0]
 
@@ -358,7 +365,7 @@ def test_images_are_opened_a_batch_at_a_time_and_no_more_than_are_needed(
     common = Record("0", "a red circle", "other", (), image_path=folder / "images/1.png")
     records = [replace(common, id=str(index)) for index in range(20)]
     records[1] = replace(records[1], image_path=folder / "mine.png")  # is not there
-    done, rejected = encode_records(shared_tiny_model, records, count)
+    done, rejected = encode_all(shared_tiny_model, records, count)
     assert [record.id for record in done] == [str(i) for i in range(20) if i != 1][:count] and len(rejected) == 1
     assert images_in_memory.count(1) == opened
     assert max(np.cumsum(images_in_memory)) <= 5  # a batch of four, and the one that could not be opened

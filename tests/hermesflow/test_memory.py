@@ -1,0 +1,64 @@
+"""Host memory over a long curation: `make soak` takes 100,000 records, the usual tests 2,000."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from hermesflow.files import read_parquet
+
+BATCH = 100
+SETTINGS = (
+    f"curation.batch_records={BATCH}", "curation.num_images=2", "curation.num_steps=1", "curation.guidance_scale=0",
+    "curation.caption_temperatures=[1]", "curation.caption_top_k=[0]", "curation.threshold=0", "curation.margin=0",
+    "curation.keep=any", "selfplay.num_rounds=1", "run.name=t",
+)  # fmt: skip
+# One question of one length: libraries below torch keep code for each new shape, some hundred MiB until they have seen
+# enough of them, which would hide what a record leaves behind.
+CHILD = """
+import sys
+from hermesflow import cli
+from hermesflow.worlds import shapes
+shapes.record_questions = lambda scene, text: (shapes._about_background(scene),)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmRSS")
+@pytest.mark.parametrize("num_records", [2_000, pytest.param(100_000, marks=pytest.mark.soak)])
+def test_host_memory_stays_flat(tiny_model, tmp_path, num_records):
+    with torch.no_grad():  # captions end early
+        tiny_model.transformer.norm.bias[0] = 1
+        tiny_model.transformer.head.weight[tiny_model.layout.eot, 0] = 12
+    tiny_model.save(tmp_path / "model")
+    more = (f"model.name={tmp_path / 'model'}", f"run.folder={tmp_path}", f"data.num_records={num_records}")
+    arguments = [item for setting in (*SETTINGS, *more) for item in ("--set", setting)]
+    process = subprocess.Popen([sys.executable, "-P", "-c", CHILD, "curate", *arguments])
+    began, samples = time.monotonic(), []
+    round_folder = tmp_path / "t/round-1"
+    while process.poll() is None:
+        num_parts = sum(1 for _ in round_folder.glob("candidates/part-*.parquet"))
+        samples.append((num_parts * BATCH / num_records, resident_mib(process.pid), time.monotonic() - began))
+        time.sleep(0.05 if num_records < 10_000 else 2)
+    assert process.returncode == 0
+    assert len(read_parquet(round_folder / "pairs.parquet", ["record_id"])) > num_records / 10
+    third, end = (
+        median([mib for done, mib, _ in samples if low <= done < high]) for low, high in ((0.33, 0.5), (0.9, 1))
+    )
+    print(f"{num_records} records: {third:.1f} MiB after a third, {end:.1f} MiB at the end, {samples[-1][2]:.0f} s")
+    assert end - third < 8
+
+
+def resident_mib(pid: int) -> float:
+    """VmRSS of a process; 0 when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) / 1024 if found else 0.0
