@@ -92,7 +92,10 @@ def _against(line: Line | None) -> str:
 
 
 def _rate(line: Line) -> str:
-    """What bounds the case: operations where they are many for each byte, else bytes."""
+    """What a task makes; of an op what bounds it: operations where they are many for each byte, else bytes."""
+    if "items_per_s" in line:
+        made = [f"{_number(count)} {name}/s" for name, count in line["items_per_s"].items()]
+        return ", ".join([*made, f"MFU {_share(line['mfu'])}"])
     if line["tflop_s"] * 1000 > 10 * line["gb_s"]:
         return f"{_number(line['tflop_s'])} TFLOP/s"
     return f"{_number(line['gb_s'])} GB/s"
