@@ -9,15 +9,17 @@ From the passes of model_work.py, which say what the exact algorithms need:
 
     mfu             FLOPs of all passes / time / matmul rate of this device in this dtype, measured in the same run
     roof_fraction   sum over the passes of max(FLOPs / matmul rate, bytes / copy bandwidth) / time
-    projection      hours of the paper's protocol: for images, captions and answers each its FLOPs at the shape of Show-o
-                    1.3B / (FLOPs / time) of that case. At that shape itself this is scaling by the number of items.
+    projection      hours of the paper's protocol: for images, captions and answers each its FLOPs at the shape of
+                    Show-o 1.3B / (FLOPs / time) of that case. At that shape itself this scales by the number of items.
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -190,7 +192,7 @@ def run_e2e(settings: Settings) -> int:
         if settings.out:
             write_lines(settings.out, lines)
         if settings.profile:
-            console.print(_profile(case, tasks.engine.transformer, settings.profile / f"{case.name}.json", device))
+            console.print(_profile(case, tasks.engine.transformer, settings.profile, device))
     title = f"e2e, {settings.shape}, {facts['device']}: median ms; times as fast as the baseline (its ms and peak MiB)"
     console.print(console_table(lines, title))
     console.print(_projection(lines, dtype))
@@ -469,10 +471,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _profile(case: Case, transformer: Transformer, path: Path, device: torch.device) -> str:
-    """Write a trace of one run, and beside it the table of its operations, which is returned.
+def _profile(case: Case, transformer: Transformer, folder: Path, device: torch.device) -> str:
+    """Write a trace of one run and the table of its operations, which is returned.
 
-    The trace opens in chrome://tracing or Perfetto. On the CPU the parts of the transformer are marked in it and summed
+    The trace opens in Perfetto or chrome://tracing. On the CPU the parts of the transformer are marked in it and summed
     up; on CUDA a captured graph runs without Python, so that only its kernels show.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and end on stderr otherwise
@@ -486,8 +488,10 @@ def _profile(case: Case, transformer: Transformer, path: Path, device: torch.dev
         case.run()
         _wait(device)
         seconds = time.perf_counter() - start
-    with atomic_write(path) as temporary:
-        recorded.export_chrome_trace(str(temporary))
+    with tempfile.TemporaryDirectory() as outside, atomic_write(folder / f"{case.name}.json.gz") as temporary:
+        trace = Path(outside) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        temporary.write_bytes(gzip.compress(trace.read_bytes()))
     averages = recorded.key_averages()
     spent = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     rows = [(event.key, getattr(event, spent) / 1e6, event.count) for event in averages if event.key not in PARTS]
@@ -501,7 +505,7 @@ def _profile(case: Case, transformer: Transformer, path: Path, device: torch.dev
         total["elsewhere"] = seconds - total["transformer"]
         lines += ["parts", *(f"  {total[name]:9.4f} s  {total[name] / seconds:6.1%}  {name}" for name in total)]
     text = "\n".join(lines) + "\n"
-    write_text(path.with_suffix(".txt"), text)
+    write_text(folder / f"{case.name}.txt", text)
     return text
 
 

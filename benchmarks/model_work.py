@@ -49,21 +49,21 @@ class ModelWork:
         span, drawn, codes = num_tokens + 2, num_prompts * num_images, self.layout.codebook_size
         prefill = [(num_prompts, prompt, 0, True), (1, 3, 0, True)]
         first = [(num_prompts, span, prompt, False), (1, span, 3, False)]
-        passes = [self._pass([*prefill, *first], 0, num_prompts * num_tokens, codes)]
+        passes = [self.one_pass([*prefill, *first], 0, num_prompts * num_tokens, codes)]
         step, cached = [(drawn, span, prompt, False), (drawn, span, 3, False)], num_prompts * prompt + 3
         counts = num_to_mask(num_tokens, num_steps)[:-1]
-        return passes + [self._pass(step, cached, drawn * num_unknown, codes) for num_unknown in counts]
+        return passes + [self.one_pass(step, cached, drawn * num_unknown, codes) for num_unknown in counts]
 
     def answers(
         self, num_images: int, num_questions: int, question_len: int, num_samples: int, num_tokens: int
     ) -> list[Work]:
         """num_samples answers of num_tokens to each of num_questions about each image: captions too."""
         asked, image, question = num_images * num_questions, self.layout.num_image_tokens + 3, question_len + 1
-        passes = [self._pass(self._questions(num_images, asked, question), 0, asked, self.layout.text_vocab_size)]
+        passes = [self.one_pass(self._questions(num_images, asked, question), 0, asked, self.layout.text_vocab_size)]
         rows, prefix = asked * num_samples, num_images * image + asked * question
         for step in range(num_tokens - 1):
             spans = [(rows, 1, image + question + step, True)]
-            passes.append(self._pass(spans, prefix + rows * step, rows, self.layout.text_vocab_size))
+            passes.append(self.one_pass(spans, prefix + rows * step, rows, self.layout.text_vocab_size))
         return passes
 
     def choices(
@@ -73,13 +73,10 @@ class ModelWork:
         asked, question = num_images * num_questions, question_len + 1
         seen = self.layout.num_image_tokens + 3 + question
         spans = [*self._questions(num_images, asked, question), (asked * num_choices, choice_len, seen, True)]
-        return [self._pass(spans, 0, asked * (1 + num_choices * choice_len), self.layout.text_vocab_size)]
+        return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), self.layout.text_vocab_size)]
 
-    def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
-        image = self.layout.num_image_tokens + 3
-        return [(num_images, image, 0, False), (asked, question, image, True)]
-
-    def _pass(self, spans: list[Spans], num_cached: int, head_rows: int, head_size: int) -> Work:
+    def one_pass(self, spans: list[Spans], num_cached: int, head_rows: int, head_size: int) -> Work:
+        """New spans after num_cached cached tokens; the head on head_rows rows, for head_size ids."""
         config = self.config
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         mlp = config.hidden_size * config.mlp_size * (3 if config.gated else 2)
@@ -96,3 +93,7 @@ class ModelWork:
             num_flops=round(2 * layers * num_new + attention + 2 * head * head_rows),
             num_bytes=(layers + head + cached) * self.dtype.itemsize,
         )
+
+    def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
+        image = self.layout.num_image_tokens + 3
+        return [(num_images, image, 0, False), (asked, question, image, True)]

@@ -148,9 +148,12 @@ def _bench_e2e(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.benchmarks.lines import markdown_table, read_lines
+    from hermesflow.benchmarks.lines import markdown_table, read_lines, update_readme
 
     lines = [line for path in arguments.files for line in read_lines(path)]
+    if arguments.readme:
+        update_readme(arguments.readme, lines)
+        return
     chosen = [line for line in lines if not arguments.backend or line["backend"] in arguments.backend]
     print(markdown_table(chosen), end="")
 
@@ -452,6 +455,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     table.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="files that a benchmark wrote")
     table.add_argument("--backend", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    table.add_argument(
+        "--readme", type=Path, metavar="FILE.md",
+        help="write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->",
+    )  # fmt: skip
     return parser
 
 
