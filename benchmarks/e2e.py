@@ -23,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hermesflow import load_model
@@ -56,6 +57,10 @@ CAPTION_SAMPLING = (
     *(SamplingParams(top_k=k, temperature=t, max_new_tokens=30) for k in (2, 3, 4) for t in (0.1, 0.7, 2.0)),
 )
 ANSWER_SAMPLING = SamplingParams(temperature=0.0, max_new_tokens=8)
+NUM_CHECKED = 2
+"""Questions whose answers are compared before anything is timed."""
+LEAST_EQUAL = {torch.float32: 0.9, torch.bfloat16: 0.1}
+"""Share of greedy tokens that must be equal: where rounding turns a near-tie, all that follows may differ."""
 MIN_ROUNDS, MAX_ROUNDS, MIN_SECONDS = 3, 50, 3.0
 PARTS = ("transformer", "attention", "mlp")
 """Of the transformer, marked in profiles; attention and mlp lie in the first."""
@@ -219,16 +224,38 @@ class Tasks:
         self.viewed = self._codes(shape.num_viewed)
 
     def check(self) -> str | None:
-        """None, or how the engine's results differ from the published algorithm's; draws have random streams apart."""
-        transformer, layout = self.engine.transformer, self.engine.layout
-        codes = self.viewed[0].tolist()
-        ours = self.engine.score_choices(self.viewed[:1], [self.questions], [self.choices], text_only=False)[0]
-        for question, choices, scores in zip(self.questions, self.choices, ours, strict=True):
+        """None, or how the engine's results differ from the published algorithm's.
+
+        Compared are log-probabilities of choices, and what needs no random numbers: greedy answers and images.
+        """
+        transformer, layout, dtype = self.engine.transformer, self.engine.layout, self.work.dtype
+        codes, questions = self.viewed[0].tolist(), self.questions[:NUM_CHECKED]
+        scored = self.engine.score_choices(self.viewed[:1], [questions], [self.choices[:NUM_CHECKED]], text_only=False)
+        for question, choices, scores in zip(questions, self.choices, scored[0], strict=False):
             for choice, score in zip(choices, scores, strict=True):
                 truth = naive_model.score_choice(transformer, layout, codes, question, choice)
                 # 20 roundings of a sum of log-probabilities; it is of the size of its largest terms.
-                if not abs(score - truth) <= 20 * torch.finfo(self.work.dtype).eps * abs(truth):
+                if not abs(score - truth) <= 20 * torch.finfo(dtype).eps * abs(truth):
                     return f"a choice's log-probability is {score}, by the published algorithm {truth}"
+
+        seeds = torch.zeros(1, len(questions), 1, dtype=torch.int64)
+        answered = self.engine.extend(
+            self.viewed[:1], [questions], sampling=[ANSWER_SAMPLING], seeds=seeds, text_only=False
+        )[0]
+        expected = [self._naive_answer(question, ANSWER_SAMPLING) for question in questions]
+        params = replace(self.params, num_steps=4, temperature=0.0, mask_temperature=0.0)
+        drawn = self.engine.generate(self.prompts[:1], num_images=1, seeds=seeds[:, 0], **asdict(params))
+        image = naive_model.draw_images(
+            transformer, layout, self.prompts[:1], params, num_text_tokens=self.shape.num_text_tokens
+        )
+        pairs = {
+            "greedy answers": (torch.tensor(answered)[:, 0], torch.tensor(expected)),
+            "greedy images": (drawn[0], image),
+        }
+        for name, (ours, theirs) in pairs.items():
+            share = float((ours == theirs).double().mean())
+            if share < LEAST_EQUAL[dtype]:
+                return f"{name} have {share:.0%} of the tokens of the published algorithm"
         return None
 
     def images(self) -> Case:
@@ -494,7 +521,9 @@ def _profile(case: Case, transformer: Transformer, folder: Path, device: torch.d
         temporary.write_bytes(gzip.compress(trace.read_bytes()))
     averages = recorded.key_averages()
     spent = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    rows = [(event.key, getattr(event, spent) / 1e6, event.count) for event in averages if event.key not in PARTS]
+    # On CUDA an operation's row repeats the time of its kernels, which have rows of their own.
+    here = [event for event in averages if (event.device_type == DeviceType.CUDA) == on_cuda]
+    rows = [(event.key, getattr(event, spent) / 1e6, event.count) for event in here if event.key not in PARTS]
     rows = sorted(rows, key=lambda row: -row[1])[:NUM_PROFILED]
     lines = [f"{case.name}: {seconds:.3g} s under the profiler; own time of each operation"]
     lines += [
