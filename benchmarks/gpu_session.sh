@@ -1,10 +1,11 @@
 #!/bin/bash
 # One command for a bare CUDA machine: build, checks, tests and benchmark of every kernel, within 10 minutes.
 #
-# usage: benchmarks/gpu_session.sh [all|check|bench]    default all
+# usage: benchmarks/gpu_session.sh [all|check|bench|e2e]    default all: check and bench
 #
 #   check   build, doctor, every op at tiny shapes, the same under compute-sanitizer, the kernels' tests
 #   bench   build if need be, benchmark of the ops
+#   e2e     build if need be, whole tasks against the published algorithm, with profiles: ten minutes by itself
 #
 # Needs a python3 with torch (CUDA), triton, pytest and this package's dependencies, and nvcc; no network. Environment:
 #   OUT      folder of logs and JSON lines               [benchmarks/results]
@@ -12,6 +13,7 @@
 #   PYTHON   interpreter                                 [python3]
 #   DEVICE   cuda, or cpu to rehearse the session        [cuda]
 #   SHAPE    shape class of the benchmark                [showo-1.3b; tiny on the cpu]
+#   DTYPE    of the model in e2e                         [bfloat16; float32 on the cpu]
 #   LIMIT    seconds for everything                      [590]
 #   BENCH_SECONDS   of these, kept for the benchmark     [210]
 #   BENCH_OPTIONS   further options of the benchmark     [none]
@@ -23,12 +25,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 if [ "$DEVICE" = cuda ]; then SHAPE=${SHAPE:-showo-1.3b}; else SHAPE=${SHAPE:-tiny}; fi
+if [ "$DEVICE" = cuda ]; then DTYPE=${DTYPE:-bfloat16}; else DTYPE=${DTYPE:-float32}; fi
 OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 LIMIT=${LIMIT:-590}
 BENCH_SECONDS=${BENCH_SECONDS:-210}
 LINES_FILE=$OUT/ops-$DEVICE-$SHAPE.jsonl
+E2E_FILE=$OUT/e2e-$DEVICE-$SHAPE-$DTYPE.jsonl
 export PYTHONSAFEPATH=1 # the folder kernels/ must not shadow the package of that name
 
 if [ "$DEVICE" = cuda ]; then missing=cuda_missing; else missing=cpu_missing; fi
@@ -127,8 +131,20 @@ bench() {
     # shellcheck disable=SC2086 # BENCH_OPTIONS is a list of options
     step bench-ops 400 "$PYTHON" -m hermesflow bench ops --device "$DEVICE" --shape "$SHAPE" --out "$LINES_FILE" \
         "${green[@]}" "${plot[@]}" ${BENCH_OPTIONS:-}
-    if [ -s "$LINES_FILE" ]; then
-        "$PYTHON" -m hermesflow bench table "$LINES_FILE" | tee "${LINES_FILE%.jsonl}.md" || failed=1
+    table "$LINES_FILE"
+}
+
+e2e() {
+    # shellcheck disable=SC2086 # BENCH_OPTIONS is a list of options
+    step bench-e2e 570 "$PYTHON" -m hermesflow bench e2e --device "$DEVICE" --shape "$SHAPE" --dtype "$DTYPE" \
+        --out "$E2E_FILE" --profile "${E2E_FILE%.jsonl}" ${BENCH_OPTIONS:-}
+    tail -n 3 "$OUT/bench-e2e.log" # the paper's protocol in hours
+    table "$E2E_FILE"
+}
+
+table() { # table LINES_FILE: what was measured, also of a benchmark that was cut
+    if [ -s "$1" ]; then
+        "$PYTHON" -m hermesflow bench table "$1" | tee "${1%.jsonl}.md" || failed=1
     fi
 }
 
@@ -148,8 +164,12 @@ bench)
     "${PROBE[@]}" 2>/dev/null || build
     bench
     ;;
+e2e)
+    "${PROBE[@]}" 2>/dev/null || build
+    e2e
+    ;;
 *)
-    sed -n '4,7p' "$0" | sed 's/^# \{0,1\}//' >&2
+    sed -n '4,8p' "$0" | sed 's/^# \{0,1\}//' >&2
     exit 2
     ;;
 esac

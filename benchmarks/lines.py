@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,38 @@ def read_lines(path: Path) -> list[Line]:
             raise InputError(f"{path}: line {number} is not of a benchmark, it lacks {', '.join(missing)}")
         lines.append(line)
     return lines
+
+
+_MARKED = re.compile(r"(<!-- results (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def update_readme(path: Path, lines: Sequence[Line]) -> None:
+    """Write tables of the lines between the markers of a Markdown file, and leave the rest as it is.
+
+    `<!-- results BENCH [BACKEND ...] -->` and `<!-- /results -->`, each on a line of its own, enclose the lines of one
+    bench, of all backends or of those that are named.
+
+    Args:
+        path: the file.
+        lines: of all benches that the markers ask for.
+    Raises: InputError if the file has no markers, lines are lacking for one, or it cannot be read or written.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+
+    def table(found: re.Match) -> str:
+        bench, *backends = found[2].split()
+        chosen = [line for line in lines if line["bench"] == bench and (not backends or line["backend"] in backends)]
+        if not chosen:
+            raise InputError(f"{path}: no lines for its marker results {found[2]}; give the files that hold them")
+        return f"{found[1]}\n{markdown_table(chosen)}\n{found[3]}"
+
+    updated, num_tables = _MARKED.subn(table, text)
+    if num_tables == 0:
+        raise InputError(f"{path}: has no markers; add <!-- results ops --> and <!-- /results --> where tables belong")
+    write_text(path, updated)
 
 
 def markdown_table(lines: Sequence[Line]) -> str:
@@ -92,7 +125,10 @@ def _against(line: Line | None) -> str:
 
 
 def _rate(line: Line) -> str:
-    """What bounds the case: operations where they are many for each byte, else bytes."""
+    """What a task makes; of an op what bounds it: operations where they are many for each byte, else bytes."""
+    if "items_per_s" in line:
+        made = [f"{_number(count)} {name}/s" for name, count in line["items_per_s"].items()]
+        return ", ".join([*made, f"MFU {_share(line['mfu'])}"])
     if line["tflop_s"] * 1000 > 10 * line["gb_s"]:
         return f"{_number(line['tflop_s'])} TFLOP/s"
     return f"{_number(line['gb_s'])} GB/s"

@@ -10,20 +10,30 @@ torch's allocator, so also what C++ ops make inside themselves; what a library t
 
 from __future__ import annotations
 
+import datetime
 import functools
 import gc
 import itertools
 import os
+import platform
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hermesflow.files import InputError
 from hermesflow.kernels.matmul import logits_of
 
 from .case import Call
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +78,11 @@ def time_rounds(calls: Mapping[str, Call], device: torch.device, effort: Effort)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         num_rounds += 1
-    return {name: _percentiles([read() for read in reads]) for name, reads in samples.items()}
+    return {name: percentiles([read() for read in reads]) for name, reads in samples.items()}
 
 
-def _percentiles(samples: list[float]) -> Times:
+def percentiles(samples: Sequence[float]) -> Times:
+    """Of milliseconds."""
     p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     return Times(ms_p20=p20, ms_p50=p50, ms_p80=p80)
 
@@ -179,3 +190,41 @@ def _best_s(call: Call, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return min(read() for read in reads) / 1e3
+
+
+def run_facts(device: torch.device) -> dict[str, Any]:
+    """The fields that all lines of a run share."""
+    triton = next((found.version for found in metadata.distributions(name="triton")), None)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit, "date": date}
+
+
+def _cpu_name() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        facts = []
+    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()}, {threads} threads, {capability}"
+
+
+def check_names(option: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise InputError unless the option's names are known."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"{option}: expected {', '.join(sorted(known))}, got {unknown[0]!r}")
+
+
+def check_device(name: str) -> None:
+    """Raise InputError unless the device can be measured."""
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; `hermesflow doctor` says why")

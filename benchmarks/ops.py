@@ -6,17 +6,13 @@ not right is not timed. Backends come from the registry, baselines from the case
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,15 +25,25 @@ from .attention_cases import SHAPES as ATTENTION_SHAPES
 from .attention_cases import span_cases
 from .case import Call, Case
 from .lines import MEASURED, Line, console_table, write_lines
-from .measuring import Effort, Roof, as_cuda_graph, measure_roof, peak_bytes, time_rounds
+from .measuring import (
+    MIB,
+    ROOT,
+    Effort,
+    Roof,
+    as_cuda_graph,
+    check_device,
+    check_names,
+    measure_roof,
+    peak_bytes,
+    run_facts,
+    time_rounds,
+)
 from .op_cases import BUILDERS
 from .op_cases import SHAPES as OP_SHAPES
 
 SHAPES = tuple(OP_SHAPES)
 OPS = (*BUILDERS, "span_attention")
 BASELINES = ("naive", "compile", "liger", "cut_cross_entropy", "trl", "flashinfer", "quack", "flex")
-ROOT = Path(__file__).parents[1]
-MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,22 +67,13 @@ class Settings:
     """Run the op's tests first, where they are."""
 
     def __post_init__(self) -> None:
-        _check_names("--shape", [self.shape], SHAPES)
-        _check_names("--op", self.ops, OPS)
-        _check_names("--backend", self.backends, {name for of_op in registry.backends().values() for name in of_op})
-        _check_names("--baseline", self.baselines, BASELINES)
-        if self.device not in ("cpu", "cuda"):
-            raise InputError(f"--device: expected cpu or cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no CUDA device; `hermesflow doctor` says why")
+        check_names("--shape", [self.shape], SHAPES)
+        check_names("--op", self.ops, OPS)
+        check_names("--backend", self.backends, {name for of_op in registry.backends().values() for name in of_op})
+        check_names("--baseline", self.baselines, BASELINES)
+        check_device(self.device)
         if self.plot:
             roofline.check_matplotlib()
-
-
-def _check_names(option: str, names: Sequence[str], known: Collection[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(f"{option}: expected {', '.join(sorted(known))}, got {unknown[0]!r}")
 
 
 def run_ops(settings: Settings) -> int:
@@ -90,7 +87,7 @@ def run_ops(settings: Settings) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     device = torch.device(settings.device)
     lines, notes = [], []
-    facts = _facts(device)  # before the file is written, which may make the checkout dirty
+    facts = run_facts(device)  # before the file is written, which may make the checkout dirty
     _save(settings, lines)  # a path that cannot be written shows now
     roof = measure_roof(device)
     console.print(f"{facts['device']}: copy {roof.bytes_per_s / 1e9:.3g} GB/s")
@@ -236,26 +233,3 @@ def _line(case: Case, backend: str, baseline: str | None) -> Line:
 
 def _dtype(case: Case) -> str:
     return str(case.dtype).removeprefix("torch.")
-
-
-def _facts(device: torch.device) -> dict[str, Any]:
-    """The fields that all lines of a run share."""
-    triton = next((found.version for found in metadata.distributions(name="triton")), None)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    except FileNotFoundError:
-        commit = None
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit, "date": date}
-
-
-def _cpu_name() -> str:
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        facts = []
-    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.machine()}, {threads} threads, {capability}"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -76,12 +77,7 @@ def write_checkpoint(
     codes = shape.vq.codebook_size
     vocab_size = shape.text_vocab_size + NUM_SPECIAL + codes + 1
     write_tokenizer(folder / "llm", shape.text_vocab_size)
-    llm = {
-        "model_type": "phi", "hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_heads,
-        "intermediate_size": shape.mlp_size, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
-        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "vocab_size": shape.text_vocab_size,
-    }  # fmt: skip
+    llm = language_model_config(shape)
     write_json(folder / "llm" / "config.json", llm)
     write_json(folder / "config.json", {
         "_class_name": "Showo", "vocab_size": vocab_size, "llm_vocab_size": shape.text_vocab_size,
@@ -104,6 +100,16 @@ def write_checkpoint(
         vq_tokenizer = VQTokenizer(shape.vq)
     (folder / "magvitv2").mkdir(exist_ok=True)
     save_vq_tokenizer(vq_tokenizer, folder / "magvitv2")
+
+
+def language_model_config(shape: CheckpointShape) -> dict[str, Any]:
+    """The configuration of the language model that a backbone of this shape grows from, as transformers has it."""
+    return {
+        "model_type": "phi", "hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_heads,
+        "intermediate_size": shape.mlp_size, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "vocab_size": shape.text_vocab_size,
+    }  # fmt: skip
 
 
 def write_tokenizer(folder: Path, size: int) -> None:

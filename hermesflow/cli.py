@@ -136,10 +136,24 @@ def _bench_ops(arguments: argparse.Namespace, config: Config) -> int:
     )  # fmt: skip
 
 
+def _bench_e2e(arguments: argparse.Namespace, config: Config) -> int:
+    from hermesflow.benchmarks.e2e import Settings, run_e2e
+
+    return run_e2e(
+        Settings(
+            device=arguments.device, shape=arguments.shape, dtype=arguments.dtype, cases=arguments.case,
+            naive=arguments.naive, out=arguments.out, profile=arguments.profile,
+        )
+    )  # fmt: skip
+
+
 def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.benchmarks.lines import markdown_table, read_lines
+    from hermesflow.benchmarks.lines import markdown_table, read_lines, update_readme
 
     lines = [line for path in arguments.files for line in read_lines(path)]
+    if arguments.readme:
+        update_readme(arguments.readme, lines)
+        return
     chosen = [line for line in lines if not arguments.backend or line["backend"] in arguments.backend]
     print(markdown_table(chosen), end="")
 
@@ -421,12 +435,30 @@ def _parser() -> argparse.ArgumentParser:
     ops.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
     ops.add_argument("--plot", type=Path, metavar="FILE.png", help="where to draw the roofline (needs matplotlib)")
     ops.add_argument("--no-test", dest="test", action="store_false", help="do not run the op's tests first")
+    e2e = _command(
+        benches, "e2e", _bench_e2e, "images, captions, answers and whole records, against the published algorithm",
+        "hermesflow bench e2e --shape tiny --out results.jsonl --profile traces", configured=False,
+    )  # fmt: skip
+    e2e.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    shapes = ("tiny", "small", "showo-1.3b-256", "showo-1.3b")
+    e2e.add_argument("--shape", choices=shapes, default="small", help="of the model, and how much is drawn [small]")
+    e2e.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")
+    e2e.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    e2e.add_argument(
+        "--naive", action=argparse.BooleanOptionalAction, default=True, help="measure the published algorithm too [yes]"
+    )
+    e2e.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
+    e2e.add_argument("--profile", type=Path, metavar="FOLDER", help="where to write a trace and a table of each case")
     table = _command(
         benches, "table", _bench_table, "print lines of a benchmark as a Markdown table",
         "hermesflow bench table benchmarks/results/ops-cpu-small.jsonl --backend cpu", configured=False,
     )  # fmt: skip
     table.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="files that a benchmark wrote")
     table.add_argument("--backend", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    table.add_argument(
+        "--readme", type=Path, metavar="FILE.md",
+        help="write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->",
+    )  # fmt: skip
     return parser
 
 

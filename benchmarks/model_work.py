@@ -1,0 +1,99 @@
+"""Arithmetic and memory traffic that the exact algorithms need, pass by pass, whoever runs them.
+
+A pass is one run of the transformer and its head over packed tokens. With D the hidden size, M layers, H heads of
+width d, V the ids that may be drawn:
+
+    FLOPs   2 * weights of the layers for each new token
+            + 4 * M * H * d for each new token and each token that it sees (q k^T and p v)
+            + 2 * D * V for each row of the head that is needed
+    bytes   weights of the layers and of the needed head once a pass, keys and values of what was cached read once,
+            those of new tokens written once; activations count as nothing
+
+What the exact algorithms share is counted once: prompts and the empty prompt, an image by its questions, a question by
+its answers, at step 0 the image span of a prompt's candidates, and one head for both halves of guidance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hermesflow.engine.mask_schedule import num_to_mask
+from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.transformer import TransformerConfig
+
+Spans = tuple[int, int, int, bool]
+"""(how many, tokens of each, tokens before it that it sees, whether it is causal)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a pass needs at least."""
+
+    num_flops: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWork:
+    """The passes of each task for one model."""
+
+    config: TransformerConfig
+    layout: TokenLayout
+    dtype: torch.dtype
+
+    def images(self, num_prompts: int, num_images: int, num_steps: int, prompt_len: int) -> list[Work]:
+        """Guided images by the cosine schedule, num_images of each prompt of prompt_len plain ids."""
+        num_tokens, prompt = self.layout.num_image_tokens, prompt_len + 3
+        span, drawn, codes = num_tokens + 2, num_prompts * num_images, self.layout.codebook_size
+        prefill = [(num_prompts, prompt, 0, True), (1, 3, 0, True)]
+        first = [(num_prompts, span, prompt, False), (1, span, 3, False)]
+        passes = [self.one_pass([*prefill, *first], 0, num_prompts * num_tokens, codes)]
+        step, cached = [(drawn, span, prompt, False), (drawn, span, 3, False)], num_prompts * prompt + 3
+        counts = num_to_mask(num_tokens, num_steps)[:-1]
+        return passes + [self.one_pass(step, cached, drawn * num_unknown, codes) for num_unknown in counts]
+
+    def answers(
+        self, num_images: int, num_questions: int, question_len: int, num_samples: int, num_tokens: int
+    ) -> list[Work]:
+        """num_samples answers of num_tokens to each of num_questions about each image: captions too."""
+        asked, image, question = num_images * num_questions, self.layout.num_image_tokens + 3, question_len + 1
+        passes = [self.one_pass(self._questions(num_images, asked, question), 0, asked, self.layout.text_vocab_size)]
+        rows, prefix = asked * num_samples, num_images * image + asked * question
+        for step in range(num_tokens - 1):
+            spans = [(rows, 1, image + question + step, True)]
+            passes.append(self.one_pass(spans, prefix + rows * step, rows, self.layout.text_vocab_size))
+        return passes
+
+    def choices(
+        self, num_images: int, num_questions: int, question_len: int, num_choices: int, choice_len: int
+    ) -> list[Work]:
+        """The log-probability of num_choices answers to each question, and of the eot after each, in one pass."""
+        asked, question = num_images * num_questions, question_len + 1
+        seen = self.layout.num_image_tokens + 3 + question
+        spans = [*self._questions(num_images, asked, question), (asked * num_choices, choice_len, seen, True)]
+        return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), self.layout.text_vocab_size)]
+
+    def one_pass(self, spans: list[Spans], num_cached: int, head_rows: int, head_size: int) -> Work:
+        """New spans after num_cached cached tokens; the head on head_rows rows, for head_size ids."""
+        config = self.config
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        mlp = config.hidden_size * config.mlp_size * (3 if config.gated else 2)
+        layers = config.num_layers * (config.hidden_size * (2 * width + 2 * kv_width) + mlp)
+        head = config.hidden_size * head_size
+        num_new = sum(count * length for count, length, _, _ in spans)
+        num_seen = sum(
+            count * length * (before + ((length + 1) / 2 if causal else length))
+            for count, length, before, causal in spans
+        )
+        attention = 4 * config.num_layers * width * num_seen
+        cached = 2 * config.num_layers * kv_width * (num_cached + num_new)
+        return Work(
+            num_flops=round(2 * layers * num_new + attention + 2 * head * head_rows),
+            num_bytes=(layers + head + cached) * self.dtype.itemsize,
+        )
+
+    def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
+        image = self.layout.num_image_tokens + 3
+        return [(num_images, image, 0, False), (asked, question, image, True)]
