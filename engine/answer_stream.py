@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .answer_sampler import ENDED, FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
-from .device_graph import DeviceGraph
+from .device_graph import DeviceGraph, captures
 from .nan_cause import likely_cause
 from .prompt_spans import Pair, PromptSpans
 from .slot_allocator import SlotAllocator
@@ -86,7 +86,7 @@ class AnswerStream:
         self.pace = _PACE["cpu" if self.device.type == "cpu" else "cuda"]
         self.capacity = sampler.cache.capacity - 1  # the last slot is that of the rows which fill up a batch
         self.waiting: list[Pair] = []
-        self.tree, self.spans = SpanTree.build([], self.device), []
+        self.tree, self.spans = SpanTree.build([], self.device, fixed=captures(self.device)), []
         self.rows, self.row_keys = Rows.new(self.seeds.flatten(0, 1)[:0], sampling), []
         self.goes_on = np.zeros(0, dtype=bool)
         self.most_to_draw = 0

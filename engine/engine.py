@@ -10,11 +10,20 @@ from torch import Tensor
 from hermesflow.kernels.checks import triton_missing
 
 from .image_decoder import ImageDecoder, ImageSamplingParams, Watch
+from .memory_planner import MemoryPlanner
 from .sequence_logprob import span_logprobs
 from .span_tree import SpanTree
 from .text_decoder import QuestionIds, SamplingParams, TextDecoder
 from .token_layout import TokenLayout
 from .transformer import Transformer
+
+# Where throughput stays level, if memory lasts. CUDA, not measured: 32 images of 1,026 tokens are 10 waves of matmul
+# tiles on 132 multiprocessors; in decoding each further answer is nearly free until 64 images with 10 captions each.
+# CPU: see LOG.md.
+_MOST_IMAGE_TOKENS = {"cuda": 32_768, "cpu": 16_384}
+_MOST_TEXT_TOKENS = {"cuda": 98_304, "cpu": 16_384}
+_TOKENS_PER_ANSWER = 16
+"""At least as many tokens of a batch come with an answer: its own, and its share of image and question."""
 
 
 class Engine:
@@ -46,6 +55,7 @@ class Engine:
             transformer.compile_blocks()
         self._images = ImageDecoder(transformer, layout, backend)
         self._text = TextDecoder(transformer, layout, backend)
+        self._planner = MemoryPlanner(transformer)
 
     @property
     def device(self) -> torch.device:
@@ -59,8 +69,15 @@ class Engine:
 
     @property
     def max_sequences(self) -> int:
-        """Image spans that one pass of generate computes: 32,768 tokens, 6 GiB of keys and values at Show-o's size."""
-        return max(2, min(256, 32768 // (self.layout.num_image_tokens + 2)))
+        """Image spans that one pass of generate computes: what free memory holds and speed asks for."""
+        return max(2, self._planner.max_tokens("images", _MOST_IMAGE_TOKENS) // (self.layout.num_image_tokens + 2))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a batch of extend, and of a pass of score_choices: what free memory holds and speed asks for."""
+        return self._planner.max_tokens(
+            "text", _MOST_TEXT_TOKENS, vocab_size=self.layout.vocab_size, tokens_per_row=_TOKENS_PER_ANSWER
+        )
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, num_steps: int, guidance_scale: float,
@@ -110,7 +127,7 @@ class Engine:
 
     def extend(
         self, images: Tensor, question_ids: QuestionIds, *, sampling: Sequence[SamplingParams], seeds: Tensor,
-        text_only: bool = True, max_tokens: int = 16384,
+        text_only: bool = True, max_tokens: int | None = None,
     ) -> list[list[list[list[int]]]]:  # fmt: skip
         """Captions and answers: each question is answered once for every entry of sampling.
 
@@ -121,7 +138,8 @@ class Engine:
             sampling: S settings, at least one.
             seeds: int64 [B, Q, S], Q at least the largest number of questions of an image.
             text_only: draw text ids only; False draws from the joint vocabulary, as published.
-            max_tokens: bound on the tokens of a batch (memory); one question with its answers always fits.
+            max_tokens: bound on the tokens of a batch (memory); one question with its answers always fits. None takes
+                the property of that name.
         Returns: ids [b][q][s], lists of token ids without eot.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
@@ -132,13 +150,14 @@ class Engine:
         num_questions = max((len(questions) for questions in question_ids), default=0)
         given = seeds.shape[1] if seeds.dim() == 3 else 0  # an image with fewer questions leaves seeds unused
         _check_seeds("extend", seeds, (len(images), max(num_questions, given), len(sampling)), "[B, Q, S]")
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
         _check_bound("extend", "max_tokens", max_tokens)
         with torch.inference_mode():
             return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
 
     def score_choices(
         self, images: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
-        *, text_only: bool = True, max_tokens: int = 16384,
+        *, text_only: bool = True, max_tokens: int | None = None,
     ) -> list[list[list[float]]]:  # fmt: skip
         """Log-probability of each given answer, its tokens and the eot after them.
 
@@ -147,12 +166,14 @@ class Engine:
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none empty.
             text_only: normalise over the text ids; False over the joint vocabulary.
-            max_tokens: bound on the tokens of one pass (memory); one question with its choices always fits.
+            max_tokens: bound on the tokens of one pass (memory); one question with its choices always fits. None takes
+                the property of that name.
         Returns: log-probabilities [b][q][c].
         Raises: ValueError on arguments.
         """
         images = self._checked_images("score_choices", images)
         self._check_questions("score_choices", images, question_ids)
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
         _check_bound("score_choices", "max_tokens", max_tokens)
         if [len(questions) for questions in question_ids] != [len(choices) for choices in choice_ids]:
             raise ValueError(

@@ -26,6 +26,7 @@ from hermesflow.kernels.philox import RandomKey
 from . import device_graph
 from .mask_schedule import mask_temperatures, num_to_mask
 from .memory_planner import is_out_of_memory
+from .nan_cause import likely_cause
 from .span_tree import SpanTree
 from .token_layout import TokenLayout
 from .transformer import Transformer
@@ -123,7 +124,7 @@ class ImageDecoder:
             if step < params.num_steps:
                 raise RuntimeError(
                     f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
-                    f"image {row % num_images}, step {step}; check its weights"
+                    f"image {row % num_images}, step {step}; {likely_cause(self.transformer)}"
                 )
         return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
 
@@ -201,7 +202,9 @@ class _Batch:
         spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
         images = {start: (layout.masked_image(start[1]), of_prompt[start[0]], "full") for start in of_start}
         self.prefill = SpanTree.build([*spans, *images.values()], device)
-        self.tree = SpanTree.build(spans, device).extend([images[start] for start in starts + unguided])
+        # Prompts differ from batch to batch; a captured graph must find tensors of the same sizes.
+        fixed = device_graph.captures(device)
+        self.tree = SpanTree.build(spans, device, fixed=fixed).extend([images[start] for start in starts + unguided])
         self.num_shared = len(images)
         self.rows = torch.tensor([of_start[start] for start in starts], device=device)
         self.unguided = torch.tensor([of_start[(), known] for _, known in of_start if unguided], device=device)

@@ -18,10 +18,6 @@ from .transformer import Transformer, TransformerConfig
 
 SHARE = 0.9
 """Of the free memory a batch may take; the rest is for the caller, and for what the arithmetic leaves out."""
-SATURATION = {"cuda": 32768, "cpu": 8192}
-"""Tokens of a pass beyond which throughput stays level. CUDA: 32 images of 1,026 tokens are 10 waves of tiles on each of
-132 multiprocessors. CPU: see tests; at hidden 512 and 4 layers a pass of 2,048 tokens is as fast a token as one of
-16,384."""
 LOGITS_COPIES = 2
 """fp32 copies of an answer's logits that sampling holds at once."""
 
@@ -30,34 +26,37 @@ _GIB = 1 << 30
 
 
 class MemoryPlanner:
-    """Sizes the batches of one model, and says so in the log, once for each kind of work."""
+    """Sizes the batches of one model, once for each kind of work, and says so in the log.
+
+    The bound stays what it was at first, so that batches keep their shapes; where memory has become less since then,
+    the decoders halve it.
+    """
 
     def __init__(self, transformer: Transformer) -> None:
         self._transformer = transformer
-        self._told: set[str] = set()
+        self._planned: dict[str, int] = {}
 
-    def plan(self, work: str, tokens: int, *, rows: int = 0, vocab_size: int = 0) -> int:
-        """How many of what is computed together fit into a pass.
+    def max_tokens(self, work: str, most: dict[str, int], *, vocab_size: int = 0, tokens_per_row: int = 1) -> int:
+        """How many tokens a pass may compute and cache.
 
         Args:
-            work: what they are, such as "images"; told in the log.
-            tokens: of each, cached and computed.
-            rows: of each whose logits are held at once.
-            vocab_size: of those logits.
-        Returns: a number, at least 1.
+            work: the kind of work, told in the log.
+            most: device type -> tokens beyond which throughput stays level.
+            vocab_size: of the logits that are held at once, for one row of every tokens_per_row tokens; 0: no logits.
+            tokens_per_row: at least 1.
+        Returns: at least 1.
         """
-        weight = self._transformer.embed.weight
-        each = tokens * token_bytes(self._transformer.config, weight.itemsize) + rows * vocab_size * 4 * LOGITS_COPIES
-        free = free_bytes(weight.device)
-        most = max(1, SATURATION.get(weight.device.type, SATURATION["cpu"]) // tokens)
-        count = max(1, min(most, most if math.isinf(free) else int(SHARE * free // each)))
-        if work not in self._told:
-            self._told.add(work)
+        if work not in self._planned:
+            weight = self._transformer.embed.weight
+            each = token_bytes(self._transformer.config, weight.itemsize)
+            each += vocab_size * 4 * LOGITS_COPIES // tokens_per_row
+            free, count = free_bytes(weight.device), most.get(weight.device.type, most["cpu"])
+            if not math.isinf(free):
+                count = max(1, min(count, int(SHARE * free) // each))
+            self._planned[work] = count
             of_free = "" if math.isinf(free) else f" of {free / _GIB:.1f} GiB free"
-            _LOGGER.info(
-                "%s: %d a pass (%s tokens, %.2g GiB%s)", work, count, f"{count * tokens:,}", count * each / _GIB, of_free
-            )
-        return count
+            _LOGGER.info("%s: up to %s tokens a pass (%.2g GiB%s)", work, f"{count:,}", count * each / _GIB, of_free)
+        return self._planned[work]
 
 
 def token_bytes(config: TransformerConfig, itemsize: int) -> int:

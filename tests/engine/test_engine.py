@@ -1,10 +1,12 @@
 """The engine: what it refuses, what it hands on, and that its results are free of inference mode."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
 
+from hermesflow.engine import memory_planner
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.sequence_logprob import span_logprobs
@@ -38,10 +40,25 @@ def test_generate_equals_the_naive_loop(naive, engine):
             assert torch.equal(image, naive.draw_image(engine.transformer, naive.LAYOUT, prompt, seed, params))
 
 
-@pytest.mark.parametrize(("num_tokens", "spans"), [(16, 256), (256, 127), (1024, 31), (65536, 2)])
-def test_a_pass_is_bounded_by_tokens(naive, num_tokens, spans):
+@pytest.mark.parametrize(("num_tokens", "spans"), [(16, 910), (256, 63), (1024, 15), (65536, 2)])
+def test_a_pass_is_bounded_by_the_tokens_that_speed_asks_for(naive, num_tokens, spans):
     layout = dataclasses.replace(naive.LAYOUT, num_image_tokens=num_tokens)
     assert Engine(naive.tiny_model(), layout).max_sequences == spans
+
+
+def test_a_pass_is_bounded_by_free_memory_once(naive, monkeypatch, caplog):
+    engine = Engine(naive.tiny_model(), naive.LAYOUT)
+    each = memory_planner.token_bytes(engine.transformer.config, 4)
+    monkeypatch.setattr(memory_planner, "free_bytes", lambda device: each * 18 * 10 / memory_planner.SHARE + 1)
+    with caplog.at_level(logging.INFO, logger="hermesflow"):
+        assert engine.max_sequences == 10
+        assert 1 <= engine.max_tokens < 180
+        monkeypatch.setattr(memory_planner, "free_bytes", lambda device: 0)
+        assert engine.max_sequences == 10
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "images: up to 180 tokens a pass",
+        f"text: up to {engine.max_tokens} tokens a pass",
+    ]
 
 
 def test_the_steps_of_each_pass_can_be_watched(engine):
