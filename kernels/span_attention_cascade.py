@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Merging costs about twice the time of copying as many bytes, and a call as much as copying this many (measured on two
 # cores of an AMD EPYC with AVX-512, fp32: image steps of 258 tokens, and steps of the built-in model).
-_MERGE_COST, _CALL_COST = 2, 1_500_000
+_MERGE_COST, _CALL_COST = 2, 4_000_000
 # How a span's tokens see one another; for the keys of ancestors their depth, from 0 on, stands in the place of these.
 _WHOLE, _TRIANGLE, _MASKED = -3, -2, -1
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
