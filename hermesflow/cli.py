@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
-        code = arguments.run(arguments, load_config(arguments.config, [*arguments.set, *arguments.shortcuts]))
+        config = load_config(arguments.config, [*arguments.set, *arguments.shortcuts])
+        with _log_on_stderr():
+            code = arguments.run(arguments, config)
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
@@ -47,6 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hermesflow: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
+
+
+class _StderrHandler(logging.Handler):
+    """Prints to what stderr is at the time: a progress bar stands in for it while it is on screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"hermesflow: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Shows what the library logs, such as the size of batches, while a command runs."""
+    logger, handler = logging.getLogger("hermesflow"), _StderrHandler(logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _user_message(error: Exception) -> str | None:
