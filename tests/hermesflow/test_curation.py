@@ -386,3 +386,29 @@ def test_sampling_of_captions() -> None:
     settings = [(params.temperature, params.top_k) for params in caption_sampling(CurationConfig(), 64)]
     assert settings == [(0, 0)] + [(t, k) for k in (2, 4, 8) for t in (0.1, 0.7, 1.0)]
     assert len(caption_sampling(CurationConfig(include_greedy=False), 64)) == 9
+
+
+def test_parts_come_one_by_one_each_when_it_is_on_the_disk(
+    tiny_model: Model, tiny_records: list[Record], tmp_path: Path
+) -> None:
+    for number, (records, table) in enumerate(curate(tiny_model, tiny_records, CONFIG, seed=5, folder=tmp_path)):
+        assert parts(tmp_path) == [f"part-{index:05d}.parquet" for index in range(number + 1)]
+        assert [record.id for record in records] == [record.id for record in tiny_records[3 * number :][:3]]
+        assert list(dict.fromkeys(table["record_id"].to_pylist())) == [record.id for record in records]
+    assert number == 2
+
+
+def test_pairs_of_a_file_are_found_by_their_records(
+    candidates: pa.Table, tiny_records: list[Record], tmp_path: Path
+) -> None:
+    pairs, _ = make_pairs(tiny_records, candidates, CONFIG)
+    write_parquet(tmp_path / "pairs.parquet", pairs)
+    found = PairFile(tmp_path / "pairs.parquet")
+    assert found.of(tiny_records).equals(pairs)
+    chosen = [tiny_records[4], replace(tiny_records[0], id="stranger"), tiny_records[1]]
+    kept = {row["record_id"]: row for row in pairs.to_pylist()}
+    assert found.of(chosen).to_pylist() == [kept[record.id] for record in chosen if record.id in kept]
+    assert found.of([]).schema == PAIRS_SCHEMA
+    write_parquet(tmp_path / "other.parquet", pairs.drop_columns(["sides"]))
+    with pytest.raises(InputError, match="other.parquet: has no column 'sides'"):
+        PairFile(tmp_path / "other.parquet")

@@ -4,10 +4,11 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hermesflow import files
-from hermesflow.files import InputError
+from hermesflow.files import InputError, ParquetRows, parquet_writer, read_parquet, write_parquet
 
 
 @pytest.fixture
@@ -189,3 +190,50 @@ def test_parquet_without_the_column(tmp_path, table):
     files.write_parquet(path, table)
     with pytest.raises(InputError, match="table.parquet: has no column 'score'; it has id, codes"):
         files.read_parquet(path, ["id", "score"])
+
+
+def numbers(start, stop):
+    return pa.table({"a": pa.array(range(start, stop), pa.int64())})
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (3, 4), (1024,), (700, 700, 700), (5000,)], ids=str)
+def test_a_table_written_and_read_in_parts_is_the_table(tmp_path, sizes):
+    path, num_rows = tmp_path / "t.parquet", sum(sizes)
+    with parquet_writer(path, numbers(0, 0).schema) as write:
+        start = 0
+        for size in sizes:
+            write(numbers(start, start := start + size))
+        assert not path.exists()
+    assert read_parquet(path).equals(numbers(0, num_rows))
+    rows = ParquetRows(path)
+    assert len(rows) == num_rows and rows.schema == numbers(0, 0).schema
+    for low, high in ((0, 0), (0, num_rows), (num_rows // 3, num_rows // 2), (num_rows, num_rows)):
+        assert rows.read(low, high).equals(numbers(low, high))
+
+
+def test_small_parts_make_few_row_groups(tmp_path):
+    """Each group of rows costs memory until the file is closed."""
+    with parquet_writer(tmp_path / "t.parquet", numbers(0, 0).schema) as write:
+        for start in range(3000):
+            write(numbers(start, start + 1))
+    assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 3
+
+
+def test_a_table_that_breaks_off_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), parquet_writer(tmp_path / "t.parquet", numbers(0, 0).schema) as write:
+        write(numbers(0, 2000))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["none.parquet", "short.parquet", "column.parquet", "inside.parquet"])
+def test_rows_of_a_file_that_cannot_be_read_name_it(tmp_path, name):
+    path = tmp_path / name
+    write_parquet(path, numbers(0, 5000))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 255
+    {"none": lambda: path.unlink(), "short": lambda: path.write_bytes(data[:50]), "column": lambda: None,
+     "inside": lambda: path.write_bytes(data)}[path.stem]()  # fmt: skip
+    told = {"none": "no such file", "column": "has no column 'b'"}.get(path.stem, "damaged Parquet file")
+    with pytest.raises(InputError, match=f"{name}: {told}"):
+        ParquetRows(path, ["b"] if path.stem == "column" else None).read(0, 10)

@@ -16,9 +16,8 @@ CURATION = (
 
 
 def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "hermesflow", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-P", "-m", "hermesflow", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def interrupt(process, folder, pattern):

@@ -112,3 +112,26 @@ def test_damaged_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="records.parquet"):
         list(RecordFile(path))
+
+
+def test_a_slice_of_a_file_reads_its_own_records(tmp_path):
+    write_records(tmp_path / "records.parquet", (_record(str(number)) for number in range(3000)))
+    records = RecordFile(tmp_path / "records.parquet")
+    names = [str(number) for number in range(3000)]
+    assert [record.id for record in records] == names
+    for part in (slice(1000, 2100), slice(0, 0), slice(2990, None), slice(None, None, 700)):
+        assert len(records[part]) == len(names[part])
+        assert [record.id for record in records[part]] == names[part]
+    assert records[1000:2100][50:60][0].id == "1050" and records[-1].id == "2999"
+    with pytest.raises(IndexError):
+        records[1000:2100][1100]
+
+
+def test_records_that_break_off_leave_no_file(tmp_path):
+    def broken():
+        yield _record()
+        raise InputError("too few")
+
+    with pytest.raises(InputError, match="too few"):
+        write_records(tmp_path / "records.parquet", broken())
+    assert list(tmp_path.iterdir()) == []
