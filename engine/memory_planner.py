@@ -74,12 +74,13 @@ def activation_bytes(config: TransformerConfig, itemsize: int) -> int:
 
     Attention holds the residual, the normed input, q, k and v before and after norm and rotation, the last in fp32, and
     its result twice, before and after its projection. The MLP holds the residual before and after attention, the normed
-    input, its up projection (twice as wide if gated), the activation (and its product, if gated) and its result.
+    input, its up projection (twice as wide if gated), the activation (and its product, if gated), on the CPU that once
+    more with its rows filled up (kernels/matmul.py), and its result.
     """
     heads = (config.num_heads + config.num_kv_heads) * config.head_dim
     values = config.num_kv_heads * config.head_dim
     attention = 4 * config.hidden_size * itemsize + (2 * heads + values) * itemsize + 2 * heads * 4
-    wide = 4 if config.gated else 2
+    wide = 5 if config.gated else 3
     mlp = 4 * config.hidden_size * itemsize + wide * config.mlp_size * itemsize
     return max(attention, mlp)
 

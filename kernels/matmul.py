@@ -28,7 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str |
     # oneDNN keeps code for each number of rows that it meets, some 0.3 MB a layer: rows are filled up to few numbers.
     # One row alone would go to a matrix-vector product, which adds up in another order.
     step = min(max(8, 1 << (len(x) - 1).bit_length() >> 5), 64)
-    rows = F.pad(x, (0, 0, 0, -len(x) % step))
+    missing = -len(x) % step
+    rows = F.pad(x, (0, 0, 0, missing)) if missing else x  # a pad of nothing copies
     attr, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, attr, [], algorithm)[: len(x)]
 
