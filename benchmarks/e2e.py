@@ -5,7 +5,7 @@ that every answer has its full length. Both sides run in turn on the same weight
 published ways. The published algorithm (naive_model.py) works at batch 1 for text and prompt by prompt for images, so
 where there are several its time is that of one times their number, and the line's baseline_scaled says so.
 
-From the passes of model_work.py, which say what the exact algorithms need:
+From the passes of engine/model_work.py, which say what the exact algorithms need:
 
     mfu             FLOPs of all passes / time / matmul rate of this device in this dtype, measured in the same run
     roof_fraction   sum over the passes of max(FLOPs / matmul rate, bytes / copy bandwidth) / time
@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from hermesflow import load_model
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageSamplingParams
+from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer
@@ -46,7 +47,6 @@ from . import naive_model
 from .case import Call
 from .lines import Line, console_table, write_lines
 from .measuring import MIB, Roof, check_device, check_names, measure_roof, peak_bytes, percentiles, run_facts
-from .model_work import ModelWork, Work
 from .random_checkpoint import NUM_SPECIAL, CheckpointShape, language_model_config
 
 CASES = ("images", "captions", "answers", "score", "curation")

@@ -11,7 +11,6 @@ torch's allocator, so also what C++ ops make inside themselves; what a library t
 from __future__ import annotations
 
 import datetime
-import functools
 import gc
 import itertools
 import os
@@ -27,8 +26,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hermesflow.engine.model_work import matmul_rate
 from hermesflow.files import InputError
-from hermesflow.kernels.matmul import logits_of
 
 from .case import Call
 
@@ -157,7 +156,7 @@ class Roof:
 
     def flops_per_s(self, dtype: torch.dtype) -> float:
         """Of a large square matmul in this dtype."""
-        return _matmul_flops_per_s(self.device, dtype)
+        return matmul_rate(self.device, dtype)
 
     def seconds(self, num_bytes: int, num_flops: int, dtype: torch.dtype) -> float:
         """The least time for this many bytes and operations."""
@@ -169,18 +168,6 @@ def measure_roof(device: torch.device) -> Roof:
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
     target = torch.empty_like(source)
     return Roof(device=device, bytes_per_s=2 * source.nbytes / _best_s(lambda: target.copy_(source), device))
-
-
-@functools.cache
-def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
-    seconds = _best_s(lambda: torch.mm(a, b, out=out), device)
-    if device.type == "cpu" and dtype == torch.float32:
-        # Which of torch's matmuls is the faster one depends on the processor (kernels/matmul.py).
-        seconds = min(seconds, _best_s(lambda: logits_of(a, b), device))
-    return 2 * size**3 / seconds
 
 
 def _best_s(call: Call, device: torch.device) -> float:

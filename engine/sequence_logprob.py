@@ -28,8 +28,10 @@ def span_logprobs(
         backend: of linear_logprob; None takes the first that can run.
     Returns: fp32 [T].
     """
+    hidden = transformer(tree, rows=rows)
+    # Only now: sharded weights are whole once the forward pass has begun.
     head = transformer.head
-    return linear_logprob(transformer(tree)[rows], head.weight, targets, bias=head.bias, backend=backend)
+    return linear_logprob(hidden, head.weight, targets, bias=head.bias, backend=backend)
 
 
 def next_token_targets(tree: SpanTree, spans: int | Sequence[int], end: int | None = None) -> tuple[Tensor, Tensor]:

@@ -229,7 +229,7 @@ class SpanTree:
     def _make_before(self) -> tuple[Tensor, Tensor]:
         """Position and slot [Tq] before the first of each row's own span, of which each row is a token."""
         spans = np.flatnonzero(self.num_new)
-        before = self._first_positions()[spans] - 1, self.starts[spans] - 1
+        before = self.first_positions()[spans] - 1, self.starts[spans] - 1
         return tuple(torch.from_numpy(values).to(self.token_ids.device) for values in before)
 
     def load_(self, other: SpanTree) -> bool:
@@ -266,11 +266,11 @@ class SpanTree:
         )
         offsets = _ranges(lengths - num_new, num_new)
         of_span = np.repeat(np.arange(len(starts)), num_new)
-        tree.position_ids = torch.from_numpy(tree._first_positions()[of_span] + offsets).to(token_ids.device)
+        tree.position_ids = torch.from_numpy(tree.first_positions()[of_span] + offsets).to(token_ids.device)
         tree.slots = torch.from_numpy(starts[of_span] + offsets).to(token_ids.device)
         return tree
 
-    def _first_positions(self) -> np.ndarray:
+    def first_positions(self) -> np.ndarray:
         """Position of each span's first token, int64 [S]."""
         first = np.zeros_like(self.starts)
         for ancestors in self.ancestor_levels():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.utils.checkpoint import checkpoint
 
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
@@ -22,6 +23,10 @@ Embeds = tuple[Tensor, Tensor]
 """(packed rows int64 [n] of a tree, vectors [n, D] in place of the embeddings of those tokens)."""
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine [Tq, 1, rotary_dim / 2], fp32; see rotary_table."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim] of new tokens -> [Tq, H, head_dim]."""
+Halves = tuple[Callable, Callable]
+"""Block.before_attention and Block.after_attention, as they are or compiled."""
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -94,6 +99,17 @@ class TransformerConfig:
         return asdict(self)
 
 
+def apply_layer(layer: nn.Module, x: Tensor, *, gelu: str | None = None) -> Tensor:
+    """A linear layer and GELU of it (see kernels/matmul.py): a plain one by our matmul, another as it likes.
+
+    An adapter stands around its layer and shows the layer's weights as its own, so reading them would leave it out.
+    """
+    if type(layer) is nn.Linear:
+        return linear(x, layer.weight, layer.bias, gelu=gelu)
+    x = layer(x)
+    return x if gelu is None else F.gelu(x, approximate=gelu)
+
+
 class Attention(nn.Module):
     """The projections around grouped-query attention, with partial rotary embedding."""
 
@@ -110,7 +126,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """x [Tq, D] -> queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim]."""
         config = self.config
-        heads = linear(x, self.qkv.weight, self.qkv.bias).view(x.shape[0], -1, config.head_dim)
+        heads = apply_layer(self.qkv, x).view(x.shape[0], -1, config.head_dim)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q, k, v.to(q.dtype)
@@ -128,13 +144,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [Tq, D] -> [Tq, D]."""
-        x = linear(x, self.up.weight, self.up.bias, gelu=self.gelu)
+        x = apply_layer(self.up, x, gelu=self.gelu)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
             x = self.activation(gate) * x
         elif self.gelu is None:
             x = self.activation(x)
-        return linear(x, self.down.weight, self.down.bias)
+        return apply_layer(self.down, x)
 
 
 class Block(nn.Module):
@@ -147,6 +163,21 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps) if config.block == "sequential" else None
         self.mlp = MLP(config)
+        self.is_checkpointed = False
+
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
+        """x [Tq, D] -> [Tq, D], or [R, D] for the rows int64 [R] alone; halves are those of this class, or compiled."""
+        if self.is_checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, rotary, attend, rows, halves, use_reentrant=False)
+        return self._compute(x, rotary, attend, rows, halves)
+
+    def _compute(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
+        before_attention, after_attention = halves
+        normed, q, k, v = before_attention(self, x, rotary)
+        attended = attend(q, k, v)
+        if rows is not None:
+            x, normed, attended = x[rows], normed[rows], attended[rows]
+        return after_attention(self, x, normed, attended)
 
     def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [Tq, D] -> normed [Tq, D], queries, keys and values."""
@@ -155,8 +186,7 @@ class Block(nn.Module):
 
     def after_attention(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         """x, normed [R, D] and attended [R, H, head_dim] of any rows -> [R, D]."""
-        out = self.attention.out
-        attended = linear(attended.flatten(1), out.weight, out.bias)
+        attended = apply_layer(self.attention.out, attended.flatten(1))
         if self.mlp_norm is None:
             return x + attended + self.mlp(normed)
         x = x + attended
@@ -176,6 +206,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self._compiler: str | None = None
+        self._compiles_training = False
 
     def forward(
         self, tree: SpanTree, cache: KVCache | None = None, embeds: Embeds | None = None, rows: Tensor | None = None
@@ -192,16 +223,17 @@ class Transformer(nn.Module):
             replaced, values = embeds
             x = x.index_copy(0, replaced.to(x.device), values.to(x))
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
-        before_attention, after_attention = self._halves()
+        halves = self._halves()
         for layer, block in enumerate(self.blocks):
-            normed, q, k, v = before_attention(block, x, rotary)
-            if cache is not None:
-                k, v = cache.write(layer, tree.slots, k, v)
-            attended = span_attention(q.to(k.dtype), k, v, tree)
-            if rows is not None and layer == len(self.blocks) - 1:
-                x, normed, attended = x[rows], normed[rows], attended[rows]
-            x = after_attention(block, x, normed, attended)
+            is_last = layer == len(self.blocks) - 1
+            x = block(x, rotary, functools.partial(_attend, tree, cache, layer), rows if is_last else None, halves)
         return self.norm(x)
+
+    def prepare_training(self, *, compiled: bool, checkpointed: bool) -> None:
+        """How the layers run where gradients are wanted: through torch.compile, and keeping their inputs alone."""
+        self._compiles_training = compiled
+        for block in self.blocks:
+            block.is_checkpointed = checkpointed
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """From now on inference mode runs the blocks through torch.compile, one graph on each side of attention.
@@ -211,10 +243,12 @@ class Transformer(nn.Module):
         """
         self._compiler = backend
 
-    def _halves(self) -> tuple[Callable, Callable]:
-        if self._compiler is None or not torch.is_inference_mode_enabled():
-            return Block.before_attention, Block.after_attention
-        return _compiled_halves(self._compiler)
+    def _halves(self) -> Halves:
+        if torch.is_inference_mode_enabled():
+            compiler = self._compiler
+        else:
+            compiler = "inductor" if self._compiles_training else None
+        return (Block.before_attention, Block.after_attention) if compiler is None else _compiled_halves(compiler)
 
     def new_cache(self, capacity: int) -> KVCache:
         """A cache of capacity token slots on the weights' device, in their dtype."""
@@ -234,8 +268,14 @@ class Transformer(nn.Module):
         return self
 
 
+def _attend(tree: SpanTree, cache: KVCache | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if cache is not None:
+        k, v = cache.write(layer, tree.slots, k, v)
+    return span_attention(q.to(k.dtype), k, v, tree)
+
+
 @functools.cache
-def _compiled_halves(backend: str) -> tuple[Callable, Callable]:
+def _compiled_halves(backend: str) -> Halves:
     # With "duck shapes" a first number of tokens that happens to be some width would be taken for that width.
     any_length = symbolic_shapes.patch(use_duck_shape=False)
     halves = (Block.before_attention, Block.after_attention)

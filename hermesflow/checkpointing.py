@@ -2,44 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from .files import atomic_folder, damaged
 
+# Frozen weights do not change; the optimizer's state goes by the names of the weights, so that it can be sharded anew.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
 
-def save_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """Writes folder/step-NNNNNN and removes all but the newest `keep` checkpoints.
+
+def save_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], keep: int
+) -> None:
+    """Writes folder/step-NNNNNN, named by progress["step"], and removes all but the newest `keep` checkpoints.
 
     Args:
         folder: the training folder of a round.
-        step: number of optimizer steps done. Batches are pure functions of seed and step, so that this number is the
-            whole data position and no random state is left to save.
         module: the policy.
         optimizer: its optimizer.
+        progress: what JSON can hold; "step" is the number of optimizer steps done.
         keep: at least 1.
     Raises: InputError if the folder cannot be written or the disk is full.
     """
-    with atomic_folder(folder / f"step-{step:06d}") as temporary:
-        write_state(temporary / "state.pt", step, module, [optimizer])
+    save_state(folder / f"step-{progress['step']:06d}", module, optimizer, progress)
     for older in checkpoints(folder)[:-keep]:
         shutil.rmtree(older)
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restores the newest checkpoint of a folder in place.
 
-    Returns: the number of optimizer steps done; 0 where there is no checkpoint.
-    Raises: InputError if the newest checkpoint is damaged; the message names it.
+    Returns: its progress; empty where there is no checkpoint.
     """
     found = checkpoints(folder)
-    if not found:
-        return 0
-    return read_state(found[-1] / "state.pt", found[-1], module, [optimizer])
+    return load_state(found[-1], module, optimizer) if found else {}
+
+
+def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None, progress: dict) -> None:
+    """Writes one checkpoint folder whole; optimizer None leaves it out."""
+    tensors, _ = _state(module, optimizer)
+    with atomic_folder(path) as temporary:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        (temporary / "progress.json").write_text(json.dumps(progress))
+
+
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Restores one checkpoint folder in place; returns its progress."""
+    tensors, rest = _state(module, optimizer)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    set_model_state_dict(module, _part(tensors, "model."), options=_OPTIONS)
+    if optimizer is not None:
+        set_optimizer_state_dict(module, optimizer, _part({**rest, **tensors}, "optimizer."), options=_OPTIONS)
+    return json.loads((path / "progress.json").read_text())
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the optimizer's settings, which are the caller's and not saved."""
+    state = {f"model.{name}": value for name, value in get_model_state_dict(module, options=_OPTIONS).items()}
+    if optimizer is not None:
+        found = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+        state |= {f"optimizer.{name}": value for name, value in found.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
+
+
+def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def write_state(path: Path, step: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -68,5 +111,5 @@ def read_state(path: Path, named: Path, module: nn.Module, optimizers: Sequence[
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training folder that hold a state, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/state.pt"))
+    """The checkpoints of a training folder, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/progress.json"))

@@ -155,24 +155,64 @@ class TrainConfig:
     """Optimizer steps in a round."""
     pairs_per_step: int = 16
     """Pairs in one optimizer step."""
+    tokens_per_pass: int = 16384
+    """Most packed tokens in one forward and backward pass; a step takes as many passes as it needs."""
     lr: float = 2e-5
     """Peak learning rate of AdamW."""
-    beta: float = 0.2
-    """Strength of the pull towards the reference model."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     warmup_steps: int = 5
     """Steps of linear warm-up before the cosine."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
-    """Form of the preference loss."""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
+    """Form of the preference loss; simpo needs no reference."""
+    beta: float = 0.2
+    """Strength of the pull towards the reference model."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken for wrongly ordered, below 0.5; for sigmoid and robust."""
+    simpo_margin: float = 0.5
+    """What simpo wants the win's reward to exceed the lose's by."""
+    length_normalize: bool = False
+    """Take the mean over each side's tokens instead of the sum; simpo always does."""
     generation_weight: float = 1.0
-    """Weight of the image side."""
+    """Weight of the image side; 0 leaves it out."""
     understanding_weight: float = 1.0
-    """Weight of the caption side."""
+    """Weight of the caption side; 0 leaves it out."""
     nll_weight: float = 0.0
-    """Weight of the win's negative log-likelihood."""
+    """Weight of the win's negative log-likelihood a token."""
+    condition_dropout: float = 0.0
+    """Share of visits in which win and lose are drawn for the empty prompt; the published code has 0.1."""
+    masks_per_pair: int = 1
+    """Random masks of each image pair in one step; the log-probabilities of an image are their mean."""
+    complementary_masks: bool = False
+    """Every second mask hides what the one before it shows, which lowers the variance."""
+    elbo_weighting: bool = False
+    """Weigh each mask so that the sum is an unbiased estimate of the image's evidence lower bound."""
+    boundary_labels: bool = False
+    """Score the start and the end of image too, as the published code does."""
+    reference: Literal["cached", "live"] = "cached"
+    """The reference's log-probabilities: computed once, before the first step, or beside each step."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which passes are computed; weights and optimizer stay float32. auto is bfloat16 on CUDA, else float32."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer and compute the rest again in the backward pass."""
+    compile: bool = False
+    """Run the layers through torch.compile."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank, through peft, instead of all weights; 0 trains all weights."""
+    lora_alpha: float = 16.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("qkv", "out", "up", "down")
+    """Layers that get an adapter."""
+    holdout_pairs: int = 0
+    """Pairs kept out of training, whose loss is measured; 0 measures none."""
+    holdout_every: int = 10
+    """Steps between measurements of the held-out loss."""
+    patience: int = 3
+    """Training stops after so many measurements without a new least held-out loss; the least one's weights are kept."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides metrics.jsonl; the package must be installed."""
     checkpoint_every: int = 20
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -180,10 +220,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 1, "num_steps", "pairs_per_step", "checkpoint_every", "keep_checkpoints")
-        _check_above(self, 0, "lr", "beta", "max_grad_norm")
-        _check_at_least(self, 0, "weight_decay", "warmup_steps")
+        _check_at_least(self, 1, "num_steps", "pairs_per_step", "tokens_per_pass", "checkpoint_every")
+        _check_at_least(self, 1, "keep_checkpoints", "masks_per_pair", "holdout_every", "patience")
+        _check_above(self, 0, "lr", "beta", "max_grad_norm", "lora_alpha")
+        _check_at_least(self, 0, "weight_decay", "warmup_steps", "simpo_margin", "lora_rank", "holdout_pairs")
         _check_at_least(self, 0, "generation_weight", "understanding_weight", "nll_weight")
+        _check_between(self, 0, 1, "condition_dropout")
+        _check(self, ("label_smoothing",), lambda value: 0 <= value < 0.5, "0 to below 0.5")
+        if not self.generation_weight and not self.understanding_weight:
+            raise ConfigError("TrainConfig", "generation_weight", "expected a side of weight above 0, got 0 for both")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
+            reason = f"expected 0 with loss_type {self.loss_type}, got {self.label_smoothing}; take sigmoid or robust"
+            raise ConfigError("TrainConfig", "label_smoothing", reason)
+        if self.elbo_weighting and (self.length_normalize or self.loss_type == "simpo"):
+            reason = "expected false where log-probabilities are means over tokens, got true; it bounds their sum"
+            raise ConfigError("TrainConfig", "elbo_weighting", reason)
+        if self.complementary_masks and self.masks_per_pair % 2:
+            reason = f"expected an even masks_per_pair with it, got {self.masks_per_pair}"
+            raise ConfigError("TrainConfig", "complementary_masks", reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -422,7 +476,7 @@ def _describe_type(expected: Any) -> str:
     if get_origin(expected) is Literal:
         return "one of " + ", ".join(json.dumps(choice) for choice in get_args(expected))
     if get_origin(expected) is tuple:
-        example = {int: "[2, 4, 8]", float: "[0.1, 0.7]"}[get_args(expected)[0]]
+        example = {int: "[2, 4, 8]", float: "[0.1, 0.7]", str: '["qkv", "out"]'}[get_args(expected)[0]]
         return f"a list of {get_args(expected)[0].__name__} such as {example}"
     return {
         bool: "true or false",

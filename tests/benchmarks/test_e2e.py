@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hermesflow import cli
 from hermesflow.benchmarks import e2e, lines, naive_model
-from hermesflow.benchmarks.model_work import ModelWork
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageSamplingParams
+from hermesflow.engine.model_work import ModelWork
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.text_decoder import SamplingParams
 

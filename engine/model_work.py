@@ -15,13 +15,19 @@ its answers, at step 0 the image span of a prompt's candidates, and one head for
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from hermesflow.engine.mask_schedule import num_to_mask
-from hermesflow.engine.token_layout import TokenLayout
-from hermesflow.engine.transformer import TransformerConfig
+from hermesflow.kernels.matmul import logits_of
+
+from .mask_schedule import num_to_mask
+from .span_tree import SpanTree
+from .token_layout import TokenLayout
+from .transformer import TransformerConfig
 
 Spans = tuple[int, int, int, bool]
 """(how many, tokens of each, tokens before it that it sees, whether it is causal)."""
@@ -75,6 +81,12 @@ class ModelWork:
         spans = [*self._questions(num_images, asked, question), (asked * num_choices, choice_len, seen, True)]
         return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), self.layout.text_vocab_size)]
 
+    def tree(self, tree: SpanTree, head_rows: int) -> Work:
+        """One forward pass over a tree whose spans are all new, the head on head_rows rows for the whole vocabulary."""
+        columns = (tree.lengths.tolist(), tree.first_positions().tolist(), tree.causal.tolist())
+        spans = [(1, *span) for span in zip(*columns, strict=True)]
+        return self.one_pass(spans, 0, head_rows, self.config.vocab_size)
+
     def one_pass(self, spans: list[Spans], num_cached: int, head_rows: int, head_size: int) -> Work:
         """New spans after num_cached cached tokens; the head on head_rows rows, for head_size ids."""
         config = self.config
@@ -97,3 +109,27 @@ class ModelWork:
     def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
         image = self.layout.num_image_tokens + 3
         return [(num_images, image, 0, False), (asked, question, image, True)]
+
+
+@functools.cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large square matmul, the best of five, measured at the first call for a device and dtype."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    calls = [lambda: torch.mm(a, b, out=out)]
+    if device.type == "cpu" and dtype == torch.float32:
+        # Which of torch's matmuls is the faster one depends on the processor (kernels/matmul.py).
+        calls.append(lambda: logits_of(a, b))
+    return 2 * size**3 / min(_seconds(call, device) for call in calls for _ in range(6))
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call; what was queued before it is waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

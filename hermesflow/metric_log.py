@@ -1,0 +1,107 @@
+"""metrics.jsonl of a training run, and the speed that stands in it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hermesflow.engine.model_work import ModelWork, matmul_rate
+
+from .distributed import is_main, sum_over_ranks, world_size
+from .files import damaged, write_problem, write_text
+from .packing import PairBatch
+
+TIMINGS = ("tokens_per_second", "mfu", "peak_memory_gib")
+"""Metrics that differ from run to run."""
+
+
+class MetricLog:
+    """Lines after the step that a run resumes from are dropped first; the first process writes."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        """
+        Args:
+            path: the file.
+            start: the step that the run goes on with.
+        Raises: InputError if the file lacks one of the steps before.
+        """
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = list(itertools.takewhile(lambda record: record["step"] < start, _parsed(lines)))
+        if [record["step"] for record in kept] != list(range(start)):
+            raise damaged(path, "metrics", ValueError(f"it lacks some of the first {start} steps"))
+        if is_main():
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._records = kept
+
+    def add(self, record: dict[str, float]) -> None:
+        """Appends one line. Raises: InputError if it cannot be written."""
+        self._records.append(record)
+        if not is_main():
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise write_problem(self._path, error) or error from error
+
+    def tail_means(self, count: int) -> dict[str, float]:
+        """Mean of every metric over the last `count` steps that have it; speeds and step numbers are left out."""
+        tail = self._records[-count:]
+        names = dict.fromkeys(name for record in tail for name in record if name not in ("step", *TIMINGS))
+        return {name: float(np.mean([record[name] for record in tail if name in record])) for name in names}
+
+
+def _parsed(lines: list[str]) -> Iterator[dict]:
+    """The lines that are whole; a kill may have cut the last one."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+class Meter:
+    """Counts what the passes of a step compute."""
+
+    def __init__(self, work: ModelWork, device: torch.device, has_reference: bool) -> None:
+        """
+        Args:
+            work: the model's arithmetic.
+            device: of this process.
+            has_reference: whether the reference computes beside the policy.
+        """
+        self._work, self._device = work, device
+        self._num_forwards = 4 if has_reference else 3  # a backward pass computes twice what a forward pass does
+        self._counts = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, batch: PairBatch) -> None:
+        """One pass."""
+        flops = self._num_forwards * self._work.tree(batch.tree, len(batch.rows)).num_flops
+        self._counts += torch.tensor([len(batch.tree.token_ids), flops], dtype=torch.float64)
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """TIMINGS of the step, over all processes: packed tokens a second; the exact algorithm's FLOPs as a share of
+        the rate of a large matmul, measured once on this device; most memory in use so far, by this process."""
+        tokens, flops = sum_over_ranks(self._counts.to(self._device)).tolist()
+        rate = matmul_rate(self._device, self._work.dtype) * world_size()
+        return {
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / rate,
+            "peak_memory_gib": peak_memory_bytes(self._device) / 2**30,
+        }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of torch's allocator on CUDA, elsewhere of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
