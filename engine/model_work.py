@@ -114,7 +114,7 @@ class ModelWork:
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a large square matmul, the best of five, measured at the first call for a device and dtype."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     calls = [lambda: torch.mm(a, b, out=out)]

@@ -1,10 +1,11 @@
 """What the tests of the library share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.images import read_image
 from hermesflow.models import Model
+from hermesflow.pairs import PAIRS_SCHEMA
 from hermesflow.records import Record
 from hermesflow.text_tokenizers import WordTokenizer
 from hermesflow.worlds import shapes
@@ -71,6 +73,28 @@ def images_in_memory(shared_tiny_model: Model, monkeypatch) -> list[int]:
     monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
     monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)
     return events
+
+
+@pytest.fixture(scope="session")
+def random_pairs() -> Callable[..., pa.Table]:
+    """Makes a table of pairs whose images and captions are random: (model, count=6, sides=("both",)) -> pairs."""
+
+    def make(model: Model, count: int = 6, sides: Sequence[str] = ("both",)) -> pa.Table:
+        rng, layout = np.random.default_rng(0), model.layout
+        words, rows = ["red", "green", "blue", "circle", "square", "a"], []
+        for index in range(count):
+            win, lose = (" ".join(words[item] for item in rng.integers(len(words), size=size)) for size in (4, 3))
+            codes = rng.integers(layout.codebook_size, size=(3, layout.num_image_tokens)).tolist()
+            row = dict.fromkeys(PAIRS_SCHEMA.names) | {"record_id": f"r{index}", "category": "colors"}
+            row |= {"caption": "a red circle", "sides": sides[index % len(sides)], "record_codes": codes[0]}
+            if row["sides"] != "understanding":
+                row |= {"win_codes": codes[1], "lose_codes": codes[2]}
+            if row["sides"] != "generation":
+                row |= {"win_caption_ids": model.encode_text(win), "lose_caption_ids": model.encode_text(lose)}
+            rows.append(row)
+        return pa.Table.from_pylist(rows, PAIRS_SCHEMA)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,230 +1,213 @@
-"""Pair-DPO training: batches, the published code's defects, resume to the last bit, and that it learns its pairs."""
+"""Pair-DPO training: it learns its pairs in every way it can be set, resumes to the last bit, and stops in time."""
 
 import copy
 import json
+import logging
+import math
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from torch import nn
 
+from hermesflow import training
 from hermesflow.checkpointing import checkpoints
 from hermesflow.config import TrainConfig
 from hermesflow.files import InputError
-from hermesflow.training import learning_rate, pair_batch, pair_losses, step_indices, train_pairs
-
-QUESTION = [3, 4, 5]
-
-
-def make_pairs(model, count=6, sides=("both",)):
-    rng = np.random.default_rng(0)
-    tokens, codebook = model.layout.num_image_tokens, model.layout.codebook_size
-    words = ["red", "green", "blue", "circle", "square", "a"]
-    rows = []
-    for index in range(count):
-        win, lose = ([words[i] for i in rng.integers(len(words), size=n)] for n in (4, 3))
-        rows.append(
-            {
-                "record_id": f"r{index}",
-                "category": "colors",
-                "caption": "a red circle",
-                "sides": sides[index % len(sides)],
-                "record_codes": rng.integers(codebook, size=tokens).tolist(),
-                "win_codes": rng.integers(codebook, size=tokens).tolist(),
-                "lose_codes": rng.integers(codebook, size=tokens).tolist(),
-                "win_caption_ids": model.encode_text(" ".join(win)),
-                "lose_caption_ids": model.encode_text(" ".join(lose)),
-                "prompt_ids": model.encode_text("a red circle"),
-            }  # fmt: skip
-        )
-    return rows
+from hermesflow.metric_log import TIMINGS, MetricLog
+from hermesflow.training import learning_rate, train_pairs
 
 
 @pytest.fixture
 def model(tiny_model):
-    return copy.deepcopy(tiny_model)
+    return tiny_model
 
 
-def naive_side_sums(transformer, layout, pair, batch, index):
-    """Summed log-probabilities of win image, lose image, win caption and lose caption, each by one dense pass."""
-
-    def logprobs(ids, full_from, full_to):
-        length = len(ids)
-        allowed = torch.ones(length, length, dtype=torch.bool).tril()
-        allowed[full_from:full_to, :full_to] = True
-        return torch.log_softmax(dense_forward(transformer, torch.tensor(ids), allowed), -1)
-
-    side = batch.sides["generation"]
-    sums = []
-    for lose, name in enumerate(("win_codes", "lose_codes")):
-        prompt = layout.text_prompt(pair["prompt_ids"])
-        wanted = side.segment == 2 * index + lose
-        image = layout.image(pair[name])
-        start = int(side.rows[wanted].min())
-        tree_ids = batch.tree.token_ids
-        span = next(
-            i
-            for i in range(batch.tree.num_spans)
-            if batch.tree.span_rows(i).start <= start < batch.tree.span_rows(i).stop
-        )
-        rows = batch.tree.span_rows(span)
-        logp = logprobs([*prompt, *tree_ids[rows].tolist()], len(prompt), len(prompt) + len(image))
-        offsets = side.rows[wanted] - rows.start
-        assert side.targets[wanted].tolist() == [image[o] for o in offsets]
-        sums.append(sum(float(logp[len(prompt) + o, image[o]]) for o in offsets))
-    prefix = layout.image_prefix(pair["record_codes"])
-    for name in ("win_caption_ids", "lose_caption_ids"):
-        ids = [*prefix, *layout.question(QUESTION), *pair[name]]
-        logp = logprobs(ids, 0, len(prefix))
-        first = len(ids) - len(pair[name]) - 1
-        sums.append(sum(float(logp[first + i, t]) for i, t in enumerate([*pair[name], layout.eot])))
-    return sums
+def metrics_of(folder):
+    """The lines of metrics.jsonl without what differs from run to run."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
-def dense_forward(transformer, ids, allowed):
-    """The transformer on one dense sequence, with its attention replaced by an explicit masked softmax."""
-    from hermesflow.engine.transformer import rotary_table, rotate
-
-    config = transformer.config
-    x = transformer.embed(ids)
-    rotary = rotary_table(torch.arange(len(ids)), config.rotary_dim, config.rope_theta)
-    for block in transformer.blocks:
-        attention, normed = block.attention, block.attention_norm(x)
-        heads = attention.qkv(normed).view(len(ids), -1, config.head_dim)
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        q, k = rotate(attention.q_norm(q), rotary), rotate(attention.k_norm(k), rotary)
-        k, v = (t.repeat_interleave(config.num_heads // config.num_kv_heads, dim=1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
-        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-        attended = attention.out(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-        if block.mlp_norm is None:
-            x = x + attended + block.mlp(normed)
-        else:
-            x = x + attended
-            x = x + block.mlp(block.mlp_norm(x))
-    return transformer.head(transformer.norm(x))
+def weights_of(model):
+    return model.transformer.state_dict()
 
 
-def test_packed_sums_equal_one_sequence_at_a_time(model):
-    rows = make_pairs(model, 3)
-    batch = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(0))
-    from hermesflow.engine.sequence_logprob import span_logprobs
-
-    with torch.no_grad():
-        for index, pair in enumerate(rows):
-            packed = []
-            for side in batch.sides.values():
-                logp = span_logprobs(model.transformer, batch.tree, side.rows, side.targets)
-                packed += [logp[side.segment == 2 * index + lose].sum().item() for lose in (0, 1)]
-            assert packed == pytest.approx(
-                naive_side_sums(model.transformer, model.layout, pair, batch, index), abs=1e-3
-            )
-
-
-def test_win_and_lose_share_condition_and_mask(model):
-    rows = make_pairs(model, 4)
-    batch = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(1))
-    tree = batch.tree
-    for index in range(4):
-        masked, parents = [], []
-        for lose in (0, 1):
-            found = batch.sides["generation"].rows[batch.sides["generation"].segment == 2 * index + lose]
-            span = np.searchsorted(tree.packed_starts, int(found[0]), side="right") - 1
-            masked.append((found - tree.packed_starts[span]).tolist())
-            parents.append(tree.parents[span])
-            assert (tree.token_ids[found] == model.layout.mask_id).all()
-        assert masked[0] == masked[1] and parents[0] == parents[1]
+WAYS = {
+    "defaults": {},
+    "live reference": {"reference": "live"},
+    "several passes": {"tokens_per_pass": 100},
+    "several masks": {"masks_per_pair": 4, "complementary_masks": True},
+    "elbo": {"masks_per_pair": 2, "elbo_weighting": True, "beta": 0.02},
+    "dropped prompts": {"condition_dropout": 0.5},
+    "boundary labels": {"boundary_labels": True},
+    "likelihood of the win": {"nll_weight": 0.1},
+    "means over tokens": {"length_normalize": True, "beta": 2.0},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "simpo": {"loss_type": "simpo", "beta": 2.0},
+    "checkpointed activations": {"activation_checkpointing": True},
+    "adapters": {"lora_rank": 4, "lr": 2e-2},
+    "adapters, live reference": {"lora_rank": 4, "lr": 2e-2, "reference": "live"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "adapters in bfloat16": {"dtype": "bfloat16", "lora_rank": 4, "lr": 2e-2},
+}
 
 
-def test_captions_are_conditioned_on_the_record_s_own_image(model):
-    rows = make_pairs(model, 2)
-    tree = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(1)).tree
-    images = [
-        tree.token_ids[tree.span_rows(i)].tolist()
-        for i in range(tree.num_spans)
-        if tree.parents[i] < 0 and tree.full[i]
-    ]
-    assert images == [model.layout.image_prefix(row["record_codes"]) for row in rows]
-
-
-def test_one_sided_pairs_weigh_nothing_on_the_other_side(model):
-    rows = make_pairs(model, 3, sides=("both", "generation", "understanding"))
-    batch = pair_batch(rows, model.layout, QUESTION, 64, np.random.default_rng(0))
-    assert batch.sides["generation"].pair_weight.tolist() == [1, 1, 0]
-    assert batch.sides["understanding"].pair_weight.tolist() == [1, 0, 1]
-    loss, metrics = pair_losses(model.transformer, copy.deepcopy(model.transformer), batch, TrainConfig())
-    assert loss.item() == pytest.approx(2 * np.log(2), abs=1e-5)
-    assert metrics["generation/margin"] == pytest.approx(0, abs=1e-5)
-
-
-def test_training_prefers_the_wins(model, tmp_path):
-    config = TrainConfig(num_steps=30, pairs_per_step=6, lr=3e-3, warmup_steps=2, checkpoint_every=100)
-    means = train_pairs(model, pa.Table.from_pylist(make_pairs(model)), config, seed=0, folder=tmp_path)
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS.keys())
+def test_training_prefers_the_wins(model, random_pairs, tmp_path, settings):
+    names = list(weights_of(model))
+    before = {name: value.clone() for name, value in weights_of(model).items()}
+    config = TrainConfig(**{"num_steps": 30, "pairs_per_step": 6, "lr": 3e-3, "warmup_steps": 2} | settings)
+    means = train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
     assert means["generation/accuracy"] > 0.9 and means["understanding/accuracy"] > 0.9
-    assert means["loss"] < 2 * np.log(2)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path)
     assert [line["step"] for line in lines] == list(range(30))
+    assert means["loss"] < lines[0]["loss"]
+    # What comes out is a plain model in float32 that the engine can draw with.
+    after = weights_of(model)
+    assert list(after) == names and type(model.transformer.blocks[0].mlp.up) is nn.Linear
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert any(not after[name].equal(before[name]) for name in names)
+    codes = model.engine.generate(
+        [model.encode_text("a red circle")], num_images=1, num_steps=2, guidance_scale=0.0, mask_temperature=1.0,
+        seeds=torch.zeros(1, 1, dtype=torch.int64),
+    )  # fmt: skip
+    assert codes.shape == (1, 1, model.layout.num_image_tokens)
 
 
-def test_resume_is_bit_identical(model, tmp_path, monkeypatch):
-    pairs = pa.Table.from_pylist(make_pairs(model))
-    config = TrainConfig(num_steps=9, pairs_per_step=4, lr=1e-3, checkpoint_every=2, keep_checkpoints=2)
+@pytest.mark.parametrize("side", ["generation", "understanding"])
+def test_one_side_alone(model, random_pairs, tmp_path, side):
+    other = {"generation": "understanding", "understanding": "generation"}[side]
+    config = TrainConfig(num_steps=20, pairs_per_step=6, lr=3e-3, **{f"{other}_weight": 0.0})
+    means = train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
+    assert means[f"{side}/accuracy"] > 0.9
+    assert not [name for name in means if name.startswith(other)]
+
+
+def test_at_the_first_step_the_policy_is_the_reference(model, random_pairs, tmp_path):
+    train_pairs(model, random_pairs(model), TrainConfig(num_steps=1), seed=0, folder=tmp_path)
+    (line,) = metrics_of(tmp_path)
+    assert line["loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
+    for side in ("generation", "understanding"):
+        for name in ("win_reward", "lose_reward", "margin", "win_logprob_drift", "kl"):
+            assert line[f"{side}/{name}"] == pytest.approx(0, abs=1e-5)
+
+
+def test_passes_do_not_change_the_step(model, random_pairs, tmp_path):
+    lines = []
+    for budget in (50, 200, 10_000):
+        config = TrainConfig(num_steps=3, pairs_per_step=5, lr=1e-3, tokens_per_pass=budget)
+        train_pairs(copy.deepcopy(model), random_pairs(model, 7), config, seed=0, folder=tmp_path / str(budget))
+        lines.append(metrics_of(tmp_path / str(budget)))
+    for other in lines[1:]:
+        for line, expected in zip(lines[0], other, strict=True):
+            assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+RESUMED = {
+    "all weights": {},
+    "adapters": {"lora_rank": 4},
+    "held-out pairs": {"holdout_pairs": 2, "holdout_every": 1, "patience": 50},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED.keys())
+def test_resume_is_bit_identical(model, random_pairs, tmp_path, monkeypatch, settings):
+    pairs = random_pairs(model, 8)
+    config = TrainConfig(num_steps=9, pairs_per_step=4, lr=1e-3, checkpoint_every=2, keep_checkpoints=2, **settings)
     whole, broken, resumed = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
     train_pairs(whole, pairs, config, seed=3, folder=tmp_path / "whole")
 
-    import hermesflow.training as training
+    calls, original = iter(range(100)), training.clip_gradients
 
-    calls, original = iter(range(100)), training.pair_losses
-
-    def killed(*args):
+    def killed(*arguments):
         if next(calls) == 7:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*arguments)
 
-    monkeypatch.setattr(training, "pair_losses", killed)
+    monkeypatch.setattr(training, "clip_gradients", killed)
     with pytest.raises(KeyboardInterrupt):
         train_pairs(broken, pairs, config, seed=3, folder=tmp_path / "broken")
-    monkeypatch.setattr(training, "pair_losses", original)
+    monkeypatch.setattr(training, "clip_gradients", original)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     assert [path.name for path in checkpoints(tmp_path / "broken")] == ["step-000004", "step-000006"]
     train_pairs(resumed, pairs, config, seed=3, folder=tmp_path / "broken")
-    for name, tensor in whole.transformer.state_dict().items():
-        assert torch.equal(tensor, resumed.transformer.state_dict()[name]), name
-    records = [
-        [
-            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
-            for line in path.read_text().splitlines()
-        ]
-        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "broken/metrics.jsonl")
-    ]
-    assert records[0] == records[1]
+    for name, tensor in weights_of(whole).items():
+        assert torch.equal(tensor, weights_of(resumed)[name]), name
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "broken")
 
 
-def test_a_damaged_checkpoint_is_named(model, tmp_path):
-    (tmp_path / "step-000002").mkdir()
-    (tmp_path / "step-000002/state.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match="step-000002: damaged checkpoint file .torch cannot read it"):
-        train_pairs(model, pa.Table.from_pylist(make_pairs(model)), TrainConfig(), seed=0, folder=tmp_path)
+def test_stops_when_the_held_out_loss_rises(model, random_pairs, tmp_path, caplog):
+    # Random pairs have nothing in common, so what is learnt of some does harm to the others.
+    config = TrainConfig(
+        num_steps=60, pairs_per_step=4, lr=1e-2, holdout_pairs=3, holdout_every=2, patience=2, warmup_steps=8,
+        checkpoint_every=100,
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="hermesflow"):
+        train_pairs(model, random_pairs(model, 8), config, seed=0, folder=tmp_path)
+    lines = metrics_of(tmp_path)
+    losses = {line["step"] + 1: line["holdout/loss"] for line in lines if "holdout/loss" in line}
+    best = min(losses, key=losses.get)
+    assert len(lines) == best + 4 < 60
+    assert f"stopped after {len(lines)} steps; the held-out loss was least after {best}" in caplog.text
 
 
-def test_no_pairs_is_an_error(model, tmp_path):
-    with pytest.raises(InputError, match="no pairs to train on"):
-        train_pairs(model, pa.Table.from_pylist(make_pairs(model)).slice(0, 0), TrainConfig(), seed=0, folder=tmp_path)
+def test_the_weights_after_an_early_stop_are_the_best_ones(model, random_pairs, tmp_path):
+    settings = {"pairs_per_step": 4, "lr": 1e-2, "holdout_pairs": 3, "holdout_every": 2, "warmup_steps": 60}
+    stopped, cut = copy.deepcopy(model), copy.deepcopy(model)
+    config = TrainConfig(num_steps=60, patience=2, checkpoint_every=100, **settings)
+    train_pairs(stopped, random_pairs(model, 8), config, seed=0, folder=tmp_path / "stopped")
+    losses = [line.get("holdout/loss", math.inf) for line in metrics_of(tmp_path / "stopped")]
+    best = int(np.argmin(losses)) + 1
+    assert best < len(losses) < 60
+    # In the warm-up the learning rate does not depend on the number of steps.
+    config = TrainConfig(num_steps=best, patience=50, **settings)
+    train_pairs(cut, random_pairs(model, 8), config, seed=0, folder=tmp_path / "cut")
+    for name, tensor in weights_of(cut).items():
+        assert torch.equal(tensor, weights_of(stopped)[name]), name
 
 
-def test_a_loss_that_is_not_finite_names_the_step(model, tmp_path):
+def test_no_pairs_is_an_error(model, random_pairs, tmp_path):
+    with pytest.raises(InputError, match="no pairs to train on; lower curation.threshold"):
+        train_pairs(model, random_pairs(model).slice(0, 0), TrainConfig(), seed=0, folder=tmp_path)
+
+
+def test_holding_out_all_pairs_is_an_error(model, random_pairs, tmp_path):
+    with pytest.raises(InputError, match="train.holdout_pairs 6 leaves none; lower it"):
+        train_pairs(model, random_pairs(model), TrainConfig(holdout_pairs=6), seed=0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reference": "live"}], ids=["cached", "live"])
+def test_a_loss_that_is_not_finite_names_the_step(model, random_pairs, tmp_path, settings):
     with torch.no_grad():
         model.transformer.head.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="at step 0; lower train.lr"):
-        train_pairs(model, pa.Table.from_pylist(make_pairs(model)), TrainConfig(), seed=0, folder=tmp_path)
+        train_pairs(model, random_pairs(model), TrainConfig(**settings), seed=0, folder=tmp_path)
 
 
-def test_every_epoch_visits_every_pair_once():
-    seen = [index for step in range(5) for index in step_indices(10, 4, step, seed=1)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
+def test_a_live_reference_of_sharded_weights_is_refused(model, random_pairs, tmp_path):
+    with pytest.raises(InputError, match="train.reference live: a sharded model has no second copy; take cached"):
+        config = TrainConfig(reference="live", dtype="bfloat16")
+        train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = TrainConfig(num_steps=100, warmup_steps=10, lr=1.0)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[-1] < 1e-3
+
+
+def test_metrics_say_how_fast_it_was(model, random_pairs, tmp_path):
+    train_pairs(model, random_pairs(model), TrainConfig(num_steps=2), seed=0, folder=tmp_path)
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 and line["peak_memory_gib"] > 0.05
+
+
+def test_metrics_that_lack_a_step_are_damaged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    with pytest.raises(InputError, match="metrics.jsonl: damaged metrics file .it lacks some of the first 3 steps"):
+        MetricLog(tmp_path / "metrics.jsonl", 3)
