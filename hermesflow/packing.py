@@ -10,15 +10,18 @@ same ones.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -27,9 +30,12 @@ from hermesflow.engine.span_tree import Span, SpanTree
 
 from .config import TrainConfig
 from .distributed import rank, world_size
+from .files import InputError
 from .models import Model
 from .pairs import SIDES
 from .prompting import caption_prompt, image_prompt
+
+_TOKEN_COLUMNS = ("record_codes", "win_codes", "lose_codes", "win_caption_ids", "lose_caption_ids")
 
 
 class PairVisit(NamedTuple):
@@ -90,6 +96,17 @@ class PairBatch:
         return dict(zip(self.sides, parts, strict=True))
 
 
+class ImageMask(NamedTuple):
+    """What one mask hides of an image.
+
+    hidden: int64 [k], positions in ascending order.
+    weight: of each hidden token's log-probability.
+    """
+
+    hidden: np.ndarray
+    weight: float
+
+
 class PairPacker:
     """Makes the passes of a training run from a table of pairs."""
 
@@ -97,12 +114,15 @@ class PairPacker:
         """
         Args:
             model: its layout, text tokenizer and prompts are used.
-            pairs: a table of hermesflow.pairs.
+            pairs: a table of hermesflow.pairs, from trained_pairs.
             config: how masks are drawn and what is scored; a side of weight 0 is not packed.
             seed: of masks, dropped prompts and the order of pairs.
         """
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
         self.question_ids = caption_prompt(model)
+        self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
+        self._tokens = {name: _token_rows(pairs[name]) for name in _TOKEN_COLUMNS}
+        self._prompt = functools.cache(lambda text: model.layout.text_prompt(image_prompt(model, text)))
 
     def visits(self, step: int) -> list[PairVisit]:
         """The pairs of a step: consecutive entries of an endless row of shuffled epochs."""
@@ -129,67 +149,139 @@ class PairPacker:
 
     def num_tokens(self, visit: PairVisit) -> int:
         """Packed tokens of a visit."""
-        return len(self.pack([visit]).tree.token_ids)
+        layout, sides, total = self.model.layout, self._sides_of(visit.pair), 0
+        lengths = {name: len(rows[visit.pair]) for name, rows in self._tokens.items()}
+        if "generation" in sides:
+            images = 2 * len(layout.image(())) + lengths["win_codes"] + lengths["lose_codes"]
+            total += len(self._prompt_of(visit)) + self.config.masks_per_pair * images
+        if "understanding" in sides:
+            total += len(layout.image_prefix(())) + lengths["record_codes"] + len(layout.question(self.question_ids))
+            total += lengths["win_caption_ids"] + lengths["lose_caption_ids"]
+        return total
 
     def pack(self, visits: Sequence[PairVisit], device: torch.device | str | None = None) -> PairBatch:
         """One pass over these visits; device None is the CPU."""
         builder = _ForestBuilder()
         for index, visit in enumerate(visits):
-            pair = self._row(visit.pair)
-            if pair["sides"] != "understanding" and self.config.generation_weight:
-                self._add_images(builder, index, pair, np.random.default_rng([self.seed, 1, *visit]))
-            if pair["sides"] != "generation" and self.config.understanding_weight:
-                self._add_captions(builder, index, pair)
+            sides = self._sides_of(visit.pair)
+            if "generation" in sides:
+                self._add_images(builder, index, visit)
+            if "understanding" in sides:
+                self._add_captions(builder, index, visit.pair)
         return builder.build(visits, device)
 
     def fingerprint(self) -> str:
         """Of the pairs' tokens and of what is asked."""
-        digest = hashlib.blake2b(json.dumps(self.question_ids).encode(), digest_size=16)
-        columns = ("win_codes", "lose_codes", "win_caption_ids", "lose_caption_ids")
-        for name in ("caption", "sides", "record_codes", *columns):
-            digest.update(json.dumps(self.pairs[name].to_pylist()).encode())
+        texts = [self.question_ids, self._captions, self._sides]
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
+        for rows in self._tokens.values():
+            digest.update(np.array([len(row) for row in rows], dtype=np.int32))
+            for row in rows:
+                digest.update(row.astype(np.int32))
         return digest.hexdigest()
 
     def num_pairs(self, visits: Iterable[PairVisit]) -> dict[str, int]:
         """How many of the visits have each side; sides of weight 0 and sides that none has are left out."""
-        found = [self.pairs["sides"][visit.pair].as_py() for visit in visits]
-        counts = {side: sum(sides in ("both", side) for sides in found) for side in SIDES}
-        weights = {side: getattr(self.config, f"{side}_weight") for side in SIDES}
-        return {side: count for side, count in counts.items() if count and weights[side]}
+        found = Counter(side for visit in visits for side in self._sides_of(visit.pair))
+        return {side: found[side] for side in SIDES if found[side]}
 
-    def _row(self, pair: int) -> dict:
-        return self.pairs.slice(pair, 1).to_pylist()[0]
+    def _sides_of(self, pair: int) -> list[str]:
+        """Those of the pair's sides that are trained."""
+        return [side for side in _trained_sides(self.config) if self._sides[pair] in ("both", side)]
 
-    def _add_images(self, builder: _ForestBuilder, index: int, pair: dict, rng: np.random.Generator) -> None:
-        layout = self.model.layout
-        root = builder.add(layout.text_prompt(image_prompt(self.model, pair["caption"])), -1, "causal")
-        num_codes = len(pair["win_codes"])
-        ratio = mask_ratio(torch.tensor(rng.random(), dtype=torch.float64), "cosine").item()
-        masked = np.sort(rng.permutation(num_codes)[: max(round(ratio * num_codes), 1)])
-        for lose, name in enumerate(("win_codes", "lose_codes")):
-            ids = np.array(layout.image(pair[name]))
-            targets = ids[1 + masked]
-            ids[1 + masked] = layout.mask_id
-            builder.predict("generation", 2 * index + lose, 1 + masked, targets)
-            builder.add(ids.tolist(), root, "full")
+    def _prompt_of(self, visit: PairVisit) -> list[int]:
+        """The condition that win and lose share: the caption, or the empty text."""
+        # A stream of its own, so that the masks stay the same.
+        is_dropped = np.random.default_rng([self.seed, 3, *visit]).random() < self.config.condition_dropout
+        return self._prompt("" if is_dropped else self._captions[visit.pair])
 
-    def _add_captions(self, builder: _ForestBuilder, index: int, pair: dict) -> None:
+    def _add_images(self, builder: _ForestBuilder, index: int, visit: PairVisit) -> None:
+        layout, config = self.model.layout, self.config
+        rng = np.random.default_rng([self.seed, 1, *visit])
+        prompt = builder.add(self._prompt_of(visit), -1, "causal")
+        images = [np.array(layout.image(self._tokens[name][visit.pair])) for name in ("win_codes", "lose_codes")]
+        last = len(images[0]) - 1
+        for hidden, weight in draw_masks(last - 1, config, rng):
+            rows, weights = 1 + hidden, np.full(len(hidden), weight)
+            if config.boundary_labels:
+                rows = np.concatenate([[0], rows, [last]])
+                weights = np.pad(weights, 1, constant_values=_mask_share(config))
+            for lose, image in enumerate(images):
+                builder.predict("generation", 2 * index + lose, rows, image[rows], weights)
+                masked = image.copy()
+                masked[1 + hidden] = layout.mask_id
+                builder.add(masked, prompt, "full")
+
+    def _add_captions(self, builder: _ForestBuilder, index: int, pair: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""
         layout = self.model.layout
-        image = builder.add(layout.image_prefix(pair["record_codes"]), -1, "full")
+        image = builder.add(layout.image_prefix(self._tokens["record_codes"][pair]), -1, "full")
         question = builder.add(layout.question(self.question_ids), image, "causal")
         last_of_question = builder.packed - 1
         for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
-            caption = list(pair[name])
-            targets = [*caption, layout.eot][: self.model.prompts.max_caption_tokens]
-            rows = np.concatenate([[last_of_question - builder.packed], np.arange(len(caption))]).astype(np.int64)
-            builder.predict("understanding", 2 * index + lose, rows[: len(targets)], targets)
-            if caption:
+            caption = self._tokens[name][pair]
+            targets = np.append(caption, layout.eot)[: self.model.prompts.max_caption_tokens]
+            rows = np.append(last_of_question - builder.packed, np.arange(len(caption)))[: len(targets)]
+            builder.predict("understanding", 2 * index + lose, rows, targets, np.ones(len(targets)))
+            if len(caption):
                 builder.add(caption, question, "causal")
 
 
+def trained_pairs(pairs: pa.Table, config: TrainConfig) -> pa.Table:
+    """The pairs that have a side of weight above 0, in the table's order.
+
+    Raises: InputError if there are pairs, but none of them has one.
+    """
+    sides = _trained_sides(config)
+    kept = pairs.filter(pc.is_in(pairs["sides"], pa.array(["both", *sides])))
+    if len(pairs) and not len(kept):
+        (missing,) = set(SIDES) - set(sides)
+        raise InputError(
+            f"no pairs to train on: all {len(pairs)} have the {missing} side alone, and train.{missing}_weight is 0; "
+            "raise it, or take other pairs"
+        )
+    return kept
+
+
+def draw_masks(num_codes: int, config: TrainConfig, rng: np.random.Generator) -> list[ImageMask]:
+    """The masks of one visit of a pair of images.
+
+    A mask hides the cosine schedule's share of the image at a uniform time. The weighted log-probabilities of what all
+    masks hide add up to the image's: to the mean of the masks' sums, or with elbo_weighting to an unbiased estimate of
+    the evidence lower bound of decoding in any order, which is the sum over k = 1..N of
+    (1 / k) E[sum over k hidden tokens, drawn uniformly]: a mask that hides k with probability P(k) weighs 1 / (k P(k)).
+
+    Args:
+        num_codes: N, tokens of an image.
+        config: masks_per_pair, complementary_masks and elbo_weighting are used, and whether tokens are averaged.
+        rng: the visit's.
+    Returns: masks_per_pair masks. Of complementary ones every second hides what the one before it shows, or all where
+        that one shows nothing; it comes with the probability of the one before it.
+    Source: MaskGIT (arXiv 2202.04200), section 3.3, for the schedule; autoregressive diffusion (arXiv 2110.02037),
+        section 3, for the bound.
+    """
+    probability, masks = mask_count_probability(num_codes), []
+    for _ in range(config.masks_per_pair // (2 if config.complementary_masks else 1)):
+        ratio = mask_ratio(torch.tensor(rng.random(), dtype=torch.float64), "cosine").item()
+        order, count = rng.permutation(num_codes), max(round(ratio * num_codes), 1)
+        for part in (order[:count], order[count:])[: 2 if config.complementary_masks else 1]:
+            hidden = np.sort(part if len(part) else order)
+            weight = 1 / (len(hidden) * probability[count - 1]) if config.elbo_weighting else 1.0
+            masks.append(ImageMask(hidden, weight * _mask_share(config)))
+    return masks
+
+
+def mask_count_probability(num_codes: int) -> np.ndarray:
+    """Probability fp64 [N] that a mask at a uniform time hides 1, ..., N tokens: max(round(cos(pi t / 2) N), 1)."""
+    # The times at which the rounded count falls below k.
+    least = np.arange(1, num_codes + 1) - 0.5
+    until = np.arccos(least / num_codes) * 2 / np.pi
+    until[0] = 1.0
+    return until - np.append(until[1:], 0.0)
+
+
 def plan_passes(sizes: Sequence[int], budget: int, multiple_of: int = 1) -> list[list[int]]:
-    """Shares the items of a step out among as few passes as hold them, evenly.
+    """Shares the items of a step out among few passes, evenly.
 
     Args:
         sizes: tokens of each item.
@@ -197,16 +289,42 @@ def plan_passes(sizes: Sequence[int], budget: int, multiple_of: int = 1) -> list
         multiple_of: the number of passes is a multiple of this, of processes that work side by side.
     Returns: item numbers of each pass; some are empty where there are more passes than items.
     """
-    count = -(-sum(sizes) // (budget * multiple_of)) * multiple_of or multiple_of
-    while True:
-        loads, passes = [(0, number) for number in range(count)], [[] for _ in range(count)]
-        for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
-            load, number = heapq.heappop(loads)
-            passes[number].append(item)
-            heapq.heappush(loads, (load + sizes[item], number))
-        if all(len(items) <= 1 or sum(sizes[item] for item in items) <= budget for items in passes):
-            return [sorted(items) for items in passes]
-        count += multiple_of
+    passes = _fill_passes(sizes, budget, -(-sum(sizes) // budget) or 1, multiple_of)
+    # Passes that were opened late hold small items alone; open from the start, as many may come out even.
+    even = _fill_passes(sizes, budget, len(passes), multiple_of)
+    return even if len(even) == len(passes) else passes
+
+
+def _fill_passes(sizes: Sequence[int], budget: int, count: int, multiple_of: int) -> list[list[int]]:
+    """The largest items first, each into the emptiest pass; where it has no room there, more passes are opened."""
+    count += -count % multiple_of
+    passes: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        if loads[0][0] and loads[0][0] + sizes[item] > budget:
+            for number in range(len(passes), len(passes) + multiple_of):
+                passes.append([])
+                heapq.heappush(loads, (0, number))
+        load, number = loads[0]
+        passes[number].append(item)
+        heapq.heapreplace(loads, (load + sizes[item], number))
+    return [sorted(items) for items in passes]
+
+
+def _trained_sides(config: TrainConfig) -> list[str]:
+    return [side for side in SIDES if getattr(config, f"{side}_weight")]
+
+
+def _mask_share(config: TrainConfig) -> float:
+    """Of one mask in an image's log-probability; a mean over all masks' tokens needs no weights."""
+    return 1.0 if config.length_normalize or config.loss_type == "simpo" else 1 / config.masks_per_pair
+
+
+def _token_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """A column of token ids, a view a row; empty where it is null."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    return np.split(lists.values.to_numpy()[: offsets[-1]], offsets[:-1])[1:]
 
 
 class _ForestBuilder:
@@ -223,12 +341,10 @@ class _ForestBuilder:
         self.packed += len(ids)
         return len(self.spans) - 1
 
-    def predict(
-        self, side: str, segment: int, offsets: np.ndarray, targets: Sequence[int], weight: float = 1.0
-    ) -> None:
+    def predict(self, side: str, segment: int, offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
         """The rows at these offsets from the next span's first token predict targets, as part of a segment."""
-        weights = np.full(len(offsets), weight, dtype=np.float32)
-        self._found[side].append((segment, self.packed + offsets, np.asarray(targets, dtype=np.int64), weights))
+        found = (segment, self.packed + offsets, targets.astype(np.int64), weights.astype(np.float32))
+        self._found[side].append(found)
 
     def build(self, visits: Sequence[PairVisit], device: torch.device | str | None) -> PairBatch:
         """The finished batch."""

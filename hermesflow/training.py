@@ -28,7 +28,7 @@ from .files import InputError
 from .metric_log import Meter, MetricLog
 from .models import Model
 from .objective import StepSums, pass_objective
-from .packing import PairPacker, PairVisit
+from .packing import PairPacker, PairVisit, trained_pairs
 from .progress import track
 from .references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
 from .trackers import open_tracker
@@ -59,7 +59,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves.
     """
-    pairs, held_out = _hold_out(pairs, config.holdout_pairs, seed)
+    pairs, held_out = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
     policy = Policy(model, config)
     packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
     held_visits = [PairVisit(pair, 0) for pair in range(len(held_out))]
@@ -78,7 +78,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
             visits = packer.visits(step)
             totals = packer.num_pairs(visits)
-            sums = StepSums(totals, policy.device)
+            sums = StepSums(totals, config, policy.device)
             for chosen, counts in packer.passes(visits):
                 batch = packer.pack(chosen, policy.device)
                 logprob = batch_logprobs(policy.transformer, batch)
@@ -164,7 +164,7 @@ def measure_loss(transformer: Transformer, packer: PairPacker, reference: Refere
     device = transformer.embed.weight.device
     visits = [PairVisit(pair, 0) for pair in range(len(packer.pairs))]
     totals = packer.num_pairs(visits)
-    sums = StepSums(totals, device)
+    sums = StepSums(totals, packer.config, device)
     transformer.eval()
     for chosen, counts in packer.passes(visits):
         batch = packer.pack(chosen, device)
