@@ -289,7 +289,8 @@ def plan_passes(sizes: Sequence[int], budget: int, multiple_of: int = 1) -> list
         multiple_of: the number of passes is a multiple of this, of processes that work side by side.
     Returns: item numbers of each pass; some are empty where there are more passes than items.
     """
-    passes = _fill_passes(sizes, budget, -(-sum(sizes) // budget) or 1, multiple_of)
+    least = -(-sum(min(size, budget) for size in sizes) // budget) or 1
+    passes = _fill_passes(sizes, budget, least, multiple_of)
     # Passes that were opened late hold small items alone; open from the start, as many may come out even.
     even = _fill_passes(sizes, budget, len(passes), multiple_of)
     return even if len(even) == len(passes) else passes
