@@ -1,0 +1,203 @@
+"""The objective of a step against plain formulas in float64: losses, gradients, metrics, and passes that add up."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from hermesflow.config import TrainConfig
+from hermesflow.objective import StepSums, pass_objective
+from hermesflow.packing import PairPacker, PairVisit
+
+VISITS = [PairVisit(pair, visit) for pair, visit in ((3, 0), (0, 1), (1, 0), (2, 2), (4, 0))]
+
+LOSSES = {
+    "sigmoid": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.2},
+    "simpo": {"loss_type": "simpo", "simpo_margin": 0.7},
+}
+SETTINGS = {
+    "sums": {},
+    "means over tokens": {"length_normalize": True},
+    "masks": {"masks_per_pair": 4, "complementary_masks": True, "boundary_labels": True},
+    "masks, means over tokens": {"masks_per_pair": 4, "length_normalize": True},
+    "elbo": {"masks_per_pair": 2, "elbo_weighting": True},
+    "likelihood": {"nll_weight": 0.3},
+    "weights": {"generation_weight": 0.7, "understanding_weight": 1.9, "nll_weight": 0.5},
+    "generation alone": {"understanding_weight": 0},
+    "understanding alone": {"generation_weight": 0, "nll_weight": 0.2},
+}
+CASES = {
+    f"{loss}, {name}": LOSSES[loss] | settings
+    for loss, (name, settings) in itertools.product(LOSSES, SETTINGS.items())
+    if not (loss == "simpo" and "elbo_weighting" in settings)
+}
+every_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+
+
+def make_packer(model, random_pairs, settings):
+    """Of pairs with both sides and with either side alone."""
+    pairs = random_pairs(model, 5, ("both", "generation", "understanding"))
+    kept = {"generation_weight": (0, 1, 3, 4), "understanding_weight": (0, 2, 3)}
+    trained = set().union(*(rows for name, rows in kept.items() if settings.get(name, 1)))
+    visits = [visit for visit in VISITS if visit.pair in trained]
+    return PairPacker(model, pairs, TrainConfig(beta=0.3, **settings), seed=0), visits
+
+
+def values_of(batch, seed, scale=1.0):
+    """Token log-probabilities fp32 [T] that are the same for a visit in any pass."""
+    parts = []
+    for name, side in batch.sides.items():
+        for index, visit in enumerate(batch.visits):
+            count = int((side.segment // 2 == index).sum())
+            rng = np.random.default_rng([seed, len(name), *visit])
+            parts.append(-scale * rng.exponential(size=count))
+    return torch.from_numpy(np.concatenate(parts)).float()
+
+
+def plain_loss(margin, config):
+    """l of a pair's reward margin, from the papers' formulas."""
+    smoothing, beta = config.label_smoothing, config.beta
+    if config.loss_type == "simpo":
+        return -logsigmoid(margin - config.simpo_margin)
+    if config.loss_type == "hinge":
+        return (1 - margin).clamp(min=0)
+    if config.loss_type == "ipo":
+        return (margin / beta - 1 / (2 * beta)) ** 2
+    if config.loss_type == "robust":
+        return (-(1 - smoothing) * logsigmoid(margin) + smoothing * logsigmoid(-margin)) / (1 - 2 * smoothing)
+    return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+
+
+def plain_pair(now, before, weights, config):
+    """Metrics of one side of one pair; each argument holds the values of the win's tokens and of the lose's."""
+    simpo = config.loss_type == "simpo"
+    moved = [after - earlier for after, earlier in zip(now, before, strict=True)]
+    if simpo or config.length_normalize:
+        win, lose = (values.mean() for values in (now if simpo else moved))
+    else:
+        win, lose = ((weight.double() * values).sum() for weight, values in zip(weights, moved, strict=True))
+    margin = config.beta * win - config.beta * lose
+    found = {
+        "loss": plain_loss(margin, config), "win_reward": config.beta * win, "lose_reward": config.beta * lose,
+        "margin": margin, "accuracy": (margin > 0).double(), "nll": -now[0].mean(),
+    }  # fmt: skip
+    if not simpo:
+        kl = sum((values.exp() - 1 - values).mean() for values in moved) / 2
+        found |= {"win_logprob_drift": win, "kl": kl}
+    return found
+
+
+def plain_objective(logprob, reference, batch, config):
+    """Loss and metrics of a step of one pass, pair by pair."""
+    loss, metrics, before = 0.0, {}, batch.split(reference)
+    for name, now in batch.split(logprob).items():
+        side, rows = batch.sides[name], []
+        for pair in range(len(batch.visits)):
+            tokens = [side.segment == 2 * pair + lose for lose in (0, 1)]
+            if tokens[0].any():
+                values = ([each[mine] for mine in tokens] for each in (now, before[name], side.token_weight))
+                rows.append(plain_pair(*values, config))
+        means = {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
+        loss += getattr(config, f"{name}_weight") * (means["loss"] + config.nll_weight * means["nll"])
+        metrics |= {f"{name}/{metric}": mean.item() for metric, mean in means.items()}
+    return loss, metrics
+
+
+@every_case
+def test_loss_gradient_and_metrics(shared_tiny_model, random_pairs, settings):
+    packer, visits = make_packer(shared_tiny_model, random_pairs, settings)
+    batch, config = packer.pack(visits), packer.config
+    reference = values_of(batch, 0)
+    logprob = (reference + 0.1 * values_of(batch, 1) + 0.08).requires_grad_()
+    loss, shares = pass_objective(logprob, reference, batch, packer.num_pairs(visits), config)
+    (gradient,) = torch.autograd.grad(loss, logprob)
+    exact = logprob.detach().double().requires_grad_()
+    expected, metrics = plain_objective(exact, reference.double(), batch, config)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    assert gradient.abs().max() > 0
+    assert (gradient - expected_gradient).abs().max() <= 2e-6 * expected_gradient.abs().max()
+    assert {name: share.item() for name, share in shares.items()} == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    assert not any(share.requires_grad for share in shares.values())
+
+
+SPLITS = {
+    "one by one": [[0], [1], [2], [3], [4]],
+    "two": [[0, 1, 2], [3, 4]],
+    "any order": [[4, 0], [2], [3, 1]],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
+@every_case
+def test_passes_add_up(shared_tiny_model, random_pairs, settings, split):
+    packer, visits = make_packer(shared_tiny_model, random_pairs, settings)
+    totals, cpu = packer.num_pairs(visits), torch.device("cpu")
+
+    def step(parts):
+        """Metrics of the step, and the gradient by side and visit."""
+        sums, gradients = StepSums(totals, packer.config, cpu), {}
+        for part in parts:
+            batch = packer.pack(part)
+            reference = values_of(batch, 0)
+            logprob = (reference + 0.1 * values_of(batch, 1) + 0.08).requires_grad_()
+            loss, shares = pass_objective(logprob, reference, batch, totals, packer.config)
+            loss.backward()
+            sums.add(loss, shares)
+            for name, gradient in batch.split(logprob.grad).items():
+                for index, visit in enumerate(batch.visits):
+                    gradients[name, visit] = gradient[batch.sides[name].segment // 2 == index].tolist()
+        return sums.metrics(), {key: values for key, values in gradients.items() if values}
+
+    parts = [[visits[item] for item in part if item < len(visits)] for part in split]
+    (metrics, gradients), (expected, expected_gradients) = step([part for part in parts if part]), step([visits])
+    assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for key, gradient in gradients.items():
+        assert gradient == pytest.approx(expected_gradients[key], rel=1e-6, abs=1e-6)
+
+
+def test_simpo_does_not_read_the_reference(shared_tiny_model, random_pairs):
+    packer, visits = make_packer(shared_tiny_model, random_pairs, LOSSES["simpo"])
+    batch, totals = packer.pack(visits), packer.num_pairs(visits)
+    found = []
+    for reference in (torch.zeros(len(batch.rows)), torch.full((len(batch.rows),), math.nan)):
+        logprob = values_of(batch, 0).requires_grad_()
+        loss, shares = pass_objective(logprob, reference, batch, totals, packer.config)
+        loss.backward()
+        found.append([loss.item(), logprob.grad.tolist(), {name: share.item() for name, share in shares.items()}])
+    assert found[0] == found[1]
+    assert not {name.partition("/")[2] for name in found[0][2]} & {"win_logprob_drift", "kl"}
+
+
+def test_a_policy_far_from_its_reference_stays_finite(shared_tiny_model, random_pairs):
+    packer, visits = make_packer(shared_tiny_model, random_pairs, {})
+    batch = packer.pack(visits)
+    logprob = torch.full((len(batch.rows),), -1e-3, requires_grad=True)
+    loss, shares = pass_objective(logprob, logprob.detach() - 500, batch, packer.num_pairs(visits), packer.config)
+    loss.backward()
+    assert loss.isfinite() and logprob.grad.isfinite().all()
+    assert all(share.isfinite() for share in shares.values())
+    assert shares["generation/kl"] > 1e8
+
+
+@pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES.keys())
+def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pairs, settings):
+    """A process whose passes lack a side adds up the same names as the others."""
+    packer, visits = make_packer(shared_tiny_model, random_pairs, settings)
+    batch, totals = packer.pack([PairVisit(2, 2)]), packer.num_pairs(visits)
+    _, shares = pass_objective(values_of(batch, 0), values_of(batch, 1), batch, totals, packer.config)
+    names = [name.partition("/")[2] for name in shares]
+    sums = StepSums(totals, packer.config, torch.device("cpu"))
+    expected = ["loss", *(f"{side}/{name}" for side in ("generation", "understanding") for name in names)]
+    assert sums.metrics() == dict.fromkeys(expected, 0.0)
+    sums.add(torch.tensor(0.5), shares)
+    metrics = sums.metrics()
+    assert metrics["loss"] == 0.5 and metrics["generation/nll"] == 0 != metrics["understanding/nll"]
