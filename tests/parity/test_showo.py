@@ -1,4 +1,4 @@
-"""Show-o checkpoints against outputs of the original code, through load_model, span trees and Pair-DPO's loss.
+"""Show-o checkpoints against outputs of the original code, through load_model, span trees and Pair-DPO's packed pass.
 
 The folders are those of tests/data and any given in HERMESFLOW_GOLDEN (separated as in PATH), each with config.json,
 weights, meta.json and golden.safetensors, or weights alone; a folder of such folders will do.
@@ -12,17 +12,23 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hermesflow import load_model
+from hermesflow import load_model, packing
+from hermesflow.config import TrainConfig
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.text_decoder import SamplingParams
+from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.weights import load_weights
 from hermesflow.families import SHOWO, published_tensors
-from hermesflow.kernels.pair_dpo import pair_dpo
+from hermesflow.objective import pass_objective
+from hermesflow.packing import ImageMask, PairPacker, PairVisit
+from hermesflow.pairs import PAIRS_SCHEMA, SIDES
 from hermesflow.prompting import image_prompt
+from hermesflow.references import batch_logprobs
 
 DATA = Path(__file__).parents[1] / "data"
 GIVEN = [Path(folder) for folder in os.environ.get("HERMESFLOW_GOLDEN", "").split(os.pathsep) if folder]
@@ -184,65 +190,80 @@ def test_parallel_decoding(original):
 
 @pytest.fixture(scope="module")
 def pair_dpo_step(original):
-    """Sums of log-probabilities of policy and reference, losses, and the policy's gradient under published names."""
-    golden, layout = original.golden, original.layout
-    ids = {name: golden[f"pairdpo.{name}_input_ids"][0].tolist() for name in ("win", "lose", "mmu_win", "mmu_lose")}
+    """Sums of policy and reference by side, shares of the objective, and the gradient under published names.
+
+    The pair is a table's, packed as in training. Two things are the original's: its mask, and what stands between image
+    and caption. There the original data has no start of text and no question, but the first tokens of each caption,
+    which are not scored; win and lose begin differently, so that each is packed with a beginning of its own.
+    """
+    golden, layout, model = original.golden, original.layout, original.model
+    ids = {name: golden[f"pairdpo.{name}_input_ids"][0] for name in ("win", "lose", "mmu_win", "mmu_lose")}
     labels = {name: golden[f"pairdpo.{name}_labels"][0] for name in ids}
-    num_image, prefix = layout.num_image_tokens + 2, layout.num_image_tokens + 3
-    spans = [(original.prompt(ids["win"]), -1, "causal")]
-    spans += [(original.image(ids[name]), 0, "full") for name in ("win", "lose")]
-    spans += [(ids["mmu_win"][:prefix], -1, "full")]
-    spans += [(ids[name][prefix:], 3, "causal") for name in ("mmu_win", "mmu_lose")]
-    tree = SpanTree.build(spans)
-    assert original.prompt(ids["win"]) == original.prompt(ids["lose"])
-    assert ids["mmu_win"][:prefix] == ids["mmu_lose"][:prefix]
-    rows, targets, segments = [], [], []
-    for segment, (span, name) in enumerate(((1, "win"), (2, "lose"), (4, "mmu_win"), (5, "mmu_lose"))):
-        start = tree.span_rows(span).start
-        if name.startswith("mmu"):
-            wanted = labels[name][prefix:]  # a text token is predicted by the row before it
-            where = (wanted != -100).nonzero()[:, 0]
-            assert (labels[name][:prefix] == -100).all() and where.min() > 0
-            rows.append(start + where - 1)
-        else:
-            wanted = labels[name][-num_image:]
-            where = (wanted != -100).nonzero()[:, 0]
-            rows.append(start + where)
-        targets.append(wanted[where])
-        segments.append(torch.full_like(where, segment))
-    rows, targets, segment = (torch.cat(each) for each in (rows, targets, segments))
-    policy, reference = original.model.engine, copy.deepcopy(original.model).engine
-    load_weights(
-        reference.transformer, original.folder / "reference.safetensors", functools.partial(published_tensors, SHOWO)
-    )
-    now = policy.logprobs(tree, rows, targets)
+    prompt, num_image = original.prompt(ids["win"].tolist()), layout.num_image_tokens + 2
+    prefix = ids["mmu_win"][: num_image + 1]
+    assert original.prompt(ids["lose"].tolist()) == prompt
+    assert torch.equal(ids["mmu_lose"][: len(prefix)], prefix)
+    text = next(each for each in original.meta["prompts"] if layout.text_prompt(image_prompt(model, each)) == prompt)
+    row = dict.fromkeys(PAIRS_SCHEMA.names) | {"caption": text, "sides": "both"}
+    row["record_codes"] = (prefix[2:-1] - layout.code_offset).tolist()
+    is_hidden, given = {}, {}
+    for role in ("win", "lose"):
+        image, wanted = ids[role][-num_image:], labels[role][-num_image:]
+        is_hidden[role] = image == layout.mask_id
+        # soi and eoi are scored in their own places, as the hidden tokens are.
+        assert torch.equal((wanted != -100).nonzero(), torch.cat([
+            torch.tensor([[0]]), is_hidden[role].nonzero(), torch.tensor([[num_image - 1]])
+        ]))  # fmt: skip
+        row[f"{role}_codes"] = (torch.where(is_hidden[role], wanted, image)[1:-1] - layout.code_offset).tolist()
+        wanted = labels[f"mmu_{role}"]
+        *caption, end = wanted[wanted != -100].tolist()
+        assert end == layout.eot
+        first = (wanted != -100).nonzero()[0, 0]
+        given[role] = ids[f"mmu_{role}"][len(prefix) : first].tolist()
+        row[f"{role}_caption_ids"] = caption
+    assert torch.equal(is_hidden["win"], is_hidden["lose"])
+    mask = ImageMask(is_hidden["win"][1:-1].nonzero()[:, 0].numpy(), 1.0)
+    config = TrainConfig(beta=original.meta["pairdpo"]["beta"], boundary_labels=True)
+    packer = PairPacker(model, pa.Table.from_pylist([row], PAIRS_SCHEMA), config, 0)
+    visits, batches = [PairVisit(0, 0)], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "draw_masks", lambda *_: [mask])
+        patch.setattr(TokenLayout, "question", lambda _, text_ids: list(text_ids))
+        for role, packer.question_ids in given.items():
+            batches[role] = packer.pack(visits)
+    batch, reference = batches["win"], copy.deepcopy(model).transformer
+    load_weights(reference, original.folder / "reference.safetensors", functools.partial(published_tensors, SHOWO))
+    sides = {name: side.segment for name, side in batch.sides.items()}
+    is_lose_caption = torch.cat([(segment == 1) & (name == "understanding") for name, segment in sides.items()])
+
+    def logprobs(transformer):
+        found = {role: batch_logprobs(transformer, each) for role, each in batches.items()}
+        return torch.where(is_lose_caption, found["lose"], found["win"])
+
+    now = logprobs(model.transformer)
     with torch.no_grad():
-        before = reference.logprobs(tree, rows, targets)
-    # Pairs 0 and 1: the images, the captions.
-    losses = []
-    for pair in (0, 1):
-        mine = segment // 2 == pair
-        result = pair_dpo(
-            now[mine], before[mine], segment[mine] - 2 * pair, 1, beta=original.meta["pairdpo"]["beta"],
-            loss_type="sigmoid",
-        )  # fmt: skip
-        losses.append(result.loss)
-    sum(losses).backward()
-    gradients = copy.deepcopy(policy.transformer)
-    for ours, parameter in zip(gradients.parameters(), policy.transformer.parameters(), strict=True):
+        before = logprobs(reference)
+    loss, shares = pass_objective(now, before, batch, packer.num_pairs(visits), config)
+    loss.backward()
+    gradients = copy.deepcopy(model.transformer)
+    for ours, parameter in zip(gradients.parameters(), model.transformer.parameters(), strict=True):
         ours.data = parameter.grad
-    policy.transformer.zero_grad(set_to_none=True)
-    sums = [torch.zeros(4).index_add(0, segment, each.detach()).tolist() for each in (now, before)]
-    return sums, [loss.item() for loss in losses], published_tensors(SHOWO, gradients)
+    model.transformer.zero_grad(set_to_none=True)
+    sums = [
+        {side: torch.zeros(2).index_add(0, sides[side], values).tolist() for side, values in batch.split(each).items()}
+        for each in (now.detach(), before)
+    ]
+    return sums, {"loss": loss.item()} | shares, published_tensors(SHOWO, gradients)
 
 
 def test_pair_dpo_sums_and_losses(original, pair_dpo_step):
     (policy, reference), losses, _ = pair_dpo_step
     meta = original.meta["pairdpo"]
-    for role, first in (("win", 0), ("lose", 1)):
-        assert policy[first::2] == pytest.approx(meta[f"policy_{role}"], abs=SUMS)
-        assert reference[first::2] == pytest.approx(meta[f"ref_{role}"], abs=SUMS)
-    assert [*losses, sum(losses)] == pytest.approx([meta["loss_t2i"], meta["loss_mmu"], meta["loss"]], abs=SUMS)
+    for number, side in enumerate(SIDES):
+        for sums, who in ((policy, "policy"), (reference, "ref")):
+            assert sums[side] == pytest.approx([meta[f"{who}_{role}"][number] for role in ("win", "lose")], abs=SUMS)
+    found = [float(losses[name]) for name in ("generation/loss", "understanding/loss", "loss")]
+    assert found == pytest.approx([meta["loss_t2i"], meta["loss_mmu"], meta["loss"]], abs=SUMS)
 
 
 def test_pair_dpo_gradients(original, pair_dpo_step):
