@@ -35,7 +35,10 @@ from .models import Model
 from .pairs import SIDES
 from .prompting import caption_prompt, image_prompt
 
-_TOKEN_COLUMNS = ("record_codes", "win_codes", "lose_codes", "win_caption_ids", "lose_caption_ids")
+_COLUMNS = {
+    "generation": ("win_codes", "lose_codes"),
+    "understanding": ("record_codes", "win_caption_ids", "lose_caption_ids"),
+}
 
 
 class PairVisit(NamedTuple):
@@ -117,11 +120,14 @@ class PairPacker:
             pairs: a table of hermesflow.pairs, from trained_pairs.
             config: how masks are drawn and what is scored; a side of weight 0 is not packed.
             seed: of masks, dropped prompts and the order of pairs.
+        Raises: InputError if a pair's tokens cannot be this model's; it names the record.
         """
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
         self.question_ids = caption_prompt(model)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
-        self._tokens = {name: _token_rows(pairs[name]) for name in _TOKEN_COLUMNS}
+        self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
+        for pair in range(len(pairs)):
+            self._check_tokens(pair)
         self._prompt = functools.cache(lambda text: model.layout.text_prompt(image_prompt(model, text)))
 
     def visits(self, step: int) -> list[PairVisit]:
@@ -188,6 +194,20 @@ class PairPacker:
     def _sides_of(self, pair: int) -> list[str]:
         """Those of the pair's sides that are trained."""
         return [side for side in _trained_sides(self.config) if self._sides[pair] in ("both", side)]
+
+    def _check_tokens(self, pair: int) -> None:
+        layout = self.model.layout
+        for name in (name for side in self._sides_of(pair) for name in _COLUMNS[side]):
+            ids = self._tokens[name][pair]
+            if name.endswith("_codes"):
+                count, size, expected = layout.num_image_tokens, layout.codebook_size, "image codes"
+            else:
+                count, size, expected = len(ids), layout.text_vocab_size, "text ids"
+            if len(ids) != count or (count and not 0 <= ids.min() <= ids.max() < size):
+                raise InputError(
+                    f"pairs: record {self.pairs['record_id'][pair]}: expected {count} {expected} below {size} in "
+                    f"{name}, got {len(ids)} up to {max(ids, default=None)}; take pairs that this model drew"
+                )
 
     def _prompt_of(self, visit: PairVisit) -> list[int]:
         """The condition that win and lose share: the caption, or the empty text."""

@@ -379,8 +379,9 @@ def test_plan_passes(monkeypatch, sizes, budget, multiple_of):
 
 @pytest.mark.parametrize(
     ("sizes", "budget", "loads"),
-    [([2] * 7, 6, [4, 4, 6]), ([1] * 9, 5, [4, 5]), ([7, 5, 4, 3, 3, 2], 12, [12, 12]), ([6, 6, 6, 1], 7, [6, 6, 7])],
-)
+    [([2] * 7, 6, [4, 4, 6]), ([3] * 10, 10, [6, 6, 9, 9]),
+     ([1] * 9, 5, [4, 5]), ([7, 5, 4, 3, 3, 2], 12, [12, 12]), ([6, 6, 6, 1], 7, [6, 6, 7])],
+)  # fmt: skip
 def test_few_passes_are_even(sizes, budget, loads):
     assert sorted(sum(sizes[item] for item in items) for items in plan_passes(sizes, budget)) == loads
 
@@ -411,6 +412,12 @@ def test_every_epoch_visits_every_pair_once(shared_tiny_model, random_pairs):
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+CHANGES = {
+    "caption": "a blue circle", "sides": "generation", "record_codes": [1] * 16, "win_codes": [2] * 16,
+    "lose_codes": [3] * 16, "win_caption_ids": [4], "lose_caption_ids": [5, 6],
+}  # fmt: skip
+
+
 def other_tables(pairs):
     """The same pairs in tables whose buffers are cut up."""
     yield pa.concat_tables([pairs.slice(0, 2), pairs.slice(2)])
@@ -426,14 +433,8 @@ def test_rows_of_any_table(shared_tiny_model, random_pairs):
         same = table["record_id"].to_pylist() == pairs["record_id"].to_pylist()
         assert (other.fingerprint() == packer.fingerprint()) == same
         for pair, row in enumerate(table.to_pylist()):
-            for name in packing._TOKEN_COLUMNS:
+            for name in CHANGES.keys() - {"caption", "sides"}:
                 assert other._tokens[name][pair].tolist() == (row[name] or [])
-
-
-CHANGES = {
-    "caption": "a blue circle", "sides": "generation", "record_codes": [1] * 16, "win_codes": [2] * 16,
-    "lose_codes": [3] * 16, "win_caption_ids": [4], "lose_caption_ids": [5, 6],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -455,3 +456,23 @@ def test_fingerprint_sees_where_rows_end_and_the_question(shared_tiny_model, ran
     prints = {packer.fingerprint() for packer in packers}
     packers[0].question_ids = [*packers[0].question_ids, 3]
     assert len(prints | {packers[0].fingerprint()}) == 3
+
+
+STRANGE = {
+    "too few codes": ("lose_codes", [1] * 15, "expected 16 image codes below 32 in lose_codes, got 15 up to 1; take"),
+    "no codes": ("record_codes", None, "expected 16 image codes below 32 in record_codes, got 0 up to None"),
+    "another codebook": ("win_codes", [32] * 16, "expected 16 image codes below 32 in win_codes, got 16 up to 32"),
+    "below 0": ("win_codes", [-1] * 16, "expected 16 image codes below 32 in win_codes, got 16 up to -1"),
+    "another tokenizer": ("win_caption_ids", [5, 999], "expected 2 text ids below .* in win_caption_ids, .* to 999;"),
+}
+
+
+@pytest.mark.parametrize(("name", "values", "message"), STRANGE.values(), ids=STRANGE.keys())
+def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, name, values, message):
+    rows = random_pairs(shared_tiny_model, 3).to_pylist()
+    table = pa.Table.from_pylist([rows[0], rows[1] | {name: values}, rows[2]], PAIRS_SCHEMA)
+    with pytest.raises(InputError, match=f"pairs: record r1: {message}"):
+        PairPacker(shared_tiny_model, table, TrainConfig(), 0)
+    # A side that is not trained may be anything.
+    unused = "generation" if name in ("win_codes", "lose_codes") else "understanding"
+    PairPacker(shared_tiny_model, table, TrainConfig(**{f"{unused}_weight": 0}), 0)
