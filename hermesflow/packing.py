@@ -67,11 +67,15 @@ class Side:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One pass: the forest of its pairs and what each side predicts in it; sides without tokens are left out."""
+    """One pass: the forest of its pairs and what each side predicts in it; sides without tokens are left out.
+
+    visits_of: by side, the visits that have it; on the host, so that nothing waits for the device.
+    """
 
     visits: Sequence[PairVisit]
     tree: SpanTree
     sides: dict[str, Side]
+    visits_of: dict[str, list[PairVisit]]
 
     @property
     def num_pairs(self) -> int:
@@ -87,11 +91,6 @@ class PairBatch:
     def targets(self) -> Tensor:
         """Targets of all sides, int64 [T]."""
         return torch.cat([side.targets for side in self.sides.values()])
-
-    def visits_of(self, side: str) -> list[PairVisit]:
-        """The visits that have this side."""
-        has_side = self.sides[side].pair_weight.tolist()
-        return [visit for visit, weight in zip(self.visits, has_side, strict=True) if weight]
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Values [T] of all sides, side by side."""
@@ -369,8 +368,13 @@ class _ForestBuilder:
 
     def build(self, visits: Sequence[PairVisit], device: torch.device | str | None) -> PairBatch:
         """The finished batch."""
-        sides = {side: self._side(found, len(visits), device) for side, found in self._found.items() if found}
-        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides)
+        found = {side: parts for side, parts in self._found.items() if parts}
+        sides = {side: self._side(parts, len(visits), device) for side, parts in found.items()}
+        visits_of = {
+            side: [visits[pair] for pair in sorted({segment // 2 for segment, *_ in parts})]
+            for side, parts in found.items()
+        }
+        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides, visits_of)
 
     def _side(self, found: list, num_pairs: int, device: torch.device | str | None) -> Side:
         numbers, rows, targets, weights = zip(*found, strict=True)

@@ -85,7 +85,7 @@ class CachedReference:
     def logprobs(self, batch: PairBatch) -> Tensor:
         """fp32 [T]. Raises: InputError if the file lacks a pair of the batch."""
         try:
-            found = [self._of[_key(visit, side)] for side in batch.sides for visit in batch.visits_of(side)]
+            found = [self._of[_key(visit, side)] for side in batch.sides for visit in batch.visits_of[side]]
         except KeyError as error:
             raise damaged(self._path, "reference", ValueError(f"it lacks pair, visit, side {error}")) from error
         values = torch.from_numpy(np.concatenate(found)).to(batch.tree.token_ids.device)
@@ -147,7 +147,7 @@ def _rows(
         for side, values in batch.split(logprobs(batch).cpu()).items():
             pairs = batch.sides[side].segment.cpu() // 2
             counts = torch.unique_consecutive(pairs, return_counts=True)[1].tolist()
-            for visit, logprob in zip(batch.visits_of(side), values.split(counts), strict=True):
+            for visit, logprob in zip(batch.visits_of[side], values.split(counts), strict=True):
                 pair, number, _ = _key(visit, side)
                 yield {"pair": pair, "visit": number, "side": side, "logprob": logprob.numpy()}
 

@@ -151,7 +151,7 @@ def test_one_sided_pairs_weigh_nothing_on_the_other_side(shared_tiny_model, rand
     batch = packer.pack(visits)
     assert batch.sides["generation"].pair_weight.tolist() == [1, 1, 0]
     assert batch.sides["understanding"].pair_weight.tolist() == [1, 0, 1]
-    assert batch.visits_of("understanding") == [visits[0], visits[2]]
+    assert batch.visits_of["understanding"] == [visits[0], visits[2]]
     assert packer.num_pairs([*visits, visits[1]]) == {"generation": 3, "understanding": 2}
     assert list(packer.pack(visits[1:2]).sides) == ["generation"] == list(packer.num_pairs(visits[1:2]))
 
