@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -22,28 +21,12 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def place(shared_tiny_model, tmp_path_factory):
+def place(shared_tiny_model, random_pairs, tmp_path_factory):
     """A folder with model/ and pairs.parquet."""
     folder = tmp_path_factory.mktemp("place")
     shared_tiny_model.save(folder / "model")
-    write_parquet(folder / "pairs.parquet", pa.Table.from_pylist(rows_for(shared_tiny_model), PAIRS_SCHEMA))
+    write_parquet(folder / "pairs.parquet", random_pairs(shared_tiny_model))
     return folder
-
-
-def rows_for(model, count=6):
-    rng, layout = np.random.default_rng(0), model.layout
-    texts = ("a red circle", "a blue square", "a large green triangle")
-    rows = []
-    for index in range(count):
-        row = dict.fromkeys(PAIRS_SCHEMA.names)
-        row |= {"record_id": f"r{index}", "category": "colors", "caption": "a red circle", "sides": "both"}
-        for name in ("record_codes", "win_codes", "lose_codes"):
-            row[name] = rng.integers(layout.codebook_size, size=layout.num_image_tokens).tolist()
-        for role, text in zip(("win", "lose"), rng.choice(texts, 2, replace=False), strict=True):
-            row |= {f"{role}_caption": str(text), f"{role}_caption_ids": model.encode_text(str(text))}
-            row |= {f"{role}_{kind}_score": 0.9 if role == "win" else 0.2 for kind in ("image", "caption")}
-        rows.append(row)
-    return rows
 
 
 def config_for(place, *more):
@@ -136,11 +119,13 @@ def test_options_of_a_run_and_of_a_file_are_not_mixed(capsys, more, message):
 
 
 def test_published_pairs_are_trained_on(place, shared_tiny_model, tmp_path, caplog):
-    path = write_published_pairs(shared_tiny_model, read_pairs(place / "pairs.parquet"), tmp_path / "a/b")
-    entries = json.loads(path.read_text())
-    entries[0]["vqa_score_win"] = 0.1
-    path = tmp_path / "pair_dpo_data.json"
-    path.write_text(json.dumps(entries))
+    rows = read_pairs(place / "pairs.parquet").to_pylist()
+    for number, row in enumerate(rows):
+        for role, score in (("win", 0.9 if number else 0.1), ("lose", 0.2)):
+            row[f"{role}_caption"] = shared_tiny_model.decode_text(row[f"{role}_caption_ids"])
+            row |= {f"{role}_image_score": score, f"{role}_caption_score": score}
+    path = write_published_pairs(shared_tiny_model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), tmp_path / "a/b")
+    path = path.rename(tmp_path / "pair_dpo_data.json")
     with caplog.at_level("INFO", "hermesflow"):
         train_on_pairs(config_for(place, "train.num_steps=1"), path, tmp_path / "out", root=tmp_path / "a/b")
     assert "left out 1 win not above lose; the first is record r0" in caplog.text
@@ -167,8 +152,8 @@ def test_adapters_are_saved_beside_the_checkpoints(place, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )
-def test_pairs_of_another_model_are_refused_by_record(place, shared_tiny_model, tmp_path, column, value, message):
-    rows = rows_for(shared_tiny_model)
+def test_pairs_of_another_model_are_refused_by_record(place, tmp_path, column, value, message):
+    rows = read_pairs(place / "pairs.parquet").to_pylist()
     rows[3][column] = value
     write_parquet(tmp_path / "pairs.parquet", pa.Table.from_pylist(rows, PAIRS_SCHEMA))
     with pytest.raises(InputError, match=rf"pairs.parquet: record r3: {message}; give pairs that were made with .*"):
@@ -176,11 +161,9 @@ def test_pairs_of_another_model_are_refused_by_record(place, shared_tiny_model, 
     assert not (tmp_path / "out/train").exists()
 
 
-def test_a_side_that_a_pair_lacks_is_not_asked_for(place, shared_tiny_model, tmp_path):
-    rows = rows_for(shared_tiny_model, 2)
-    rows[0] |= {"sides": "generation", "win_caption_ids": None, "lose_caption_ids": None}
-    rows[1] |= {"sides": "understanding", "win_codes": None, "lose_codes": None}
-    write_parquet(tmp_path / "pairs.parquet", pa.Table.from_pylist(rows, PAIRS_SCHEMA))
+def test_a_side_that_a_pair_lacks_is_not_asked_for(place, shared_tiny_model, random_pairs, tmp_path):
+    pairs = random_pairs(shared_tiny_model, 2, sides=("generation", "understanding"))
+    write_parquet(tmp_path / "pairs.parquet", pairs)
     assert train_on_pairs(config_for(place, "train.num_steps=1"), tmp_path / "pairs.parquet", tmp_path / "out").exists()
 
 
@@ -222,8 +205,8 @@ def test_a_second_process_is_refused(place, trained):
     lock.close()
 
 
-def test_other_pairs_in_the_same_folder_are_refused(place, trained, shared_tiny_model, tmp_path):
-    write_parquet(tmp_path / "p.parquet", pa.Table.from_pylist(rows_for(shared_tiny_model, 5), PAIRS_SCHEMA))
+def test_other_pairs_in_the_same_folder_are_refused(place, trained, shared_tiny_model, random_pairs, tmp_path):
+    write_parquet(tmp_path / "p.parquet", random_pairs(shared_tiny_model, 5))
     with pytest.raises(InputError, match=r"the run began with other pairs than .*p.parquet holds now; choose another"):
         train_on_pairs(config_for(place), tmp_path / "p.parquet", trained)
 

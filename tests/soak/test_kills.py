@@ -18,11 +18,11 @@ from hermesflow.models import load_model
 
 NUM_KILLS, LIMIT_SECONDS, SEED = 20, 600, 0
 SETTINGS = (
-    "selfplay.num_rounds=2", "data.num_records=32", "curation.num_images=4", "curation.num_steps=3",
+    "selfplay.num_rounds=2", "data.num_records=16", "curation.num_images=4", "curation.num_steps=3",
     "curation.threshold=0", "curation.margin=0", "curation.keep=any", "curation.batch_records=2",
-    "curation.caption_top_k=[4]", "train.num_steps=20", "train.pairs_per_step=4", "train.checkpoint_every=4",
-    "train.holdout_pairs=4", "train.holdout_every=8", "train.condition_dropout=0.1", "eval.num_prompts=32",
-    "eval.num_understanding=32", "eval.num_steps=3", "run.name=t",
+    "curation.caption_top_k=[4]", "train.num_steps=12", "train.pairs_per_step=4", "train.checkpoint_every=4",
+    "train.holdout_pairs=2", "train.holdout_every=6", "train.condition_dropout=0.1", "eval.num_prompts=16",
+    "eval.num_understanding=16", "eval.num_steps=3", "run.name=t",
 )  # fmt: skip
 # Each run's first kill comes soon after one of these appears, since random moments miss what is short: the reference,
 # checkpoints, the saving of the model, evaluation. All other moments are uniform over the undisturbed run.
