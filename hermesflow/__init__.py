@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Engine": "hermesflow.engine.engine",
     "load_model": "hermesflow.models",
+    "read_pairs": "hermesflow.pairs",
+    "train_pairs": "hermesflow.training",
 }
 
-__all__ = ["Engine", "__version__", "load_model"]
+__all__ = ["Engine", "__version__", "load_model", "read_pairs", "train_pairs"]
 
 
 def __getattr__(name: str) -> object:

@@ -106,9 +106,19 @@ def _curate(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _train(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.selfplay import run_training
+    if arguments.pairs is None:
+        for option in ("output", "root"):
+            if getattr(arguments, option) is not None:
+                raise InputError(f"--{option}: belongs to --pairs FILE; a round's training goes into its run")
+        from hermesflow.selfplay import run_training
 
-    run_training(config, arguments.round)
+        run_training(config, arguments.round or 1)
+        return
+    if arguments.round is not None:
+        raise InputError("--round: belongs to a run; with --pairs FILE there is none, leave one of the two out")
+    from hermesflow.pair_training import train_on_pairs
+
+    print(train_on_pairs(config, arguments.pairs, arguments.output or config.run_folder, arguments.root))
 
 
 def _pairs_export(arguments: argparse.Namespace, config: Config) -> None:
@@ -373,9 +383,14 @@ def _parser() -> argparse.ArgumentParser:
         "hermesflow curate --set run.name=demo --round 1", continues=True,
     )  # fmt: skip
     train = _command(
-        commands, "train", _train, "train on the pairs of one round",
-        "hermesflow train --set run.name=demo --round 1", continues=True,
+        commands, "train", _train, "train on the pairs of one round, or of a file",
+        "hermesflow train --pairs runs/demo/round-1/pairs.parquet -o trained --set train.beta=0.1", continues=True,
     )  # fmt: skip
+    train.add_argument("--pairs", type=Path, metavar="FILE", help="pairs.parquet or pair_dpo_data.json, without a run")
+    train.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="where training on --pairs goes [run.folder/run.name]"
+    )
+    train.add_argument("--root", type=Path, metavar="FOLDER", help="where image paths start [the folder of --pairs]")
     pairs = _command(
         commands, "pairs", None, "exchange pairs with the published code", "hermesflow pairs export runs/demo -o pairs",
         configured=False,
@@ -400,7 +415,8 @@ def _parser() -> argparse.ArgumentParser:
             told = f"how {kind}s are scored: {', '.join(names)} or module:function"
             _add_shortcut(command, f"--{kind}-scorer", f"curation.{kind}_scorer", "NAME", told)
     for command in (curate, train, export, import_):
-        command.add_argument("--round", type=_positive, default=1, metavar="N", help="the round, from 1 [1]")
+        default = None if command is train else 1  # tells whether it was given beside --pairs
+        command.add_argument("--round", type=_positive, default=default, metavar="N", help="the round, from 1 [1]")
 
     score = _command(
         commands, "score", _score, "score captions or answers of a file, as JSON lines",

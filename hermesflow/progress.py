@@ -1,5 +1,7 @@
-"""Progress of long work: a bar with rate and time left on a terminal, nothing anywhere else."""
+"""Progress of long work: a bar with rate and time left on a terminal, elsewhere a line in the log now and then."""
 
+import logging
+import time
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -7,8 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .distributed import is_main
+
 Item = TypeVar("Item")
 
+_LOGGER = logging.getLogger(__name__)
+_LINES = 10  # at most, of each piece of work
+_QUIET_SECONDS = 5  # before a line, so that short work has none
+
+_logging = False  # whether some work tells its progress in the log; work inside it does not
 _display: Progress | None = None  # the one that is on screen; a track inside another adds its line to it
 
 
@@ -41,9 +50,11 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
         self._total = total
         self._progress: Progress | None = None
         self._task = None
+        self._note = ""
 
     def note(self, text: str) -> None:
         """Show a short text behind the bar, such as the loss."""
+        self._note = text
         if self._progress is not None:
             self._progress.update(self._task, note=text)
 
@@ -51,7 +62,7 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
         global _display
         console = Console(stderr=True)
         if not console.is_terminal:
-            yield from self._items
+            yield from self._logged()
             return
         outermost = _display is None
         if outermost:
@@ -72,6 +83,29 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
             else:
                 self._progress.remove_task(self._task)
             self._progress = None
+
+    def _logged(self) -> Iterator[Item]:
+        """The items; the outermost work of the first process says how far it is."""
+        global _logging
+        if _logging or not self._total or not is_main():
+            yield from self._items
+            return
+        _logging = True
+        try:
+            began = told = time.monotonic()
+            for number, item in enumerate(self._items, self._completed + 1):
+                yield item
+                is_tenth = number * _LINES // self._total > (number - 1) * _LINES // self._total
+                if is_tenth and time.monotonic() - told >= _QUIET_SECONDS:
+                    told = time.monotonic()
+                    left = (told - began) / (number - self._completed) * (self._total - number)
+                    note = f", {self._note}" if self._note else ""
+                    _LOGGER.info(
+                        "%s: %d of %d %s%s, %.0f s left",
+                        self._description, number, self._total, self._unit, note, left,
+                    )  # fmt: skip
+        finally:
+            _logging = False
 
 
 class _Rate(ProgressColumn):

@@ -11,8 +11,6 @@ and ends with the same result.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import itertools
 import os
 import time
@@ -20,37 +18,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from rich.console import Console
 
-from .config import Config, load_config, to_toml
+from .config import Config
 from .curation import curate
 from .evaluation import agreement, evaluate, summarise
 from .files import (
     InputError,
     atomic_folder,
     damaged,
-    make_folder,
     parquet_writer,
     read_json,
     read_parquet,
-    remove_leftovers,
     write_json,
     write_parquet,
-    write_problem,
-    write_text,
 )
 from .models import Model, open_model
+from .origins import check_origin, check_views_codes, claim_folder, model_digest
 from .pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs, pair_statistics, read_pairs
 from .published_pairs import read_published_pairs
 from .records import Record, RecordFile, write_records
 from .report import write_report
 from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
 from .summaries import print_summary
+from .trackers import check_tracker
 from .training import train_pairs
 from .worlds import shapes
 
@@ -66,6 +62,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Returns: what summary.json holds.
     Raises: InputError if the folder holds a run with other settings or cannot be written, or if a round keeps no pair.
     """
+    check_tracker(config.train.tracker)
     console = console or Console()
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
@@ -90,6 +87,7 @@ def run_curation(config: Config, number: int) -> None:
 
 def run_training(config: Config, number: int) -> None:
     """Trains on the pairs of one round, which run_curation has made."""
+    check_tracker(config.train.tracker)
     Run(config).train(number)
 
 
@@ -112,46 +110,8 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.run_folder
-        self._lock = self._locked()
-        settings = self.folder / "config.toml"
-        if settings.exists() and (any(self.folder.glob("round-*")) or (self.folder / "records.parquet").exists()):
-            self._check_settings(settings)
-        else:
-            write_text(settings, to_toml(config))
-        remove_leftovers(self.folder)
+        self._lock = claim_folder(self.folder, config, "run.name")
         self._loaded: tuple[int, Model] | None = None
-
-    def _locked(self) -> TextIO:
-        """The open lock file; the system frees it when this process ends, however it ends."""
-        path = make_folder(self.folder) / ".lock"
-        try:
-            lock = path.open("w")
-        except OSError as error:
-            raise write_problem(path, error) or error from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise InputError(
-                f"{self.folder}: another process is at work on this run; wait for it or choose another run.name"
-            ) from error
-        return lock
-
-    def _check_settings(self, path: Path) -> None:
-        saved, now = asdict(load_config(path)), asdict(self.config)
-        changed = [
-            f"{section}.{key}"
-            for section in now
-            for key in now[section]
-            if section != "pretrain"
-            and now[section][key] != saved[section][key]
-            and (section, key) not in (("run", "folder"), ("model", "device"))
-        ]
-        if changed:
-            raise InputError(
-                f"{path}: the run has other settings ({', '.join(changed)}); choose another run.name, "
-                f"or delete {self.folder} to start over"
-            )
 
     @cached_property
     def records(self) -> RecordFile:
@@ -207,11 +167,7 @@ class Run:
         if number:
             return self._open(number, self._origin().get("dtype", "float32"))
         model = self._open(0, self.config.model.dtype)
-        if not model.views_codes:
-            raise InputError(
-                f"{self.config.model.name}: sees images through a vision encoder, and self-play trains captions of "
-                "image codes; choose a checkpoint without it, such as showlab/show-o-512x512"
-            )
+        check_views_codes(model, self.config.model.name)
         self._check_origin(model)
         return model
 
@@ -231,14 +187,9 @@ class Run:
 
     def _check_origin(self, model: Model) -> None:
         """Refuses a run that began with other weights of the same name."""
-        path, digest = self.folder / "origin.json", model_digest(model)
-        if not path.exists():
-            write_json(path, {"model": digest, "dtype": str(model.engine.dtype).removeprefix("torch.")})
-        elif self._origin().get("model") != digest:
-            raise InputError(
-                f"{path}: the run began with other weights than {self.config.model.name!r} holds now; choose another "
-                f"run.name, or delete {self.folder} to start over"
-            )
+        dtype = str(model.engine.dtype).removeprefix("torch.")
+        told = {"model": f"other weights than {self.config.model.name!r} holds now"}
+        check_origin(self.folder, {"model": model_digest(model), "dtype": dtype}, told, "run.name")
 
     def _check_round(self, number: int) -> None:
         if number > self.config.selfplay.num_rounds:
@@ -391,13 +342,3 @@ class Run:
         """Seconds by phase; a kill right after a phase loses its entry, and nothing else."""
         path = self._path(number, "seconds.json")
         return read_json(path) if path.exists() else {}
-
-
-def model_digest(model: Model) -> str:
-    """A fingerprint of a model's weights, backbone and image tokenizer."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in (model.transformer, model.vq_tokenizer):
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from .config import TrainConfig
-from .files import InputError
+from .distributed import is_main
+from .files import InputError, read_json, write_json
 
 Log = Callable[[Mapping[str, float], int], None]
 """Takes a step's metrics and its number."""
@@ -18,32 +20,62 @@ _PROJECT = "hermesflow"
 
 def check_tracker(name: str) -> None:
     """Raise InputError with the fix unless the tracker is "none" or installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
+    if name == "none":
+        return
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # a folder of that name, where W&B keeps its files, is no package
         raise InputError(f"train.tracker {name}: it is not installed; run: pip install {name}, or set it to none")
 
 
 @contextmanager
-def open_tracker(config: TrainConfig, folder: Path) -> Iterator[Log]:
-    """A tracker for as long as the block runs.
+def open_tracker(config: TrainConfig, folder: Path, start: int) -> Iterator[Log]:
+    """A tracker for as long as the block runs; in all processes but the first it takes metrics and keeps none.
+
+    Training that goes on sends the steps after its checkpoint again. TensorBoard drops the older ones; W&B goes on in
+    the same run and keeps the older ones; trackio goes on in the same run and keeps both.
 
     Args:
         config: names the tracker, and is told to it.
-        folder: of the run's training; TensorBoard's files go there.
+        folder: of the run's training; TensorBoard's files go there, and tracker.json, which names the service's run.
+        start: the step that training begins or goes on with.
     Yields: the function that takes metrics.
     Raises: InputError if it is not installed.
     """
     check_tracker(config.tracker)
-    if config.tracker == "none":
+    if config.tracker == "none" or not is_main():
         yield lambda metrics, step: None
     elif config.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(folder / "tensorboard") as writer:
-            yield lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+        with _tensorboard(folder / "tensorboard", start) as log:
+            yield log
     else:
-        service = importlib.import_module(config.tracker)  # trackio has wandb's functions
-        service.init(project=_PROJECT, name=str(folder), config=asdict(config))
-        try:
-            yield lambda metrics, step: service.log(dict(metrics), step=step)
-        finally:
-            service.finish()
+        with _service(config, folder) as log:
+            yield log
+
+
+@contextmanager
+def _tensorboard(folder: Path, start: int) -> Iterator[Log]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder, purge_step=start) as writer:
+
+        def log(metrics: Mapping[str, float], step: int) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()  # a kill loses what is not on the disk, and a checkpoint may lie after it
+
+        yield log
+
+
+@contextmanager
+def _service(config: TrainConfig, folder: Path) -> Iterator[Log]:
+    """W&B, or trackio, which has its functions and knows a run by its name alone."""
+    service, path = importlib.import_module(config.tracker), folder / "tracker.json"
+    if not path.exists():
+        write_json(path, {"id": uuid.uuid4().hex[:8]})
+    run_id = read_json(path)["id"]
+    place = {"id": run_id, "dir": str(folder)} if config.tracker == "wandb" else {}
+    service.init(project=_PROJECT, name=f"{folder} {run_id}", config=asdict(config), resume="allow", **place)
+    try:
+        yield lambda metrics, step: service.log(dict(metrics), step=step)
+    finally:
+        service.finish()

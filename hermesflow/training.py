@@ -72,7 +72,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     progress |= load_checkpoint(folder, policy.transformer, optimizer)
     start, log = progress["step"], MetricLog(folder / "metrics.jsonl", progress["step"])
     bar = track(range(start, config.num_steps), "Pair-DPO", "steps", completed=start)
-    with open_tracker(config, folder) as send:
+    with open_tracker(config, folder, start) as send:
         for step in bar:
             began, meter = time.perf_counter(), Meter(policy.work, policy.device, isinstance(reference, LiveReference))
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
