@@ -99,15 +99,12 @@ class TransformerConfig:
         return asdict(self)
 
 
-def apply_layer(layer: nn.Module, x: Tensor, *, gelu: str | None = None) -> Tensor:
-    """A linear layer and GELU of it (see kernels/matmul.py): a plain one by our matmul, another as it likes.
+class Linear(nn.Linear):
+    """A linear layer by kernels/matmul.py, for x [T, D]."""
 
-    An adapter stands around its layer and shows the layer's weights as its own, so reading them would leave it out.
-    """
-    if type(layer) is nn.Linear:
-        return linear(x, layer.weight, layer.bias, gelu=gelu)
-    x = layer(x)
-    return x if gelu is None else F.gelu(x, approximate=gelu)
+    def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
+        """x [T, D] -> [T, V], and GELU of it (F.gelu's approximation)."""
+        return linear(x, self.weight, self.bias, gelu=gelu)
 
 
 class Attention(nn.Module):
@@ -117,8 +114,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.bias)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.qkv = Linear(config.hidden_size, width, bias=config.bias)
+        self.out = Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         norm = NORMS[config.norm] if config.qk_norm else nn.Identity
         self.q_norm = norm(config.head_dim, eps=config.norm_eps)
         self.k_norm = norm(config.head_dim, eps=config.norm_eps)
@@ -126,7 +123,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """x [Tq, D] -> queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim]."""
         config = self.config
-        heads = apply_layer(self.qkv, x).view(x.shape[0], -1, config.head_dim)
+        heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q, k, v.to(q.dtype)
@@ -139,18 +136,21 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
         self.gelu = None if config.gated else {"gelu": "none", "gelu_tanh": "tanh"}.get(config.activation)
-        self.up = nn.Linear(config.hidden_size, config.mlp_size * (2 if config.gated else 1), bias=config.bias)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
+        self.up = Linear(config.hidden_size, config.mlp_size * (2 if config.gated else 1), bias=config.bias)
+        self.down = Linear(config.mlp_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [Tq, D] -> [Tq, D]."""
-        x = apply_layer(self.up, x, gelu=self.gelu)
+        # An adapter around the layer adds to what comes before GELU.
+        if self.gelu is not None and type(self.up) is Linear:
+            return self.down(self.up(x, self.gelu))
+        x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
             x = self.activation(gate) * x
-        elif self.gelu is None:
+        else:
             x = self.activation(x)
-        return apply_layer(self.down, x)
+        return self.down(x)
 
 
 class Block(nn.Module):
@@ -186,7 +186,7 @@ class Block(nn.Module):
 
     def after_attention(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         """x, normed [R, D] and attended [R, H, head_dim] of any rows -> [R, D]."""
-        attended = apply_layer(self.attention.out, attended.flatten(1))
+        attended = self.attention.out(attended.flatten(1))
         if self.mlp_norm is None:
             return x + attended + self.mlp(normed)
         x = x + attended
@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self._compiler: str | None = None
-        self._compiles_training = False
+        self._training_compiler: str | None = None
 
     def forward(
         self, tree: SpanTree, cache: KVCache | None = None, embeds: Embeds | None = None, rows: Tensor | None = None
@@ -229,9 +229,10 @@ class Transformer(nn.Module):
             x = block(x, rotary, functools.partial(_attend, tree, cache, layer), rows if is_last else None, halves)
         return self.norm(x)
 
-    def prepare_training(self, *, compiled: bool, checkpointed: bool) -> None:
-        """How the layers run where gradients are wanted: through torch.compile, and keeping their inputs alone."""
-        self._compiles_training = compiled
+    def prepare_training(self, *, compiled: bool, checkpointed: bool, backend: str = "inductor") -> None:
+        """How the layers run outside inference mode: through torch.compile, as compile_blocks says, or not; and where
+        gradients are wanted, keeping their inputs alone and computing the rest again in the backward pass, or not."""
+        self._training_compiler = backend if compiled else None
         for block in self.blocks:
             block.is_checkpointed = checkpointed
 
@@ -244,10 +245,7 @@ class Transformer(nn.Module):
         self._compiler = backend
 
     def _halves(self) -> Halves:
-        if torch.is_inference_mode_enabled():
-            compiler = self._compiler
-        else:
-            compiler = "inductor" if self._compiles_training else None
+        compiler = self._compiler if torch.is_inference_mode_enabled() else self._training_compiler
         return (Block.before_attention, Block.after_attention) if compiler is None else _compiled_halves(compiler)
 
     def new_cache(self, capacity: int) -> KVCache:

@@ -114,7 +114,12 @@ class Model:
         return images.permute(0, 2, 3, 1).numpy()
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the four files of a model folder; dtype converts the weights (None keeps theirs)."""
+        """Writes the four files of a model folder; dtype converts the weights (None keeps theirs).
+
+        Raises: InputError while adapters stand around the transformer's layers, for no one could read the weights.
+        """
+        if any(".lora_" in name for name, _ in self.transformer.named_parameters()):
+            raise InputError(f"{folder}: the model still has adapters around its layers; merge them before saving")
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "image_size": self.image_size,

@@ -60,7 +60,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     result; the others open what it saves.
     """
     pairs, held_out = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
-    policy = Policy(model, config)
+    policy = Policy(model, config, seed)
     packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
     held_visits = [PairVisit(pair, 0) for pair in range(len(held_out))]
     all_visits = [visit for step in range(config.num_steps) for visit in packer.visits(step)]
@@ -121,14 +121,14 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
 class Policy:
     """The transformer that is trained, made ready as the settings say."""
 
-    def __init__(self, model: Model, config: TrainConfig) -> None:
-        """Changes model.transformer in place; finish makes it a plain one again."""
+    def __init__(self, model: Model, config: TrainConfig, seed: int) -> None:
+        """Changes model.transformer in place; finish makes it a plain one again. seed is that of new adapters."""
         self._model, self.transformer, self.config = model, model.transformer, config
         self.device = self.transformer.embed.weight.device
         on_cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_cuda) else torch.float32
         self.work = ModelWork(config=self.transformer.config, layout=model.layout, dtype=dtype)
-        self.adapters = Adapters(self.transformer, config) if config.lora_rank else None
+        self.adapters = Adapters(self.transformer, config, seed) if config.lora_rank else None
         self.transformer.prepare_training(compiled=config.compile, checkpointed=config.activation_checkpointing)
         self.is_sharded = world_size() > 1 or dtype != torch.float32
         if self.is_sharded:
@@ -138,11 +138,11 @@ class Policy:
     def finish(self, folder: Path) -> None:
         """Merges adapters, which go to folder/adapter too, and leaves model.transformer whole, in evaluation mode."""
         self.transformer.prepare_training(compiled=False, checkpointed=False)
-        if self.is_sharded:
-            unshard(self._model)
         if self.adapters is not None:
             self.adapters.save(folder / "adapter")
             self.adapters.merge()
+        if self.is_sharded:
+            unshard(self._model)
         self._model.transformer.eval()
 
 

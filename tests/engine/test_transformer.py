@@ -107,6 +107,65 @@ def test_wanted_rows_are_those_of_all(naive, transformer, inference):
             assert counts == [len(tree.token_ids), len(wanted)]
 
 
+def test_gradients_of_wanted_rows_are_those_of_all(transformer):
+    """Rows in any order, repeated and left out; the other rows' last MLP has no part in the loss."""
+    tree, rows = SpanTree.build(SPANS), torch.tensor([40, 3, 3, 0, 70])
+    parameters = list(transformer.parameters())
+
+    def gradients(hidden):
+        weight = torch.randn(hidden.shape, dtype=hidden.dtype, generator=torch.Generator().manual_seed(0))
+        return torch.autograd.grad((hidden * weight).sum(), parameters, allow_unused=True, materialize_grads=True)
+
+    for got, expected in zip(gradients(transformer(tree, rows=rows)), gradients(transformer(tree)[rows]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def training_step(transformer, rows=None):
+    """Loss, gradients, and the bytes that autograd keeps from the forward to the backward pass, weights aside."""
+    tree = SpanTree.build(SPANS)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    parameters = {name: value for name, value in transformer.named_parameters() if not name.startswith("head.")}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = transformer(tree, rows=rows).square().sum()
+    for parameter in parameters.values():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return loss, torch.autograd.grad(loss, list(parameters.values())), sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [None, [40, 3, 0]], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_checkpointed_layers_give_the_same_and_keep_less(naive, name, rows, dtype):
+    """To the last bit; what is kept of a layer is its input."""
+    transformer, rows = naive.tiny_model(name, dtype=dtype), rows and torch.tensor(rows)
+    loss, gradients, kept = training_step(transformer, rows)
+    transformer.prepare_training(compiled=False, checkpointed=True)
+    same_loss, same_gradients, kept_less = training_step(transformer, rows)
+    assert torch.equal(same_loss, loss)
+    assert all(torch.equal(mine, truth) for mine, truth in zip(same_gradients, gradients, strict=True))
+    inputs = len(transformer.blocks) * len(SpanTree.build(SPANS).token_ids) * 32 * dtype.itemsize
+    assert kept_less + inputs < kept / 3
+    transformer.prepare_training(compiled=False, checkpointed=False)
+    assert training_step(transformer, rows)[2] == kept
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_policy_and_reference_round_alike(naive, name):
+    """The layers around attention in fp32, with gradients, without them and in inference mode, to the last bit."""
+    transformer, x = naive.tiny_model(name), torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
+    block, results = transformer.blocks[0], []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            normed = block.attention_norm(x)
+            results.append(block.after_attention(x, normed, normed.unflatten(1, (4, 8))))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @torch.no_grad()
 def test_growing_token_by_token_equals_one_pass(transformer):
     answers = [[11, 12, 13, 14], [21, 22], [31, 32, 33]]

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from hermesflow import training
 from hermesflow.checkpointing import checkpoints
 from hermesflow.config import TrainConfig
+from hermesflow.engine.transformer import Linear
 from hermesflow.files import InputError
 from hermesflow.metric_log import TIMINGS, MetricLog
 from hermesflow.training import learning_rate, train_pairs
@@ -67,7 +67,7 @@ def test_training_prefers_the_wins(model, random_pairs, tmp_path, settings):
     assert means["loss"] < lines[0]["loss"]
     # What comes out is a plain model in float32 that the engine can draw with.
     after = weights_of(model)
-    assert list(after) == names and type(model.transformer.blocks[0].mlp.up) is nn.Linear
+    assert list(after) == names and type(model.transformer.blocks[0].mlp.up) is Linear
     assert {value.dtype for value in after.values()} == {torch.float32}
     assert any(not after[name].equal(before[name]) for name in names)
     codes = model.engine.generate(
