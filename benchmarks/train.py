@@ -47,8 +47,18 @@ from hermesflow.references import LiveReference, Reference, batch_logprobs, cach
 from . import e2e, naive_model
 from .case import Call
 from .lines import Line, console_table, write_lines
-from .measuring import MIB, Effort, Roof, Times, check_device, check_names, measure_roof, peak_bytes, run_facts
-from .measuring import time_rounds as time_in_turn
+from .measuring import (
+    MIB,
+    Effort,
+    Roof,
+    Times,
+    check_device,
+    check_names,
+    measure_roof,
+    peak_bytes,
+    run_facts,
+    time_rounds,
+)
 
 CASES = ("step_live", "step_cached")
 DTYPES = ("float32", "bfloat16")
@@ -128,7 +138,7 @@ def run_train(settings: Settings) -> int:
     del naive_results
     calls = {name: step.without_gradients(call) for name, call in calls.items()}
     peaks = {name: peak_bytes(call, device) / MIB for name, call in calls.items()}
-    times = time_in_turn(calls, device, EFFORT)
+    times = time_rounds(calls, device, EFFORT)
     lines = [_line(name, settings, step, times, peaks, roof) | facts for name in settings.cases or CASES]
     if settings.out:
         write_lines(settings.out, lines)

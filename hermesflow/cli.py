@@ -490,7 +490,7 @@ def _parser() -> argparse.ArgumentParser:
         "hermesflow bench train --shape small --out results.jsonl", configured=False,
     )  # fmt: skip
     step.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
-    step.add_argument("--shape", default="small", metavar="NAME", help=f"{', '.join(shapes[:-1])} or {shapes[-1]} [small]")
+    step.add_argument("--shape", default="small", metavar="NAME", help=f"one of {', '.join(shapes)} [small]")
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")
     step.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
     step.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
