@@ -39,7 +39,7 @@ from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import Model
 from hermesflow.objective import pass_objective
-from hermesflow.packing import PairBatch, PairPacker
+from hermesflow.packing import PairBatch, PairPacker, PairVisit
 from hermesflow.pairs import PAIRS_SCHEMA
 from hermesflow.prompting import PromptFormat
 from hermesflow.references import LiveReference, Reference, batch_logprobs, cached_reference
@@ -189,7 +189,7 @@ class Step:
     def run(self, case: str) -> Tensor:
         """Loss of our step, 0-dim; gradients are added to those of the weights."""
         total, reference = torch.zeros((), device=self.device), self._references[case]
-        for chosen, _ in self.packer.passes(self.visits):
+        for chosen in self._passes():
             batch = self.packer.pack(chosen, self.device)
             logprob = batch_logprobs(self.transformer, batch)
             loss, _ = pass_objective(logprob, reference.logprobs(batch), batch, self.totals, self.config)
@@ -235,13 +235,16 @@ class Step:
     def passes(self, case: str) -> list[Work]:
         """What a step needs at least."""
         num_forwards = 4 if case == "step_live" else 3
-        batches = [self.packer.pack(chosen) for chosen, _ in self.packer.passes(self.visits)]
+        batches = [self.packer.pack(chosen) for chosen in self._passes()]
         return [self.work.tree(batch.tree, len(batch.rows)) for batch in batches for _ in range(num_forwards)]
 
     @property
     def num_tokens(self) -> int:
         """Packed tokens."""
         return sum(map(self.packer.num_tokens, self.visits))
+
+    def _passes(self) -> list[list[PairVisit]]:
+        return [chosen for chosen, counts in self.packer.passes(self.visits) if counts]
 
     def _cached(self) -> Reference:
         def logprobs(batch: PairBatch) -> Tensor:
