@@ -210,6 +210,7 @@ class Tasks:
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.generator = shape, torch.Generator().manual_seed(0)
         transformer, layout = make_model(shape.checkpoint, device, dtype)
+        transformer.head.bias[layout.eot] = -100.0  # is never drawn
         self.engine = Engine(transformer, layout)
         self.work = ModelWork(config=transformer.config, layout=layout, dtype=dtype)
         self.params = ImageSamplingParams(
@@ -427,7 +428,7 @@ class Tasks:
 def make_model(
     checkpoint: CheckpointShape | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Transformer, TokenLayout]:
-    """A model on the device, nothing written: random weights, or those of the built-in model; eot is never drawn."""
+    """A model on the device, nothing written: random weights, or those of the built-in model."""
     if checkpoint is None:
         built_in = load_model("tiny")
         layout, config = built_in.layout, replace(built_in.transformer.config, head_bias=True)
@@ -444,8 +445,6 @@ def make_model(
     transformer.init_weights(torch.Generator(device).manual_seed(0))
     if checkpoint is None:
         transformer.load_state_dict(built_in.transformer.state_dict(), strict=False)
-    with torch.no_grad():
-        transformer.head.bias[layout.eot] = -100.0
     return transformer.eval().requires_grad_(False), layout
 
 

@@ -1,11 +1,12 @@
 #!/bin/bash
 # One command for a bare CUDA machine: build, checks, tests and benchmark of every kernel, within 10 minutes.
 #
-# usage: benchmarks/gpu_session.sh [all|check|bench|e2e]    default all: check and bench
+# usage: benchmarks/gpu_session.sh [all|check|bench|e2e|train]    default all: check and bench
 #
 #   check   build, doctor, every op at tiny shapes, the same under compute-sanitizer, the kernels' tests
 #   bench   build if need be, benchmark of the ops
 #   e2e     build if need be, whole tasks against the published algorithm, with profiles: ten minutes by itself
+#   train   build if need be, a Pair-DPO step against the published algorithm, at 256 and 1,024 tokens an image
 #
 # Needs a python3 with torch (CUDA), triton, pytest and this package's dependencies, and nvcc; no network. Environment:
 #   OUT      folder of logs and JSON lines               [benchmarks/results]
@@ -13,7 +14,7 @@
 #   PYTHON   interpreter                                 [python3]
 #   DEVICE   cuda, or cpu to rehearse the session        [cuda]
 #   SHAPE    shape class of the benchmark                [showo-1.3b; tiny on the cpu]
-#   DTYPE    of the model in e2e                         [bfloat16; float32 on the cpu]
+#   DTYPE    of the model in e2e and train           [bfloat16; float32 on the cpu]
 #   LIMIT    seconds for everything                      [590]
 #   BENCH_SECONDS   of these, kept for the benchmark     [210]
 #   BENCH_OPTIONS   further options of the benchmark     [none]
@@ -142,6 +143,18 @@ e2e() {
     table "$E2E_FILE"
 }
 
+train() {
+    local shape shapes=("$SHAPE") lines_file
+    if [ "$SHAPE" = showo-1.3b ]; then shapes=(showo-1.3b-256 showo-1.3b); fi
+    for shape in "${shapes[@]}"; do
+        lines_file=$OUT/train-$DEVICE-$shape-$DTYPE.jsonl
+        # shellcheck disable=SC2086 # BENCH_OPTIONS is a list of options
+        step "bench-train-$shape" 240 "$PYTHON" -m hermesflow bench train --device "$DEVICE" --shape "$shape" \
+            --dtype "$DTYPE" --out "$lines_file" ${BENCH_OPTIONS:-}
+        table "$lines_file"
+    done
+}
+
 table() { # table LINES_FILE: what was measured, also of a benchmark that was cut
     if [ -s "$1" ]; then
         "$PYTHON" -m hermesflow bench table "$1" | tee "${1%.jsonl}.md" || failed=1
@@ -168,8 +181,12 @@ e2e)
     "${PROBE[@]}" 2>/dev/null || build
     e2e
     ;;
+train)
+    "${PROBE[@]}" 2>/dev/null || build
+    train
+    ;;
 *)
-    sed -n '4,8p' "$0" | sed 's/^# \{0,1\}//' >&2
+    sed -n '4,9p' "$0" | sed 's/^# \{0,1\}//' >&2
     exit 2
     ;;
 esac

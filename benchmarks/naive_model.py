@@ -2,7 +2,8 @@
 
 Whole sequences [B, L] under dense masks, logits over the full vocabulary at every position. Images: text padded on the
 left, both guidance halves in full at each step. Text: one answer at a time, everything computed again for each token,
-under a mask that grows by a row and a column. The operations themselves are in naive.py.
+under a mask that grows by a row and a column. Training: win and lose in passes of their own, of the policy and of the
+reference. The operations themselves are in naive.py.
 
 The weights are those of our Transformer; the arithmetic is written out here, so that it stays what it is.
 Sources: Show-o (arXiv 2408.12528) and HermesFlow (arXiv 2502.12148) with their code.
@@ -12,15 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hermesflow.engine.image_decoder import ImageSamplingParams
+from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import ACTIVATIONS, Block, Transformer, rotary_table, rotate
+from hermesflow.packing import PairBatch
 
 from . import naive
 
@@ -193,3 +198,73 @@ def score_choice(
     ids = question_sequence(layout, codes, [*question, *choice], transformer.embed.weight.device)
     logits = all_logits(transformer, ids, question_mask(layout, ids))[0, -len(choice) - 1 :]
     return naive.token_logprob(logits, torch.tensor([*choice, layout.eot], device=ids.device)).sum().item()
+
+
+@dataclass(frozen=True)
+class PaddedPairs:
+    """Pairs as padded sequences, of each role (win, lose) P image sequences and then P caption sequences.
+
+    ids, labels: int64 [2, 2 P, L], the label of each position that is scored, elsewhere IGNORED.
+    """
+
+    ids: Tensor
+    labels: Tensor
+
+
+IGNORED = -100
+
+
+def pad_pairs(layout: TokenLayout, batch: PairBatch, num_text_tokens: int) -> PaddedPairs:
+    """The sequences of a packed pass whose pairs all have both sides, with the same masks and labels.
+
+    All have the length of an image sequence; a caption's is [mmu, soi, image, eoi, sot, question, caption, pads].
+    """
+    tree, num_pairs = batch.tree, batch.num_pairs
+    shape = (2, 2 * num_pairs, num_text_tokens + layout.num_image_tokens + 3)
+    ids, labels = (torch.full(shape, value, device=tree.token_ids.device) for value in (layout.pad, IGNORED))
+    for first, name in ((0, "generation"), (num_pairs, "understanding")):
+        side = batch.sides[name]
+        for segment in range(2 * num_pairs):
+            at, chosen = (segment % 2, first + segment // 2), side.segment == segment
+            rows = side.rows[chosen]
+            sequence = _sequence_to(tree, int(rows[-1]))
+            start = shape[2] - len(sequence) if name == "generation" else 0
+            ids[at][start : start + len(sequence)] = sequence
+            labels[at][start + tree.position_ids[rows]] = side.targets[chosen]
+    return PaddedPairs(ids, labels)
+
+
+def _sequence_to(tree: SpanTree, row: int) -> Tensor:
+    """Token ids of the span that holds a packed row, after those of its ancestors."""
+    span, parts = int(np.searchsorted(tree.packed_starts, row, side="right")) - 1, []
+    while span >= 0:
+        parts.insert(0, tree.token_ids[tree.span_rows(span)])
+        span = int(tree.parents[span])
+    return torch.cat(parts)
+
+
+def train_step(
+    transformer: Transformer, reference: Transformer, layout: TokenLayout, pairs: PaddedPairs, beta: float
+) -> Tensor:
+    """Loss of one step of Pair-DPO, 0-dim; the transformer's weights receive the gradient.
+
+    Four passes: policy and reference, each over the wins and over the loses. The published code sums a batch before the
+    sigmoid, which is a mistake (the method compares pair by pair); here it is as the method says.
+    """
+    policy = torch.stack([_label_logprobs(transformer, layout, pairs, role) for role in (0, 1)], dim=1)
+    with torch.no_grad():
+        before = torch.stack([_label_logprobs(reference, layout, pairs, role) for role in (0, 1)], dim=1)
+    losses, _, _ = naive.pair_dpo(policy, before, beta)
+    loss = losses.view(2, -1).mean(dim=1).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def _label_logprobs(transformer: Transformer, layout: TokenLayout, pairs: PaddedPairs, role: int) -> Tensor:
+    """Log-probability of each label [2 P, L], 0 where there is none, by logits at all positions."""
+    ids, labels = pairs.ids[role], pairs.labels[role]
+    images, captions = ids.chunk(2)
+    mask = torch.cat([image_mask(layout, images), question_mask(layout, captions).expand(len(captions), -1, -1, -1)])
+    logits = all_logits(transformer, ids, mask)
+    logprob = naive.token_logprob(logits.flatten(0, 1), labels.flatten().clamp(min=0)).view_as(labels)
+    return logprob * (labels != IGNORED)

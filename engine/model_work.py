@@ -82,17 +82,22 @@ class ModelWork:
         return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), self.layout.text_vocab_size)]
 
     def tree(self, tree: SpanTree, head_rows: int) -> Work:
-        """One forward pass over a tree whose spans are all new, the head on head_rows rows for the whole vocabulary."""
+        """One forward pass over a tree whose spans are all new, the head on head_rows rows for the whole vocabulary.
+
+        What follows the last layer's attention is needed for those rows alone too.
+        """
         columns = (tree.lengths.tolist(), tree.first_positions().tolist(), tree.causal.tolist())
         spans = [(1, *span) for span in zip(*columns, strict=True)]
-        return self.one_pass(spans, 0, head_rows, self.config.vocab_size)
+        work = self.one_pass(spans, 0, head_rows, self.config.vocab_size)
+        saved = 2 * self._weights_after_attention() * (len(tree.token_ids) - head_rows)
+        return Work(num_flops=work.num_flops - saved, num_bytes=work.num_bytes)
 
     def one_pass(self, spans: list[Spans], num_cached: int, head_rows: int, head_size: int) -> Work:
         """New spans after num_cached cached tokens; the head on head_rows rows, for head_size ids."""
         config = self.config
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        mlp = config.hidden_size * config.mlp_size * (3 if config.gated else 2)
-        layers = config.num_layers * (config.hidden_size * (2 * width + 2 * kv_width) + mlp)
+        qkv = config.hidden_size * (width + 2 * kv_width)
+        layers = config.num_layers * (qkv + self._weights_after_attention())
         head = config.hidden_size * head_size
         num_new = sum(count * length for count, length, _, _ in spans)
         num_seen = sum(
@@ -105,6 +110,12 @@ class ModelWork:
             num_flops=round(2 * layers * num_new + attention + 2 * head * head_rows),
             num_bytes=(layers + head + cached) * self.dtype.itemsize,
         )
+
+    def _weights_after_attention(self) -> int:
+        """Of one layer: its output projection and its MLP."""
+        config = self.config
+        out = config.hidden_size * config.num_heads * config.head_dim
+        return out + config.hidden_size * config.mlp_size * (3 if config.gated else 2)
 
     def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
         image = self.layout.num_image_tokens + 3

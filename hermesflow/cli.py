@@ -182,6 +182,17 @@ def _bench_e2e(arguments: argparse.Namespace, config: Config) -> int:
     )  # fmt: skip
 
 
+def _bench_train(arguments: argparse.Namespace, config: Config) -> int:
+    from hermesflow.benchmarks.train import Settings, run_train
+
+    return run_train(
+        Settings(
+            device=arguments.device, shape=arguments.shape, dtype=arguments.dtype, cases=arguments.case,
+            out=arguments.out,
+        )
+    )  # fmt: skip
+
+
 def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.benchmarks.lines import markdown_table, read_lines, update_readme
 
@@ -490,6 +501,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     e2e.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
     e2e.add_argument("--profile", type=Path, metavar="FOLDER", help="where to write a trace and a table of each case")
+    step = _command(
+        benches, "train", _bench_train, "a Pair-DPO step, forward and backward, against the published algorithm",
+        "hermesflow bench train --shape small --out results.jsonl", configured=False,
+    )  # fmt: skip
+    step.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    step.add_argument("--shape", default="small", metavar="NAME", help=f"one of {', '.join(shapes)} [small]")
+    step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")
+    step.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    step.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
     table = _command(
         benches, "table", _bench_table, "print lines of a benchmark as a Markdown table",
         "hermesflow bench table benchmarks/results/ops-cpu-small.jsonl --backend cpu", configured=False,

@@ -39,7 +39,7 @@ def span_attention(
         tree: the SpanTree, on q's device. The first call over a structure plans it, which torch.compile does not trace:
             with fullgraph=True call the op before, with its backward pass (for "torch", tree.groups() will do).
         scale: factor on q k^T; None is head_dim ** -0.5.
-        backend: "triton", "cpu" (without gradient), "torch", "flex", "flash_attn" or "xformers"; None takes the first
+        backend: "triton", "cpu", "torch", "flex", "flash_attn" or "xformers"; None takes the first
             that can run. Where a tree decodes, the last three wait for the device, once a step.
     Returns: [Tq, H, head_dim]. Differentiable in q, k and v.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
@@ -107,8 +107,8 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 
 def _cpu_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
-    if _wants_gradient(q, k, v):
-        return "a gradient is wanted, needs torch.no_grad() or tensors that require none"
+    if _wants_gradient(q, k, v) and q.dtype not in (torch.float32, torch.float64):
+        return f"a gradient is wanted and q is {q.dtype}, needs fp32 or fp64 for it"
     return not_on("cpu", q, k, v)
 
 
@@ -136,9 +136,9 @@ def _xformers_can_run(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, **_: obje
     return not_on("cuda", q, k, v)
 
 
-# On the CPU "cpu" serves what wants no gradient, "torch" what does. On CUDA the order is a guess, not measured: Triton
-# where it is there, else SDPA, whose flash and cuDNN kernels run unmasked groups and which needs nothing but torch. The
-# libraries read a shared ancestor once a span, as SDPA does, and FlexAttention compiles for minutes.
+# On CUDA the order is a guess, not measured: Triton where it is there, else SDPA, whose flash and cuDNN kernels run
+# unmasked groups and which needs nothing but torch. The libraries read a shared ancestor once a span, as SDPA does, and
+# FlexAttention compiles for minutes.
 registry.register(OP, "triton", "hermesflow.kernels.span_attention_triton:span_attention", _triton_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.span_attention_cascade:span_attention", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.span_attention:span_attention_reference", lambda *_, **__: None)

@@ -6,18 +6,26 @@ All new tokens below a shared ancestor attend to it in one product; the log-sum-
 fp32. Equal shapes make one batched call, whose keys are a view of the storage where the spans lie equally far apart
 (the candidates of a prompt, the answers of a batch), else are gathered once a span. Where merging would cost more than
 copying (a short prompt above long images), an ancestor's keys are gathered together with those of the branch.
-There is no gradient.
+
+The backward pass goes over the same parts: with the merged log-sum-exp and D = sum_d grad_out out, each gives
+
+    P = exp(q k^T scale - lse)    dS = P * (grad_out v^T - D)    grad_q += dS k scale    grad_k += dS^T q scale
+    grad_v += P^T grad_out
+
+a few spans at a time, so that P and dS stay in the cache. Where a gradient is wanted the forward pass is the same one.
 Source: cascade inference (FlashInfer, arXiv 2501.01005), Hydragen (arXiv 2402.05099).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .span_attention_plan import row_intervals
 
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 _MERGE_COST, _CALL_COST = 2, 4_000_000
 # How a span's tokens see one another; for the keys of ancestors their depth, from 0 on, stands in the place of these.
 _WHOLE, _TRIANGLE, _MASKED = -3, -2, -1
+# Of P and of dS each; the last-level cache of a small machine holds both.
+_GRADIENT_BLOCK_BYTES = 4 << 20
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -49,13 +59,28 @@ class _Runs(NamedTuple):
         end = self.first + (self.num_runs - 1) * self.step + self.length
         return storage[self.first : end].unfold(0, self.length, self.step).transpose(2, 3)
 
+    def add_to(self, storage: Tensor, values: Tensor) -> None:
+        """Adds values [G, H, L, d] to their rows of storage [S, H, d]."""
+        values = values.transpose(1, 2)
+        if self.indices is not None:
+            storage.index_add_(0, self.indices, values.flatten(0, 1))
+            return
+        for run in range(self.num_runs):
+            start = self.first + run * self.step
+            storage[start : start + self.length] += values[run]
+
+    def some(self, start: int, stop: int) -> _Runs:
+        """Runs [start, stop)."""
+        indices = None if self.indices is None else self.indices[start * self.length : stop * self.length]
+        return _Runs(stop - start, self.length, self.first + start * self.step, self.step, indices)
+
 
 class _Part(NamedTuple):
     """One batched call: queries against keys, under a mask [G, 1, L or 1, K] (0 or -inf) or, if causal, the triangle.
 
     rows are the packed rows of the real queries, a slice where they are one run; picked names them among the flattened
-    G * L queries (None: all). visible, of spans that decode: packed rows [G], and the keys [G] before their own span's,
-    of which num_visible says how many there are.
+    G * L queries (None: all), padded [G, L] the others (None: none). visible, of spans that decode: packed rows [G],
+    and the keys [G] before their own span's, of which num_visible says how many there are.
     """
 
     queries: _Runs
@@ -64,6 +89,7 @@ class _Part(NamedTuple):
     mask: Tensor | None
     rows: Tensor | slice
     picked: Tensor | None
+    padded: Tensor | None
     visible: tuple[Tensor, Tensor] | None
 
 
@@ -72,12 +98,24 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
 
     Whole regions of spans that decode are read, under a mask: what lies there beyond their tokens must be finite.
     """
+    if not len(tree.token_ids):
+        return torch.zeros_like(q)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return _WithGradient.apply(q, k, v, tree.settled(), scale)
+    return _forward(q, k, v, tree, scale)[0]
+
+
+def _parts(q: Tensor, k: Tensor, tree: SpanTree) -> tuple[list[_Part], list[_Part]]:
+    """The plan of _make_plan, made once for a tree."""
     key_bytes = 2 * k.shape[1] * k.shape[2] * k.element_size()
     row_bytes = _MERGE_COST * 2 * q.shape[1] * q.shape[2] * 4
     make = functools.partial(_make_plan, key_bytes=key_bytes, row_bytes=row_bytes)
-    own, shared = tree.plan(("cascade", key_bytes, row_bytes), make)
-    if not own:
-        return torch.zeros_like(q)
+    return tree.plan(("cascade", key_bytes, row_bytes), make)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output [Tq, H, d] and log-sum-exp [Tq, H]."""
+    own, shared = _parts(q, k, tree)
     # The aten op takes channels that lie apart for contiguous ones, without a message.
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     if scale is not None and scale <= 0:
@@ -99,7 +137,71 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
         weight = torch.sigmoid(part_lse - old_lse)[..., None]
         _put(out, part.rows, torch.lerp(old_out, part_out.to(dtype), weight))
         _put(lse, part.rows, torch.logaddexp(old_lse, part_lse))
-    return out.to(q.dtype)
+    return out.to(q.dtype), lse
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | None
+    ) -> Tensor:  # fmt: skip
+        out, lse = _forward(q, k, v, tree, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tree, ctx.scale = tree, q.shape[2] ** -0.5 if scale is None else scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+        grad_dot_out = (grad_out * out).sum(2)
+        for part in itertools.chain(*_parts(q, k, ctx.tree)):
+            block_bytes = part.queries.length * part.keys.length * q.shape[1] * q.element_size()
+            step = max(1, _GRADIENT_BLOCK_BYTES // block_bytes)
+            for start in range(0, part.queries.num_runs, step):
+                stop = min(start + step, part.queries.num_runs)
+                _add_gradients(grads, (q, k, v), (grad_out, lse, grad_dot_out), part, start, stop, ctx.scale)
+        return *grads, None, None
+
+
+def _add_gradients(
+    grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...], results: tuple[Tensor, ...],
+    part: _Part, start: int, stop: int, scale: float,
+) -> None:  # fmt: skip
+    """Adds what the runs [start, stop) of a part give to the gradients of q, k and v.
+
+    Args:
+        grads, inputs: q [Tq, H, d], k and v [S, Hkv, d].
+        results: gradient of the output [Tq, H, d], log-sum-exp [Tq, H] and grad_out . out [Tq, H].
+    """
+    queries, keys = part.queries.some(start, stop), part.keys.some(start, stop)
+    num_kv_heads = inputs[1].shape[1]
+    batch = queries.num_runs * num_kv_heads
+    # Heads that share keys lie below one another: [G * Hkv, H / Hkv * L, d].
+    query, grad_out = (queries.of(x).reshape(batch, -1, x.shape[2]) for x in (inputs[0], results[0]))
+    lse, grad_dot_out = (queries.of(x[:, :, None]).reshape(batch, -1, 1) for x in results[1:])
+    key, value = (keys.of(x).reshape(batch, keys.length, -1) for x in inputs[1:])
+    whole = (queries.num_runs, num_kv_heads, -1, queries.length, keys.length)
+
+    probs = torch.baddbmm(-lse, query, key.mT, alpha=scale)
+    if part.mask is not None:
+        probs.view(whole).add_(part.mask[start:stop, :, None])
+    probs.exp_()
+    if part.causal:
+        probs.view(whole).tril_()
+    if part.padded is not None:
+        probs.view(whole).masked_fill_(part.padded[start:stop, None, None, :, None], 0.0)
+    grad_scores = torch.baddbmm(-grad_dot_out, grad_out, value.mT).mul_(probs)
+
+    def heads(values: Tensor, runs: _Runs) -> Tensor:
+        return values.view(runs.num_runs, -1, runs.length, values.shape[-1])
+
+    queries.add_to(grads[0], heads(torch.bmm(grad_scores, key).mul_(scale), queries))
+    keys.add_to(grads[1], heads(torch.bmm(grad_scores.mT, query).mul_(scale), keys))
+    keys.add_to(grads[2], heads(torch.bmm(probs.mT, grad_out), keys))
+
+
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -194,6 +296,7 @@ def _part(
         None if mask is None else torch.where(torch.from_numpy(mask)[:, None], 0.0, float("-inf")),
         slice(int(own[0]), int(own[-1]) + 1) if contiguous else own,
         None if real.all() else torch.from_numpy(np.flatnonzero(real)),
+        None if real.all() else torch.from_numpy(~real),
         visible,
     )
 

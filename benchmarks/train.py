@@ -1,0 +1,295 @@
+"""`hermesflow bench train`: a step of Pair-DPO, forward and backward, against the published algorithm.
+
+    step_live     the reference computes beside the step
+    step_cached   its log-probabilities were computed before, and lie in a file
+
+Ours are the functions of training itself: pairs are packed, log-probabilities, objective and gradients of all weights
+computed; no optimizer, whose time is the same for both sides. The baseline (naive_model.train_step) goes over wins and
+loses, of policy and reference, in four passes of padded sequences under dense masks, with the whole vocabulary at every
+position. It has no cached reference, so that it computes one in both cases; what it reads is padded before the clock
+starts, what ours reads is packed while it runs. Weights are random (e2e.make_model), those of the policy a little
+beside the reference's. Loss and gradients of both are compared before anything is timed.
+
+Peak memory holds gradients and what the passes keep, no weights. From ModelWork.tree, of which a backward pass needs
+twice what a forward pass does:
+
+    mfu             FLOPs of all passes / time / matmul rate of this device in this dtype, measured in the same run
+    roof_fraction   the passes' max(FLOPs / matmul rate, bytes / copy bandwidth) / time
+
+Peers for the loss by itself (Liger, cut cross-entropy, TRL) are in `bench ops --op linear_logprob`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from hermesflow.config import TrainConfig
+from hermesflow.engine.model_work import ModelWork, Work
+from hermesflow.engine.transformer import Transformer
+from hermesflow.models import Model
+from hermesflow.objective import pass_objective
+from hermesflow.packing import PairBatch, PairPacker, PairVisit
+from hermesflow.pairs import PAIRS_SCHEMA
+from hermesflow.prompting import PromptFormat
+from hermesflow.references import LiveReference, Reference, batch_logprobs, cached_reference
+
+from . import e2e, naive_model
+from .case import Call
+from .lines import Line, console_table, write_lines
+from .measuring import (
+    MIB,
+    Effort,
+    Roof,
+    Times,
+    check_device,
+    check_names,
+    measure_roof,
+    peak_bytes,
+    run_facts,
+    time_rounds,
+)
+
+CASES = ("step_live", "step_cached")
+DTYPES = ("float32", "bfloat16")
+EFFORT = Effort(seconds=20.0, min_rounds=3, max_rounds=50)
+# Largest relative error of the loss and of a weight's gradient. In bfloat16 the roundings of both sides count: an
+# image's log-probability is a sum over hundreds of tokens.
+LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 0.2)}
+MOVED = 0.02
+"""How far the policy's weights are from the reference's, relative to their size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The pairs of a step; the model is that of e2e.SHAPES."""
+
+    num_pairs: int
+    prompt_len: int = 20
+    question_len: int = 16
+    caption_len: int = 20
+
+
+# Of 1,024 tokens an image, the baseline's activations for two pairs take half of an 80 GB GPU.
+SHAPES = {
+    "tiny": Shape(num_pairs=2, prompt_len=10, question_len=4, caption_len=7),
+    "small": Shape(num_pairs=4),
+    "showo-1.3b-256": Shape(num_pairs=4),
+    "showo-1.3b": Shape(num_pairs=2),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What to measure."""
+
+    device: str = "cpu"
+    shape: str = "small"
+    """One of SHAPES."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    cases: Sequence[str] = ()
+    """Empty is all."""
+    out: Path | None = None
+    """File of JSON lines."""
+
+    def __post_init__(self) -> None:
+        check_names("--shape", [self.shape], SHAPES)
+        check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--case", self.cases, CASES)
+        check_device(self.device)
+
+
+def run_train(settings: Settings) -> int:
+    """Measure, print a table, write lines.
+
+    Args:
+        settings: what to measure and where to write.
+    Returns: 0, or 1 if loss or gradients are not those of the published algorithm.
+    Raises: InputError if a file cannot be written.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+    facts = run_facts(device)  # before the file is written, which may make the checkout dirty
+    if settings.out:
+        write_lines(settings.out, [])  # a path that cannot be written shows now
+    roof, step = measure_roof(device), Step(settings.shape, device, dtype)
+    console.print(
+        f"{facts['device']}: copy {roof.bytes_per_s / 1e9:.3g} GB/s, matmul {settings.dtype} "
+        f"{roof.flops_per_s(dtype) / 1e12:.3g} TFLOP/s"
+    )
+    calls = {name: partial(step.run, name) for name in settings.cases or CASES} | {"naive": step.run_naive}
+    naive_results = step.results(step.run_naive)
+    for name in settings.cases or CASES:
+        wrong = step.compare(step.results(calls[name]), naive_results)
+        if wrong:
+            console.print(f"not measured: {name}: {wrong}")
+            return 1
+    del naive_results
+    calls = {name: step.without_gradients(call) for name, call in calls.items()}
+    peaks = {name: peak_bytes(call, device) / MIB for name, call in calls.items()}
+    times = time_rounds(calls, device, EFFORT)
+    lines = [_line(name, settings, step, times, peaks, roof) | facts for name in settings.cases or CASES]
+    if settings.out:
+        write_lines(settings.out, lines)
+    told = "median ms; times as fast as the baseline (its ms and peak MiB)"
+    console.print(console_table(lines, f"train, {settings.shape}, {facts['device']}: {told}"))
+    return 0
+
+
+class Step:
+    """One step of Pair-DPO by our packed passes and by the published algorithm, over the same pairs."""
+
+    def __init__(self, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
+        shape, model_shape = SHAPES[shape_name], e2e.SHAPES[shape_name]
+        self.transformer, layout = e2e.make_model(model_shape.checkpoint, device, dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def draw_ids(limit: int, length: int) -> list[int]:
+            return torch.randint(limit, (length,), generator=generator).tolist()
+
+        def text(length: int) -> str:
+            return " ".join(map(str, draw_ids(layout.text_vocab_size, length)))
+
+        prompts = PromptFormat(caption_question=text(shape.question_len))
+        model = Model(self.transformer, None, _SpelledIds(), layout, 0, prompts)
+        codes, num_codes = layout.codebook_size, layout.num_image_tokens
+        rows = [
+            {
+                "record_id": str(number), "caption": text(shape.prompt_len), "sides": "both",
+                **{name: draw_ids(codes, num_codes) for name in ("record_codes", "win_codes", "lose_codes")},
+                "win_caption_ids": draw_ids(layout.text_vocab_size, shape.caption_len),
+                "lose_caption_ids": draw_ids(layout.text_vocab_size, shape.caption_len),
+            }
+            for number in range(shape.num_pairs)
+        ]  # fmt: skip
+        self.config = TrainConfig(pairs_per_step=shape.num_pairs)
+        self.packer = PairPacker(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), self.config, seed=0)
+        self.device, self.layout = device, layout
+        self.visits = self.packer.visits(0)
+        self.totals = self.packer.num_pairs(self.visits)
+        self.reference = copy.deepcopy(self.transformer)
+        self._references = {"step_live": LiveReference(self.reference), "step_cached": self._cached()}
+        _move(self.transformer.requires_grad_(), torch.Generator(device).manual_seed(1))
+        self._padded = naive_model.pad_pairs(
+            layout, self.packer.pack(self.visits, device), model_shape.num_text_tokens
+        )
+        self.work = ModelWork(config=self.transformer.config, layout=layout, dtype=dtype)
+
+    def run(self, case: str) -> Tensor:
+        """Loss of our step, 0-dim; gradients are added to those of the weights."""
+        total, reference = torch.zeros((), device=self.device), self._references[case]
+        for chosen in self._passes():
+            batch = self.packer.pack(chosen, self.device)
+            logprob = batch_logprobs(self.transformer, batch)
+            loss, _ = pass_objective(logprob, reference.logprobs(batch), batch, self.totals, self.config)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def run_naive(self) -> Tensor:
+        """The published algorithm's, likewise."""
+        return naive_model.train_step(self.transformer, self.reference, self.layout, self._padded, self.config.beta)
+
+    def without_gradients(self, call: Call) -> Call:
+        """The call; then the gradients are let go, as a training loop does after its optimizer."""
+
+        def run() -> None:
+            call()
+            self.transformer.zero_grad(set_to_none=True)
+
+        return run
+
+    def results(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and gradients of a call by name of the weight; they are let go."""
+        loss = call()
+        gradients = {name: parameter.grad for name, parameter in self.transformer.named_parameters()}
+        self.transformer.zero_grad(set_to_none=True)
+        return loss, gradients
+
+    def compare(
+        self, got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
+    ) -> str | None:  # fmt: skip
+        """None, or how ours differ from the published algorithm's."""
+        loss_limit, gradient_limit = LIMITS[self.work.dtype]
+        (loss, gradients), (naive_loss, naive_gradients) = got, expected
+        if not (loss - naive_loss).abs() <= loss_limit * naive_loss.abs():  # NaN is wrong too
+            return f"the loss is {loss:.6g}, by the published algorithm {naive_loss:.6g}"
+        for name, gradient in gradients.items():
+            right = naive_gradients[name].float()
+            error = float((gradient.float() - right).norm() / right.norm())
+            if not error <= gradient_limit:
+                return f"the gradient of {name} differs from the published algorithm's by {error:.2g} of its norm"
+        return None
+
+    def passes(self, case: str) -> list[Work]:
+        """What a step needs at least."""
+        num_forwards = 4 if case == "step_live" else 3
+        batches = [self.packer.pack(chosen) for chosen in self._passes()]
+        return [self.work.tree(batch.tree, len(batch.rows)) for batch in batches for _ in range(num_forwards)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens."""
+        return sum(map(self.packer.num_tokens, self.visits))
+
+    def _passes(self) -> list[list[PairVisit]]:
+        return [chosen for chosen, counts in self.packer.passes(self.visits) if counts]
+
+    def _cached(self) -> Reference:
+        def logprobs(batch: PairBatch) -> Tensor:
+            with torch.inference_mode():
+                return batch_logprobs(self.transformer, batch)
+
+        with tempfile.TemporaryDirectory() as folder:
+            return cached_reference(Path(folder) / "reference.parquet", [], self.packer, self.visits, logprobs)
+
+
+class _SpelledIds:
+    """A text tokenizer whose texts are their ids in figures."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(figures) for figures in text.split()]
+
+
+@torch.no_grad()
+def _move(transformer: Transformer, generator: torch.Generator) -> None:
+    """Changes the weights a little, so that policy and reference differ."""
+    for weight in transformer.parameters():
+        weight += MOVED * weight.abs().float().mean() * torch.randn(
+            weight.shape, generator=generator, device=weight.device
+        ).to(weight)  # fmt: skip
+
+
+def _line(
+    name: str, settings: Settings, step: Step, times: Mapping[str, Times], peaks: Mapping[str, float], roof: Roof
+) -> Line:
+    """The case's line, without what all lines of a run share."""
+    mine, passes, dtype = times[name], step.passes(name), step.work.dtype
+    seconds, naive_ms = mine.ms_p50 / 1e3, times["naive"].ms_p50
+    num_flops, num_pairs = sum(work.num_flops for work in passes), len(step.visits)
+    items = {"tokens": step.num_tokens, "pairs": num_pairs}
+    return {
+        "bench": "train", "case": name,
+        "shape": f"{settings.shape}: {num_pairs} pairs, {step.layout.num_image_tokens} tokens an image, "
+        f"{step.num_tokens} packed",
+        "dtype": settings.dtype, "backend": "engine", "baseline": "naive",
+        "ms_p20": mine.ms_p20, "ms_p50": mine.ms_p50, "ms_p80": mine.ms_p80,
+        "baseline_ms_p50": naive_ms, "speedup": naive_ms / mine.ms_p50,
+        "peak_mib": peaks[name], "baseline_peak_mib": peaks["naive"],
+        "gb_s": sum(work.num_bytes for work in passes) / seconds / 1e9, "tflop_s": num_flops / seconds / 1e12,
+        "roof_fraction": sum(roof.seconds(work.num_bytes, work.num_flops, dtype) for work in passes) / seconds,
+        "mfu": num_flops / seconds / roof.flops_per_s(dtype),
+        "items_per_s": {item: count / seconds for item, count in items.items()},
+        "baseline_reference": "computed in the step",
+    }  # fmt: skip
