@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .distributed import is_main
+
 Item = TypeVar("Item")
 
 _display: Progress | None = None  # the one that is on screen; a track inside another adds its line to it
@@ -50,7 +52,7 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
     def __iter__(self) -> Iterator[Item]:
         global _display
         console = Console(stderr=True)
-        if not console.is_terminal:
+        if not console.is_terminal or not is_main():
             yield from self._items
             return
         outermost = _display is None

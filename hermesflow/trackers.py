@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .config import TrainConfig
+from .distributed import is_main
 from .files import InputError
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -24,7 +25,7 @@ def check_tracker(name: str) -> None:
 
 @contextmanager
 def open_tracker(config: TrainConfig, folder: Path) -> Iterator[Log]:
-    """A tracker for as long as the block runs.
+    """A tracker for as long as the block runs; of several processes, the first has it.
 
     Args:
         config: names the tracker, and is told to it.
@@ -33,7 +34,7 @@ def open_tracker(config: TrainConfig, folder: Path) -> Iterator[Log]:
     Raises: InputError if it is not installed.
     """
     check_tracker(config.tracker)
-    if config.tracker == "none":
+    if config.tracker == "none" or not is_main():
         yield lambda metrics, step: None
     elif config.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

@@ -23,7 +23,7 @@ from hermesflow.engine.transformer import Transformer
 from .adapters import Adapters
 from .checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
 from .config import TrainConfig
-from .distributed import shard, unshard, world_size
+from .distributed import is_main, shard, unshard, world_size
 from .files import InputError
 from .metric_log import Meter, MetricLog
 from .models import Model
@@ -64,9 +64,10 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
     held_visits = [PairVisit(pair, 0) for pair in range(len(held_out))]
     all_visits = [visit for step in range(config.num_steps) for visit in packer.visits(step)]
+    # Before the first pass: one without a gradient leaves sharded weights whole, and those are not what is trained.
+    optimizer = make_optimizer(policy.transformer, config)
     reference = _make_reference(policy, packer, all_visits, folder / "reference.parquet")
     held_reference = _make_reference(policy, held_packer, held_visits, folder / "reference-holdout.parquet")
-    optimizer = make_optimizer(policy.transformer, config)
     # Least held-out loss so far, and the number of steps after which it was measured.
     progress = {"step": 0, "best_loss": math.inf, "best_step": 0}
     progress |= load_checkpoint(folder, policy.transformer, optimizer)
@@ -128,19 +129,22 @@ class Policy:
         on_cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_cuda) else torch.float32
         self.work = ModelWork(config=self.transformer.config, layout=model.layout, dtype=dtype)
-        self.adapters = Adapters(self.transformer, config) if config.lora_rank else None
+        self._add_adapters(self.transformer)
         self.transformer.prepare_training(compiled=config.compile, checkpointed=config.activation_checkpointing)
         self.is_sharded = world_size() > 1 or dtype != torch.float32
         if self.is_sharded:
             shard(self.transformer, dtype)
         self.transformer.train()
 
+    def _add_adapters(self, transformer: Transformer) -> None:
+        self.adapters = Adapters(transformer, self.config) if self.config.lora_rank else None
+
     def finish(self, folder: Path) -> None:
         """Merges adapters, which go to folder/adapter too, and leaves model.transformer whole, in evaluation mode."""
         self.transformer.prepare_training(compiled=False, checkpointed=False)
         if self.is_sharded:
-            unshard(self._model)
-        if self.adapters is not None:
+            unshard(self._model, self._add_adapters)
+        if self.adapters is not None and is_main():
             self.adapters.save(folder / "adapter")
             self.adapters.merge()
         self._model.transformer.eval()
