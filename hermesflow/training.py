@@ -137,7 +137,12 @@ class Policy:
         self.transformer.train()
 
     def _add_adapters(self, transformer: Transformer) -> None:
-        self.adapters = Adapters(transformer, self.config) if self.config.lora_rank else None
+        self.adapters = None
+        if self.config.lora_rank:
+            # Drawn the same in every process and after every restart, whatever was drawn before.
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(0)
+                self.adapters = Adapters(transformer, self.config)
 
     def finish(self, folder: Path) -> None:
         """Merges adapters, which go to folder/adapter too, and leaves model.transformer whole, in evaluation mode."""
