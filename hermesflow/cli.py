@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        message = _user_message(error)
-        if debug or message is None:
+        message, is_first = _user_message(error), _may_tell()
+        if debug or (message is None and is_first):
             raise
-        if _may_tell():
+        if is_first:
             print(f"hermesflow: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
 

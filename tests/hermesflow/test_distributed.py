@@ -256,9 +256,18 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(model_folder
     assert_same_run(tmp_path / "t", of_one_run)
 
 
+def test_torchrun_is_told_to_end(model_folder, tmp_path):
+    launcher = launch("-m", "hermesflow", "curate", *arguments(model_folder, tmp_path, "data.num_records=500"))
+    while launcher.poll() is None and not list(tmp_path.rglob("part-00001.parquet")):
+        time.sleep(0.01)
+    launcher.terminate()
+    _, stderr = finish(launcher, code=1)
+    (line,) = [line for line in own_lines(stderr) if "error" in line]
+    assert "stopped by torchrun, since another process is gone or the run was told to end; the same command" in line
+
+
 MISTAKES = {
     "of all": (["--set", "model.device=cuda:0"], "model.device cuda:0: all processes would share it"),
-    "of the settings": (["--set", "train.lr=-1"], "train.lr|TrainConfig: lr"),
     "of the first": (["--set", "data.source=/nowhere"], "/nowhere"),
 }
 
