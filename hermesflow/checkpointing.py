@@ -206,6 +206,10 @@ def _damage(path: Path) -> str | None:
 def _damage_seen(path: Path) -> str | None:
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
+        listed = {name for name, _, _ in manifest}
+        strange = sorted(file.name for file in path.glob("*.safetensors") if file.name not in listed)
+        if strange:
+            return f"{strange[0]} is not in {_MANIFEST}"
         for name, size, checksum in manifest[rank() :: world_size()]:
             file = path / name
             if not file.exists():

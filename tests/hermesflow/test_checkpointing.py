@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import time
 import warnings
@@ -148,7 +149,12 @@ def cut_short(path):
     tensors_file(path).write_bytes(tensors_file(path).read_bytes()[:-1])
 
 
+def add_a_file(path):
+    shutil.copy(tensors_file(path), path / "shard-00002-model-00001-of-00001.safetensors")
+
+
 DAMAGES = {
+    "a strange file": (add_a_file, "shard-00002-.* is not in manifest.json"),
     "a bit": (flip_a_bit, "has another checksum than manifest.json"),
     "cut short": (cut_short, r"has \d+ bytes instead of \d+"),
     "no tensors": (lambda path: tensors_file(path).unlink(), r"safetensors is missing"),

@@ -215,7 +215,7 @@ def assert_same_run(folder, expected):
     one, other = (json.loads((path / "summary.json").read_text()) for path in (expected, folder))
     assert other["before"].keys() == one["before"].keys()
     assert other["rounds"][0]["pairs"] == one["rounds"][0]["pairs"]
-    assert other["rounds"][0]["training"] == pytest.approx(one["rounds"][0]["training"], rel=1e-4, abs=1e-5)
+    assert other["rounds"][0]["training"] == pytest.approx(one["rounds"][0]["training"], rel=1e-5, abs=1e-5)
     assert set(other["rounds"][0]["seconds"]) == {"curation", "training", "evaluation"}
     weights = [load_model(str(path / "round-1/model")).transformer.state_dict() for path in (expected, folder)]
     for name, value in weights[0].items():
