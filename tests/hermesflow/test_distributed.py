@@ -84,19 +84,24 @@ def step_of(model, pairs, config):
     return sums.metrics(), gradients
 
 
-def trained(model):
-    """A policy and its optimizer after two steps on gradients that depend on the names alone."""
-    config = TrainConfig(dtype="float32", lr=1e-2)
-    policy = Policy(model, config)
-    optimizer = make_optimizer(policy.transformer, config)
+def untrained(model, lora_rank=0):
+    policy = Policy(model, TrainConfig(dtype="float32", lr=1e-2, lora_rank=lora_rank))
+    return policy, make_optimizer(policy.transformer, policy.config)
+
+
+def trained(model, lora_rank=0):
+    """A policy and its optimizer after two steps."""
+    policy, optimizer = untrained(model, lora_rank)
     take_step(policy, optimizer)
     take_step(policy, optimizer)
     return policy, optimizer
 
 
 def take_step(policy, optimizer):
+    """With gradients that are a function of each weight alone, whoever holds it."""
     for parameter in policy.transformer.parameters():
-        parameter.grad = parameter.detach().sin()
+        if parameter.requires_grad:
+            parameter.grad = (parameter.detach() + 0.1).sin()
     optimizer.step()
 
 
@@ -109,11 +114,11 @@ def work_of_a_process(folder):
         found = step_of(load_model(str(model)), pairs.slice(0, count), config)
         if is_main():
             torch.save(found, folder / f"{name}.pt")
-    policy, optimizer = trained(load_model(str(model)))
-    save_checkpoint(folder / "of-two", policy.transformer, optimizer, {"step": 2}, 2)
+    for lora_rank in (1, 0):
+        policy, optimizer = trained(load_model(str(model)), lora_rank)
+        save_checkpoint(folder / f"of-two-{lora_rank}", policy.transformer, optimizer, {"step": 2}, 2)
 
-    policy = Policy(load_model(str(model)), TrainConfig(dtype="float32", lr=1e-2))
-    optimizer = make_optimizer(policy.transformer, policy.config)
+    policy, optimizer = untrained(load_model(str(model)))
     assert load_checkpoint(folder / "of-one", policy.transformer, optimizer) == {"step": 2}
     take_step(policy, optimizer)
     weights = {name: value.full_tensor() for name, value in policy.transformer.named_parameters()}
@@ -123,13 +128,13 @@ def work_of_a_process(folder):
     assert gather(rank()) == [0, 1]
     assert on_main(lambda: (rank(), world_size(), on_main(lambda: "alone"))) == (0, 1, "alone")
     # A file that one process finds damaged is damaged for all.
-    save_checkpoint(folder / "of-two", policy.transformer, optimizer, {"step": 3}, 2)
-    files = sorted((folder / "of-two/step-000003").glob("*.safetensors"))
+    save_checkpoint(folder / "of-two-0", policy.transformer, optimizer, {"step": 3}, 2)
+    files = sorted((folder / "of-two-0/step-000003").glob("*.safetensors"))
     assert len(files) == 2
     if is_main():
         files[1].write_bytes(files[1].read_bytes()[:-1])
     distributed.barrier()
-    assert load_checkpoint(folder / "of-two", policy.transformer, optimizer) == {"step": 2}
+    assert load_checkpoint(folder / "of-two-0", policy.transformer, optimizer) == {"step": 2}
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +175,12 @@ def test_two_processes_go_on_from_one(of_two):
         assert torch.equal(resumed[name], value), name
 
 
-def test_one_process_goes_on_from_two(of_two):
-    policy, optimizer = trained(load_model(str(of_two / "model")))
-    other = Policy(load_model(str(of_two / "model")), policy.config)
-    other_optimizer = make_optimizer(other.transformer, policy.config)
-    path = of_two / "of-two"
+# One process holds nothing of an adapter of rank 1.
+@pytest.mark.parametrize("lora_rank", [0, 1], ids=["all weights", "adapters"])
+def test_one_process_goes_on_from_two(of_two, lora_rank):
+    policy, optimizer = trained(load_model(str(of_two / "model")), lora_rank)
+    other, other_optimizer = untrained(load_model(str(of_two / "model")), lora_rank)
+    path = of_two / f"of-two-{lora_rank}"
     assert load_checkpoint(path, other.transformer, other_optimizer) == {"step": 2}
     for item in ((policy, optimizer), (other, other_optimizer)):
         take_step(*item)
