@@ -272,8 +272,16 @@ def test_torchrun_is_told_to_end(model_folder, tmp_path):
     assert "stopped by torchrun, since another process is gone or the run was told to end; the same command" in line
 
 
+def score_badly(candidates, truths):
+    """A scorer of the user's."""
+    if rank() == 1:
+        raise ValueError("of process 1")
+    return [0.5] * len(candidates)
+
+
 MISTAKES = {
     "of all": (["--set", "model.device=cuda:0"], "model.device cuda:0: all processes would share it"),
+    "of one": (["--set", "curation.caption_scorer=test_distributed:score_badly"], "score_badly: raised ValueError"),
     "of the first": (["--set", "data.source=/nowhere"], "/nowhere"),
 }
 
