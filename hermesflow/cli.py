@@ -40,16 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         hint = "; the same command goes on where it stopped" if arguments.continues else ""
-        print(f"\nhermesflow: stopped{hint}", file=sys.stderr)
+        if _may_tell():
+            print(f"\nhermesflow: stopped{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        message = _user_message(error)
-        if debug or message is None:
+        message, is_first = _user_message(error), _may_tell()
+        if debug or (message is None and is_first):
             raise
-        print(f"hermesflow: error: {' '.join(message.split())}", file=sys.stderr)
+        if is_first:
+            print(f"hermesflow: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 
@@ -57,7 +59,10 @@ class _StderrHandler(logging.Handler):
     """Prints to what stderr is at the time: a progress bar stands in for it while it is on screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"hermesflow: {record.getMessage()}", file=sys.stderr)
+        from hermesflow.distributed import is_main
+
+        if is_main():
+            print(f"hermesflow: {record.getMessage()}", file=sys.stderr)
 
 
 @contextmanager
@@ -81,16 +86,30 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         path = error.filename or "output"
         return str(write_problem(path, error) or f"{path}: {error.strerror or error}")
+    distributed = sys.modules.get("hermesflow.distributed")
+    if distributed is not None and distributed.is_lost(error):
+        return distributed.LOST
     registry = sys.modules.get("hermesflow.kernels.registry")  # loaded wherever its error can come from
     if registry is not None and isinstance(error, registry.BackendError):
         return str(error)
     return None
 
 
+def _may_tell() -> bool:
+    """Of the processes that torchrun started, the first that ends tells why."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from hermesflow.distributed import may_tell
+
+    return may_tell()
+
+
 def _selfplay(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.distributed import process_group
     from hermesflow.selfplay import run_selfplay
 
-    run_selfplay(config)
+    with process_group(config.model.device):
+        run_selfplay(config)
 
 
 def _pretrain(arguments: argparse.Namespace, config: Config) -> None:
@@ -100,25 +119,31 @@ def _pretrain(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _curate(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.distributed import process_group
     from hermesflow.selfplay import run_curation
 
-    run_curation(config, arguments.round)
+    with process_group(config.model.device):
+        run_curation(config, arguments.round)
 
 
 def _train(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.distributed import process_group
+
     if arguments.pairs is None:
         for option in ("output", "root"):
             if getattr(arguments, option) is not None:
                 raise InputError(f"--{option}: belongs to --pairs FILE; a round's training goes into its run")
         from hermesflow.selfplay import run_training
 
-        run_training(config, arguments.round or 1)
+        with process_group(config.model.device):
+            run_training(config, arguments.round or 1)
         return
     if arguments.round is not None:
         raise InputError("--round: belongs to a run; with --pairs FILE there is none, leave one of the two out")
     from hermesflow.pair_training import train_on_pairs
 
-    print(train_on_pairs(config, arguments.pairs, arguments.output or config.run_folder, arguments.root))
+    with process_group(config.model.device):
+        print(train_on_pairs(config, arguments.pairs, arguments.output or config.run_folder, arguments.root))
 
 
 def _pairs_export(arguments: argparse.Namespace, config: Config) -> None:

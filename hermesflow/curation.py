@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from hermesflow.config import CurationConfig
+from hermesflow.distributed import rank, world_size
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.files import InputError, ParquetRows, damaged, make_folder, read_parquet, write_parquet
 from hermesflow.models import Model
@@ -74,6 +75,8 @@ def curate(
     file, folder/part-NNNNN.parquet; a part that exists is read instead of made again. A candidate's draws depend on the
     seed and the record alone, not on the batch.
 
+    With several processes each makes every so many-th part and yields those; the files are the same as one makes.
+
     All records are looked at once before anything is drawn; then each part comes as soon as it is on the disk.
 
     Args:
@@ -84,7 +87,8 @@ def curate(
         folder: of the parts.
         previous: the pairs of the previous round; their images of these records are scored again by this model, so that
             one judge compares old and new.
-    Yields: (the records of a part, their candidates with CANDIDATES_SCHEMA), both in the records' order.
+    Yields: (the records of one of this process's parts, their candidates with CANDIDATES_SCHEMA), both in the records'
+        order.
     Raises: InputError, at the call itself, on a damaged part, parts of other records or settings, an unwritable folder,
         a record that cannot be curated, a scorer that cannot be had, or a word that the model does not know.
     Source: HermesFlow (arXiv 2502.12148), section 3.
@@ -93,11 +97,13 @@ def curate(
     paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(prints))]
     _refuse_strange_parts(make_folder(folder), paths)
     done = {path for path, fingerprint in zip(paths, prints, strict=True) if _is_made(path, fingerprint)}
-    scorers = Scorers(config) if len(done) < len(paths) else None
+    share = slice(rank(), None, world_size())
+    scorers = Scorers(config) if set(paths[share]) - done else None
 
     def parts() -> Iterator[tuple[list[Record], pa.Table]]:
-        batches = zip(paths, prints, _batches(records, config), strict=True)
-        for path, fingerprint, batch in track(batches, "curation", "batches", total=len(paths)):
+        every = zip(paths, prints, _batches(records, config), strict=True)
+        batches = itertools.islice(every, share.start, None, share.step)
+        for path, fingerprint, batch in track(batches, "curation", "batches", total=len(paths[share])):
             if path not in done:
                 rows = _rows(model, batch, config, seed, _previous_images(batch, previous), scorers)
                 table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)

@@ -21,6 +21,7 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 _LEAST_FREE_BYTES = 1 << 20
 _MAX_MESSAGE = 1 << 16
 _ROWS_PER_GROUP = 1024
+_OLDER = "old.tmp"
 
 
 class InputError(ValueError):
@@ -111,7 +112,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(path)
     make_folder(target.parent)
-    temporary, older = _temporary(target), _temporary(target, "old.tmp")
+    temporary, older = _temporary(target), _temporary(target, _OLDER)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -134,11 +135,16 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Remove the temporary files and folders that a killed process left anywhere below `folder`.
 
+    A folder that was out of its place, since a new one was about to take it, is put back.
+
     Args:
         folder: a run's folder that no other process is writing to.
     """
     for leftover in list(Path(folder).rglob(".*.tmp")):
-        if leftover.is_dir():
+        target = leftover.with_name(leftover.name[1:].rsplit(".", 3)[0])
+        if leftover.name.endswith(f".{_OLDER}") and not target.exists():
+            os.replace(leftover, target)
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)

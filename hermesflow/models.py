@@ -27,6 +27,7 @@ from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 
 from .config import CurationConfig, EvalConfig, ModelConfig
+from .distributed import local_device
 from .files import InputError, read_json, reason_of, shown
 from .hub import find_folder
 from .images import fit_image
@@ -140,15 +141,8 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def open_model(config: ModelConfig) -> Model:
     """The model of a run's settings, where and in the dtype that they say. Raises: InputError as load_model does."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"model.device {device}: torch sees {torch.cuda.device_count()} CUDA devices here; choose another, or cpu "
-            "(hermesflow doctor shows more)"
-        )
-    return load_model(config.name, device, None if config.dtype == "auto" else getattr(torch, config.dtype))
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    return load_model(config.name, local_device(config.device), dtype)
 
 
 def load_model(

@@ -116,17 +116,14 @@ class PairPacker:
         """
         Args:
             model: its layout, text tokenizer and prompts are used.
-            pairs: a table of hermesflow.pairs, from trained_pairs.
+            pairs: a table of hermesflow.pairs, which check_pairs and trained_pairs have seen.
             config: how masks are drawn and what is scored; a side of weight 0 is not packed.
             seed: of masks, dropped prompts and the order of pairs.
-        Raises: InputError if a pair's tokens cannot be this model's; it names the record.
         """
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
         self.question_ids = caption_prompt(model)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
-        for pair in range(len(pairs)):
-            self._check_tokens(pair)
         self._prompt = functools.cache(lambda text: model.layout.text_prompt(image_prompt(model, text)))
 
     def visits(self, step: int) -> list[PairVisit]:
@@ -194,20 +191,6 @@ class PairPacker:
         """Those of the pair's sides that are trained."""
         return [side for side in _trained_sides(self.config) if self._sides[pair] in ("both", side)]
 
-    def _check_tokens(self, pair: int) -> None:
-        layout = self.model.layout
-        for name in (name for side in self._sides_of(pair) for name in _COLUMNS[side]):
-            ids = self._tokens[name][pair]
-            if name.endswith("_codes"):
-                count, size, expected = layout.num_image_tokens, layout.codebook_size, "image codes"
-            else:
-                count, size, expected = len(ids), layout.text_vocab_size, "text ids"
-            if len(ids) != count or (count and not 0 <= ids.min() <= ids.max() < size):
-                raise InputError(
-                    f"pairs: record {self.pairs['record_id'][pair]}: expected {count} {expected} below {size} in "
-                    f"{name}, got {len(ids)} up to {max(ids, default=None)}; take pairs that this model drew"
-                )
-
     def _prompt_of(self, visit: PairVisit) -> list[int]:
         """The condition that win and lose share: the caption, or the empty text."""
         # A stream of its own, so that the masks stay the same.
@@ -244,6 +227,45 @@ class PairPacker:
             builder.predict("understanding", 2 * index + lose, rows, targets, np.ones(len(targets)))
             if len(caption):
                 builder.add(caption, question, "causal")
+
+
+def check_pairs(pairs: pa.Table, model: Model) -> None:
+    """Raise InputError, which names the record, unless what the pairs' sides need is there and can be this model's."""
+    for batch in pairs.to_batches(256):  # as Python objects a large file would not fit into memory
+        for row in batch.to_pylist():
+            try:
+                _check_row(row, model)
+            except ValueError as error:
+                reason = str(error).partition("; ")[0]
+                raise InputError(
+                    f"record {row['record_id']}: {reason}; give pairs that this model drew, or the model that drew them"
+                ) from error
+
+
+def _check_row(row: dict, model: Model) -> None:
+    layout, sides = model.layout, row["sides"]
+    if sides not in ("both", *SIDES):
+        raise ValueError(f"sides is {sides!r}, expected both, {' or '.join(SIDES)}")
+    needed = [name for side in SIDES if sides in ("both", side) for name in _COLUMNS[side]]
+    if sides != "understanding":
+        needed.append("caption")
+    for name in needed:
+        if row[name] is None:
+            raise ValueError(f"{name} is missing, which sides {sides!r} needs")
+        if name == "caption":
+            model.encode_text(row[name])
+        elif name.endswith("_codes"):
+            if len(row[name]) != layout.num_image_tokens:
+                raise ValueError(f"{name} has {len(row[name])} tokens, the model's image {layout.num_image_tokens}")
+            _check_range(name, row[name], layout.codebook_size, "codebook")
+        else:
+            _check_range(name, row[name], layout.text_vocab_size, "text vocabulary")
+
+
+def _check_range(name: str, ids: list[int | None], size: int, what: str) -> None:
+    for token in ids:
+        if token is None or not 0 <= token < size:
+            raise ValueError(f"{name} holds {token}, the model's {what} has {size}")
 
 
 def trained_pairs(pairs: pa.Table, config: TrainConfig) -> pa.Table:

@@ -61,6 +61,9 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
     def __iter__(self) -> Iterator[Item]:
         global _display
         console = Console(stderr=True)
+        if not is_main():
+            yield from self._items
+            return
         if not console.is_terminal:
             yield from self._logged()
             return

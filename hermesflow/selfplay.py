@@ -6,7 +6,7 @@
                 evaluation.json  seconds.json
 
 Every phase writes its result whole and is skipped where that exists, so that a run that was killed goes on where it was
-and ends with the same result.
+and ends with the same result. With torchrun, all processes curate and train; the first does the rest, and writes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.console import Console
 
 from .config import Config
 from .curation import curate
+from .distributed import barrier, is_main, on_main, world_size
 from .evaluation import agreement, evaluate, summarise
 from .files import (
     InputError,
@@ -72,12 +73,16 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
         run.curate(number)
         run.train(number)
         run.evaluation(number)
-    summary = run.summary()
-    write_json(run.folder / "summary.json", summary)
-    page = write_report(run.folder)
-    print_summary(summary, console)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    return summary
+
+    def finish() -> dict[str, Any]:
+        summary = run.summary()
+        write_json(run.folder / "summary.json", summary)
+        page = write_report(run.folder)
+        print_summary(summary, console)
+        console.print(f"report: {page}", soft_wrap=True, highlight=False)
+        return summary
+
+    return on_main(finish)
 
 
 def run_curation(config: Config, number: int) -> None:
@@ -110,15 +115,22 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.run_folder
-        self._lock = claim_folder(self.folder, config, "run.name")
+        on_main(self._claim)
         self._loaded: tuple[int, Model] | None = None
+
+    def _claim(self) -> None:
+        self._lock = claim_folder(self.folder, self.config, "run.name")
 
     @cached_property
     def records(self) -> RecordFile:
         """All rounds' image-caption pairs with their images' codes; on the disk, and read where they are used."""
         path = self.folder / "records.parquet"
-        if not (path.exists() and (self.folder / "rejected.parquet").exists()):
-            write_records(path, self._make_records())
+
+        def work() -> None:
+            if not (path.exists() and (self.folder / "rejected.parquet").exists()):
+                write_records(path, self._make_records())
+
+        on_main(work)
         return RecordFile(path)
 
     def _make_records(self) -> Iterator[Record]:
@@ -218,10 +230,10 @@ class Run:
     def curate(self, number: int) -> None:
         """Candidates, pairs and rejected records of a round."""
         self._check_round(number)
-        if self._path(number, "pairs.parquet").exists() and self._path(number, "rejected.parquet").exists():
+        if self._is_made(number, "pairs.parquet", "rejected.parquet"):
             return
 
-        def work() -> None:
+        def write_pairs_of_parts() -> None:
             previous, parts = self._previous(number), self._candidates(number)
             with (
                 parquet_writer(self._path(number, "pairs.parquet"), PAIRS_SCHEMA) as write_pairs,
@@ -232,6 +244,13 @@ class Run:
                     pairs, rejected = make_pairs(records, candidates, self.config.curation, before)
                     write_pairs(pairs)
                     write_rejected(rejected)
+
+        def work() -> None:
+            if world_size() > 1:
+                for _ in self._candidates(number):
+                    pass
+                barrier()
+            on_main(write_pairs_of_parts)
 
         self._timed(number, "curation", work)
 
@@ -251,7 +270,7 @@ class Run:
         """Pair-DPO on a round's pairs."""
         self._check_round(number)
         target = self._path(number, "model")
-        if target.exists() and self._path(number, "training.json").exists():
+        if self._is_made(number, "model", "training.json"):
             return
         if not self._path(number, "pairs.parquet").exists():
             raise InputError(f"{self.folder}: round {number} has no pairs yet; curate or import them first")
@@ -277,17 +296,25 @@ class Run:
                 seed=self.config.run.seed * 1_000 + number,
                 folder=self._path(number, "train"),
             )
-            write_json(self._path(number, "training.json"), means)
-            with atomic_folder(target) as temporary:
-                model.save(temporary)
+
+            def save() -> None:
+                write_json(self._path(number, "training.json"), means)
+                with atomic_folder(target) as temporary:
+                    model.save(temporary)
+
+            on_main(save)
 
         self._timed(number, "training", work)
 
     def evaluation(self, number: int) -> dict[str, Any]:
         """The evaluation after a round."""
         path = self._path(number, "evaluation.json")
-        if not path.exists():
-            self._timed(number, "evaluation", lambda: write_json(path, self._evaluate(number)))
+
+        def work() -> None:
+            if not path.exists():
+                self._timed(number, "evaluation", lambda: write_json(path, self._evaluate(number)))
+
+        on_main(work)
         result = read_json(path)
         if not isinstance(result, dict) or not {"metrics", "records"} <= result.keys():
             raise damaged(path, "evaluation", ValueError("it has no metrics"))
@@ -331,12 +358,17 @@ class Run:
     def _path(self, number: int, *names: str) -> Path:
         return self.folder.joinpath(f"round-{number}", *names)
 
+    def _is_made(self, number: int, *names: str) -> bool:
+        """Whether a round has these files, for all processes."""
+        return on_main(lambda: all(self._path(number, name).exists() for name in names))
+
     def _timed(self, number: int, phase: str, work: Callable[[], None]) -> None:
         """Runs a phase and notes its seconds; of a phase that was killed, those since it went on."""
         began = time.perf_counter()
         work()
-        seconds = self._seconds(number) | {phase: round(time.perf_counter() - began, 2)}
-        write_json(self._path(number, "seconds.json"), seconds)
+        if is_main():
+            seconds = self._seconds(number) | {phase: round(time.perf_counter() - began, 2)}
+            write_json(self._path(number, "seconds.json"), seconds)
 
     def _seconds(self, number: int) -> dict[str, float]:
         """Seconds by phase; a kill right after a phase loses its entry, and nothing else."""

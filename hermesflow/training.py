@@ -23,12 +23,12 @@ from hermesflow.engine.transformer import Transformer
 from .adapters import Adapters
 from .checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
 from .config import TrainConfig
-from .distributed import shard, unshard, world_size
+from .distributed import reshard, shard, unshard, world_size
 from .files import InputError
 from .metric_log import Meter, MetricLog
 from .models import Model
 from .objective import StepSums, pass_objective
-from .packing import PairPacker, PairVisit, trained_pairs
+from .packing import PairPacker, PairVisit, check_pairs, trained_pairs
 from .progress import track
 from .references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
 from .trackers import open_tracker
@@ -53,12 +53,13 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
         folder: receives metrics.jsonl, one line a step, step-*/ checkpoints, reference*.parquet and, with LoRA,
             adapter/.
     Returns: means over the last tenth of the steps of every metric.
-    Raises: InputError on an empty table, an unwritable folder, checkpoints that cannot be used, or a loss or gradient
-        that is not finite; the last names the step.
+    Raises: InputError on an empty table, pairs of another model, an unwritable folder, checkpoints that cannot be used,
+        or a loss or gradient that is not finite; the last names the step.
 
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves.
     """
+    check_pairs(pairs, model)
     pairs, held_out = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
     policy = Policy(model, config, seed)
     packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
@@ -172,6 +173,7 @@ def measure_loss(transformer: Transformer, packer: PairPacker, reference: Refere
         loss, shares = pass_objective(logprob, reference.logprobs(batch), batch, totals, packer.config)
         if counts:
             sums.add(loss, shares)
+    reshard(transformer)
     transformer.train()
     return sums.metrics()["loss"]
 
@@ -206,7 +208,9 @@ def _make_reference(policy: Policy, packer: PairPacker, visits: list[PairVisit],
         with torch.no_grad() if policy.is_sharded else torch.inference_mode():
             return batch_logprobs(transformer, batch)
 
-    return cached_reference(path, made_from, packer, visits, logprobs)
+    reference = cached_reference(path, made_from, packer, visits, logprobs)
+    reshard(transformer)
+    return reference
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -77,6 +77,28 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert names(inner) == ["part-0.parquet"]
 
 
+def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path, monkeypatch):
+    path = tmp_path / "best"
+    with files.atomic_folder(path) as temporary:
+        (temporary / "old").touch()
+    moved, replace = [], os.replace
+
+    def killed(source, target):
+        if moved:
+            os._exit(0)
+        moved.append(replace(source, target))
+
+    process = os.fork()
+    if not process:
+        monkeypatch.setattr(os, "replace", killed)
+        with files.atomic_folder(path) as temporary:
+            (temporary / "new").touch()
+    os.waitpid(process, 0)
+    assert not path.exists()
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["best"] and names(path) == ["old"]
+
+
 WRITERS = {
     "text": lambda path: files.write_text(path, "x" * 200_000),
     "json": lambda path: files.write_json(path, "x" * 200_000),

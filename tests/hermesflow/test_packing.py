@@ -12,7 +12,15 @@ import torch
 from hermesflow import packing
 from hermesflow.config import TrainConfig
 from hermesflow.files import InputError
-from hermesflow.packing import PairPacker, PairVisit, draw_masks, mask_count_probability, plan_passes, trained_pairs
+from hermesflow.packing import (
+    PairPacker,
+    PairVisit,
+    check_pairs,
+    draw_masks,
+    mask_count_probability,
+    plan_passes,
+    trained_pairs,
+)
 from hermesflow.pairs import PAIRS_SCHEMA
 from hermesflow.prompting import caption_prompt, image_prompt
 from hermesflow.references import batch_logprobs
@@ -459,20 +467,25 @@ def test_fingerprint_sees_where_rows_end_and_the_question(shared_tiny_model, ran
 
 
 STRANGE = {
-    "too few codes": ("lose_codes", [1] * 15, "expected 16 image codes below 32 in lose_codes, got 15 up to 1; take"),
-    "no codes": ("record_codes", None, "expected 16 image codes below 32 in record_codes, got 0 up to None"),
-    "another codebook": ("win_codes", [32] * 16, "expected 16 image codes below 32 in win_codes, got 16 up to 32"),
-    "below 0": ("win_codes", [-1] * 16, "expected 16 image codes below 32 in win_codes, got 16 up to -1"),
-    "another tokenizer": ("win_caption_ids", [5, 999], "expected 2 text ids below .* in win_caption_ids, .* to 999;"),
+    "another codebook": ("win_codes", [32] * 16, "win_codes holds 32, the model's codebook has 32"),
+    "below 0": ("record_codes", [-1] * 16, "record_codes holds -1, the model's codebook has 32"),
+    "an empty entry": ("record_codes", [None] * 16, "record_codes holds None, the model's codebook has 32"),
+    "too few codes": ("lose_codes", [0] * 4, "lose_codes has 4 tokens, the model's image 16"),
+    "another tokenizer": ("win_caption_ids", [10**6], r"win_caption_ids holds 1000000, .* text vocabulary has \d+"),
+    "a missing column": ("lose_caption_ids", None, "lose_caption_ids is missing, which sides 'both' needs"),
+    "an unknown word": ("caption", "a unicorn", "the model does not know the word 'unicorn' in 'a unicorn'"),
+    "no caption": ("caption", None, "caption is missing, which sides 'both' needs"),
+    "an unknown side": ("sides", "neither", "sides is 'neither', expected both, generation or understanding"),
 }
 
 
-@pytest.mark.parametrize(("name", "values", "message"), STRANGE.values(), ids=STRANGE.keys())
-def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, name, values, message):
+@pytest.mark.parametrize(("name", "value", "message"), STRANGE.values(), ids=STRANGE.keys())
+def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, name, value, message):
     rows = random_pairs(shared_tiny_model, 3).to_pylist()
-    table = pa.Table.from_pylist([rows[0], rows[1] | {name: values}, rows[2]], PAIRS_SCHEMA)
-    with pytest.raises(InputError, match=f"pairs: record r1: {message}"):
-        PairPacker(shared_tiny_model, table, TrainConfig(), 0)
-    # A side that is not trained may be anything.
-    unused = "generation" if name in ("win_codes", "lose_codes") else "understanding"
-    PairPacker(shared_tiny_model, table, TrainConfig(**{f"{unused}_weight": 0}), 0)
+    rows[1][name] = value
+    with pytest.raises(InputError, match=f"record r1: {message}; give pairs that this model drew"):
+        check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)
+
+
+def test_a_side_that_a_pair_lacks_is_not_asked_for(shared_tiny_model, random_pairs):
+    check_pairs(random_pairs(shared_tiny_model, 6, ("both", "generation", "understanding")), shared_tiny_model)

@@ -138,27 +138,14 @@ def test_adapters_are_saved_beside_the_checkpoints(place, tmp_path):
     assert list((tmp_path / "out/train/adapter").iterdir()) and (tmp_path / "out/model/config.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "message"),
-    [
-        ("win_codes", [10**6] * 16, r"win_codes holds 1000000, the model's codebook has 32"),
-        ("record_codes", [-1] * 16, r"record_codes holds -1, the model's codebook has 32"),
-        ("lose_codes", [0] * 4, r"lose_codes has 4 tokens, the model's image 16"),
-        ("win_caption_ids", [10**6], r"win_caption_ids holds 1000000, the model's vocabulary has \d+"),
-        ("lose_caption_ids", None, r"lose_caption_ids is missing, which sides 'both' needs"),
-        ("caption", "a unicorn", r"the model does not know the word 'unicorn' in 'a unicorn'"),
-        ("caption", None, r"caption is missing, which sides 'both' needs"),
-        ("sides", "neither", r"sides is 'neither', expected both, generation or understanding"),
-    ],
-    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
-)
-def test_pairs_of_another_model_are_refused_by_record(place, tmp_path, column, value, message):
+def test_pairs_of_another_model_are_refused_by_record(place, tmp_path):
     rows = read_pairs(place / "pairs.parquet").to_pylist()
-    rows[3][column] = value
+    rows[3]["lose_codes"] = [0] * 4
     write_parquet(tmp_path / "pairs.parquet", pa.Table.from_pylist(rows, PAIRS_SCHEMA))
-    with pytest.raises(InputError, match=rf"pairs.parquet: record r3: {message}; give pairs that were made with .*"):
+    with pytest.raises(InputError, match="pairs.parquet: record r3: lose_codes has 4 tokens, the model's image 16; give"):
         train_on_pairs(config_for(place), tmp_path / "pairs.parquet", tmp_path / "out")
-    assert not (tmp_path / "out/train").exists()
+    # Nothing binds the folder to the pairs that were refused.
+    assert not (tmp_path / "out/train").exists() and not (tmp_path / "out/origin.json").exists()
 
 
 def test_a_side_that_a_pair_lacks_is_not_asked_for(place, shared_tiny_model, random_pairs, tmp_path):

@@ -132,6 +132,19 @@ def test_a_round_without_pairs_says_what_to_lower(settings, tmp_path):
         run_selfplay(config_for(settings, tmp_path, "curation.threshold=1", "curation.keep=both"))
 
 
+def test_the_checkpoint_before_a_damaged_one_is_used(settings, whole, tmp_path, caplog):
+    shutil.copytree(whole / "t", tmp_path / "t")
+    for name in ("round-2/model", "round-2/evaluation.json", "summary.json"):
+        path = tmp_path / "t" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "t/round-2/train/step-000010/progress.json").write_bytes(b"garbage")
+    run_selfplay(config_for(settings, tmp_path))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (warning,) = [text for text in warnings if "checkpoint" in text]
+    assert "step-000010: damaged checkpoint (progress.json has 7 bytes instead of " in warning
+    assert comparable(tmp_path) == comparable(whole)
+
+
 @pytest.mark.parametrize(
     ("damage", "redo", "message"),
     [
@@ -144,7 +157,7 @@ def test_a_round_without_pairs_says_what_to_lower(settings, tmp_path):
             "round-2/pairs.parquet",
             "or delete .*round-1/model and run the same command",
         ),
-        ("round-2/train/step-000010/state.pt", "round-2/model", "step-000010: damaged checkpoint"),
+        ("round-2/train/step-*/progress.json", "round-2/model", "train: no checkpoint can be used .step-000010: prog"),
     ],
     ids=["pairs", "evaluation", "config", "candidates", "model", "checkpoint"],
 )
@@ -152,7 +165,8 @@ def test_a_damaged_file_is_named_and_nothing_is_lost(settings, whole, tmp_path, 
     shutil.copytree(whole / "t", tmp_path / "t")
     missing = tmp_path / "t" / redo
     shutil.rmtree(missing) if missing.is_dir() else missing.unlink()
-    (tmp_path / "t" / damage).write_bytes(b"garbage")
+    for path in (tmp_path / "t").glob(damage):
+        path.write_bytes(b"garbage")
     files = sorted((tmp_path / "t").rglob("*"))
     with pytest.raises(InputError, match=message):
         run_selfplay(config_for(settings, tmp_path))

@@ -111,6 +111,7 @@ RESUMED = {
     "adapters": {"lora_rank": 4},
     "held-out pairs": {"holdout_pairs": 2, "holdout_every": 1, "patience": 50},
     "bfloat16": {"dtype": "bfloat16"},
+    "held-out pairs in bfloat16": {"dtype": "bfloat16", "holdout_pairs": 2, "holdout_every": 2, "patience": 50},
 }
 
 

@@ -1,0 +1,336 @@
+"""Several processes that torchrun starts (gloo, on this machine's loopback) do what one process does."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hermesflow import distributed
+from hermesflow.checkpointing import load_checkpoint, save_checkpoint
+from hermesflow.config import ModelConfig, TrainConfig, load_config
+from hermesflow.distributed import gather, is_main, local_device, on_main, process_group, rank, world_size
+from hermesflow.files import InputError
+from hermesflow.models import load_model, open_model
+from hermesflow.objective import StepSums, pass_objective
+from hermesflow.packing import PairPacker, PairVisit
+from hermesflow.references import batch_logprobs
+from hermesflow.selfplay import run_selfplay
+from hermesflow.training import Policy, make_optimizer
+
+SETTINGS = (
+    "model.device=cpu", "data.num_records=8", "curation.num_images=3", "curation.num_steps=3", "curation.threshold=0",
+    "curation.margin=0", "curation.keep=any", "curation.batch_records=2", "curation.caption_top_k=[4]",
+    "train.num_steps=6", "train.pairs_per_step=3", "train.checkpoint_every=2", "train.tokens_per_pass=100",
+    "eval.num_prompts=6", "eval.num_understanding=6", "eval.num_steps=3", "selfplay.num_rounds=1", "run.name=t",
+)  # fmt: skip
+STEPS = {
+    "one pass": (7, {}),
+    "several passes, an odd number of pairs": (5, {"tokens_per_pass": 60}),
+    "one process without pairs": (1, {}),
+    "adapters": (5, {"lora_rank": 2, "tokens_per_pass": 60}),
+}
+
+
+def launch(*command, processes=2):
+    """torchrun in a session of its own."""
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(
+        [*torchrun, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def finish(process, code=0):
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode == 0) == (code == 0), stderr
+    return stdout, stderr
+
+
+def own_lines(stderr):
+    """What hermesflow itself said."""
+    return [line for line in stderr.splitlines() if line.startswith("hermesflow: ")]
+
+
+# What the processes of the first test compute, and one process beside them.
+
+
+def step_of(model, pairs, config):
+    """(loss, whole gradients by name) of a step against a reference that differs from the policy."""
+    policy = Policy(model, config)
+    packer = PairPacker(model, pairs, config, seed=0)
+    visits = [PairVisit(pair, 0) for pair in range(len(pairs))]
+    totals = packer.num_pairs(visits)
+    sums = StepSums(totals, policy.device)
+    for chosen, counts in packer.passes(visits):
+        batch = packer.pack(chosen)
+        logprob = batch_logprobs(policy.transformer, batch)
+        reference = -2.0 - batch.targets % 3 / 3
+        loss, shares = pass_objective(logprob, reference, batch, totals, config)
+        (loss * (world_size() if counts else 0)).backward()
+        if counts:
+            sums.add(loss, shares)
+    gradients = {
+        name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        for name, parameter in policy.transformer.named_parameters()
+        if parameter.requires_grad
+    }
+    return sums.metrics(), gradients
+
+
+def untrained(model, lora_rank=0):
+    policy = Policy(model, TrainConfig(dtype="float32", lr=1e-2, lora_rank=lora_rank))
+    return policy, make_optimizer(policy.transformer, policy.config)
+
+
+def trained(model, lora_rank=0):
+    """A policy and its optimizer after two steps."""
+    policy, optimizer = untrained(model, lora_rank)
+    take_step(policy, optimizer)
+    take_step(policy, optimizer)
+    return policy, optimizer
+
+
+def take_step(policy, optimizer):
+    """With gradients that are a function of each weight alone, whoever holds it."""
+    for parameter in policy.transformer.parameters():
+        if parameter.requires_grad:
+            parameter.grad = (parameter.detach() + 0.1).sin()
+    optimizer.step()
+
+
+def work_of_a_process(folder):
+    import pyarrow.parquet as pq
+
+    pairs, model = pq.read_table(folder / "pairs.parquet"), folder / "model"
+    for name, (count, settings) in STEPS.items():
+        config = TrainConfig(dtype="float32", **settings)
+        found = step_of(load_model(str(model)), pairs.slice(0, count), config)
+        if is_main():
+            torch.save(found, folder / f"{name}.pt")
+    for lora_rank in (1, 0):
+        policy, optimizer = trained(load_model(str(model)), lora_rank)
+        save_checkpoint(folder / f"of-two-{lora_rank}", policy.transformer, optimizer, {"step": 2}, 2)
+
+    policy, optimizer = untrained(load_model(str(model)))
+    assert load_checkpoint(folder / "of-one", policy.transformer, optimizer) == {"step": 2}
+    take_step(policy, optimizer)
+    weights = {name: value.full_tensor() for name, value in policy.transformer.named_parameters()}
+    if is_main():
+        torch.save(weights, folder / "resumed.pt")
+
+    assert gather(rank()) == [0, 1]
+    assert on_main(lambda: (rank(), world_size(), on_main(lambda: "alone"))) == (0, 1, "alone")
+    # A file that one process finds damaged is damaged for all.
+    save_checkpoint(folder / "of-two-0", policy.transformer, optimizer, {"step": 3}, 2)
+    files = sorted((folder / "of-two-0/step-000003").glob("*.safetensors"))
+    assert len(files) == 2
+    if is_main():
+        files[1].write_bytes(files[1].read_bytes()[:-1])
+    distributed.barrier()
+    assert load_checkpoint(folder / "of-two-0", policy.transformer, optimizer) == {"step": 2}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, shared_tiny_model, random_pairs):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("steps")
+    (folder / "model").mkdir()
+    shared_tiny_model.save(folder / "model")
+    pairs = random_pairs(shared_tiny_model, 7, ("both", "generation", "understanding"))
+    pq.write_table(pairs, folder / "pairs.parquet")
+    policy, optimizer = trained(load_model(str(folder / "model")))
+    save_checkpoint(folder / "of-one", policy.transformer, optimizer, {"step": 2}, 2)
+    finish(launch(__file__, folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_the_same(of_two, name):
+    import pyarrow.parquet as pq
+
+    count, settings = STEPS[name]
+    pairs = pq.read_table(of_two / "pairs.parquet").slice(0, count)
+    metrics, gradients = step_of(load_model(str(of_two / "model")), pairs, TrainConfig(dtype="float32", **settings))
+    metrics_of_two, gradients_of_two = torch.load(of_two / f"{name}.pt", weights_only=True)
+    assert metrics_of_two == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+    assert gradients.keys() == gradients_of_two.keys()
+    for parameter, gradient in gradients.items():
+        assert gradient.abs().max() > 0 or "lora_A" in parameter, parameter
+        torch.testing.assert_close(gradients_of_two[parameter], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_go_on_from_one(of_two):
+    policy, optimizer = trained(load_model(str(of_two / "model")))
+    take_step(policy, optimizer)
+    resumed = torch.load(of_two / "resumed.pt", weights_only=True)
+    for name, value in policy.transformer.named_parameters():
+        assert torch.equal(resumed[name], value), name
+
+
+# One process holds nothing of an adapter of rank 1.
+@pytest.mark.parametrize("lora_rank", [0, 1], ids=["all weights", "adapters"])
+def test_one_process_goes_on_from_two(of_two, lora_rank):
+    policy, optimizer = trained(load_model(str(of_two / "model")), lora_rank)
+    other, other_optimizer = untrained(load_model(str(of_two / "model")), lora_rank)
+    path = of_two / f"of-two-{lora_rank}"
+    assert load_checkpoint(path, other.transformer, other_optimizer) == {"step": 2}
+    for item in ((policy, optimizer), (other, other_optimizer)):
+        take_step(*item)
+    weights = dict(other.transformer.named_parameters())
+    for name, value in policy.transformer.named_parameters():
+        assert torch.equal(weights[name], value), name
+
+
+# Whole runs.
+
+
+def arguments(model, folder, *more):
+    settings = (*SETTINGS, f"model.name={model}", f"run.folder={folder}", *more)
+    return [item for setting in settings for item in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def model_folder(shared_tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    shared_tiny_model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_one_run(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run_selfplay(load_config(None, arguments(model_folder, folder)[1::2]))
+    return folder / "t"
+
+
+def assert_same_run(folder, expected):
+    """To rounding where the sums of training are taken in another order."""
+    for name in ("records.parquet", "round-1/pairs.parquet", "round-1/rejected.parquet"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    for path in sorted((expected / "round-1/candidates").iterdir()):
+        assert (folder / "round-1/candidates" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (expected, folder))
+    assert other["before"].keys() == one["before"].keys()
+    assert other["rounds"][0]["pairs"] == one["rounds"][0]["pairs"]
+    assert other["rounds"][0]["training"] == pytest.approx(one["rounds"][0]["training"], rel=1e-5, abs=1e-5)
+    assert set(other["rounds"][0]["seconds"]) == {"curation", "training", "evaluation"}
+    weights = [load_model(str(path / "round-1/model")).transformer.state_dict() for path in (expected, folder)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_is_the_same(model_folder, of_one_run, tmp_path):
+    stdout, stderr = finish(launch("-m", "hermesflow", "selfplay", *arguments(model_folder, tmp_path)))
+    assert_same_run(tmp_path / "t", of_one_run)
+    assert stdout.count("report: ") == 1 and stdout.count("settings: ") == 1
+    assert len(own_lines(stderr)) == 4  # how much each of two models takes in a pass, images and text
+    assert "Traceback" not in stderr
+
+
+def kill_a_process(launcher, folder, pattern, number):
+    """SIGKILL to one of the launcher's processes as soon as there is a file; returns stderr."""
+    while launcher.poll() is None and not list(folder.rglob(pattern)):
+        time.sleep(0.005)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if b"RANK=%d" % number in environment:
+            os.kill(int(child), signal.SIGKILL)
+    return finish(launcher, code=1)[1]
+
+
+def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(model_folder, of_one_run, tmp_path):
+    command = ("-m", "hermesflow", "selfplay", *arguments(model_folder, tmp_path))
+    for number, pattern in ((1, "candidates/part-00000.parquet"), (0, "train/step-000002/manifest.json")):
+        stderr = kill_a_process(launch(*command), tmp_path, pattern, number)
+        told = [line for line in own_lines(stderr) if "error" in line]
+        assert len(told) == 1 and "the same command goes on where the run stopped" in told[0], stderr
+        assert re.search("another process of this run is gone|stopped by torchrun", told[0])
+        ours = [line for line in stderr.splitlines() if "/hermesflow/" in line and line.lstrip().startswith("File ")]
+        assert not ours, stderr
+        assert not (tmp_path / "t/summary.json").exists()
+    finish(launch(*command, processes=1))
+    assert_same_run(tmp_path / "t", of_one_run)
+
+
+def test_torchrun_is_told_to_end(model_folder, tmp_path):
+    launcher = launch("-m", "hermesflow", "curate", *arguments(model_folder, tmp_path, "data.num_records=500"))
+    while launcher.poll() is None and not list(tmp_path.rglob("part-00001.parquet")):
+        time.sleep(0.01)
+    launcher.terminate()
+    _, stderr = finish(launcher, code=1)
+    (line,) = [line for line in own_lines(stderr) if "error" in line]
+    assert "stopped by torchrun, since another process is gone or the run was told to end; the same command" in line
+
+
+def score_badly(candidates, truths):
+    """A scorer of the user's."""
+    if rank() == 1:
+        raise ValueError("of process 1")
+    return [0.5] * len(candidates)
+
+
+MISTAKES = {
+    "of all": (["--set", "model.device=cuda:0"], "model.device cuda:0: all processes would share it"),
+    "of one": (["--set", "curation.caption_scorer=test_distributed:score_badly"], "score_badly: raised ValueError"),
+    "of the first": (["--set", "data.source=/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("more, told", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_told_once(model_folder, tmp_path, more, told):
+    command = ("-m", "hermesflow", "curate", *arguments(model_folder, tmp_path), *more)
+    _, stderr = finish(launch(*command), code=1)
+    (line,) = [line for line in own_lines(stderr) if "error" in line]
+    assert re.search(told, line) and "hermesflow/cli.py" not in stderr
+
+
+DEVICES = {
+    "alone, auto": (1, "auto", 0, "cpu"),
+    "alone, cuda": (1, "cuda", 1, "cuda"),
+    "auto, no GPU": (2, "auto", 0, "cpu"),
+    "auto": (2, "auto", 4, "cuda:3"),
+    "cuda": (2, "cuda", 4, "cuda:3"),
+    "cpu": (2, "cpu", 4, "cpu"),
+}
+
+
+@pytest.mark.parametrize("processes, device, count, expected", DEVICES.values(), ids=DEVICES.keys())
+def test_each_process_has_its_own_device(monkeypatch, processes, device, count, expected):
+    as_process_three(monkeypatch, processes, count)
+    assert local_device(device) == expected
+
+
+REFUSED_DEVICES = {
+    "one for all": (2, "cuda:1", "cuda:1: all processes would share it; set it to cuda"),
+    "too many processes": (2, "cuda", "process 3 of this machine has no CUDA device, torch sees 2; give --nproc-per-"),
+    "alone": (1, "cuda:2", "model.device cuda:2: torch sees 2 CUDA devices here; choose another, or cpu"),
+}
+
+
+@pytest.mark.parametrize("processes, device, message", REFUSED_DEVICES.values(), ids=REFUSED_DEVICES.keys())
+def test_a_device_that_a_process_cannot_have_is_refused(monkeypatch, processes, device, message):
+    as_process_three(monkeypatch, processes, 2)
+    with pytest.raises(InputError, match=message):
+        open_model(ModelConfig(device=device))
+
+
+def as_process_three(monkeypatch, processes, count):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+if __name__ == "__main__":
+    with process_group("cpu"):
+        work_of_a_process(Path(sys.argv[1]))
