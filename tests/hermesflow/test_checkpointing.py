@@ -39,7 +39,7 @@ def no_process_group():
 
 def make_training(model, config=PLAIN):
     """A policy and its optimizer, made in the order of train_pairs."""
-    policy = Policy(copy.deepcopy(model), config)
+    policy = Policy(copy.deepcopy(model), config, 0)
     return policy, make_optimizer(policy.transformer, config)
 
 
@@ -239,6 +239,7 @@ def test_a_failed_write_leaves_the_older_ones(tiny_model, tmp_path, monkeypatch)
 
 
 def save_for_ever(model, folder):
+    torch.set_num_threads(1)  # the threads of the forked process are not here
     training = make_training(model)
     take_step(training, 0)
     for step in range(1, 10_000):
@@ -247,7 +248,6 @@ def save_for_ever(model, folder):
 
 def test_a_kill_leaves_whole_checkpoints(tiny_model, tmp_path):
     context = multiprocessing.get_context("fork")
-    torch.set_num_threads(1)
     had_leftovers = False
     for moment in range(8):
         folder = tmp_path / str(moment)

@@ -63,11 +63,11 @@ def own_lines(stderr):
 
 def step_of(model, pairs, config):
     """(loss, whole gradients by name) of a step against a reference that differs from the policy."""
-    policy = Policy(model, config)
+    policy = Policy(model, config, 0)
     packer = PairPacker(model, pairs, config, seed=0)
     visits = [PairVisit(pair, 0) for pair in range(len(pairs))]
     totals = packer.num_pairs(visits)
-    sums = StepSums(totals, policy.device)
+    sums = StepSums(totals, config, policy.device)
     for chosen, counts in packer.passes(visits):
         batch = packer.pack(chosen)
         logprob = batch_logprobs(policy.transformer, batch)
@@ -85,7 +85,7 @@ def step_of(model, pairs, config):
 
 
 def untrained(model, lora_rank=0):
-    policy = Policy(model, TrainConfig(dtype="float32", lr=1e-2, lora_rank=lora_rank))
+    policy = Policy(model, TrainConfig(dtype="float32", lr=1e-2, lora_rank=lora_rank), 0)
     return policy, make_optimizer(policy.transformer, policy.config)
 
 
