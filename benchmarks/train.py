@@ -62,7 +62,7 @@ from .measuring import (
 
 CASES = ("step_live", "step_cached")
 DTYPES = ("float32", "bfloat16")
-EFFORT = Effort(seconds=20.0, min_rounds=3, max_rounds=50)
+EFFORT = Effort(seconds=20.0, min_rounds=5, max_rounds=50)
 # Largest relative error of the loss and of a weight's gradient. In bfloat16 the roundings of both sides count: an
 # image's log-probability is a sum over hundreds of tokens.
 LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 0.2)}
