@@ -18,8 +18,8 @@ SETTINGS = (
     "curation.caption_temperatures=[1]", "curation.caption_top_k=[0]", "curation.threshold=0", "curation.margin=0",
     "curation.keep=any", "selfplay.num_rounds=1", "run.name=t",
 )  # fmt: skip
-# oneDNN keeps the code of the last 1,024 shapes that it met, and meets new ones for tens of thousands of records (20 MiB
-# from the third to the end of 100,000). That hides what a record leaves behind, so both tests do without it. The usual
+# oneDNN keeps the code of the last 1,024 shapes it met and meets new ones for tens of thousands of records (20 MiB
+# from the third of 100,000 to the end). That hides what a record leaves behind, so both tests do without it. The usual
 # test also asks one question of one length.
 CHILD = """
 import sys
