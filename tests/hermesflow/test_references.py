@@ -69,12 +69,20 @@ def test_the_file_is_made_once_and_again_for_something_else(packer, tmp_path):
 
 
 def test_captions_are_computed_once_a_pair(packer, tmp_path):
-    cached(packer, tmp_path / "reference.parquet")
+    computed = []
+
+    def noting(batch):
+        computed.extend((*visit, side) for side in batch.sides for visit in batch.visits_of[side])
+        return batch_logprobs(packer.model.transformer, batch).detach()
+
+    cached(packer, tmp_path / "reference.parquet", logprobs=noting)
     table = pq.read_table(tmp_path / "reference.parquet").to_pylist()
     keys = [(row["pair"], row["visit"], row["side"]) for row in table]
-    assert len(keys) == len(set(keys))
-    assert {key[1] for key in keys if key[2] == "understanding"} == {0}
-    assert {key[:2] for key in keys if key[2] == "generation"} == {tuple(visit) for visit in visits_of(packer)}
+    assert keys == sorted(computed) and len(keys) == len(set(keys))
+    visits = [tuple(visit) for visit in visits_of(packer)]
+    assert max(visit for _, visit in visits) > 1
+    assert [key[:2] for key in keys if key[2] == "generation"] == sorted(visits)
+    assert [key[:2] for key in keys if key[2] == "understanding"] == [(0, 0), (2, 0)]
 
 
 DAMAGES = {

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -194,6 +195,19 @@ def test_a_live_reference_of_sharded_weights_is_refused(model, random_pairs, tmp
     with pytest.raises(InputError, match="train.reference live: a sharded model has no second copy; take cached"):
         config = TrainConfig(reference="live", dtype="bfloat16")
         train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
+
+
+def test_a_cached_reference_of_other_weights_is_made_again(model, random_pairs, tmp_path):
+    # A reference that is not the policy's own would show as a divergence before the first step.
+    config, other = TrainConfig(num_steps=1), copy.deepcopy(model)
+    with torch.no_grad():
+        other.transformer.head.weight.mul_(0.5)
+    for number, start in enumerate((model, other)):
+        for path in checkpoints(tmp_path):
+            shutil.rmtree(path)
+        train_pairs(start, random_pairs(model), config, seed=0, folder=tmp_path)
+        (line,) = metrics_of(tmp_path)
+        assert line["generation/kl"] == pytest.approx(0, abs=1e-5), number
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
