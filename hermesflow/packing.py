@@ -33,7 +33,7 @@ from .config import TrainConfig
 from .distributed import rank, world_size
 from .files import InputError
 from .models import Model
-from .pairs import SIDES
+from .pairs import SIDES, each_row
 from .prompting import caption_prompt, image_prompt
 
 _COLUMNS = {
@@ -242,15 +242,14 @@ class PairPacker:
 
 def check_pairs(pairs: pa.Table, model: Model) -> None:
     """Raise InputError, which names the record, unless what the pairs' sides need is there and can be this model's."""
-    for batch in pairs.to_batches(256):  # as Python objects a large file would not fit into memory
-        for row in batch.to_pylist():
-            try:
-                _check_row(row, model)
-            except ValueError as error:
-                reason = str(error).partition("; ")[0]
-                raise InputError(
-                    f"record {row['record_id']}: {reason}; give pairs that this model drew, or the model that drew them"
-                ) from error
+    for row in each_row(pairs):
+        try:
+            _check_row(row, model)
+        except ValueError as error:
+            reason = str(error).partition("; ")[0]
+            raise InputError(
+                f"record {row['record_id']}: {reason}; give pairs that this model drew, or the model that drew them"
+            ) from error
 
 
 def _check_row(row: dict, model: Model) -> None:
