@@ -1,7 +1,5 @@
 """The frozen reference: cached, live and with adapters off it says the same, and a strange file is not believed."""
 
-import dataclasses
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -116,11 +114,3 @@ def test_bytes_that_are_no_parquet_are_named(packer, tmp_path):
 def test_no_reference_is_zero(packer):
     batch = packer.pack(packer.visits(0))
     assert torch.equal(NoReference().logprobs(batch), torch.zeros(len(batch.rows)))
-
-
-def test_masks_depend_on_seed_pair_and_visit_alone(packer, shared_tiny_model, random_pairs):
-    other = PairPacker(shared_tiny_model, packer.pairs, dataclasses.replace(CONFIG, pairs_per_step=2), seed=1)
-    visit = packer.visits(2)[1]
-    alone, beside = other.pack([visit]), packer.pack(packer.visits(2)[:2])
-    side = beside.sides["generation"]
-    assert torch.equal(alone.sides["generation"].targets, side.targets[side.segment // 2 == 1])
