@@ -258,7 +258,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(model_folder
         ours = [line for line in stderr.splitlines() if "/hermesflow/" in line and line.lstrip().startswith("File ")]
         assert not ours, stderr
         assert not (tmp_path / "t/summary.json").exists()
-    finish(launch(*command, processes=1))
+    run_selfplay(load_config(None, arguments(model_folder, tmp_path)[1::2]))
     assert_same_run(tmp_path / "t", of_one_run)
 
 

@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +24,14 @@ from hermesflow.training import learning_rate, train_pairs
 @pytest.fixture
 def model(tiny_model):
     return tiny_model
+
+
+def test_training_is_imported_without_optional_packages():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('peft', 'tensorboard', 'wandb', 'trackio'));"
+        "import hermesflow.training, hermesflow.pair_training, hermesflow.selfplay"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def metrics_of(folder):
@@ -130,11 +140,10 @@ def test_resume_is_bit_identical(model, random_pairs, tmp_path, monkeypatch, set
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(training, "clip_gradients", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "clip_gradients", killed)
         train_pairs(broken, pairs, config, seed=3, folder=tmp_path / "broken")
-    monkeypatch.setattr(training, "clip_gradients", original)
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():  # as the end of the process would
         torch.distributed.destroy_process_group()
     assert [path.name for path in checkpoints(tmp_path / "broken")] == ["step-000004", "step-000006"]
     train_pairs(resumed, pairs, config, seed=3, folder=tmp_path / "broken")
