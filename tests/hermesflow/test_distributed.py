@@ -15,7 +15,17 @@ import torch
 from hermesflow import distributed
 from hermesflow.checkpointing import load_checkpoint, save_checkpoint
 from hermesflow.config import ModelConfig, TrainConfig, load_config
-from hermesflow.distributed import gather, is_main, local_device, on_main, process_group, rank, world_size
+from hermesflow.distributed import (
+    gather,
+    is_main,
+    local_device,
+    on_main,
+    process_group,
+    rank,
+    shard,
+    unshard,
+    world_size,
+)
 from hermesflow.files import InputError
 from hermesflow.models import load_model, open_model
 from hermesflow.objective import StepSums, pass_objective
@@ -292,6 +302,16 @@ def test_a_mistake_is_told_once(model_folder, tmp_path, more, told):
     _, stderr = finish(launch(*command), code=1)
     (line,) = [line for line in own_lines(stderr) if "error" in line]
     assert re.search(told, line) and "hermesflow/cli.py" not in stderr
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_process_group_of_the_caller_is_left_alone(tiny_model, is_ours):
+    if not is_ours:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    shard(tiny_model.transformer, torch.bfloat16)
+    assert torch.distributed.is_initialized()
+    unshard(tiny_model)
+    assert torch.distributed.is_initialized() != is_ours
 
 
 DEVICES = {
