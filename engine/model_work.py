@@ -124,7 +124,7 @@ class ModelWork:
 
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square matmul, the best of five, measured at the first call for a device and dtype."""
+    """FLOPs a second of a large square matmul, the best of six, measured at the first call for a device and dtype."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)

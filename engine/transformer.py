@@ -173,8 +173,9 @@ class Block(nn.Module):
 
     def _compute(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
         before_attention, after_attention = halves
-        normed, q, k, v = before_attention(self, x, rotary)
-        attended = attend(q, k, v)
+        normed, *qkv = before_attention(self, x, rotary)
+        attended = attend(*qkv)
+        del qkv  # the MLP needs the memory
         if rows is not None:
             x, normed, attended = x[rows], normed[rows], attended[rows]
         return after_attention(self, x, normed, attended)

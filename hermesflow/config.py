@@ -152,49 +152,49 @@ class TrainConfig:
     """Pair-DPO (HermesFlow, arXiv 2502.12148, section 4)."""
 
     num_steps: int = 60
-    """Optimizer steps in a round."""
+    """Optimizer steps, of each round."""
     pairs_per_step: int = 16
-    """Pairs in one optimizer step."""
+    """Pairs in one optimizer step, of all processes together."""
     tokens_per_pass: int = 16384
-    """Most packed tokens in one forward and backward pass; a step takes as many passes as it needs."""
+    """Most packed tokens in one forward and backward pass of a process; a step takes as many passes as it needs."""
     lr: float = 2e-5
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     warmup_steps: int = 5
-    """Steps of linear warm-up before the cosine."""
+    """Steps in which the learning rate rises to its peak; then it falls by a cosine to 0 at num_steps."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """The gradient of all weights together is scaled down to this norm where it is larger."""
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
-    """Form of the preference loss; simpo needs no reference."""
+    """Form of the preference loss; sigmoid is the paper's, simpo has no reference."""
     beta: float = 0.2
-    """Strength of the pull towards the reference model."""
+    """Scale of the rewards, log-ratios of policy to reference: the larger, the nearer the policy stays to it."""
     label_smoothing: float = 0.0
     """Share of pairs that are taken for wrongly ordered, below 0.5; for sigmoid and robust."""
     simpo_margin: float = 0.5
     """What simpo wants the win's reward to exceed the lose's by."""
     length_normalize: bool = False
-    """Take the mean over each side's tokens instead of the sum; simpo always does."""
+    """Log-probability of an image or caption: the mean over its tokens instead of their sum; simpo always takes it."""
     generation_weight: float = 1.0
     """Weight of the image side; 0 leaves it out."""
     understanding_weight: float = 1.0
     """Weight of the caption side; 0 leaves it out."""
     nll_weight: float = 0.0
-    """Weight of the win's negative log-likelihood a token."""
+    """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
     condition_dropout: float = 0.0
-    """Share of visits in which win and lose are drawn for the empty prompt; the published code has 0.1."""
+    """Share of image pairs that are trained with the empty prompt, win and lose alike; the published code has 0.1."""
     masks_per_pair: int = 1
-    """Random masks of each image pair in one step; the log-probabilities of an image are their mean."""
+    """Random masks of each image pair in one step; an image's log-probability is the mean over them."""
     complementary_masks: bool = False
-    """Every second mask hides what the one before it shows, which lowers the variance."""
+    """Every second mask hides what the one before it shows, which lowers the variance; needs an even masks_per_pair."""
     elbo_weighting: bool = False
     """Weigh each mask so that the sum is an unbiased estimate of the image's evidence lower bound."""
     boundary_labels: bool = False
-    """Score the start and the end of image too, as the published code does."""
+    """Count the tokens before and after an image as labels too, as the published code does."""
     reference: Literal["cached", "live"] = "cached"
-    """The reference's log-probabilities: computed once, before the first step, or beside each step."""
+    """When the reference computes: once, before the first step, or in each step (float32, one process, or adapters)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """In which passes are computed; weights and optimizer stay float32. auto is bfloat16 on CUDA, else float32."""
+    """Dtype of the passes; weights and optimizer stay float32. auto is bfloat16 on CUDA, else float32."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass."""
     compile: bool = False
@@ -210,13 +210,13 @@ class TrainConfig:
     holdout_every: int = 10
     """Steps between measurements of the held-out loss."""
     patience: int = 3
-    """Training stops after so many measurements without a new least held-out loss; the least one's weights are kept."""
+    """Measurements in a row without a new least held-out loss that end training; the weights are then the best ones."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides metrics.jsonl; the package must be installed."""
     checkpoint_every: int = 20
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """How many checkpoints are kept, the newest ones."""
 
     def __post_init__(self) -> None:
         _check_types(self)

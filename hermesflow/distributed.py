@@ -43,6 +43,7 @@ LOST = f"another process of this run is gone (killed, out of memory, or its mach
 TERMINATED = f"stopped by torchrun, since another process is gone or the run was told to end; {_GOES_ON}"
 
 _is_alone = False  # on_main's work
+_own_group: dist.ProcessGroup | None = None  # of one process, which shard made
 
 
 def is_launched() -> bool:
@@ -204,11 +205,17 @@ def shared_folder(path: Path) -> Iterator[Path]:
 
 
 def shard(transformer: Transformer, dtype: torch.dtype) -> None:
-    """FSDP2: every process keeps its part of the weights, in place; passes are computed in dtype, gradients summed in
-    float32. One process alone keeps all of them: passes in dtype, weights and optimizer in float32."""
+    """Leaves each process its part of the weights (FSDP2), in place; one process alone keeps all of them.
+
+    Args:
+        transformer: whole, in float32, which weights and optimizer stay.
+        dtype: of the passes; gradients are summed in float32.
+    """
+    global _own_group
     if not dist.is_initialized():
         backend = "nccl" if transformer.embed.weight.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _own_group = dist.group.WORLD
     # Positions are rotated in float32 whatever the weights are, so inputs of layers are left as they come.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in transformer.blocks:
@@ -234,5 +241,5 @@ def unshard(model: Model) -> None:
         transformer.to(device)
     model.transformer = transformer
     model.__dict__.pop("engine", None)
-    if world_size() == 1:
+    if dist.group.WORLD is _own_group:
         dist.destroy_process_group()

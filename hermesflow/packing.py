@@ -10,6 +10,7 @@ same ones.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import heapq
@@ -32,13 +33,15 @@ from .config import TrainConfig
 from .distributed import rank, world_size
 from .files import InputError
 from .models import Model
-from .pairs import SIDES
+from .pairs import SIDES, each_row
 from .prompting import caption_prompt, image_prompt
 
 _COLUMNS = {
     "generation": ("win_codes", "lose_codes"),
     "understanding": ("record_codes", "win_caption_ids", "lose_caption_ids"),
 }
+# The settings that change what a visit's tokens are and which of them it must predict.
+_DRAWN_BY = ("condition_dropout", "masks_per_pair", "complementary_masks", "boundary_labels")
 
 
 class PairVisit(NamedTuple):
@@ -121,10 +124,17 @@ class PairPacker:
             seed: of masks, dropped prompts and the order of pairs.
         """
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
+        self._packed_sides = _trained_sides(config)
         self.question_ids = caption_prompt(model)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
         self._prompt = functools.cache(lambda text: model.layout.text_prompt(image_prompt(model, text)))
+
+    def only(self, side: str) -> PairPacker:
+        """The same packer, which leaves out the other side of every pair."""
+        packer = copy.copy(self)
+        packer._packed_sides = [name for name in self._packed_sides if name == side]
+        return packer
 
     def visits(self, step: int) -> list[PairVisit]:
         """The pairs of a step: consecutive entries of an endless row of shuffled epochs."""
@@ -173,8 +183,9 @@ class PairPacker:
         return builder.build(visits, device)
 
     def fingerprint(self) -> str:
-        """Of the pairs' tokens and of what is asked."""
-        texts = [self.question_ids, self._captions, self._sides]
+        """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
+        drawn_by = [getattr(self.config, name) for name in _DRAWN_BY]
+        texts = [self.question_ids, self._captions, self._sides, self._packed_sides, self.seed, drawn_by]
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
         for rows in self._tokens.values():
             digest.update(np.array([len(row) for row in rows], dtype=np.int32))
@@ -183,13 +194,13 @@ class PairPacker:
         return digest.hexdigest()
 
     def num_pairs(self, visits: Iterable[PairVisit]) -> dict[str, int]:
-        """How many of the visits have each side; sides of weight 0 and sides that none has are left out."""
+        """How many of the visits have each side; sides that are not packed and sides that none has are left out."""
         found = Counter(side for visit in visits for side in self._sides_of(visit.pair))
         return {side: found[side] for side in SIDES if found[side]}
 
     def _sides_of(self, pair: int) -> list[str]:
-        """Those of the pair's sides that are trained."""
-        return [side for side in _trained_sides(self.config) if self._sides[pair] in ("both", side)]
+        """Those of the pair's sides that are packed."""
+        return [side for side in self._packed_sides if self._sides[pair] in ("both", side)]
 
     def _prompt_of(self, visit: PairVisit) -> list[int]:
         """The condition that win and lose share: the caption, or the empty text."""
@@ -231,15 +242,14 @@ class PairPacker:
 
 def check_pairs(pairs: pa.Table, model: Model) -> None:
     """Raise InputError, which names the record, unless what the pairs' sides need is there and can be this model's."""
-    for batch in pairs.to_batches(256):  # as Python objects a large file would not fit into memory
-        for row in batch.to_pylist():
-            try:
-                _check_row(row, model)
-            except ValueError as error:
-                reason = str(error).partition("; ")[0]
-                raise InputError(
-                    f"record {row['record_id']}: {reason}; give pairs that this model drew, or the model that drew them"
-                ) from error
+    for row in each_row(pairs):
+        try:
+            _check_row(row, model)
+        except ValueError as error:
+            reason = str(error).partition("; ")[0]
+            raise InputError(
+                f"record {row['record_id']}: {reason}; give pairs that this model drew, or the model that drew them"
+            ) from error
 
 
 def _check_row(row: dict, model: Model) -> None:

@@ -6,23 +6,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
-from .config import Config
+from .config import Config, TrainConfig
 from .distributed import on_main
 from .files import InputError, atomic_folder, write_json
-from .models import open_model
+from .models import Model, open_model
 from .origins import check_origin, check_views_codes, claim_folder, model_digest
 from .packing import check_pairs
-from .pairs import SIDES, read_pairs
+from .pairs import SIDES, each_row, read_pairs
 from .published_pairs import read_published_pairs
 from .sources import describe_rejected
 from .trackers import check_tracker
@@ -54,51 +54,57 @@ def train_on_pairs(
     pairs = read_pairs(path) if path.suffix == ".parquet" else None
     if any(folder.glob("round-*")):
         raise InputError(f"{folder}: holds a run of self-play; choose another {_ELSEWHERE}")
-    locks = []
-    on_main(lambda: locks.append(claim_folder(folder, config, _ELSEWHERE)))
-    try:
-        # A step of 2e-5 is lost in the 8 bits of bf16.
-        model = open_model(replace(config.model, dtype="float32"))
-        check_views_codes(model, config.model.name)
-        if pairs is None:
-            pairs, rejected = read_published_pairs(model, path, root, config.curation.threshold)
-            if len(rejected):
-                _LOGGER.info("%s: left out %s", path, describe_rejected(rejected.to_pylist()[:: len(SIDES)]))
-        try:
-            check_pairs(pairs, model)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(claim_folder(folder, config, _ELSEWHERE))
+
+        on_main(claim)
+        model, pairs = _open(config, path, root, pairs)
         origin = {"pairs": _digest(pairs), "model": model_digest(model)}
         told = {
             "pairs": f"other pairs than {path} holds now",
             "model": f"other weights than {config.model.name!r} holds now",
         }
         on_main(lambda: check_origin(folder, origin, told, _ELSEWHERE))
-        target = folder / "model"
-        if not on_main(lambda: target.exists() and (folder / "training.json").exists()):
-            means = train_pairs(model, pairs, config.train, seed=config.run.seed, folder=folder / "train")
+        if not on_main(lambda: (folder / "model").exists() and (folder / "training.json").exists()):
+            train_and_save(model, pairs, config.train, seed=config.run.seed, folder=folder)
+    return folder / "model"
 
-            def save() -> None:
-                write_json(folder / "training.json", means)
-                with atomic_folder(target) as temporary:
-                    model.save(temporary)
 
-            on_main(save)
-        return target
-    finally:
-        for lock in locks:
-            lock.close()
+def train_and_save(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path) -> None:
+    """Trains with train_pairs in folder/train; then the first process writes folder/training.json and folder/model."""
+    means = train_pairs(model, pairs, config, seed=seed, folder=folder / "train")
+
+    def save() -> None:
+        write_json(folder / "training.json", means)
+        with atomic_folder(folder / "model") as temporary:
+            model.save(temporary)
+
+    on_main(save)
+
+
+def _open(
+    config: Config, path: Path, root: str | os.PathLike | None, pairs: pa.Table | None
+) -> tuple[Model, pa.Table]:  # fmt: skip
+    """The model, and the pairs, which fit it; None are still to be read from a published file."""
+    # A step of 2e-5 is lost in the 8 bits of bf16.
+    model = open_model(replace(config.model, dtype="float32"))
+    check_views_codes(model, config.model.name)
+    if pairs is None:
+        pairs, rejected = read_published_pairs(model, path, root, config.curation.threshold)
+        if len(rejected):
+            _LOGGER.info("%s: left out %s", path, describe_rejected(rejected.to_pylist()[:: len(SIDES)]))
+    try:
+        check_pairs(pairs, model)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return model, pairs
 
 
 def _digest(pairs: pa.Table) -> str:
     """A fingerprint of all columns, wherever the file lies and however it is stored."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in _rows(pairs):
+    for row in each_row(pairs):
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
-
-
-def _rows(pairs: pa.Table) -> Iterator[dict]:
-    """Rows one by one; as Python objects a large file would not fit into memory."""
-    for batch in pairs.to_batches(256):
-        yield from batch.to_pylist()

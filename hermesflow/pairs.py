@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -150,6 +150,12 @@ def read_pairs(path: str | os.PathLike) -> pa.Table:
     Raises: InputError if the file is missing, damaged or holds no pairs.
     """
     return _cast(path, read_parquet(path, PAIRS_SCHEMA.names))
+
+
+def each_row(pairs: pa.Table) -> Iterator[dict]:
+    """The rows one by one; as Python objects all at once, those of a large table would not fit into memory."""
+    for batch in pairs.to_batches(256):
+        yield from batch.to_pylist()
 
 
 def _cast(path: str | os.PathLike, table: pa.Table) -> pa.Table:

@@ -60,10 +60,10 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
 
     def __iter__(self) -> Iterator[Item]:
         global _display
-        console = Console(stderr=True)
         if not is_main():
             yield from self._items
             return
+        console = Console(stderr=True)
         if not console.is_terminal:
             yield from self._logged()
             return
@@ -88,9 +88,9 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
             self._progress = None
 
     def _logged(self) -> Iterator[Item]:
-        """The items; the outermost work of the first process says how far it is."""
+        """The items; the outermost work says how far it is."""
         global _logging
-        if _logging or not self._total or not is_main():
+        if _logging or not self._total:
             yield from self._items
             return
         _logging = True

@@ -110,19 +110,21 @@ def cached_reference(
 
     Args:
         path: the file.
-        made_from: what they depend on, as JSON holds it; a file that was made from something else is made again.
+        made_from: what they depend on beside pairs, masks and visits, as JSON holds it: weights and dtype. A file that
+            was made from something else is made again.
         packer: of the pairs.
         visits: all that training will ask for.
         logprobs: of a pass, with the weights that the run starts from.
     Returns: the reference.
     Raises: InputError if the file is damaged or cannot be written.
     """
-    fingerprint = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest().encode()
+    depends_on = json.dumps([made_from, packer.fingerprint(), visits])
+    fingerprint = hashlib.blake2b(depends_on.encode(), digest_size=16).hexdigest().encode()
     if not _is_made(path, fingerprint):
         rows = [row for part in gather(list(_rows(packer, visits, logprobs))) for row in part]
         if is_main():
-            unique = {(row["pair"], row["visit"], row["side"]): row for row in rows}
-            table = pa.Table.from_pylist(list(unique.values()), _SCHEMA)
+            rows.sort(key=lambda row: (row["pair"], row["visit"], row["side"]))
+            table = pa.Table.from_pylist(rows, _SCHEMA)
             write_parquet(path, table.replace_schema_metadata({_FINGERPRINT: fingerprint}))
     barrier()
     table = read_parquet(path)
@@ -140,14 +142,21 @@ def _is_made(path: Path, fingerprint: bytes) -> bool:
 def _rows(
     packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[PairBatch], Tensor]
 ) -> Iterator[dict]:
-    """The rows of this process's passes."""
-    device = packer.model.transformer.embed.weight.device
-    for chosen, _ in track(packer.passes(visits), "reference", "passes"):
-        batch = packer.pack(chosen, device)
-        for side, values in batch.split(logprobs(batch).cpu()).items():
+    """The rows of this process's passes; after a pair's first visit they are of its images alone (_key)."""
+    device, images = packer.model.transformer.embed.weight.device, packer.only("generation")
+    first: dict[int, PairVisit] = {}
+    for visit in visits:
+        first.setdefault(visit.pair, visit)
+    later = [visit for visit in visits if visit != first[visit.pair] and images.num_tokens(visit)]
+    work = [(packer, planned) for planned in packer.passes(list(first.values()))]
+    work += [(images, planned) for planned in images.passes(later)]
+    for part, (chosen, counts) in track(work, "reference", "passes"):
+        batch = part.pack(chosen, device)
+        by_side = batch.split(logprobs(batch).cpu())
+        for side, values in by_side.items() if counts else ():
             pairs = batch.sides[side].segment.cpu() // 2
-            counts = torch.unique_consecutive(pairs, return_counts=True)[1].tolist()
-            for visit, logprob in zip(batch.visits_of[side], values.split(counts), strict=True):
+            num_tokens = torch.unique_consecutive(pairs, return_counts=True)[1].tolist()
+            for visit, logprob in zip(batch.visits_of[side], values.split(num_tokens), strict=True):
                 pair, number, _ = _key(visit, side)
                 yield {"pair": pair, "visit": number, "side": side, "logprob": logprob.numpy()}
 

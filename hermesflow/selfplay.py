@@ -31,7 +31,6 @@ from .distributed import barrier, is_main, on_main, world_size
 from .evaluation import agreement, evaluate, summarise
 from .files import (
     InputError,
-    atomic_folder,
     damaged,
     parquet_writer,
     read_json,
@@ -41,6 +40,7 @@ from .files import (
 )
 from .models import Model, open_model
 from .origins import check_origin, check_views_codes, claim_folder, model_digest
+from .pair_training import train_and_save
 from .pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs, pair_statistics, read_pairs
 from .published_pairs import read_published_pairs
 from .records import Record, RecordFile, write_records
@@ -48,7 +48,6 @@ from .report import write_report
 from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
 from .summaries import print_summary
 from .trackers import check_tracker
-from .training import train_pairs
 from .worlds import shapes
 
 _SCENE_SEEDS = 2**32
@@ -269,7 +268,6 @@ class Run:
     def train(self, number: int) -> None:
         """Pair-DPO on a round's pairs."""
         self._check_round(number)
-        target = self._path(number, "model")
         if self._is_made(number, "model", "training.json"):
             return
         if not self._path(number, "pairs.parquet").exists():
@@ -289,20 +287,8 @@ class Run:
             self._loaded = None  # the policy changes in place
             if model.engine.dtype != torch.float32:  # a step of 2e-5 is lost in the 8 bits of bf16
                 model = self._open(number - 1, "float32")
-            means = train_pairs(
-                model,
-                pairs,
-                self.config.train,
-                seed=self.config.run.seed * 1_000 + number,
-                folder=self._path(number, "train"),
-            )
-
-            def save() -> None:
-                write_json(self._path(number, "training.json"), means)
-                with atomic_folder(target) as temporary:
-                    model.save(temporary)
-
-            on_main(save)
+            seed = self.config.run.seed * 1_000 + number
+            train_and_save(model, pairs, self.config.train, seed=seed, folder=self._path(number))
 
         self._timed(number, "training", work)
 

@@ -28,17 +28,13 @@ from .files import InputError
 from .metric_log import Meter, MetricLog
 from .models import Model
 from .objective import StepSums, pass_objective
+from .origins import model_digest
 from .packing import PairPacker, PairVisit, check_pairs, trained_pairs
 from .progress import track
 from .references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
 from .trackers import open_tracker
 
 _LOGGER = logging.getLogger(__name__)
-# What the reference's log-probabilities depend on, beside pairs, weights and seed.
-_MASKED_BY = (
-    "num_steps", "pairs_per_step", "generation_weight", "understanding_weight", "condition_dropout", "masks_per_pair",
-    "complementary_masks", "boundary_labels", "dtype",
-)  # fmt: skip
 
 
 def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path) -> dict[str, float]:
@@ -123,15 +119,27 @@ class Policy:
     """The transformer that is trained, made ready as the settings say."""
 
     def __init__(self, model: Model, config: TrainConfig, seed: int) -> None:
-        """Changes model.transformer in place; finish makes it a plain one again. seed is that of new adapters."""
+        """Changes model.transformer in place; finish makes it a plain one again.
+
+        Args:
+            model: its transformer is on its device, in float32 and whole.
+            config: dtype, compile, activation_checkpointing, reference and the adapters' settings are used.
+            seed: of new adapters.
+        Raises: InputError if a live reference would need a copy of sharded weights, or as Adapters does.
+        """
         self._model, self.transformer, self.config = model, model.transformer, config
         self.device = self.transformer.embed.weight.device
         on_cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_cuda) else torch.float32
+        self.is_sharded = world_size() > 1 or dtype != torch.float32
+        if self.is_sharded and config.reference == "live" and config.loss_type != "simpo" and not config.lora_rank:
+            raise InputError(
+                "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
+            )
+        self.digest = model_digest(model)  # of the weights at the start, while they are whole
         self.work = ModelWork(config=self.transformer.config, layout=model.layout, dtype=dtype)
         self.adapters = Adapters(self.transformer, config, seed) if config.lora_rank else None
         self.transformer.prepare_training(compiled=config.compile, checkpointed=config.activation_checkpointing)
-        self.is_sharded = world_size() > 1 or dtype != torch.float32
         if self.is_sharded:
             shard(self.transformer, dtype)
         self.transformer.train()
@@ -195,20 +203,15 @@ def _make_reference(policy: Policy, packer: PairPacker, visits: list[PairVisit],
     config, transformer = packer.config, policy.transformer
     if config.loss_type == "simpo" or not visits:
         return NoReference()
-    if config.reference == "live" and policy.is_sharded and policy.adapters is None:
-        raise InputError(
-            "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
-        )
     if config.reference == "live":
         return LiveReference(transformer, policy.adapters and policy.adapters.off)
-    made_from = [packer.seed, packer.fingerprint(), [getattr(config, name) for name in _MASKED_BY]]
 
     def logprobs(batch):
         # Tensors of inference mode may not come near a gradient, and sharded weights are kept between passes.
         with torch.no_grad() if policy.is_sharded else torch.inference_mode():
             return batch_logprobs(transformer, batch)
 
-    reference = cached_reference(path, made_from, packer, visits, logprobs)
+    reference = cached_reference(path, [policy.digest, str(policy.work.dtype)], packer, visits, logprobs)
     reshard(transformer)
     return reference
 

@@ -142,9 +142,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | Non
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | None
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | None) -> Tensor:
         out, lse = _forward(q, k, v, tree, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tree, ctx.scale = tree, q.shape[2] ** -0.5 if scale is None else scale
@@ -200,8 +198,6 @@ def _add_gradients(
     queries.add_to(grads[0], heads(torch.bmm(grad_scores, key).mul_(scale), queries))
     keys.add_to(grads[1], heads(torch.bmm(grad_scores.mT, query).mul_(scale), keys))
     keys.add_to(grads[2], heads(torch.bmm(probs.mT, grad_out), keys))
-
-
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,14 @@ def make_tiny_model() -> Model:
     return Model(transformer, vq_tokenizer, text_tokenizer, layout, image_size=64)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """Training that shards and is broken off leaves its process group to the next one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def tiny_model() -> Model:
     """A model of random weights with 16 tokens an image, made anew for each test, so that a test may train it."""

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from hermesflow import load_model
@@ -273,15 +272,8 @@ def test_a_checkpoint_holds_the_adapters_alone(naive, tmp_path):
     assert torch.equal(outputs(transformer), outputs(resumed))
 
 
-@pytest.fixture
-def one_process():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("first", ["on", "off"])
-def test_sharded_ones_train_save_and_merge_as_whole_ones(tmp_path, one_process, first):
+def test_sharded_ones_train_save_and_merge_as_whole_ones(tmp_path, first):
     """Whatever runs first, the reference without them too."""
     results = []
     for is_sharded in (False, True):

@@ -30,13 +30,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def make_training(model, config=PLAIN):
     """A policy and its optimizer, made in the order of train_pairs."""
     policy = Policy(copy.deepcopy(model), config, 0)

@@ -15,7 +15,17 @@ import torch
 from hermesflow import distributed
 from hermesflow.checkpointing import load_checkpoint, save_checkpoint
 from hermesflow.config import ModelConfig, TrainConfig, load_config
-from hermesflow.distributed import gather, is_main, local_device, on_main, process_group, rank, world_size
+from hermesflow.distributed import (
+    gather,
+    is_main,
+    local_device,
+    on_main,
+    process_group,
+    rank,
+    shard,
+    unshard,
+    world_size,
+)
 from hermesflow.files import InputError
 from hermesflow.models import load_model, open_model
 from hermesflow.objective import StepSums, pass_objective
@@ -258,7 +268,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(model_folder
         ours = [line for line in stderr.splitlines() if "/hermesflow/" in line and line.lstrip().startswith("File ")]
         assert not ours, stderr
         assert not (tmp_path / "t/summary.json").exists()
-    finish(launch(*command, processes=1))
+    run_selfplay(load_config(None, arguments(model_folder, tmp_path)[1::2]))
     assert_same_run(tmp_path / "t", of_one_run)
 
 
@@ -292,6 +302,16 @@ def test_a_mistake_is_told_once(model_folder, tmp_path, more, told):
     _, stderr = finish(launch(*command), code=1)
     (line,) = [line for line in own_lines(stderr) if "error" in line]
     assert re.search(told, line) and "hermesflow/cli.py" not in stderr
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_process_group_of_the_caller_is_left_alone(tiny_model, is_ours):
+    if not is_ours:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    shard(tiny_model.transformer, torch.bfloat16)
+    assert torch.distributed.is_initialized()
+    unshard(tiny_model)
+    assert torch.distributed.is_initialized() != is_ours
 
 
 DEVICES = {

@@ -466,6 +466,24 @@ def test_fingerprint_sees_where_rows_end_and_the_question(shared_tiny_model, ran
     assert len(prints | {packers[0].fingerprint()}) == 3
 
 
+DRAWN_OTHERWISE = {
+    "seed": ({}, 1),
+    "sides": ({"understanding_weight": 0.0}, 0),
+    "prompts": ({"condition_dropout": 0.1}, 0),
+    "masks": ({"masks_per_pair": 2}, 0),
+    "complementary masks": ({"masks_per_pair": 2, "complementary_masks": True}, 0),
+    "boundaries": ({"boundary_labels": True}, 0),
+}
+
+
+def test_fingerprint_sees_how_passes_are_drawn(shared_tiny_model, random_pairs):
+    pairs, ways = random_pairs(shared_tiny_model, 2), [({}, 0), *DRAWN_OTHERWISE.values()]
+    packers = [PairPacker(shared_tiny_model, pairs, TrainConfig(**settings), seed) for settings, seed in ways]
+    assert len({packer.fingerprint() for packer in packers}) == len(ways)
+    same = TrainConfig(understanding_weight=0.5, lr=1.0, tokens_per_pass=100, beta=0.1)
+    assert PairPacker(shared_tiny_model, pairs, same, 0).fingerprint() == packers[0].fingerprint()
+
+
 STRANGE = {
     "another codebook": ("win_codes", [32] * 16, "win_codes holds 32, the model's codebook has 32"),
     "below 0": ("record_codes", [-1] * 16, "record_codes holds -1, the model's codebook has 32"),

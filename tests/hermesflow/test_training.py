@@ -4,6 +4,9 @@ import copy
 import json
 import logging
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +24,14 @@ from hermesflow.training import learning_rate, train_pairs
 @pytest.fixture
 def model(tiny_model):
     return tiny_model
+
+
+def test_training_is_imported_without_optional_packages():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('peft', 'tensorboard', 'wandb', 'trackio'));"
+        "import hermesflow.training, hermesflow.pair_training, hermesflow.selfplay"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def metrics_of(folder):
@@ -129,11 +140,10 @@ def test_resume_is_bit_identical(model, random_pairs, tmp_path, monkeypatch, set
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(training, "clip_gradients", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "clip_gradients", killed)
         train_pairs(broken, pairs, config, seed=3, folder=tmp_path / "broken")
-    monkeypatch.setattr(training, "clip_gradients", original)
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():  # as the end of the process would
         torch.distributed.destroy_process_group()
     assert [path.name for path in checkpoints(tmp_path / "broken")] == ["step-000004", "step-000006"]
     train_pairs(resumed, pairs, config, seed=3, folder=tmp_path / "broken")
@@ -194,6 +204,19 @@ def test_a_live_reference_of_sharded_weights_is_refused(model, random_pairs, tmp
     with pytest.raises(InputError, match="train.reference live: a sharded model has no second copy; take cached"):
         config = TrainConfig(reference="live", dtype="bfloat16")
         train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
+
+
+def test_a_cached_reference_of_other_weights_is_made_again(model, random_pairs, tmp_path):
+    # A reference that is not the policy's own would show as a divergence before the first step.
+    config, other = TrainConfig(num_steps=1), copy.deepcopy(model)
+    with torch.no_grad():
+        other.transformer.head.weight.mul_(0.5)
+    for number, start in enumerate((model, other)):
+        for path in checkpoints(tmp_path):
+            shutil.rmtree(path)
+        train_pairs(start, random_pairs(model), config, seed=0, folder=tmp_path)
+        (line,) = metrics_of(tmp_path)
+        assert line["generation/kl"] == pytest.approx(0, abs=1e-5), number
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
