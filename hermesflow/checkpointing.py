@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 import warnings
 import zlib
@@ -58,7 +59,7 @@ def save_checkpoint(
 
     def remove_older() -> None:
         for older in checkpoints(folder)[:-keep]:
-            shutil.rmtree(older)
+            older.unlink() if older.is_symlink() else shutil.rmtree(older)
 
     on_main(remove_older)
 
@@ -114,7 +115,9 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer |
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training folder, whole or not, oldest first."""
-    return sorted(folder.glob("step-*"))
+    # The user's own copies beside them are left alone: one that sorts last would have the newest checkpoint removed.
+    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
