@@ -163,7 +163,10 @@ def _check_fit(path: Path, wanted: dict[str, tuple[int, ...]], saved: dict[str, 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and the optimizer's settings, which are the caller's and not saved."""
     # The model's state comes first: asking for it shards weights that a pass without a gradient left whole.
-    state = {f"model.{name}": value for name, value in get_model_state_dict(module, options=_OPTIONS).items()}
+    found = get_model_state_dict(module, options=_OPTIONS)
+    # Tied weights have two names there, and here the first of them.
+    names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    state = {f"model.{name}": value for name, value in found.items() if name in names}
     if optimizer is not None:
         found = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
         state |= {f"optimizer.{name}": value for name, value in found.items()}

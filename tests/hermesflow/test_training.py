@@ -1,6 +1,7 @@
 """Pair-DPO training: it learns its pairs in every way it can be set, resumes to the last bit, and stops in time."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import torch
 from hermesflow import training
 from hermesflow.checkpointing import checkpoints
 from hermesflow.config import TrainConfig
-from hermesflow.engine.transformer import Linear
+from hermesflow.engine.transformer import Linear, Transformer
 from hermesflow.files import InputError
 from hermesflow.metric_log import TIMINGS, MetricLog
 from hermesflow.training import learning_rate, train_pairs
@@ -212,3 +213,16 @@ def test_metrics_that_lack_a_step_are_damaged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
     with pytest.raises(InputError, match="metrics.jsonl: damaged metrics file .it lacks some of the first 3 steps"):
         MetricLog(tmp_path / "metrics.jsonl", 3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_tied_embeddings_stay_tied(model, random_pairs, tmp_path, settings):
+    config = dataclasses.replace(model.transformer.config, tie_embeddings=True)
+    model.transformer = Transformer(config).init_weights(torch.Generator().manual_seed(0), std=0.2)
+    config = TrainConfig(num_steps=3, checkpoint_every=1, holdout_pairs=2, holdout_every=2, lr=1e-3, **settings)
+    resumed = copy.deepcopy(model)
+    for one in (model, resumed):  # the second goes on from the first one's last checkpoint
+        train_pairs(one, random_pairs(model), config, seed=0, folder=tmp_path)
+        assert one.transformer.head.weight is one.transformer.embed.weight
+    for name, tensor in weights_of(model).items():
+        assert torch.equal(tensor, weights_of(resumed)[name]), name
