@@ -12,6 +12,7 @@ from hermesflow.engine.model_work import ModelWork, matmul_rate
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.kernels import matmul
 
 LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, sot=0, eot=1)
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "mlp_size": 48}
@@ -31,8 +32,11 @@ def make_work(config, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tree_is_what_torch_counts(kind):
+def test_tree_is_what_torch_counts(kind, monkeypatch):
     """Of full spans of equal shape: torch counts pads, and of a causal span the whole square."""
+    # torch counts neither what oneDNN computes nor kernels of our own.
+    monkeypatch.setattr(matmul, "_takes_onednn", lambda a: False)
+    monkeypatch.setenv("HERMESFLOW_BACKEND", "span_attention=torch")
     config = make_config(kind)
     transformer = Transformer(config)
     tree = SpanTree.build([(range(9), -1, "full"), (range(5), 0, "full"), (range(5), 0, "full")])
@@ -74,9 +78,15 @@ def test_matmul_rate_is_that_of_the_fastest_call_and_is_measured_once(unmeasured
     seconds = itertools.chain([0.5, 0.25, 0.125], itertools.repeat(1.0))
     monkeypatch.setattr(model_work, "_seconds", lambda call, device: next(seconds))
     rate = matmul_rate(torch.device("cpu"), torch.float32)
-    assert rate == 2 * 2048**3 / 0.125
+    assert rate == 2 * 1024**3 / 0.125
     assert matmul_rate(torch.device("cpu"), torch.float32) == rate
-    assert matmul_rate(torch.device("cpu"), torch.bfloat16) == 2 * 2048**3
+    assert matmul_rate(torch.device("cpu"), torch.bfloat16) == 2 * 1024**3
+
+
+def test_matmul_rate_leaves_the_random_numbers_alone(unmeasured):
+    before = torch.get_rng_state()
+    matmul_rate(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_seconds_of_a_call_hold_its_work():
