@@ -126,7 +126,8 @@ class ModelWork:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a large square matmul, the best of six, measured at the first call for a device and dtype."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # a measurement leaves the caller's random numbers alone
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     calls = [lambda: torch.mm(a, b, out=out)]
     if device.type == "cpu" and dtype == torch.float32:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 import warnings
 import zlib
@@ -58,7 +59,7 @@ def save_checkpoint(
 
     def remove_older() -> None:
         for older in checkpoints(folder)[:-keep]:
-            shutil.rmtree(older)
+            older.unlink() if older.is_symlink() else shutil.rmtree(older)
 
     on_main(remove_older)
 
@@ -114,7 +115,9 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer |
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training folder, whole or not, oldest first."""
-    return sorted(folder.glob("step-*"))
+    # The user's own copies beside them are left alone: one that sorts last would have the newest checkpoint removed.
+    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -160,7 +163,10 @@ def _check_fit(path: Path, wanted: dict[str, tuple[int, ...]], saved: dict[str, 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and the optimizer's settings, which are the caller's and not saved."""
     # The model's state comes first: asking for it shards weights that a pass without a gradient left whole.
-    state = {f"model.{name}": value for name, value in get_model_state_dict(module, options=_OPTIONS).items()}
+    found = get_model_state_dict(module, options=_OPTIONS)
+    # Tied weights have two names there, and here the first of them.
+    names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    state = {f"model.{name}": value for name, value in found.items() if name in names}
     if optimizer is not None:
         found = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
         state |= {f"optimizer.{name}": value for name, value in found.items()}

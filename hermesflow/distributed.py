@@ -238,6 +238,8 @@ def unshard(model: Model) -> None:
         transformer = Transformer(model.transformer.config)
     if is_main():
         transformer.load_state_dict(weights, assign=True)
+        if transformer.config.tie_embeddings:
+            transformer.head.weight = transformer.embed.weight
         transformer.to(device)
     model.transformer = transformer
     model.__dict__.pop("engine", None)

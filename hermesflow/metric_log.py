@@ -15,7 +15,7 @@ import torch
 from hermesflow.engine.model_work import ModelWork, matmul_rate
 
 from .distributed import is_main, sum_over_ranks, world_size
-from .files import damaged, write_problem, write_text
+from .files import InputError, read_bytes, write_problem, write_text
 from .packing import PairBatch
 
 TIMINGS = ("tokens_per_second", "mfu", "peak_memory_gib")
@@ -33,10 +33,12 @@ class MetricLog:
         Raises: InputError if the file lacks one of the steps before.
         """
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = list(itertools.takewhile(lambda record: record["step"] < start, _parsed(lines)))
-        if [record["step"] for record in kept] != list(range(start)):
-            raise damaged(path, "metrics", ValueError(f"it lacks some of the first {start} steps"))
+        kept = list(itertools.islice(_records(read_bytes(path)), start)) if path.exists() else []
+        if len(kept) < start:
+            raise InputError(
+                f"{path}: lacks some of the first {start} steps, which a checkpoint has; restore it from a copy, "
+                f"or delete {path.parent} and run the same command again to train anew"
+            )
         if is_main():
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._records = kept
@@ -48,7 +50,7 @@ class MetricLog:
             return
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise write_problem(self._path, error) or error from error
 
@@ -59,13 +61,16 @@ class MetricLog:
         return {name: float(np.mean([record[name] for record in tail if name in record])) for name in names}
 
 
-def _parsed(lines: list[str]) -> Iterator[dict]:
-    """The lines that are whole; a kill may have cut the last one."""
-    for line in lines:
+def _records(data: bytes) -> Iterator[dict]:
+    """The lines of step 0, 1, ... as long as they are whole; a kill may have cut the last one."""
+    for step, line in enumerate(data.splitlines()):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # no JSON, no UTF-8
             return
+        if not isinstance(record, dict) or record.get("step") != step:
+            return
+        yield record
 
 
 class Meter:

@@ -376,7 +376,8 @@ def _token_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
     """A column of token ids, a view a row; empty where it is null."""
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
-    return np.split(lists.values.to_numpy()[: offsets[-1]], offsets[:-1])[1:]
+    # Sides that a pair does not have may hold anything.
+    return np.split(pc.fill_null(lists.values, 0).to_numpy()[: offsets[-1]], offsets[:-1])[1:]
 
 
 class _ForestBuilder:

@@ -50,7 +50,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
             adapter/.
     Returns: means over the last tenth of the steps of every metric.
     Raises: InputError on an empty table, pairs of another model, an unwritable folder, checkpoints that cannot be used,
-        or a loss or gradient that is not finite; the last names the step.
+        or a metric that is not finite; the last names it and the step.
 
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves.
@@ -87,16 +87,14 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
                     meter.add(batch)
             norm = clip_gradients(policy.transformer, config.max_grad_norm)
             metrics = sums.metrics() | {"grad_norm": norm, "lr": lr}
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-                raise InputError(
-                    f"Pair-DPO: loss {metrics['loss']} and gradient norm {norm} at step {step}; lower train.lr"
-                )
+            _check_finite(metrics, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress["step"] = step + 1
             metrics |= meter.rates(time.perf_counter() - began)
             if held_visits and (step + 1) % config.holdout_every == 0:
                 metrics["holdout/loss"] = measure_loss(policy.transformer, held_packer, held_reference)
+                _check_finite(metrics, step)
                 if metrics["holdout/loss"] < progress["best_loss"]:
                     progress |= {"best_loss": metrics["holdout/loss"], "best_step": step + 1}
                     save_state(folder / "best", policy.transformer, None, progress)
@@ -222,6 +220,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _check_finite(metrics: dict[str, float], step: int) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise InputError(f"Pair-DPO: {name} is {value} at step {step}; lower train.lr")
 
 
 def _told(metrics: dict[str, float]) -> str:

@@ -34,9 +34,9 @@ def make_work(config, dtype=torch.float32):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_is_what_torch_counts(kind, monkeypatch):
     """Of full spans of equal shape: torch counts pads, and of a causal span the whole square."""
-    # It knows the FLOPs of its own operations, not of oneDNN's nor of the attention kernels for the CPU.
-    monkeypatch.setenv("HERMESFLOW_BACKEND", "torch")
-    monkeypatch.setattr(matmul, "_onednn_computes", lambda x, weight: False)
+    # torch counts neither what oneDNN computes nor kernels of our own.
+    monkeypatch.setattr(matmul, "_takes_onednn", lambda a: False)
+    monkeypatch.setenv("HERMESFLOW_BACKEND", "span_attention=torch")
     config = make_config(kind)
     transformer = Transformer(config)
     tree = SpanTree.build([(range(9), -1, "full"), (range(5), 0, "full"), (range(5), 0, "full")])
@@ -81,6 +81,12 @@ def test_matmul_rate_is_that_of_the_fastest_call_and_is_measured_once(unmeasured
     assert rate == 2 * 1024**3 / 0.125
     assert matmul_rate(torch.device("cpu"), torch.float32) == rate
     assert matmul_rate(torch.device("cpu"), torch.bfloat16) == 2 * 1024**3
+
+
+def test_matmul_rate_leaves_the_random_numbers_alone(unmeasured):
+    before = torch.get_rng_state()
+    matmul_rate(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_seconds_of_a_call_hold_its_work():

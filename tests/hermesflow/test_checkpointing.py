@@ -284,3 +284,30 @@ def test_bfloat16_with_a_cached_reference_trains_every_weight_and_goes_on(
     train_pairs(models[1], random_pairs(tiny_model), config, seed=0, folder=tmp_path)
     for name, value in models[1].transformer.state_dict().items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_copies_and_notes_beside_checkpoints_are_left_alone(tiny_model, tmp_path):
+    saved(tmp_path, tiny_model, 1)
+    others = [tmp_path / "step-000001 (copy)", tmp_path / "step-notes"]
+    for other in others:
+        shutil.copytree(tmp_path / "step-000001", other)
+    (tmp_path / "step-000009").write_text("")
+    saved(tmp_path, tiny_model, 3, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000003"]
+    assert all(other.is_dir() for other in others)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (1_000_000, 999_999):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_used_and_only_the_link_removed(tiny_model, tmp_path):
+    saved(tmp_path, tiny_model, 1)
+    shutil.move(tmp_path / "step-000001", tmp_path / "elsewhere")
+    (tmp_path / "step-000001").symlink_to(tmp_path / "elsewhere")
+    policy, optimizer = make_training(tiny_model)
+    assert load_checkpoint(tmp_path, policy.transformer, optimizer) == {"step": 1}
+    save_checkpoint(tmp_path, policy.transformer, optimizer, {"step": 2}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"] and (tmp_path / "elsewhere").is_dir()

@@ -351,6 +351,20 @@ def as_process_three(monkeypatch, processes, count):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_before_its_interpreter_is_taken_down(processes):
+    """gloo's threads may still need the interpreter then, and would abort the process."""
+    code = (
+        "import atexit, runpy, sys; atexit.register(print, 'taken down'); "
+        "sys.argv = ['hermesflow', 'train', '--pairs', 'none', '--round', '1']; "
+        "runpy.run_module('hermesflow', run_name='__main__')"
+    )
+    environment = os.environ | {"WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and own_lines(done.stderr)
+    assert ("taken down" in done.stdout) == (processes == 1)
+
+
 if __name__ == "__main__":
     with process_group("cpu"):
         work_of_a_process(Path(sys.argv[1]))

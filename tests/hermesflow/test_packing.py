@@ -507,3 +507,15 @@ def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, name, 
 
 def test_a_side_that_a_pair_lacks_is_not_asked_for(shared_tiny_model, random_pairs):
     check_pairs(random_pairs(shared_tiny_model, 6, ("both", "generation", "understanding")), shared_tiny_model)
+
+
+def test_a_side_that_a_pair_does_not_have_may_hold_anything(tiny_model, random_pairs):
+    rows = random_pairs(tiny_model, 3, SIDES).to_pylist()
+    plain = pa.Table.from_pylist(rows, PAIRS_SCHEMA)
+    rows[1]["win_caption_ids"] = [None, 10**6]
+    strange = pa.Table.from_pylist(rows, PAIRS_SCHEMA)
+    check_pairs(strange, tiny_model)
+    visits = [PairVisit(pair, 0) for pair in range(3)]
+    packed = [PairPacker(tiny_model, table, TrainConfig(), 0).pack(visits) for table in (plain, strange)]
+    assert torch.equal(packed[0].tree.token_ids, packed[1].tree.token_ids)
+    assert torch.equal(packed[0].targets, packed[1].targets)

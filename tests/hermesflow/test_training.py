@@ -1,6 +1,7 @@
 """Pair-DPO training: it learns its pairs in every way it can be set, resumes to the last bit, and stops in time."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import torch
 from hermesflow import training
 from hermesflow.checkpointing import checkpoints
 from hermesflow.config import TrainConfig
-from hermesflow.engine.transformer import Linear
+from hermesflow.engine.transformer import Linear, Transformer
 from hermesflow.files import InputError
 from hermesflow.metric_log import TIMINGS, MetricLog
 from hermesflow.training import learning_rate, train_pairs
@@ -231,7 +232,42 @@ def test_metrics_say_how_fast_it_was(model, random_pairs, tmp_path):
         assert line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 and line["peak_memory_gib"] > 0.05
 
 
-def test_metrics_that_lack_a_step_are_damaged(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
-    with pytest.raises(InputError, match="metrics.jsonl: damaged metrics file .it lacks some of the first 3 steps"):
+UNUSABLE_LINES = {
+    "a missing step": b'{"step": 0}\n{"step": 2}\n',
+    "no step": b"{}\n",
+    "no object": b"3\n",
+    "a step in quotes": b'{"step": "0"}\n',
+    "no text": b"\xff\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("lines", UNUSABLE_LINES.values(), ids=UNUSABLE_LINES.keys())
+def test_metrics_that_lack_a_step_cannot_be_gone_on_with(tmp_path, lines):
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    with pytest.raises(InputError, match=f"metrics.jsonl: lacks some of the first 3 steps.*or delete {tmp_path} and"):
         MetricLog(tmp_path / "metrics.jsonl", 3)
+    # From the start, nothing is needed of them.
+    MetricLog(tmp_path / "metrics.jsonl", 0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_held_out_loss_that_is_not_finite_names_the_step(model, random_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "measure_loss", lambda *arguments: math.nan)
+    with pytest.raises(InputError, match="holdout/loss is nan at step 1; lower train.lr"):
+        config = TrainConfig(num_steps=4, holdout_pairs=2, holdout_every=2)
+        train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
+    assert len(metrics_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_tied_embeddings_stay_tied(model, random_pairs, tmp_path, settings):
+    config = dataclasses.replace(model.transformer.config, tie_embeddings=True)
+    model.transformer = Transformer(config).init_weights(torch.Generator().manual_seed(0), std=0.2)
+    config = TrainConfig(num_steps=3, checkpoint_every=1, holdout_pairs=2, holdout_every=2, lr=1e-3, **settings)
+    resumed = copy.deepcopy(model)
+    for one in (model, resumed):  # the second goes on from the first one's last checkpoint
+        train_pairs(one, random_pairs(model), config, seed=0, folder=tmp_path)
+        assert one.transformer.head.weight is one.transformer.embed.weight
+    for name, tensor in weights_of(model).items():
+        assert torch.equal(tensor, weights_of(resumed)[name]), name
