@@ -53,7 +53,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
         or a metric that is not finite; the last names it and the step.
 
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
-    result; the others open what it saves.
+    result; the others open what it saves. After an error the model is of no more use: open it anew to go on.
     """
     check_pairs(pairs, model)
     pairs, held_out = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
@@ -65,7 +65,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     held_reference = _make_reference(policy, held_packer, held_visits, folder / "reference-holdout.parquet")
     optimizer = make_optimizer(policy.transformer, config)
     # Least held-out loss so far, and the number of steps after which it was measured.
-    progress = {"step": 0, "best_loss": math.inf, "best_step": 0}
+    progress = {"step": 0, "best_loss": None, "best_step": 0}
     progress |= load_checkpoint(folder, policy.transformer, optimizer)
     start, log = progress["step"], MetricLog(folder / "metrics.jsonl", progress["step"])
     bar = track(range(start, config.num_steps), "Pair-DPO", "steps", completed=start)
@@ -95,7 +95,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
             if held_visits and (step + 1) % config.holdout_every == 0:
                 metrics["holdout/loss"] = measure_loss(policy.transformer, held_packer, held_reference)
                 _check_finite(metrics, step)
-                if metrics["holdout/loss"] < progress["best_loss"]:
+                if progress["best_loss"] is None or metrics["holdout/loss"] < progress["best_loss"]:
                     progress |= {"best_loss": metrics["holdout/loss"], "best_step": step + 1}
                     save_state(folder / "best", policy.transformer, None, progress)
             log.add({"step": step, **metrics})
