@@ -45,7 +45,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
             over them.
         pairs: a table of hermesflow.pairs.
         config: steps, rates and loss.
-        seed: seeds the order of pairs, the masks, and which pairs are held out.
+        seed: seeds the order of pairs, the masks, which pairs are held out, and torch's generators.
         folder: receives metrics.jsonl, one line a step, step-*/ checkpoints, reference*.parquet and, with LoRA,
             adapter/.
     Returns: means over the last tenth of the steps of every metric.
@@ -64,6 +64,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     reference = _make_reference(policy, packer, all_visits, folder / "reference.parquet")
     held_reference = _make_reference(policy, held_packer, held_visits, folder / "reference-holdout.parquet")
     optimizer = make_optimizer(policy.transformer, config)
+    torch.manual_seed(seed)  # whatever was drawn before: what a model draws in training is the same after a restart
     # Least held-out loss so far, and the number of steps after which it was measured.
     progress = {"step": 0, "best_loss": None, "best_step": 0}
     progress |= load_checkpoint(folder, policy.transformer, optimizer)

@@ -153,6 +153,18 @@ def test_resume_is_bit_identical(model, random_pairs, tmp_path, monkeypatch, set
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "broken")
 
 
+def test_checkpoints_do_not_depend_on_what_was_drawn_before(model, random_pairs, tmp_path):
+    config = TrainConfig(num_steps=3, checkpoint_every=2, holdout_pairs=2, holdout_every=1)
+    for number in range(2):
+        torch.randn(number)
+        train_pairs(copy.deepcopy(model), random_pairs(model), config, seed=0, folder=tmp_path / str(number))
+    files = [path.relative_to(tmp_path / "0") for path in (tmp_path / "0").rglob("*.*") if path.is_file()]
+    assert len(files) > 6
+    for name in files:
+        if name.name != "metrics.jsonl":  # which holds times
+            assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
 def test_stops_when_the_held_out_loss_rises(model, random_pairs, tmp_path, caplog):
     # Random pairs have nothing in common, so what is learnt of some does harm to the others.
     config = TrainConfig(
