@@ -23,15 +23,6 @@ PROMPTS = ([5, 9, 7], [11], [])
 EXTRA = {"mfu", "items_per_s", "num_rounds", "baseline_rounds", "baseline_scaled"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other where other processes use the cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(params=KINDS)
 def model(request, naive):
     """A random tiny transformer of each kind, and its layout."""

@@ -14,15 +14,6 @@ EXTRA = {"mfu", "items_per_s", "baseline_reference"}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other where other processes use the cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(autouse=True)
 def one_round(monkeypatch):
     monkeypatch.setattr(train, "EFFORT", Effort(seconds=0.0, min_rounds=1))
 
