@@ -53,7 +53,7 @@ class Engine:
         self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
         if self.device.type == "cuda" and triton_missing() is None:
             transformer.compile_blocks()
-        self._images = ImageDecoder(transformer, layout, backend)
+        self.image_decoder = ImageDecoder(transformer, layout, backend)
         self._text = TextDecoder(transformer, layout, backend)
         self._planner = MemoryPlanner(transformer)
 
@@ -120,7 +120,7 @@ class Engine:
                 )
             self._check_range("generate", "known_codes", known_codes, -1)
         with torch.inference_mode():
-            codes = self._images.generate(
+            codes = self.image_decoder.generate(
                 prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, watch=watch
             )
         return codes.clone()  # a tensor made in inference mode cannot be used in training

@@ -24,7 +24,7 @@ from hermesflow.kernels.mask_topk import mask_topk
 from hermesflow.kernels.philox import RandomKey
 
 from . import device_graph
-from .mask_schedule import mask_temperatures, num_to_mask
+from .mask_schedule import Schedule, mask_temperatures, num_to_mask
 from .memory_planner import is_out_of_memory
 from .nan_cause import likely_cause
 from .span_tree import SpanTree
@@ -55,7 +55,7 @@ class ImageSamplingParams:
     guidance_scale: float
     mask_temperature: float
     temperature: float = 1.0
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     mask_decay: str = "linear"
 
     def __post_init__(self) -> None:
@@ -79,7 +79,8 @@ class ImageDecoder:
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
-        known_codes: Tensor | None = None, max_sequences: int = 256, watch: Watch = iter,
+        unguided_ids: Sequence[Sequence[int]] | None = None, known_codes: Tensor | None = None,
+        max_sequences: int = 256, watch: Watch = iter,
     ) -> Tensor:  # fmt: skip
         """Draw the candidates of each prompt.
 
@@ -87,6 +88,7 @@ class ImageDecoder:
             prompt_ids: P prompts of plain text ids; they may be equal or empty.
             seeds: int64 [P, n], one a candidate.
             params: how to draw.
+            unguided_ids: P prompts of the unconditional half, likewise; None: empty ones. Not read without guidance.
             known_codes: int64 [P, num_image_tokens], codes that each prompt's images keep, -1 where one is drawn; None
                 draws all.
             max_sequences: image spans that one pass may compute; a guided candidate is two. Where memory runs out it
@@ -100,14 +102,19 @@ class ImageDecoder:
         if known_codes is None:
             known_codes = torch.full((num_prompts, self.layout.num_image_tokens), -1)
         known = [tuple(codes) for codes in known_codes.tolist()]
-        starts = [(tuple(ids), known[row]) for row, ids in enumerate(prompt_ids) for _ in range(num_images)]
+        unguided_ids = [()] * num_prompts if unguided_ids is None else unguided_ids
+        starts, unguided = (
+            [(tuple(ids), known[row]) for row, ids in enumerate(prompts) for _ in range(num_images)]
+            for prompts in (prompt_ids, unguided_ids if params.guidance_scale else ())
+        )
         flat_seeds = seeds.to(self.transformer.embed.weight.device).flatten()
         codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
         graphs = device_graph.captures(flat_seeds.device)
 
         def draw(rows: list[int]) -> None:
-            batch = _Batch(self.transformer, self.layout, [starts[row] for row in rows], params.guidance_scale)
+            of_rows = ([of_all[row] for row in rows] if of_all else [] for of_all in (starts, unguided))
+            batch = _Batch(self.transformer, self.layout, *of_rows)
             session = self._session_of(batch, params)
             # Indexed by a tensor: a list would wait for the device in between.
             index = torch.tensor(rows, device=codes.device)
@@ -187,15 +194,20 @@ class ImageDecoder:
 class _Batch:
     """What a batch of images starts from: its prompts, to be prefilled, and the tree of its image spans.
 
-    The empty prompt is the condition of every unconditional span; a caller's own empty prompt shares it.
+    Equal starts share a span, of either half.
     """
 
     def __init__(
-        self, transformer: Transformer, layout: TokenLayout, starts: list[Start], guidance_scale: float
+        self, transformer: Transformer, layout: TokenLayout, starts: list[Start], unguided: list[Start]
     ) -> None:
+        """
+        Args:
+            transformer, layout: the model.
+            starts: of B images.
+            unguided: those of their unconditional halves, with the same codes; empty without guidance.
+        """
         device = transformer.embed.weight.device
         self.starts, self.num_unknown = starts, starts[0][1].count(-1)
-        unguided: list[Start] = [((), known) for _, known in starts] if guidance_scale else []
         of_start = _indices(starts + unguided)
         of_prompt = _indices([prompt for prompt, _ in of_start])
 
@@ -207,7 +219,7 @@ class _Batch:
         self.tree = SpanTree.build(spans, device, fixed=fixed).extend([images[start] for start in starts + unguided])
         self.num_shared = len(images)
         self.rows = torch.tensor([of_start[start] for start in starts], device=device)
-        self.unguided = torch.tensor([of_start[(), known] for _, known in of_start if unguided], device=device)
+        self.unguided = torch.tensor([of_start[start] for start in unguided], device=device)
 
 
 class _Session:
@@ -304,9 +316,11 @@ class _Session:
         num_tokens = self.layout.num_image_tokens
         hidden = self.transformer(batch.prefill, self.cache)
         hidden = hidden[-batch.num_shared * (num_tokens + 2) :].view(batch.num_shared, num_tokens + 2, -1)[:, 1:-1]
-        if self.halves == 2:
-            hidden = torch.lerp(hidden[batch.unguided], hidden, 1 + self.params.guidance_scale)
-        return hidden[batch.rows[:, None], positions].flatten(0, 1)
+        guided = hidden[batch.rows[:, None], positions].flatten(0, 1)
+        if self.halves == 1:
+            return guided
+        unguided = hidden[batch.unguided[:, None], positions].flatten(0, 1)
+        return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
 
 
 def _changing_steps(num_tokens: int, num_unknown: int, params: ImageSamplingParams) -> list[Step]:

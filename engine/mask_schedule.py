@@ -9,6 +9,8 @@ from torch import Tensor
 
 SCHEDULES = ("cosine", "linear", "sigmoid", "powX with a number X > 0, such as pow2")
 DECAYS = ("linear", "showo")
+Schedule = str | tuple[float, ...]
+"""One of SCHEDULES, or the share that is masked after each step."""
 
 
 def mask_ratio(t: Tensor, schedule: str = "cosine") -> Tensor:
@@ -33,7 +35,9 @@ def mask_ratio(t: Tensor, schedule: str = "cosine") -> Tensor:
     return ratio.clamp(0, 1)
 
 
-def num_to_mask(num_tokens: int, num_steps: int, schedule: str = "cosine", num_unknown: int | None = None) -> list[int]:
+def num_to_mask(
+    num_tokens: int, num_steps: int, schedule: Schedule = "cosine", num_unknown: int | None = None
+) -> list[int]:
     """Tokens that are masked again after each step, one entry a step.
 
     floor(num_tokens * mask_ratio((step + 1) / num_steps)), at least 1 and fewer than before the step; a single unknown
@@ -42,7 +46,7 @@ def num_to_mask(num_tokens: int, num_steps: int, schedule: str = "cosine", num_u
     Args:
         num_tokens: tokens of an image.
         num_steps: at least 1.
-        schedule: as in mask_ratio.
+        schedule: as in mask_ratio, or num_steps shares, of which the last is not read.
         num_unknown: tokens masked before step 0, 1 to num_tokens; None: all.
     Returns: num_steps counts, never rising, the last 0.
     Raises: ValueError on an unknown schedule, fewer than one token or step, or num_unknown out of range.
@@ -54,9 +58,15 @@ def num_to_mask(num_tokens: int, num_steps: int, schedule: str = "cosine", num_u
     unknown = num_tokens if num_unknown is None else num_unknown
     if not 1 <= unknown <= num_tokens:
         raise ValueError(f"num_to_mask: expected num_unknown of 1 to num_tokens {num_tokens}, got {unknown}")
-    times = torch.tensor([(step + 1) / num_steps for step in range(num_steps - 1)])
+    if isinstance(schedule, str):
+        times = torch.tensor([(step + 1) / num_steps for step in range(num_steps - 1)])
+        ratios = mask_ratio(times, schedule)
+    elif len(schedule) == num_steps:
+        ratios = torch.tensor(schedule[:-1])
+    else:
+        raise ValueError(f"num_to_mask: expected a share for each of {num_steps} steps, got {len(schedule)}")
     counts = []
-    for count in torch.floor(num_tokens * mask_ratio(times, schedule)).long().tolist():
+    for count in torch.floor(num_tokens * ratios).long().tolist():
         unknown = max(1, min(unknown - 1, count))
         counts.append(unknown)
     return [*counts, 0]

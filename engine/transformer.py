@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
@@ -102,6 +102,8 @@ class TransformerConfig:
 class Linear(nn.Linear):
     """A linear layer by kernels/matmul.py, for x [T, D]."""
 
+    takes_gelu = True
+
     def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
         """x [T, D] -> [T, V], and GELU of it (F.gelu's approximation)."""
         return linear(x, self.weight, self.bias, gelu=gelu)
@@ -142,7 +144,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [Tq, D] -> [Tq, D]."""
         # An adapter around the layer adds to what comes before GELU.
-        if self.gelu is not None and type(self.up) is Linear:
+        if self.gelu is not None and getattr(self.up, "takes_gelu", False):
             return self.down(self.up(x, self.gelu))
         x = self.up(x)
         if self.gated:
@@ -164,11 +166,15 @@ class Block(nn.Module):
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps) if config.block == "sequential" else None
         self.mlp = MLP(config)
         self.is_checkpointed = False
+        self.checkpoint_contexts: Callable[[], tuple] = noop_context_fn
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
         """x [Tq, D] -> [Tq, D], or [R, D] for the rows int64 [R] alone; halves are those of this class, or compiled."""
         if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, rotary, attend, rows, halves, use_reentrant=False)
+            contexts = self.checkpoint_contexts
+            return checkpoint(
+                self._compute, x, rotary, attend, rows, halves, use_reentrant=False, context_fn=contexts
+            )  # fmt: skip
         return self._compute(x, rotary, attend, rows, halves)
 
     def _compute(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
@@ -219,16 +225,24 @@ class Transformer(nn.Module):
         rows, int64 [R], are the packed rows whose hidden states [R, D] are wanted; what follows the last layer's
         attention is computed for them alone. None: all rows.
         """
-        x = self.embed(tree.token_ids)
-        if embeds is not None:
-            replaced, values = embeds
-            x = x.index_copy(0, replaced.to(x.device), values.to(x))
+        x = self._embedded(tree.token_ids, embeds)
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
         halves = self._halves()
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             x = block(x, rotary, functools.partial(_attend, tree, cache, layer), rows if is_last else None, halves)
         return self.norm(x)
+
+    def _embedded(self, token_ids: Tensor, embeds: Embeds | None) -> Tensor:
+        """[Tq, D]."""
+        if embeds is None:
+            return self.embed(token_ids)
+        rows, values = embeds
+        weight = self.embed.weight
+        values = values.to(weight)
+        # Where all are given, the embedding has no part in it, and no gradient.
+        x = self.embed(token_ids) if len(rows) < len(token_ids) else values.new_empty(len(token_ids), values.shape[1])
+        return x.index_copy(0, rows.to(x.device), values)
 
     def prepare_training(self, *, compiled: bool, checkpointed: bool, backend: str = "inductor") -> None:
         """How the layers run outside inference mode: through torch.compile, as compile_blocks says, or not; and where
@@ -247,7 +261,11 @@ class Transformer(nn.Module):
 
     def _halves(self) -> Halves:
         compiler = self._compiler if torch.is_inference_mode_enabled() else self._training_compiler
-        return (Block.before_attention, Block.after_attention) if compiler is None else _compiled_halves(compiler)
+        return self._plain_halves() if compiler is None else _compiled_halves(compiler)
+
+    @staticmethod
+    def _plain_halves() -> Halves:
+        return Block.before_attention, Block.after_attention
 
     def new_cache(self, capacity: int) -> KVCache:
         """A cache of capacity token slots on the weights' device, in their dtype."""

@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Engine": "hermesflow.engine.engine",
+    "accelerate": "hermesflow.drop_in",
     "load_model": "hermesflow.models",
     "read_pairs": "hermesflow.pairs",
+    "restore": "hermesflow.drop_in",
     "train_pairs": "hermesflow.training",
 }
 
-__all__ = ["Engine", "__version__", "load_model", "read_pairs", "train_pairs"]
+__all__ = ["Engine", "__version__", "accelerate", "load_model", "read_pairs", "restore", "train_pairs"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,543 @@
+"""One call makes an instance of the published Showo class fast: accelerate(model), and restore(model) undoes it.
+
+The caller's mask is read once and becomes a span tree, so that what the published methods compute again, or compute for
+nothing (pads, the whole vocabulary at every position, all earlier tokens for each new one), is not computed. Weights,
+signatures and what is returned stay as they are. A call that is none of the published ones goes to the original method,
+and a warning says why, once.
+Source: models/modeling_showo.py of Show-o (arXiv 2408.12528) and HermesFlow (arXiv 2502.12148).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hermesflow.engine.answer_sampler import AnswerSampler, SamplingParams
+from hermesflow.engine.answer_stream import AnswerStream
+from hermesflow.engine.engine import Engine
+from hermesflow.engine.image_decoder import ImageSamplingParams
+from hermesflow.engine.sequence_logprob import span_logprobs
+from hermesflow.engine.shared_transformer import SharedTransformer, is_hooked
+from hermesflow.engine.span_tree import Span, SpanTree
+from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
+from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
+
+from .families import SHOWO, published_tensors, transformer_config
+from .files import InputError
+from .functional import draw_seeds
+from .mask_reading import ImageFirst, ImageLast, Reading, UnknownMaskError, read_masks
+
+METHODS = ("t2i_generate", "mmu_generate", "loss_for_unidpo", "loss_for_dpo", "loss_for_dpo_understanding")
+"""What accelerate replaces; a class has the first two, and the losses if it can be trained on pairs."""
+IGNORED = -100
+"""Label of what is not scored."""
+
+logger = logging.getLogger(__name__)
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Replaces METHODS of a published Showo instance by fast ones, in place.
+
+    Args:
+        model: the instance, or a wrapper around it: DistributedDataParallel, torch.compile, a DeepSpeed engine.
+    Returns: model.
+    Raises: ValueError if it is no such instance; the message says what was looked for and what was found.
+    """
+    owner = _unwrap(model)
+    if any(isinstance(vars(owner).get(name), AcceleratedMethod) for name in METHODS):
+        return model
+    check_showo(owner)
+    acceleration = _Acceleration(owner)
+    for name in METHODS:
+        if hasattr(owner, name):
+            setattr(owner, name, AcceleratedMethod(acceleration, name, vars(owner).get(name)))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives the original methods back; nothing happens to a model that has them. Returns: model."""
+    owner = _unwrap(model)
+    for name in METHODS:
+        method = vars(owner).get(name)
+        if isinstance(method, AcceleratedMethod):
+            delattr(owner, name)
+            if method.replaced is not None:
+                setattr(owner, name, method.replaced)
+    return model
+
+
+class AcceleratedMethod:
+    """What stands in place of a method; it is copied and pickled together with its model."""
+
+    def __init__(self, acceleration: _Acceleration, name: str, replaced: Callable | None) -> None:
+        """
+        Args:
+            acceleration: of the model.
+            name: one of METHODS.
+            replaced: what the instance itself had under this name; None: the method of its class stands.
+        """
+        self.acceleration, self.name, self.replaced = acceleration, name, replaced
+
+    @property
+    def original(self) -> Callable:
+        """The method as it was."""
+        owner = self.acceleration.owner
+        return self.replaced or getattr(type(owner), self.name).__get__(owner)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def __doc__(self) -> str | None:
+        return self.original.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns."""
+        arguments = self.__signature__.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        try:
+            return self.acceleration.run(self.name, arguments.arguments)
+        except NotCoveredError as reason:
+            self.acceleration.warn_once(self.name, str(reason))
+        return self.original(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return AcceleratedMethod, (self.acceleration, self.name, self.replaced)
+
+
+class NotCoveredError(Exception):
+    """A call that only the original method answers; the message says why."""
+
+
+class _Acceleration:
+    """What the methods of one model share; built when it is first needed, and again when modules were replaced."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self._warned: set[tuple[str, str]] = set()
+        self._built_from: list[nn.Module] = []
+        self._transformer: SharedTransformer | None = None
+        self._engine: Engine | None = None
+
+    def __reduce__(self) -> tuple:
+        return _Acceleration, (self.owner,)
+
+    def warn_once(self, name: str, reason: str) -> None:
+        """Logs a method's reason once."""
+        if (name, reason) not in self._warned:
+            self._warned.add((name, reason))
+            logger.warning("%s: %s; the original method runs instead", name, reason)
+
+    def run(self, name: str, arguments: dict[str, Any]) -> Any:
+        """The fast method. Raises: NotCoveredError."""
+        transformer = self.transformer()
+        try:
+            with transformer.precision.of_caller(transformer.embed.weight.device):
+                return _FAST[name](self, transformer, **arguments)
+        except UnknownMaskError as error:
+            raise NotCoveredError(str(error)) from error
+
+    def transformer(self) -> SharedTransformer:
+        """Over the model's modules of now. Raises: NotCoveredError where they do more than ours would."""
+        modules = list(self.owner.showo.modules())
+        if self._transformer is None or modules != self._built_from:
+            try:
+                check_showo(self.owner)
+            except ValueError as error:
+                raise NotCoveredError(f"the model has changed ({error})") from error
+            self._transformer, self._engine, self._built_from = _share(self.owner), None, modules
+        _check_plain(self.owner, modules)
+        return self._transformer
+
+    def engine(self, layout: TokenLayout) -> Engine:
+        """Kept from call to call, since on CUDA it keeps graphs."""
+        if self._engine is None or self._engine.layout != layout:
+            self._engine = Engine(self._transformer, layout)
+        return self._engine
+
+
+def _generate_images(
+    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, uncond_input_ids: Tensor | None,
+    attention_mask: Tensor | None, temperature: float, timesteps: int, guidance_scale: float,
+    noise_schedule: Callable[[Tensor], Tensor], generator: torch.Generator | None, config: Any, **_: Any,
+) -> Tensor:  # fmt: skip
+    """t2i_generate: codes int64 [B, N]. input_ids is not written to."""
+    layout = _image_layout(acceleration.owner, transformer, config)
+    is_guided = uncond_input_ids is not None and guidance_scale > 0
+    rows = input_ids
+    if is_guided:
+        start = config.dataset.preprocessing.max_seq_length + 1
+        rows = torch.cat([rows, torch.cat([uncond_input_ids[:, :start], input_ids[:, start:]], dim=1)])
+    readings = read_masks(attention_mask, *rows.shape)
+    prompts = [_prompt_of(ids, reading, layout) for ids, reading in zip(rows.tolist(), readings, strict=True)]
+    count = len(input_ids)
+    image = input_ids[:, -layout.num_image_tokens - 1 : -1]
+    known = torch.where(image == layout.mask_id, -1, image - layout.code_offset)
+    if ((known < -1) | (known >= layout.codebook_size)).any() or (known.eq(-1) & image.ne(layout.mask_id)).any():
+        raise NotCoveredError("input_ids holds image tokens that are neither codes nor the mask")
+    if timesteps < 1 or temperature < 0:
+        raise NotCoveredError(f"timesteps is {timesteps} and temperature {temperature}, not at least 1 and 0")
+    ratios = [float(noise_schedule(torch.tensor(1.0 * (step + 1) / timesteps))) for step in range(timesteps)]
+    params = ImageSamplingParams(
+        num_steps=timesteps, guidance_scale=float(guidance_scale) if is_guided else 0.0,
+        mask_temperature=float(temperature), schedule=tuple(ratios), mask_decay="showo",
+    )  # fmt: skip
+    engine = acceleration.engine(layout)
+    seeds = draw_seeds(count, generator, input_ids.device)
+    with torch.inference_mode():
+        codes = engine.image_decoder.generate(
+            prompts[:count], seeds[:, None], params, unguided_ids=prompts[count:] or None, known_codes=known,
+            max_sequences=engine.max_sequences,
+        )  # fmt: skip
+    return codes[:, 0].clone()  # a tensor made in inference mode cannot be used in training
+
+
+class _FramedLayout(TokenLayout):
+    """Of prompts that come with their special tokens."""
+
+    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        return list(text_ids)
+
+
+def _image_layout(owner: nn.Module, transformer: Transformer, config: Any) -> TokenLayout:
+    """The vocabulary as t2i_generate's config has it."""
+    sizes = config.model.showo
+    code_offset = sizes.llm_vocab_size + sizes.num_new_special_tokens
+    try:
+        layout = _FramedLayout(
+            text_vocab_size=code_offset - 1 - len(SPECIAL_TOKENS), num_image_tokens=sizes.num_vq_tokens,
+            codebook_size=transformer.config.vocab_size - 1 - code_offset, sot=0, eot=0,
+        )  # fmt: skip
+    except ValueError as error:
+        raise NotCoveredError(f"config.model.showo does not fit the model ({error})") from error
+    if layout.mask_id != owner.config.mask_token_id:
+        raise NotCoveredError(f"mask_token_id is {owner.config.mask_token_id}, not the last id {layout.mask_id}")
+    return layout
+
+
+def _prompt_of(ids: list[int], reading: Reading, layout: TokenLayout) -> list[int]:
+    """What stands before the image in a generation sequence, without pads."""
+    image = len(ids) - layout.num_image_tokens - 2
+    if not isinstance(reading, ImageLast) or reading.image != image or reading.first == image:
+        raise NotCoveredError("the attention_mask is not that of text and then an image of num_vq_tokens")
+    if (ids[image], ids[-1]) != (layout.soi, layout.eoi):
+        raise NotCoveredError(f"the image is not between the ids of soi and eoi, {layout.soi} and {layout.eoi}")
+    return ids[reading.first : image]
+
+
+class _CallersPrompt:
+    """A caller's sequence as one image and one question of it; see PromptSpans."""
+
+    def __init__(self, ids: list[int], reading: ImageFirst, embeddings: Tensor | None) -> None:
+        """
+        Args:
+            ids: L tokens.
+            reading: of its mask.
+            embeddings: [L, D] in place of the tokens'; None: the model's own.
+        """
+        is_text = reading.end <= reading.first + 1
+        self.image_length = len(ids) - 1 if is_text else reading.end
+        self._image: Span = (ids[: self.image_length], -1, "causal" if is_text else reading.first)
+        self._question, self._embeddings = ids[self.image_length :], embeddings
+
+    def image(self, image: int) -> Span:
+        """Everything up to the image's end."""
+        return self._image
+
+    def question(self, image: int, question: int) -> list[int]:
+        """Everything after it."""
+        return self._question
+
+    def embeds(self, images: Sequence[int]) -> Embeds | None:
+        """Of the image and of the question, which are computed in one pass."""
+        if self._embeddings is None or not images:
+            return None
+        return torch.arange(len(self._embeddings)), self._embeddings
+
+
+def _generate_text(
+    acceleration: _Acceleration, transformer: SharedTransformer, *, idx: Tensor | None,
+    input_embeddings: Tensor | None, attention_mask: Tensor | None, max_new_tokens: int, temperature: float,
+    top_k: int | None, eot_token: int | Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """mmu_generate: tokens int64 0-dim, with eot if it came."""
+    by_embeddings = bool(acceleration.owner.config.w_clip_vit)
+    given, name = (input_embeddings, "input_embeddings") if by_embeddings else (idx, "idx")
+    if given is None or (not by_embeddings and input_embeddings is not None):
+        raise NotCoveredError(f"a model with w_clip_vit {by_embeddings} goes on from {name} alone")
+    if len(given) != 1:
+        raise NotCoveredError(f"{name} holds {len(given)} sequences, not one")
+    if max_new_tokens < 1 or not 0 < temperature < math.inf or (top_k is not None and top_k < 1):
+        raise NotCoveredError(f"max_new_tokens {max_new_tokens}, temperature {temperature} or top_k {top_k} is not > 0")
+    length = given.shape[1]
+    (reading,) = read_masks(attention_mask, 1, length)
+    if not isinstance(reading, ImageFirst) or max(2, reading.end + 1) > length:
+        raise NotCoveredError("the attention_mask is not that of an image, or features, and then text")
+    ids = [0] * length if by_embeddings else idx[0].tolist()
+    prompt = _CallersPrompt(ids, reading, input_embeddings[0] if by_embeddings else None)
+    eot = transformer.config.vocab_size if eot_token is None else int(eot_token)
+    # Room for the prompt, for what is drawn, and for the longer piece of both again; see AnswerStream.
+    capacity = length + max_new_tokens + max(length - prompt.image_length, max_new_tokens) + 1
+    params = SamplingParams(temperature=float(temperature), top_k=top_k or 0, max_new_tokens=max_new_tokens)
+    seeds = draw_seeds(1, None, given.device).view(1, 1, 1)
+    with torch.inference_mode():
+        sampler = AnswerSampler(transformer, transformer.new_cache(capacity), transformer.head, eot, None)
+        ((_, (tokens,)),) = AnswerStream(sampler, prompt, [params], seeds).answers([(0, 0)])
+    if len(tokens) < max_new_tokens:
+        tokens = [*tokens, eot]
+    return list(torch.tensor(tokens, device=given.device).unbind())
+
+
+class _Scored:
+    """Labels of a batch that are scored: sequences, positions whose logits score them, and targets, int64 [T] each."""
+
+    def __init__(self, labels: np.ndarray, sequences: range, first: int, shift: int) -> None:
+        """
+        Args:
+            labels: [B, L], IGNORED where there is none.
+            sequences: those that count.
+            first: position from which labels count.
+            shift: how far before a label its position lies: 0 for masked tokens, 1 for next ones.
+        """
+        of_these = labels[sequences.start : sequences.stop, first:]
+        sequence, position = np.nonzero(of_these != IGNORED)
+        self.target = of_these[sequence, position]
+        self.sequence, self.position = sequence + sequences.start, position + first - shift
+
+
+def _logprob_sums(
+    transformer: SharedTransformer, input_ids: Tensor | None, input_embeddings: Tensor | None,
+    attention_mask: Tensor | None, groups: Sequence[_Scored],
+) -> list[Tensor]:  # fmt: skip
+    """Of each group the sum of its labels' log-probabilities, fp32 0-dim, all from one packed pass."""
+    given = input_ids if input_embeddings is None else input_embeddings
+    if not any(len(group.target) for group in groups):
+        raise NotCoveredError("no label is to be scored")
+    readings = read_masks(attention_mask, *given.shape[:2])
+    forest = _Forest(given.shape[:2], None if input_embeddings is not None else input_ids.tolist())
+    last = np.full(len(given), -1)
+    first = np.full(len(given), given.shape[1])
+    for group in groups:
+        np.maximum.at(last, group.sequence, group.position)
+        np.minimum.at(first, group.sequence, group.position)
+    for sequence in np.flatnonzero(last >= 0):
+        forest.add(int(sequence), readings[sequence], int(first[sequence]), int(last[sequence]))
+    tree, embeds = SpanTree.build(forest.spans, given.device), None
+    if input_embeddings is not None:
+        sequence, position = (torch.from_numpy(part).to(given.device) for part in forest.packed_from())
+        embeds = torch.arange(len(tree.token_ids), device=given.device), input_embeddings[sequence, position]
+    rows = np.concatenate([forest.row_of[group.sequence, group.position] for group in groups])
+    targets = np.concatenate([group.target for group in groups])
+    rows, targets = (torch.from_numpy(part).to(given.device) for part in (rows, targets))
+    logprobs = span_logprobs(transformer, tree, rows, targets, embeds=embeds)
+    return [part.sum() for part in logprobs.split([len(group.target) for group in groups])]
+
+
+class _Forest:
+    """Collects the spans of a batch's sequences, equal ones once, and where each token went."""
+
+    def __init__(self, shape: tuple[int, int], ids: list[list[int]] | None) -> None:
+        """
+        Args:
+            shape: (B, L).
+            ids: tokens [B][L]; None where embeddings stand in their place, so that no two spans are known to be equal.
+        """
+        self.spans: list[Span] = []
+        self.row_of = np.full(shape, -1)
+        self._ids, self._length = ids, shape[1]
+        self._found: dict[tuple, tuple[int, int]] = {}
+        self._packed: list[tuple[int, range]] = []
+        self._num_rows = 0
+
+    def add(self, sequence: int, reading: Reading, first: int, last: int) -> None:
+        """What the tokens from first to last of a sequence need."""
+        if isinstance(reading, ImageFirst):
+            root = -1
+            if reading.end > reading.first:
+                root = self._span(sequence, range(reading.end), -1, reading.first)
+            start = reading.end if root >= 0 else 0
+            self._span(sequence, range(start, last + 1), root, "causal")
+            return
+        if first < reading.first:  # a pad, whose next token is scored
+            self._pads(sequence, range(min(last + 1, reading.first)))
+        sees_image = last >= reading.image
+        text = self._span(sequence, range(reading.first, reading.image if sees_image else last + 1), -1, "causal")
+        if sees_image:
+            self._span(sequence, range(reading.image, self._length), text, "full")
+
+    def packed_from(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each packed row a sequence and a position that it is, int64 [Tq] each."""
+        sequences = np.repeat([sequence for sequence, _ in self._packed], [len(part) for _, part in self._packed])
+        return sequences, np.concatenate([np.array(part) for _, part in self._packed])
+
+    def _span(self, sequence: int, part: range, parent: int, mode: str | int) -> int:
+        """The index of the span, or the parent's where it has no tokens."""
+        if not part:
+            return parent
+        ids = [0] * len(part) if self._ids is None else self._ids[sequence][part.start : part.stop]
+        key = (tuple(ids), parent, mode, sequence if self._ids is None else None)
+        if key not in self._found:
+            self._found[key] = len(self.spans), self._num_rows
+            self.spans.append((ids, parent, mode))
+            self._packed.append((sequence, part))
+            self._num_rows += len(part)
+        index, start = self._found[key]
+        self.row_of[sequence, part.start : part.stop] = np.arange(start, start + len(part))
+        return index
+
+    def _pads(self, sequence: int, part: range) -> None:
+        """Pads are causal and nothing follows them, so shorter ones are the beginning of longer ones."""
+        ids = None if self._ids is None else tuple(self._ids[sequence][: part.stop])
+        for (known, parent, mode, _), (_, start) in self._found.items():
+            if ids is not None and (parent, mode) == (-1, "causal") and known[: part.stop] == ids:
+                self.row_of[sequence, : part.stop] = np.arange(start, start + part.stop)
+                return
+        self._span(sequence, part, -1, "causal")
+
+
+def _score_both(
+    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
+    attention_mask: Tensor | None, labels: Tensor | None, batch_size_t2i: int, batch_size_mmu: int,
+    max_seq_length: int, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """loss_for_unidpo: the sums of images and of captions, fp32 0-dim. batch_size_mmu 0 is all sequences."""
+    found, sequences = _labels(acceleration, transformer, labels)
+    groups = [
+        _Scored(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0),
+        _Scored(found, sequences[-batch_size_mmu:], 1, shift=1),
+    ]
+    images, captions = _logprob_sums(transformer, input_ids, input_embeddings, attention_mask, groups)
+    return images, captions
+
+
+def _score_images(
+    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
+    attention_mask: Tensor | None, labels: Tensor | None, batch_size_t2i: int, max_seq_length: int, **_: Any,
+) -> Tensor:  # fmt: skip
+    """loss_for_dpo: the sum, fp32 0-dim."""
+    found, sequences = _labels(acceleration, transformer, labels)
+    group = _Scored(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0)
+    return _logprob_sums(transformer, input_ids, input_embeddings, attention_mask, [group])[0]
+
+
+def _score_captions(
+    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
+    attention_mask: Tensor | None, labels: Tensor | None, **_: Any,
+) -> Tensor:  # fmt: skip
+    """loss_for_dpo_understanding: the sum over all sequences, fp32 0-dim."""
+    found, sequences = _labels(acceleration, transformer, labels)
+    group = _Scored(found, sequences, 1, shift=1)
+    return _logprob_sums(transformer, input_ids, input_embeddings, attention_mask, [group])[0]
+
+
+def _labels(
+    acceleration: _Acceleration, transformer: SharedTransformer, labels: Tensor | None
+) -> tuple[np.ndarray, range]:
+    """Labels on the host, and the numbers of their sequences."""
+    if labels is None:
+        raise NotCoveredError("there are no labels")
+    model = acceleration.owner.showo.model
+    is_checkpointed = bool(getattr(model, "gradient_checkpointing", False)) and model.training
+    transformer.prepare_training(compiled=False, checkpointed=is_checkpointed)
+    return labels.cpu().numpy(), range(len(labels))
+
+
+_FAST: dict[str, Callable[..., Any]] = {
+    "t2i_generate": _generate_images,
+    "mmu_generate": _generate_text,
+    "loss_for_unidpo": _score_both,
+    "loss_for_dpo": _score_images,
+    "loss_for_dpo_understanding": _score_captions,
+}
+
+
+def check_showo(owner: nn.Module) -> None:
+    """Raises ValueError unless a model is an instance of the published Showo class."""
+    problems = _problems(owner)
+    if problems:
+        raise ValueError(
+            "accelerate: looked for an instance of the published Showo class (.showo with Phi's layers, "
+            f".config.mask_token_id, t2i_generate, mmu_generate), found {type(owner).__name__}: "
+            f"{'; '.join(problems)}; give the model that Showo.from_pretrained returns"
+        )
+
+
+def _problems(owner: nn.Module) -> list[str]:
+    problems = [f"no method {name}" for name in METHODS[:2] if not callable(getattr(owner, name, None))]
+    mask_id = getattr(getattr(owner, "config", None), "mask_token_id", None)
+    if mask_id is None:
+        problems.append("no .config.mask_token_id")
+    if not isinstance(getattr(owner, "showo", None), nn.Module):
+        return [*problems, "no .showo"]
+    try:
+        config = _config(owner)
+    except (InputError, AttributeError) as error:
+        return [*problems, f".showo is no Phi ({error})"]
+    scaling = getattr(owner.showo.config, "rope_scaling", None) or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        problems.append(f"rope_scaling {scaling} is not known")
+    with torch.device("meta"):
+        expected = published_tensors(SHOWO, Transformer(config))
+    for name, tensor in expected.items():
+        path, _, kind = name.rpartition(".")
+        try:
+            shape = tuple(getattr(owner.get_submodule(path), kind).shape)
+        except AttributeError:
+            problems.append(f"no {name}")
+            continue
+        if shape != tuple(tensor.shape):
+            problems.append(f"{name} is {shape}, not {tuple(tensor.shape)}")
+    return problems
+
+
+def _config(owner: nn.Module) -> TransformerConfig:
+    return transformer_config(SHOWO, owner.showo.config.to_dict(), owner.showo.model.embed_tokens.num_embeddings)
+
+
+def _share(owner: nn.Module) -> SharedTransformer:
+    """Our backbone over the model's modules."""
+    config = _config(owner)
+    modules = {}
+    for name, published in SHOWO.weights.items():
+        for layer in range(config.num_layers) if "{layer}" in name else (0,):
+            ours, *theirs = (path.format(layer=layer).rpartition(".")[0] for path in (name, *published))
+            modules[ours] = [owner.get_submodule(path) for path in theirs]
+    return SharedTransformer(config, modules)
+
+
+def _check_plain(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Raises NotCoveredError where a module that ours stands in for does more than it was written to do."""
+    for module in modules:
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise NotCoveredError("the model is in training mode with dropout; set it to 0, or call eval()")
+    model, head = owner.showo.model, owner.showo.lm_head
+    stood_in_for = [owner.showo, model, *model.layers]
+    for layer in model.layers:
+        stood_in_for += [layer.self_attn, layer.mlp]
+        if layer.self_attn.training and getattr(layer.self_attn, "attention_dropout", 0) > 0:
+            raise NotCoveredError("the model is in training mode with dropout; set it to 0, or call eval()")
+    if type(head) is not nn.Linear or any(map(is_hooked, [*stood_in_for, head])):
+        raise NotCoveredError("a module of the language model is wrapped or has hooks, which would not run")
+    weight = model.embed_tokens.weight
+    if type(weight) is not nn.Parameter:
+        raise NotCoveredError(f"the weights are {type(weight).__name__}, not whole on this device")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The instance inside DistributedDataParallel (.module), torch.compile (._orig_mod) and the like."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"accelerate: expected a model of the published Showo class, got {type(model).__name__}")
+    while not hasattr(type(model), METHODS[0]):
+        inner = vars(model)["_modules"].get("module") or vars(model)["_modules"].get("_orig_mod")
+        if inner is None:
+            break
+        model = inner
+    return model
