@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,13 @@ class PhiSettings(SimpleNamespace):
 
     def to_dict(self) -> dict:
         """Its values by name."""
+        return dict(vars(self))
+
+
+class PhiConfig(SimpleNamespace):
+    """The configuration of the language model, its values as attributes."""
+
+    def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 

@@ -218,6 +218,17 @@ def _bench_train(arguments: argparse.Namespace, config: Config) -> int:
     )  # fmt: skip
 
 
+def _bench_drop_in(arguments: argparse.Namespace, config: Config) -> int:
+    from hermesflow.benchmarks.drop_in import Settings, run_drop_in
+
+    return run_drop_in(
+        Settings(
+            device=arguments.device, shape=arguments.shape, dtype=arguments.dtype, cases=arguments.case,
+            code=arguments.code, out=arguments.out,
+        )
+    )  # fmt: skip
+
+
 def _bench_table(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.benchmarks.lines import markdown_table, read_lines, update_readme
 
@@ -535,6 +546,18 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")
     step.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
     step.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
+    published = _command(
+        benches, "drop-in", _bench_drop_in, "the published class's methods before and after hermesflow.accelerate",
+        "hermesflow bench drop-in --shape small --out results.jsonl", configured=False,
+    )  # fmt: skip
+    published.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    published.add_argument("--shape", default="small", metavar="NAME", help=f"one of {', '.join(shapes)} [small]")
+    published.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights [float32]")
+    published.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    published.add_argument(
+        "--code", type=Path, metavar="FOLDER", help="a checkout of Show-o or HermesFlow [a stand-in of its class]"
+    )
+    published.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
     table = _command(
         benches, "table", _bench_table, "print lines of a benchmark as a Markdown table",
         "hermesflow bench table benchmarks/results/ops-cpu-small.jsonl --backend cpu", configured=False,
