@@ -152,5 +152,11 @@ class SharedTransformer(Transformer):
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, or a forward of the instance's own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return has_hooks(module) or "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after the module's forward or backward."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )

@@ -219,9 +219,9 @@ def _bench_train(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _bench_drop_in(arguments: argparse.Namespace, config: Config) -> int:
-    from hermesflow.benchmarks.drop_in import Settings, run_drop_in
+    from hermesflow.benchmarks.accelerated import Settings, run_accelerated
 
-    return run_drop_in(
+    return run_accelerated(
         Settings(
             device=arguments.device, shape=arguments.shape, dtype=arguments.dtype, cases=arguments.case,
             code=arguments.code, out=arguments.out,

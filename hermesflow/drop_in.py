@@ -24,7 +24,7 @@ from hermesflow.engine.answer_stream import AnswerStream
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.sequence_logprob import span_logprobs
-from hermesflow.engine.shared_transformer import SharedTransformer, is_hooked
+from hermesflow.engine.shared_transformer import SharedTransformer, has_hooks, is_hooked
 from hermesflow.engine.span_tree import Span, SpanTree
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
@@ -157,6 +157,14 @@ class _Acceleration:
         _check_plain(self.owner, modules)
         return self._transformer
 
+    def check_forward(self, name: str, transformer: SharedTransformer) -> None:
+        """Raises NotCoveredError where a method that calls the model itself would run more than the class's forward."""
+        owner = self.owner
+        # accelerate's forward computes under autocast: nothing new where the caller has it on.
+        is_own = "forward" in vars(owner) and not ("_original_forward" in vars(owner) and transformer.precision.dtype)
+        if has_hooks(owner) or is_own or _definer(owner, "forward") is not _definer(owner, name):
+            raise NotCoveredError("the model has hooks or a forward of its own, which would not run")
+
     def engine(self, layout: TokenLayout) -> Engine:
         """Kept from call to call, since on CUDA it keeps graphs."""
         if self._engine is None or self._engine.layout != layout:
@@ -170,6 +178,7 @@ def _generate_images(
     noise_schedule: Callable[[Tensor], Tensor], generator: torch.Generator | None, config: Any, **_: Any,
 ) -> Tensor:  # fmt: skip
     """t2i_generate: codes int64 [B, N]. input_ids is not written to."""
+    acceleration.check_forward("t2i_generate", transformer)
     layout = _image_layout(acceleration.owner, transformer, config)
     is_guided = uncond_input_ids is not None and guidance_scale > 0
     rows = input_ids
@@ -183,6 +192,8 @@ def _generate_images(
     known = torch.where(image == layout.mask_id, -1, image - layout.code_offset)
     if ((known < -1) | (known >= layout.codebook_size)).any() or (known.eq(-1) & image.ne(layout.mask_id)).any():
         raise NotCoveredError("input_ids holds image tokens that are neither codes nor the mask")
+    if (known >= 0).all(dim=1).any():
+        raise NotCoveredError("an image has no token to draw, of which the original draws one anew all the same")
     if timesteps < 1 or temperature < 0:
         raise NotCoveredError(f"timesteps is {timesteps} and temperature {temperature}, not at least 1 and 0")
     ratios = [float(noise_schedule(torch.tensor(1.0 * (step + 1) / timesteps))) for step in range(timesteps)]
@@ -269,6 +280,7 @@ def _generate_text(
     top_k: int | None, eot_token: int | Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """mmu_generate: tokens int64 0-dim, with eot if it came."""
+    acceleration.check_forward("mmu_generate", transformer)
     by_embeddings = bool(acceleration.owner.config.w_clip_vit)
     given, name = (input_embeddings, "input_embeddings") if by_embeddings else (idx, "idx")
     if given is None or (not by_embeddings and input_embeddings is not None):
@@ -529,6 +541,11 @@ def _check_plain(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
     weight = model.embed_tokens.weight
     if type(weight) is not nn.Parameter:
         raise NotCoveredError(f"the weights are {type(weight).__name__}, not whole on this device")
+
+
+def _definer(owner: nn.Module, name: str) -> type | None:
+    """The class that a method comes from."""
+    return next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -113,7 +114,7 @@ class Settings:
         check_device(self.device)
 
 
-def run_drop_in(settings: Settings) -> int:
+def run_accelerated(settings: Settings) -> int:
     """Measure, print a table, write lines.
 
     Args:
@@ -150,11 +151,13 @@ def run_drop_in(settings: Settings) -> int:
 
 
 def load_class(checkout: Path) -> type[nn.Module]:
-    """The class Showo of a checkout of Show-o or HermesFlow.
+    """The class Showo of a checkout of Show-o or HermesFlow, which stays imported as models.modeling_showo.
 
     Raises: InputError if there is none, or what it imports is missing.
     """
-    sys.path.insert(0, str(checkout))
+    package = ModuleType("models")  # its own __init__ imports far more
+    package.__path__ = [str(checkout / "models")]
+    sys.modules["models"] = package
     try:
         return importlib.import_module("models.modeling_showo").Showo
     except (ImportError, AttributeError) as error:
@@ -162,8 +165,6 @@ def load_class(checkout: Path) -> type[nn.Module]:
             f"{checkout}: no models.modeling_showo.Showo can be imported ({error}); give a checkout of Show-o or "
             "HermesFlow, in an environment with its requirements"
         ) from error
-    finally:
-        sys.path.remove(str(checkout))
 
 
 class Calls:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hermesflow import cli
-from hermesflow.benchmarks import drop_in, lines, showo_stand_in
+from hermesflow.benchmarks import accelerated, lines, showo_stand_in
 from hermesflow.benchmarks.measuring import Effort
 from hermesflow.drop_in import _FAST, AcceleratedMethod
 
@@ -22,7 +22,7 @@ def no_checkout(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch):
-    monkeypatch.setattr(drop_in, "EFFORT", Effort(seconds=0.0, min_rounds=1))
+    monkeypatch.setattr(accelerated, "EFFORT", Effort(seconds=0.0, min_rounds=1))
 
 
 def bench(*arguments):
@@ -33,23 +33,23 @@ def test_every_case(tmp_path, capsys):
     out = tmp_path / "lines.jsonl"
     assert bench("--out", out) == 0
     written = lines.read_lines(out)
-    assert [line["case"] for line in written] == list(drop_in.CASES)
+    assert [line["case"] for line in written] == list(accelerated.CASES)
     for line in written:
         assert set(line) == {*lines.FIELDS, *EXTRA} and line["baseline"] == "stand-in"
         assert line["speedup"] > 0 and line["tflop_s"] > 0 and 0 < line["roof_fraction"] < 1
     shown = capsys.readouterr().out
-    assert all(case in shown for case in drop_in.CASES)
+    assert all(case in shown for case in accelerated.CASES)
 
 
 def test_both_sides_run_what_they_say():
-    calls = drop_in.Calls(showo_stand_in.Showo, drop_in.SHAPES["tiny"], torch.device("cpu"), torch.float32)
+    calls = accelerated.Calls(showo_stand_in.Showo, accelerated.SHAPES["tiny"], torch.device("cpu"), torch.float32)
     calls._side = "accelerated"
     assert isinstance(calls._method(calls.policy, "t2i_generate"), AcceleratedMethod)
     calls._side = "original"
     assert calls._method(calls.policy, "t2i_generate").__func__ is showo_stand_in.Showo.t2i_generate
 
 
-@pytest.mark.parametrize("case", drop_in.CASES)
+@pytest.mark.parametrize("case", accelerated.CASES)
 def test_a_wrong_result_is_not_measured(case, monkeypatch, capsys, tmp_path):
     name = "loss_for_unidpo" if case == "pair_dpo_step" else case
     right = _FAST[name]
