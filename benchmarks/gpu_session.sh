@@ -1,12 +1,13 @@
 #!/bin/bash
 # One command for a bare CUDA machine: build, checks, tests and benchmark of every kernel, within 10 minutes.
 #
-# usage: benchmarks/gpu_session.sh [all|check|bench|e2e|train]    default all: check and bench
+# usage: benchmarks/gpu_session.sh [all|check|bench|e2e|train|drop-in]    default all: check and bench
 #
 #   check   build, doctor, every op at tiny shapes, the same under compute-sanitizer, the kernels' tests
 #   bench   build if need be, benchmark of the ops
 #   e2e     build if need be, whole tasks against the published algorithm, with profiles: ten minutes by itself
 #   train   build if need be, a Pair-DPO step against the published algorithm, at 256 and 1,024 tokens an image
+#   drop-in build if need be, the published class's methods before and after hermesflow.accelerate, on its stand-in
 #
 # Needs a python3 with torch (CUDA), triton, pytest and this package's dependencies, and nvcc; no network. Environment:
 #   OUT      folder of logs and JSON lines               [benchmarks/results]
@@ -155,6 +156,14 @@ train() {
     done
 }
 
+drop_in() {
+    local lines_file=$OUT/drop-in-$DEVICE-$SHAPE-$DTYPE.jsonl
+    # shellcheck disable=SC2086 # BENCH_OPTIONS is a list of options
+    step bench-drop-in 560 "$PYTHON" -m hermesflow bench drop-in --device "$DEVICE" --shape "$SHAPE" --dtype "$DTYPE" \
+        --out "$lines_file" ${BENCH_OPTIONS:-}
+    table "$lines_file"
+}
+
 table() { # table LINES_FILE: what was measured, also of a benchmark that was cut
     if [ -s "$1" ]; then
         "$PYTHON" -m hermesflow bench table "$1" | tee "${1%.jsonl}.md" || failed=1
@@ -185,8 +194,12 @@ train)
     "${PROBE[@]}" 2>/dev/null || build
     train
     ;;
+drop-in)
+    "${PROBE[@]}" 2>/dev/null || build
+    drop_in
+    ;;
 *)
-    sed -n '4,9p' "$0" | sed 's/^# \{0,1\}//' >&2
+    sed -n '4,10p' "$0" | sed 's/^# \{0,1\}//' >&2
     exit 2
     ;;
 esac

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +102,8 @@ class AnswerSampler:
     head: tuple[Tensor, Tensor | None]
     eot: int
     backend: str | None
+    project: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+    """Of the head; one whose rows do not depend on their number, if an answer must be the same in any batch."""
 
     def advance(self, tree: SpanTree, rows: Rows) -> None:
         """Feeds the last token of each row and draws the next one. Ended rows repeat their last step."""
@@ -110,7 +112,7 @@ class AnswerSampler:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] over the ids that may be drawn."""
-        return linear(hidden, *self.head)
+        return self.project(hidden, *self.head)
 
     def draw(self, logits: Tensor, rows: Rows) -> None:
         """Writes a token a row, in place, where the row has not ended."""

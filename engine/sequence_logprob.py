@@ -11,13 +11,12 @@ from torch import Tensor
 from hermesflow.kernels.linear_logprob import linear_logprob
 
 from .span_tree import SpanTree
-from .transformer import Embeds, Transformer
+from .transformer import Transformer
 
 
 def span_logprobs(
-    transformer: Transformer, tree: SpanTree, rows: Tensor, targets: Tensor, *, embeds: Embeds | None = None,
-    backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    transformer: Transformer, tree: SpanTree, rows: Tensor, targets: Tensor, *, backend: str | None = None
+) -> Tensor:
     """Log-probability of each target under the joint vocabulary, predicted by a packed row of the tree.
 
     Args:
@@ -26,11 +25,10 @@ def span_logprobs(
         rows: int64 [T], packed rows of the tree (SpanTree.span_rows); a row may occur more than once.
         targets: int64 [T], token ids. A masked image token is predicted by its own row, a text token by the row before
             it (next_token_targets).
-        embeds: in place of the embeddings of some tokens; they receive the gradient.
         backend: of linear_logprob; None takes the first that can run.
     Returns: fp32 [T].
     """
-    hidden = transformer(tree, embeds=embeds, rows=rows)
+    hidden = transformer(tree, rows=rows)
     # Only now: sharded weights are whole once the forward pass has begun.
     head = transformer.head
     return linear_logprob(hidden, head.weight, targets, bias=head.bias, backend=backend)

@@ -84,7 +84,12 @@ class SharedLinear(nn.Module):
 
     def _apply_one(self, source: nn.Module, x: Tensor, gelu: str | None) -> Tensor:
         if type(source) is nn.Linear and not is_hooked(source):
-            return linear(x, self.precision.cast(source.weight), self.precision.cast(source.bias), gelu=gelu)
+            weight, bias = self.precision.cast(source.weight), self.precision.cast(source.bias)
+            if len(x) > 1:
+                return linear(x, weight, bias, gelu=gelu)
+            # A matrix-vector product reads the weights at the memory's speed, where oneDNN lays them out anew.
+            x = F.linear(x, weight, bias)
+            return x if gelu is None else F.gelu(x, approximate=gelu)
         with torch.autocast(x.device.type, dtype=self.precision.dtype, enabled=self.precision.dtype is not None):
             x = source(x)
         return x if gelu is None else F.gelu(x, approximate=gelu)
@@ -124,6 +129,8 @@ class SharedTransformer(Transformer):
                 shared = SharedNorm(*sources)
             parent, _, attribute = name.rpartition(".")
             self.get_submodule(parent).add_module(attribute, shared)
+        layers = (module for module in self.blocks.modules() if isinstance(module, SharedLinear))
+        self._has_plain_layers = all(type(source) is nn.Linear for layer in layers for source in layer.sources)
         for block in self.blocks:
             block.checkpoint_contexts = self.precision.checkpoint_contexts
 
@@ -146,8 +153,9 @@ class SharedTransformer(Transformer):
         return KVCache(config.num_layers, capacity, config.num_kv_heads, config.head_dim, weight.device, dtype)
 
     def _halves(self) -> Halves:
-        # A compiled block would cast its weights anew at each step.
-        return super()._halves() if self.precision.dtype is None else super()._plain_halves()
+        # A compiled block would cast its weights anew at each step, and may not take what is in place of a layer.
+        is_plain = self.precision.dtype is None and self._has_plain_layers
+        return super()._halves() if is_plain else self._plain_halves()
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hermesflow.engine.answer_sampler import AnswerSampler, SamplingParams
 from hermesflow.engine.answer_stream import AnswerStream
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.image_decoder import ImageSamplingParams
-from hermesflow.engine.sequence_logprob import span_logprobs
-from hermesflow.engine.shared_transformer import SharedTransformer, has_hooks, is_hooked
+from hermesflow.engine.image_decoder import ImageDecoder, ImageSamplingParams
+from hermesflow.engine.shared_transformer import Head, SharedTransformer, has_hooks, is_hooked
 from hermesflow.engine.span_tree import Span, SpanTree
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
+from hermesflow.kernels.linear_logprob import linear_logprob
 
 from .families import SHOWO, published_tensors, transformer_config
 from .files import InputError
@@ -202,9 +203,12 @@ def _generate_images(
         mask_temperature=float(temperature), schedule=tuple(ratios), mask_decay="showo",
     )  # fmt: skip
     engine = acceleration.engine(layout)
+    # Copies of weights in autocast's dtype end with this call; a kept graph would go on reading them.
+    is_kept = transformer.precision.dtype is None
+    decoder = engine.image_decoder if is_kept else ImageDecoder(transformer, layout)
     seeds = draw_seeds(count, generator, input_ids.device)
     with torch.inference_mode():
-        codes = engine.image_decoder.generate(
+        codes = decoder.generate(
             prompts[:count], seeds[:, None], params, unguided_ids=prompts[count:] or None, known_codes=known,
             max_sequences=engine.max_sequences,
         )  # fmt: skip
@@ -301,7 +305,9 @@ def _generate_text(
     params = SamplingParams(temperature=float(temperature), top_k=top_k or 0, max_new_tokens=max_new_tokens)
     seeds = draw_seeds(1, None, given.device).view(1, 1, 1)
     with torch.inference_mode():
-        sampler = AnswerSampler(transformer, transformer.new_cache(capacity), transformer.head, eot, None)
+        # There is one row, whose product with the head memory bounds; see SharedLinear.
+        cache, head = transformer.new_cache(capacity), transformer.head
+        sampler = AnswerSampler(transformer, cache, head, eot, backend=None, project=F.linear)
         ((_, (tokens,)),) = AnswerStream(sampler, prompt, [params], seeds).answers([(0, 0)])
     if len(tokens) < max_new_tokens:
         tokens = [*tokens, eot]
@@ -348,9 +354,32 @@ def _logprob_sums(
         embeds = torch.arange(len(tree.token_ids), device=given.device), input_embeddings[sequence, position]
     rows = np.concatenate([forest.row_of[group.sequence, group.position] for group in groups])
     targets = np.concatenate([group.target for group in groups])
-    rows, targets = (torch.from_numpy(part).to(given.device) for part in (rows, targets))
-    logprobs = span_logprobs(transformer, tree, rows, targets, embeds=embeds)
+    rows, firsts, row_of_target = np.unique(rows, return_index=True, return_inverse=True)
+    rows, firsts, row_of_target, targets = (
+        torch.from_numpy(part).to(given.device) for part in (rows, firsts, row_of_target, targets)
+    )
+    hidden = transformer(tree, embeds=embeds, rows=rows)
+    logprobs = _logprobs(hidden, transformer.head, targets, row_of_target, firsts)
     return [part.sum() for part in logprobs.split([len(group.target) for group in groups])]
+
+
+def _logprobs(hidden: Tensor, head: Head, targets: Tensor, row_of_target: Tensor, firsts: Tensor) -> Tensor:
+    """fp32 [T] of targets [T] under the logits of rows [T] of hidden [R, D]; firsts [R] is one target of each row.
+
+    A row that has several targets, its own token and the next one, has one softmax: their log-probabilities differ by
+    their logits.
+    """
+    first = targets[firsts]
+    logprobs = linear_logprob(hidden, head.weight, first, bias=head.bias)[row_of_target]
+    others = (firsts[row_of_target] != torch.arange(len(targets), device=targets.device)).nonzero()[:, 0]
+    if not len(others):
+        return logprobs
+    row, target = row_of_target[others], targets[others]
+    weight = F.embedding(target, head.weight).float() - F.embedding(first[row], head.weight).float()
+    difference = (hidden[row].float() * weight).sum(dim=1)
+    if head.bias is not None:
+        difference = difference + (head.bias[target].float() - head.bias[first[row]].float())
+    return logprobs.index_add(0, others, difference)
 
 
 class _Forest:

@@ -35,6 +35,7 @@ from hermesflow.benchmarks.showo_stand_in import (
     understanding_attention_mask,
     understanding_ids,
 )
+from hermesflow.engine.image_decoder import ImageDecoder
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import TokenLayout
 
@@ -1069,3 +1070,17 @@ def test_refused_models_are_left_alone(model, showo_class, case):
     with pytest.raises(ValueError, match=message):
         hermesflow.accelerate(other)
     assert set(vars(other)) == before
+
+
+def test_images_under_autocast_leave_no_graph_behind(model, monkeypatch):
+    """Its copies of the weights are gone after the call, so nothing that was captured may be replayed."""
+    kept = []
+    monkeypatch.setattr(ImageDecoder, "_keep", lambda self, session: kept.append(self))
+    hermesflow.accelerate(model)
+    model.t2i_generate(**image_arguments())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.t2i_generate(**image_arguments())
+        model.t2i_generate(**image_arguments())
+    model.t2i_generate(**image_arguments())
+    plain, first, second, again = kept
+    assert plain is again and len({id(plain), id(first), id(second)}) == 3
