@@ -130,8 +130,9 @@ def run_accelerated(settings: Settings) -> int:
     showo = load_class(settings.code) if settings.code else showo_stand_in.Showo
     calls = Calls(showo, SHAPES[settings.shape], device, dtype)
     names = [name for name in settings.cases or CASES if calls.has(name)]
-    if not names:
-        raise InputError(f"--code: the class there has no methods for {', '.join(settings.cases)}; give another one")
+    for name in settings.cases or CASES:
+        if name not in names:
+            console.print(f"not measured: {name}: the class has no loss_for_unidpo")
     for name in names:
         wrong = calls.compare(name)
         if wrong:
@@ -155,6 +156,8 @@ def load_class(checkout: Path) -> type[nn.Module]:
 
     Raises: InputError if there is none, or what it imports is missing.
     """
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:  # of another checkout
+        del sys.modules[name]
     package = ModuleType("models")  # its own __init__ imports far more
     package.__path__ = [str(checkout / "models")]
     sys.modules["models"] = package
@@ -210,7 +213,8 @@ class Calls:
             return self._compare_steps()
         results = []
         with _sharpened(self.policy) if name == "t2i_generate" else nullcontext():
-            for self._side in Calls.SIDES:
+            for side in Calls.SIDES:
+                self._side = side
                 drawn = self._t2i_generate(1) if name == "t2i_generate" else torch.stack(self._mmu_generate())
                 results.append(drawn)
         share = float((results[0] == results[1]).float().mean())
@@ -338,7 +342,8 @@ class Calls:
         """By the sums, since a sigmoid of so many tokens may be flat."""
         loss_limit, gradient_limit = LIMITS[self.work.dtype]
         found = []
-        for self._side in Calls.SIDES:
+        for side in Calls.SIDES:
+            self._side = side
             sums = [value for role in self._roles for value in self._sums(self.policy, role)]
             torch.stack(sums).sum().backward()
             found.append((sums, {name: weight.grad for name, weight in self.policy.named_parameters()}))
@@ -362,11 +367,14 @@ class Calls:
 def _sharpened(model: nn.Module) -> Iterator[None]:
     """For the block: the head so large that the likeliest token has all the probability."""
     weights = [weight.data for weight in model.showo.lm_head.parameters()]
+    before = [weight.clone() for weight in weights]
     for weight in weights:
         weight *= SHARPENED
-    yield
-    for weight in weights:
-        weight /= SHARPENED
+    try:
+        yield
+    finally:
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)
 
 
 @contextmanager

@@ -42,13 +42,6 @@ class PhiSettings(SimpleNamespace):
         return dict(vars(self))
 
 
-class PhiConfig(SimpleNamespace):
-    """The configuration of the language model, its values as attributes."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
 class Rotary(nn.Module):
     """Cosines and sines of the first positions, of twice dim / 2 angles."""
 

@@ -40,22 +40,14 @@ class Precision:
         """Computes the block in the dtype of the autocast around it, which is off inside: kernels are none of its."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         try:
-            with torch.autocast(device.type, enabled=False), self._held(dtype):
+            with torch.autocast(device.type, enabled=False), _Held(self, dtype):
                 yield
         finally:
             self._casts.clear()
 
     def checkpoint_contexts(self) -> tuple:
         """For torch's checkpoint: what is computed again in the backward pass has the dtype of now."""
-        return nullcontext(), self._held(self.dtype)
-
-    @contextmanager
-    def _held(self, dtype: torch.dtype | None) -> Iterator[None]:
-        before, self.dtype = self.dtype, dtype
-        try:
-            yield
-        finally:
-            self.dtype = before
+        return nullcontext(), _Held(self, self.dtype)
 
     def cast(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor in this dtype; a weight's copy is kept to the block's end where it needs no gradient."""
@@ -68,8 +60,21 @@ class Precision:
         return self._casts[id(tensor)]
 
 
+class _Held:
+    """For a block, which may be entered again after it was left, a precision's dtype."""
+
+    def __init__(self, precision: Precision, dtype: torch.dtype | None) -> None:
+        self._precision, self._dtype = precision, dtype
+
+    def __enter__(self) -> None:
+        self._before, self._precision.dtype = self._precision.dtype, self._dtype
+
+    def __exit__(self, *_: object) -> None:
+        self._precision.dtype = self._before
+
+
 class SharedLinear(nn.Module):
-    """Linear layers of another model, their results side by side. More than an nn.Linear is called as it is."""
+    """Linear layers of another model, their results side by side. What is no plain nn.Linear, an adapter, is called."""
 
     takes_gelu = True
 
@@ -83,7 +88,7 @@ class SharedLinear(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
     def _apply_one(self, source: nn.Module, x: Tensor, gelu: str | None) -> Tensor:
-        if type(source) is nn.Linear and not is_hooked(source):
+        if type(source) is nn.Linear:
             weight, bias = self.precision.cast(source.weight), self.precision.cast(source.bias)
             if len(x) > 1:
                 return linear(x, weight, bias, gelu=gelu)
@@ -130,7 +135,7 @@ class SharedTransformer(Transformer):
             parent, _, attribute = name.rpartition(".")
             self.get_submodule(parent).add_module(attribute, shared)
         layers = (module for module in self.blocks.modules() if isinstance(module, SharedLinear))
-        self._has_plain_layers = all(type(source) is nn.Linear for layer in layers for source in layer.sources)
+        self.has_plain_layers = all(type(source) is nn.Linear for layer in layers for source in layer.sources)
         for block in self.blocks:
             block.checkpoint_contexts = self.precision.checkpoint_contexts
 
@@ -154,7 +159,7 @@ class SharedTransformer(Transformer):
 
     def _halves(self) -> Halves:
         # A compiled block would cast its weights anew at each step, and may not take what is in place of a layer.
-        is_plain = self.precision.dtype is None and self._has_plain_layers
+        is_plain = self.precision.dtype is None and self.has_plain_layers
         return super()._halves() if is_plain else self._plain_halves()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,21 +25,39 @@ from hermesflow.engine.answer_sampler import AnswerSampler, SamplingParams
 from hermesflow.engine.answer_stream import AnswerStream
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageDecoder, ImageSamplingParams
-from hermesflow.engine.shared_transformer import Head, SharedTransformer, has_hooks, is_hooked
-from hermesflow.engine.span_tree import Span, SpanTree
+from hermesflow.engine.shared_transformer import SharedTransformer, has_hooks, is_hooked
+from hermesflow.engine.span_tree import Span
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
-from hermesflow.kernels.linear_logprob import linear_logprob
 
 from .families import SHOWO, published_tensors, transformer_config
 from .files import InputError
 from .functional import draw_seeds
+from .label_scoring import ScoredLabels, logprob_sums
 from .mask_reading import ImageFirst, ImageLast, Reading, UnknownMaskError, read_masks
 
 METHODS = ("t2i_generate", "mmu_generate", "loss_for_unidpo", "loss_for_dpo", "loss_for_dpo_understanding")
 """What accelerate replaces; a class has the first two, and the losses if it can be trained on pairs."""
-IGNORED = -100
-"""Label of what is not scored."""
+_OF_LOSSES = ("input_ids", "input_embeddings", "attention_mask", "labels", "label_smoothing")
+_HOTTEST = 4.0
+"""Temperature of the first step from which on noise may come near the confidence 88.7 that the original gives to known
+tokens: a Gumbel beyond 15 has a chance of 3e-7."""
+_PARAMETERS = {
+    "forward": None,
+    "t2i_generate": (
+        "input_ids", "uncond_input_ids", "attention_mask", "temperature", "timesteps", "guidance_scale",
+        "noise_schedule", "generator", "config", "kwargs",
+    ),
+    "mmu_generate": (
+        "idx", "input_embeddings", "attention_mask", "max_new_tokens", "temperature", "top_k", "eot_token",
+    ),
+    "loss_for_unidpo": (*_OF_LOSSES, "batch_size_t2i", "batch_size_mmu", "max_seq_length"),
+    "loss_for_dpo": (*_OF_LOSSES, "batch_size_t2i", "max_seq_length"),
+    "loss_for_dpo_understanding": (
+        *_OF_LOSSES, "batch_size_mmu", "max_seq_length", "labels_mask_text", "labels_mask_image", "kwargs",
+    ),
+}  # fmt: skip
+"""Names of the published parameters; forward's are not looked at."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,46 +70,49 @@ def accelerate(model: nn.Module) -> nn.Module:
     Returns: model.
     Raises: ValueError if it is no such instance; the message says what was looked for and what was found.
     """
-    owner = _unwrap(model)
+    owner = _unwrap(model, "accelerate")
     if any(isinstance(vars(owner).get(name), AcceleratedMethod) for name in METHODS):
         return model
-    check_showo(owner)
+    problems = _problems(owner)
+    if problems:
+        raise ValueError(
+            "accelerate: looked for an instance of the published Showo class (.showo with Phi's layers, "
+            f".config.mask_token_id, t2i_generate, mmu_generate), found {type(owner).__name__}: "
+            f"{'; '.join(problems)}; give the model that Showo.from_pretrained returns"
+        )
     acceleration = _Acceleration(owner)
     for name in METHODS:
         if hasattr(owner, name):
-            setattr(owner, name, AcceleratedMethod(acceleration, name, vars(owner).get(name)))
+            setattr(owner, name, AcceleratedMethod(acceleration, name))
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Gives the original methods back; nothing happens to a model that has them. Returns: model."""
-    owner = _unwrap(model)
+    owner = _unwrap(model, "restore")
     for name in METHODS:
-        method = vars(owner).get(name)
-        if isinstance(method, AcceleratedMethod):
+        if isinstance(vars(owner).get(name), AcceleratedMethod):
             delattr(owner, name)
-            if method.replaced is not None:
-                setattr(owner, name, method.replaced)
     return model
 
 
 class AcceleratedMethod:
     """What stands in place of a method; it is copied and pickled together with its model."""
 
-    def __init__(self, acceleration: _Acceleration, name: str, replaced: Callable | None) -> None:
+    def __init__(self, acceleration: _Acceleration, name: str) -> None:
         """
         Args:
             acceleration: of the model.
             name: one of METHODS.
-            replaced: what the instance itself had under this name; None: the method of its class stands.
         """
-        self.acceleration, self.name, self.replaced = acceleration, name, replaced
+        self.acceleration, self.__name__ = acceleration, name
+        self.__qualname__ = f"{type(acceleration.owner).__qualname__}.{name}"
 
     @property
     def original(self) -> Callable:
         """The method as it was."""
         owner = self.acceleration.owner
-        return self.replaced or getattr(type(owner), self.name).__get__(owner)
+        return getattr(type(owner), self.__name__).__get__(owner)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -105,13 +127,13 @@ class AcceleratedMethod:
         arguments = self.__signature__.bind(*args, **kwargs)
         arguments.apply_defaults()
         try:
-            return self.acceleration.run(self.name, arguments.arguments)
+            return self.acceleration.run(self.__name__, arguments.arguments)
         except NotCoveredError as reason:
-            self.acceleration.warn_once(self.name, str(reason))
+            self.acceleration.warn_once(self.__name__, str(reason))
         return self.original(*args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        return AcceleratedMethod, (self.acceleration, self.name, self.replaced)
+        return AcceleratedMethod, (self.acceleration, self.__name__)
 
 
 class NotCoveredError(Exception):
@@ -132,9 +154,10 @@ class _Acceleration:
         return _Acceleration, (self.owner,)
 
     def warn_once(self, name: str, reason: str) -> None:
-        """Logs a method's reason once."""
-        if (name, reason) not in self._warned:
-            self._warned.add((name, reason))
+        """Logs a method's reason once, whatever numbers are in it."""
+        kind = name, re.sub(r"[\d.,-]+", "", reason)
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning("%s: %s; the original method runs instead", name, reason)
 
     def run(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -150,21 +173,25 @@ class _Acceleration:
         """Over the model's modules of now. Raises: NotCoveredError where they do more than ours would."""
         modules = list(self.owner.showo.modules())
         if self._transformer is None or modules != self._built_from:
-            try:
-                check_showo(self.owner)
-            except ValueError as error:
-                raise NotCoveredError(f"the model has changed ({error})") from error
+            problems = _problems(self.owner)
+            if problems:
+                raise NotCoveredError(f"the model has changed: {'; '.join(problems)}")
             self._transformer, self._engine, self._built_from = _share(self.owner), None, modules
         _check_plain(self.owner, modules)
         return self._transformer
 
-    def check_forward(self, name: str, transformer: SharedTransformer) -> None:
+    def check_forward(self, transformer: SharedTransformer) -> None:
         """Raises NotCoveredError where a method that calls the model itself would run more than the class's forward."""
-        owner = self.owner
-        # accelerate's forward computes under autocast: nothing new where the caller has it on.
-        is_own = "forward" in vars(owner) and not ("_original_forward" in vars(owner) and transformer.precision.dtype)
-        if has_hooks(owner) or is_own or _definer(owner, "forward") is not _definer(owner, name):
+        own = vars(self.owner)
+        # accelerate's forward is the class's under autocast: nothing new where the caller has it on.
+        prepared = getattr(own.get("_original_forward"), "__func__", None) is type(self.owner).forward
+        is_own = "forward" in own and not (prepared and transformer.precision.dtype)
+        if has_hooks(self.owner) or is_own:
             raise NotCoveredError("the model has hooks or a forward of its own, which would not run")
+
+    def free_images(self) -> None:
+        """Lets go of what t2i_generate keeps on CUDA, for training needs the memory."""
+        self._engine = None
 
     def engine(self, layout: TokenLayout) -> Engine:
         """Kept from call to call, since on CUDA it keeps graphs."""
@@ -179,7 +206,7 @@ def _generate_images(
     noise_schedule: Callable[[Tensor], Tensor], generator: torch.Generator | None, config: Any, **_: Any,
 ) -> Tensor:  # fmt: skip
     """t2i_generate: codes int64 [B, N]. input_ids is not written to."""
-    acceleration.check_forward("t2i_generate", transformer)
+    acceleration.check_forward(transformer)
     layout = _image_layout(acceleration.owner, transformer, config)
     is_guided = uncond_input_ids is not None and guidance_scale > 0
     rows = input_ids
@@ -195,16 +222,19 @@ def _generate_images(
         raise NotCoveredError("input_ids holds image tokens that are neither codes nor the mask")
     if (known >= 0).all(dim=1).any():
         raise NotCoveredError("an image has no token to draw, of which the original draws one anew all the same")
-    if timesteps < 1 or temperature < 0:
-        raise NotCoveredError(f"timesteps is {timesteps} and temperature {temperature}, not at least 1 and 0")
+    if timesteps < 1 or not 0 <= temperature * (1 - 1 / timesteps) <= _HOTTEST:
+        raise NotCoveredError(
+            f"timesteps {timesteps} is below 1, or temperature {temperature} is below 0 or so high that the original "
+            "masks known tokens again"
+        )
     ratios = [float(noise_schedule(torch.tensor(1.0 * (step + 1) / timesteps))) for step in range(timesteps)]
     params = ImageSamplingParams(
         num_steps=timesteps, guidance_scale=float(guidance_scale) if is_guided else 0.0,
         mask_temperature=float(temperature), schedule=tuple(ratios), mask_decay="showo",
     )  # fmt: skip
     engine = acceleration.engine(layout)
-    # Copies of weights in autocast's dtype end with this call; a kept graph would go on reading them.
-    is_kept = transformer.precision.dtype is None
+    # Copies of weights in autocast's dtype end with this call, and adapters may change; a kept graph would not see it.
+    is_kept = transformer.precision.dtype is None and transformer.has_plain_layers
     decoder = engine.image_decoder if is_kept else ImageDecoder(transformer, layout)
     seeds = draw_seeds(count, generator, input_ids.device)
     with torch.inference_mode():
@@ -258,7 +288,7 @@ class _CallersPrompt:
             reading: of its mask.
             embeddings: [L, D] in place of the tokens'; None: the model's own.
         """
-        is_text = reading.end <= reading.first + 1
+        is_text = reading.end == 0
         self.image_length = len(ids) - 1 if is_text else reading.end
         self._image: Span = (ids[: self.image_length], -1, "causal" if is_text else reading.first)
         self._question, self._embeddings = ids[self.image_length :], embeddings
@@ -284,7 +314,7 @@ def _generate_text(
     top_k: int | None, eot_token: int | Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """mmu_generate: tokens int64 0-dim, with eot if it came."""
-    acceleration.check_forward("mmu_generate", transformer)
+    acceleration.check_forward(transformer)
     by_embeddings = bool(acceleration.owner.config.w_clip_vit)
     given, name = (input_embeddings, "input_embeddings") if by_embeddings else (idx, "idx")
     if given is None or (not by_embeddings and input_embeddings is not None):
@@ -314,149 +344,18 @@ def _generate_text(
     return list(torch.tensor(tokens, device=given.device).unbind())
 
 
-class _Scored:
-    """Labels of a batch that are scored: sequences, positions whose logits score them, and targets, int64 [T] each."""
-
-    def __init__(self, labels: np.ndarray, sequences: range, first: int, shift: int) -> None:
-        """
-        Args:
-            labels: [B, L], IGNORED where there is none.
-            sequences: those that count.
-            first: position from which labels count.
-            shift: how far before a label its position lies: 0 for masked tokens, 1 for next ones.
-        """
-        of_these = labels[sequences.start : sequences.stop, first:]
-        sequence, position = np.nonzero(of_these != IGNORED)
-        self.target = of_these[sequence, position]
-        self.sequence, self.position = sequence + sequences.start, position + first - shift
-
-
-def _logprob_sums(
-    transformer: SharedTransformer, input_ids: Tensor | None, input_embeddings: Tensor | None,
-    attention_mask: Tensor | None, groups: Sequence[_Scored],
-) -> list[Tensor]:  # fmt: skip
-    """Of each group the sum of its labels' log-probabilities, fp32 0-dim, all from one packed pass."""
-    given = input_ids if input_embeddings is None else input_embeddings
-    if not any(len(group.target) for group in groups):
-        raise NotCoveredError("no label is to be scored")
-    readings = read_masks(attention_mask, *given.shape[:2])
-    forest = _Forest(given.shape[:2], None if input_embeddings is not None else input_ids.tolist())
-    last = np.full(len(given), -1)
-    first = np.full(len(given), given.shape[1])
-    for group in groups:
-        np.maximum.at(last, group.sequence, group.position)
-        np.minimum.at(first, group.sequence, group.position)
-    for sequence in np.flatnonzero(last >= 0):
-        forest.add(int(sequence), readings[sequence], int(first[sequence]), int(last[sequence]))
-    tree, embeds = SpanTree.build(forest.spans, given.device), None
-    if input_embeddings is not None:
-        sequence, position = (torch.from_numpy(part).to(given.device) for part in forest.packed_from())
-        embeds = torch.arange(len(tree.token_ids), device=given.device), input_embeddings[sequence, position]
-    rows = np.concatenate([forest.row_of[group.sequence, group.position] for group in groups])
-    targets = np.concatenate([group.target for group in groups])
-    rows, firsts, row_of_target = np.unique(rows, return_index=True, return_inverse=True)
-    rows, firsts, row_of_target, targets = (
-        torch.from_numpy(part).to(given.device) for part in (rows, firsts, row_of_target, targets)
-    )
-    hidden = transformer(tree, embeds=embeds, rows=rows)
-    logprobs = _logprobs(hidden, transformer.head, targets, row_of_target, firsts)
-    return [part.sum() for part in logprobs.split([len(group.target) for group in groups])]
-
-
-def _logprobs(hidden: Tensor, head: Head, targets: Tensor, row_of_target: Tensor, firsts: Tensor) -> Tensor:
-    """fp32 [T] of targets [T] under the logits of rows [T] of hidden [R, D]; firsts [R] is one target of each row.
-
-    A row that has several targets, its own token and the next one, has one softmax: their log-probabilities differ by
-    their logits.
-    """
-    first = targets[firsts]
-    logprobs = linear_logprob(hidden, head.weight, first, bias=head.bias)[row_of_target]
-    others = (firsts[row_of_target] != torch.arange(len(targets), device=targets.device)).nonzero()[:, 0]
-    if not len(others):
-        return logprobs
-    row, target = row_of_target[others], targets[others]
-    weight = F.embedding(target, head.weight).float() - F.embedding(first[row], head.weight).float()
-    difference = (hidden[row].float() * weight).sum(dim=1)
-    if head.bias is not None:
-        difference = difference + (head.bias[target].float() - head.bias[first[row]].float())
-    return logprobs.index_add(0, others, difference)
-
-
-class _Forest:
-    """Collects the spans of a batch's sequences, equal ones once, and where each token went."""
-
-    def __init__(self, shape: tuple[int, int], ids: list[list[int]] | None) -> None:
-        """
-        Args:
-            shape: (B, L).
-            ids: tokens [B][L]; None where embeddings stand in their place, so that no two spans are known to be equal.
-        """
-        self.spans: list[Span] = []
-        self.row_of = np.full(shape, -1)
-        self._ids, self._length = ids, shape[1]
-        self._found: dict[tuple, tuple[int, int]] = {}
-        self._packed: list[tuple[int, range]] = []
-        self._num_rows = 0
-
-    def add(self, sequence: int, reading: Reading, first: int, last: int) -> None:
-        """What the tokens from first to last of a sequence need."""
-        if isinstance(reading, ImageFirst):
-            root = -1
-            if reading.end > reading.first:
-                root = self._span(sequence, range(reading.end), -1, reading.first)
-            start = reading.end if root >= 0 else 0
-            self._span(sequence, range(start, last + 1), root, "causal")
-            return
-        if first < reading.first:  # a pad, whose next token is scored
-            self._pads(sequence, range(min(last + 1, reading.first)))
-        sees_image = last >= reading.image
-        text = self._span(sequence, range(reading.first, reading.image if sees_image else last + 1), -1, "causal")
-        if sees_image:
-            self._span(sequence, range(reading.image, self._length), text, "full")
-
-    def packed_from(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each packed row a sequence and a position that it is, int64 [Tq] each."""
-        sequences = np.repeat([sequence for sequence, _ in self._packed], [len(part) for _, part in self._packed])
-        return sequences, np.concatenate([np.array(part) for _, part in self._packed])
-
-    def _span(self, sequence: int, part: range, parent: int, mode: str | int) -> int:
-        """The index of the span, or the parent's where it has no tokens."""
-        if not part:
-            return parent
-        ids = [0] * len(part) if self._ids is None else self._ids[sequence][part.start : part.stop]
-        key = (tuple(ids), parent, mode, sequence if self._ids is None else None)
-        if key not in self._found:
-            self._found[key] = len(self.spans), self._num_rows
-            self.spans.append((ids, parent, mode))
-            self._packed.append((sequence, part))
-            self._num_rows += len(part)
-        index, start = self._found[key]
-        self.row_of[sequence, part.start : part.stop] = np.arange(start, start + len(part))
-        return index
-
-    def _pads(self, sequence: int, part: range) -> None:
-        """Pads are causal and nothing follows them, so shorter ones are the beginning of longer ones."""
-        ids = None if self._ids is None else tuple(self._ids[sequence][: part.stop])
-        for (known, parent, mode, _), (_, start) in self._found.items():
-            if ids is not None and (parent, mode) == (-1, "causal") and known[: part.stop] == ids:
-                self.row_of[sequence, : part.stop] = np.arange(start, start + part.stop)
-                return
-        self._span(sequence, part, -1, "causal")
-
-
 def _score_both(
     acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
     attention_mask: Tensor | None, labels: Tensor | None, batch_size_t2i: int, batch_size_mmu: int,
     max_seq_length: int, **_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """loss_for_unidpo: the sums of images and of captions, fp32 0-dim. batch_size_mmu 0 is all sequences."""
-    found, sequences = _labels(acceleration, transformer, labels)
+    found, sequences = _labels(labels)
     groups = [
-        _Scored(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0),
-        _Scored(found, sequences[-batch_size_mmu:], 1, shift=1),
+        ScoredLabels(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0),
+        ScoredLabels(found, sequences[-batch_size_mmu:], 1, shift=1),
     ]
-    images, captions = _logprob_sums(transformer, input_ids, input_embeddings, attention_mask, groups)
-    return images, captions
+    return tuple(_sums(acceleration, transformer, input_ids, input_embeddings, attention_mask, labels, groups))
 
 
 def _score_images(
@@ -464,9 +363,9 @@ def _score_images(
     attention_mask: Tensor | None, labels: Tensor | None, batch_size_t2i: int, max_seq_length: int, **_: Any,
 ) -> Tensor:  # fmt: skip
     """loss_for_dpo: the sum, fp32 0-dim."""
-    found, sequences = _labels(acceleration, transformer, labels)
-    group = _Scored(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0)
-    return _logprob_sums(transformer, input_ids, input_embeddings, attention_mask, [group])[0]
+    found, sequences = _labels(labels)
+    group = ScoredLabels(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0)
+    return _sums(acceleration, transformer, input_ids, input_embeddings, attention_mask, labels, [group])[0]
 
 
 def _score_captions(
@@ -474,21 +373,39 @@ def _score_captions(
     attention_mask: Tensor | None, labels: Tensor | None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """loss_for_dpo_understanding: the sum over all sequences, fp32 0-dim."""
-    found, sequences = _labels(acceleration, transformer, labels)
-    group = _Scored(found, sequences, 1, shift=1)
-    return _logprob_sums(transformer, input_ids, input_embeddings, attention_mask, [group])[0]
+    found, sequences = _labels(labels)
+    group = ScoredLabels(found, sequences, 1, shift=1)
+    return _sums(acceleration, transformer, input_ids, input_embeddings, attention_mask, labels, [group])[0]
 
 
-def _labels(
-    acceleration: _Acceleration, transformer: SharedTransformer, labels: Tensor | None
-) -> tuple[np.ndarray, range]:
+def _labels(labels: Tensor | None) -> tuple[np.ndarray, range]:
     """Labels on the host, and the numbers of their sequences."""
     if labels is None:
         raise NotCoveredError("there are no labels")
+    return labels.cpu().numpy(), range(len(labels))
+
+
+def _sums(
+    acceleration: _Acceleration, transformer: SharedTransformer, input_ids: Tensor, input_embeddings: Tensor | None,
+    attention_mask: Tensor | None, labels: Tensor, groups: Sequence[ScoredLabels],
+) -> list[Tensor]:  # fmt: skip
+    """Each group's sum. Raises: NotCoveredError, UnknownMaskError."""
+    shape = (input_ids if input_embeddings is None else input_embeddings).shape[:2]
+    if labels.shape != shape:
+        raise NotCoveredError(f"labels are {list(labels.shape)}, the sequences {list(shape)}")
+    targets, positions = (
+        np.concatenate([getattr(group, name) for group in groups]) for name in ("target", "position")
+    )
+    if not len(targets):
+        raise NotCoveredError("no label is to be scored")
+    size = transformer.config.vocab_size
+    if not 0 <= targets.min() <= targets.max() < size or positions.min() < 0:
+        raise NotCoveredError(f"labels lie outside of [0, {size}), or max_seq_length is negative")
     model = acceleration.owner.showo.model
+    acceleration.free_images()
     is_checkpointed = bool(getattr(model, "gradient_checkpointing", False)) and model.training
     transformer.prepare_training(compiled=False, checkpointed=is_checkpointed)
-    return labels.cpu().numpy(), range(len(labels))
+    return logprob_sums(transformer, input_ids, input_embeddings, read_masks(attention_mask, *shape), groups)
 
 
 _FAST: dict[str, Callable[..., Any]] = {
@@ -500,37 +417,47 @@ _FAST: dict[str, Callable[..., Any]] = {
 }
 
 
-def check_showo(owner: nn.Module) -> None:
-    """Raises ValueError unless a model is an instance of the published Showo class."""
-    problems = _problems(owner)
-    if problems:
-        raise ValueError(
-            "accelerate: looked for an instance of the published Showo class (.showo with Phi's layers, "
-            f".config.mask_token_id, t2i_generate, mmu_generate), found {type(owner).__name__}: "
-            f"{'; '.join(problems)}; give the model that Showo.from_pretrained returns"
-        )
-
-
 def _problems(owner: nn.Module) -> list[str]:
+    """What keeps a model from being an instance of the published class."""
     problems = [f"no method {name}" for name in METHODS[:2] if not callable(getattr(owner, name, None))]
-    mask_id = getattr(getattr(owner, "config", None), "mask_token_id", None)
-    if mask_id is None:
-        problems.append("no .config.mask_token_id")
+    problems = problems or _method_problems(owner)
+    for name in ("mask_token_id", "w_clip_vit"):
+        if getattr(getattr(owner, "config", None), name, None) is None:
+            problems.append(f"no .config.{name}")
     if not isinstance(getattr(owner, "showo", None), nn.Module):
         return [*problems, "no .showo"]
+    return problems + _backbone_problems(owner)
+
+
+def _method_problems(owner: nn.Module) -> list[str]:
+    problems, kind = [], _definer(owner, METHODS[0])
+    for name, expected in _PARAMETERS.items():
+        if not hasattr(owner, name):
+            continue
+        replaced = vars(owner).get(name)
+        is_known = replaced is None or name == "forward" or isinstance(replaced, AcceleratedMethod)
+        if _definer(owner, name) is not kind or not is_known:
+            problems.append(f"{name} is not {kind.__name__ if kind else 'its class'}'s own")
+        elif expected and (got := tuple(inspect.signature(getattr(type(owner), name)).parameters)[1:]) != expected:
+            problems.append(f"{name} takes ({', '.join(got)}), not ({', '.join(expected)})")
+    return problems
+
+
+def _backbone_problems(owner: nn.Module) -> list[str]:
+    problems = []
     try:
         config = _config(owner)
     except (InputError, AttributeError) as error:
-        return [*problems, f".showo is no Phi ({error})"]
+        return [f".showo is no Phi ({error})"]
     scaling = getattr(owner.showo.config, "rope_scaling", None) or {}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         problems.append(f"rope_scaling {scaling} is not known")
     with torch.device("meta"):
         expected = published_tensors(SHOWO, Transformer(config))
     for name, tensor in expected.items():
-        path, _, kind = name.rpartition(".")
+        path, _, attribute = name.rpartition(".")
         try:
-            shape = tuple(getattr(owner.get_submodule(path), kind).shape)
+            shape = tuple(getattr(owner.get_submodule(path), attribute).shape)
         except AttributeError:
             problems.append(f"no {name}")
             continue
@@ -559,15 +486,13 @@ def _check_plain(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             raise NotCoveredError("the model is in training mode with dropout; set it to 0, or call eval()")
-    model, head = owner.showo.model, owner.showo.lm_head
-    stood_in_for = [owner.showo, model, *model.layers]
-    for layer in model.layers:
-        stood_in_for += [layer.self_attn, layer.mlp]
-        if layer.self_attn.training and getattr(layer.self_attn, "attention_dropout", 0) > 0:
+        if getattr(module, "attention_dropout", 0) > 0 and module.training:
             raise NotCoveredError("the model is in training mode with dropout; set it to 0, or call eval()")
-    if type(head) is not nn.Linear or any(map(is_hooked, [*stood_in_for, head])):
-        raise NotCoveredError("a module of the language model is wrapped or has hooks, which would not run")
-    weight = model.embed_tokens.weight
+    if any(map(is_hooked, modules)):
+        raise NotCoveredError("a module of the language model has hooks or a forward of its own, which would not run")
+    if type(owner.showo.lm_head) is not nn.Linear:
+        raise NotCoveredError(f"lm_head is {type(owner.showo.lm_head).__name__}, no plain linear layer")
+    weight = owner.showo.model.embed_tokens.weight
     if type(weight) is not nn.Parameter:
         raise NotCoveredError(f"the weights are {type(weight).__name__}, not whole on this device")
 
@@ -577,10 +502,13 @@ def _definer(owner: nn.Module, name: str) -> type | None:
     return next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module, function: str) -> nn.Module:
     """The instance inside DistributedDataParallel (.module), torch.compile (._orig_mod) and the like."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"accelerate: expected a model of the published Showo class, got {type(model).__name__}")
+        raise ValueError(
+            f"{function}: expected a model of the published Showo class, got {type(model).__name__}; give the model "
+            "that Showo.from_pretrained returns"
+        )
     while not hasattr(type(model), METHODS[0]):
         inner = vars(model)["_modules"].get("module") or vars(model)["_modules"].get("_orig_mod")
         if inner is None:

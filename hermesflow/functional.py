@@ -33,7 +33,7 @@ def mask_by_random_topk(
             dtype's largest number, whose logarithm (88.7 for fp32 and bf16) lies above any other confidence unless
             the temperature is above 4; that of fp16 is 11.1, so at times the noise masks a known token.
         temperature: at least 0, a number or a 0-dim tensor, whose value is not checked; 0 is no noise.
-        generator: of any device; None is torch's default one of the CPU.
+        generator: of any device; None is torch's default one of the device.
     Returns: masked bool [B, N].
     Raises: ValueError on shapes, dtypes, devices or a temperature that is negative or not finite.
     Source: re-masking of MaskGIT (arXiv 2202.04200), section 3.2, as Show-o (arXiv 2408.12528) does it.
@@ -65,7 +65,7 @@ def gumbel_sample(
         t: logits of any shape; computed in fp32. -inf entries are never drawn.
         temperature: a number or a 0-dim tensor; up to 1e-10 it takes the argmax, the lower index on ties.
         dim: the dimension to draw from.
-        generator: of any device; None is torch's default one of the CPU.
+        generator: of any device; None is torch's default one of the device.
     Returns: index int64, t's shape without dim; -1 where the logits hold NaN or +inf, or nothing but -inf.
     Raises: ValueError on logits without entries to draw from or a temperature that is not finite; IndexError on dim.
     """
@@ -141,8 +141,8 @@ def dpo_loss(
 
 
 def draw_seeds(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Draw seeds for the ops, int64 [count] on device, from a generator of any device; None is the CPU's default."""
-    source = torch.device("cpu") if generator is None else generator.device
+    """Draw seeds for the ops, int64 [count] on device, from a generator of any device; None is the device's default."""
+    source = device if generator is None else generator.device
     seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=source)
     # CUDA takes a copy of pageable memory before the call returns, so nobody has to wait for the device.
     return seeds.to(device, non_blocking=source.type == "cpu")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import hermesflow
-from hermesflow import drop_in
+from hermesflow import label_scoring, mask_reading
 from hermesflow.benchmarks import showo_stand_in
 from hermesflow.benchmarks.accelerated import load_class
 from hermesflow.benchmarks.random_checkpoint import CheckpointShape, language_model_config
@@ -259,6 +259,15 @@ def test_greedy_answers(make_model, w_clip_vit, eot_token):
     found = fast.mmu_generate(**given, max_new_tokens=25, top_k=1, eot_token=eot_token)
     assert isinstance(found, list) and all(token.shape == () and token.dtype == torch.int64 for token in found)
     assert torch.stack(found).tolist() == torch.stack(wanted).tolist()
+
+
+def test_one_feature_that_all_see(make_model):
+    """No plain text, though no more than one token is seen from before it."""
+    model, fast = make_model(True), hermesflow.accelerate(make_model(True))
+    given = feature_question(model)
+    given["attention_mask"] = clip_attention_mask(given["input_embeddings"], 3, 1)
+    answers = [each.mmu_generate(**given, max_new_tokens=9, top_k=1) for each in (model, fast)]
+    assert answers[0] == answers[1]
 
 
 def test_answers_leave_their_arguments_alone(fast):
@@ -691,15 +700,6 @@ def test_restore_of_a_model_as_it_was(showo_class, model):
     assert outcomes(model) == before and not is_accelerated(model, showo_class)
 
 
-def test_restore_gives_back_a_callers_own_method(model):
-    def own(*args, **kwargs):
-        return "the caller's"
-
-    model.mmu_generate = own
-    hermesflow.restore(hermesflow.accelerate(model))
-    assert model.mmu_generate is own and "t2i_generate" not in vars(model)
-
-
 def test_methods_keep_their_signatures(showo_class, model, fast):
     for name in ("t2i_generate", "mmu_generate", *LOSSES):
         if hasattr(showo_class, name):
@@ -883,6 +883,16 @@ OTHER_CALLS = {
         lambda: {"idx": (ids := generation_ids(LAYOUT, PROMPTS[:1], MAX_SEQ_LENGTH)), "attention_mask": t2i_mask(ids)},
         "attention_mask",
     ),
+    "shorter labels": (
+        "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"][:, :-2]}, "labels are"
+    ),
+    "labels of fewer sequences": (
+        "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"][1:]}, "labels are"
+    ),
+    "labels beyond the vocabulary": (
+        "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"] + 200}, "outside"
+    ),
+    "much noise": ("t2i_generate", lambda: image_arguments(temperature=20.0), "temperature"),
     "no labels": ("loss_for_unidpo", lambda: loss_batch() | {"labels": None}, "no labels"),
     "nothing scored": ("loss_for_unidpo", unscored, "no label"),
 }
@@ -904,13 +914,49 @@ def test_other_calls_go_to_the_original(showo_class, model, fast, reasons, case)
     assert len(messages := reasons()) == 1 and name in messages[0] and message in messages[0]
 
 
-def test_hooks_go_to_the_original(model, fast, reasons):
-    """Such as those of adapters: what they change counts."""
-    answers = []
+def test_adapters_are_called(showo_class, make_model, reasons):
+    """peft puts them in place of linear layers, before or after accelerate."""
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    hermesflow.accelerate(model)
+    plain = model.mmu_generate(**question(), max_new_tokens=8, top_k=1)
+    config = peft.LoraConfig(target_modules=["q_proj", "fc1", "dense"], r=2, lora_alpha=4)
+    peft.inject_adapter_in_model(config, model)
+    generator = torch.Generator().manual_seed(3)
+    adapters = {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
+    for weight in adapters.values():
+        weight.data.normal_(0, 0.5, generator=generator)
+    assert len(adapters) == 12
+    arguments = question() | {"max_new_tokens": 8, "top_k": 1}
+    adapted = model.mmu_generate(**arguments)
+    assert adapted == model.mmu_generate.original(**arguments) and adapted != plain
+    if hasattr(model, "loss_for_unidpo"):
+        found = []
+        for method in (model.loss_for_unidpo, model.loss_for_unidpo.original):
+            sums = method(**loss_batch())
+            gradients = torch.autograd.grad(sum(sums), adapters.values())
+            found.append((torch.stack(sums).detach(), *gradients))
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours - theirs).norm() <= GRADIENT * theirs.norm()
+    assert reasons() == []
+
+
+HOOKED = (
+    "showo", "showo.model", "showo.model.embed_tokens", "showo.model.layers.0", "showo.model.layers.0.self_attn.q_proj",
+    "showo.model.layers.0.mlp", "showo.model.layers.1.mlp.fc1", "showo.model.layers.1.input_layernorm",
+    "showo.model.final_layernorm", "showo.lm_head",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", HOOKED)
+def test_hooks_go_to_the_original(model, fast, reasons, path):
+    """They would see packed tokens, or nothing."""
+    seen = []
     for each in (model, fast):
-        each.showo.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
-        answers.append(each.mmu_generate(**question(), max_new_tokens=8, top_k=1))
-    assert answers[0] == answers[1]
+        each.get_submodule(path).register_forward_hook(lambda module, inputs, output: seen.append(0))
+        count = len(seen)
+        answers = each.mmu_generate(**question(), max_new_tokens=3, top_k=1)
+        assert len(seen) - count == len(answers) == 3
     assert len(messages := reasons()) == 1 and "hooks" in messages[0]
 
 
@@ -923,17 +969,7 @@ def patched(model):
     model.forward = lambda *args, **kwargs: -forward(*args, **kwargs)
 
 
-def overridden(model):
-    kind = type(model)
-
-    class Showo(kind):
-        def forward(self, *args, **kwargs):
-            return -super().forward(*args, **kwargs)
-
-    model.__class__ = Showo
-
-
-@pytest.mark.parametrize("change", [hooked, patched, overridden])
+@pytest.mark.parametrize("change", [hooked, patched])
 def test_a_forward_of_the_callers_own_is_run(make_model, reasons, change):
     """The published generation methods call the model itself."""
     model, fast = make_model(), hermesflow.accelerate(make_model())
@@ -976,8 +1012,8 @@ def test_logits(make_model, shared):
         logits = model(**given, attention_mask=arguments["attention_mask"])
         transformer = model.mmu_generate.acceleration.transformer()
         batch, length = logits.shape[:2]
-        forest = drop_in._Forest((batch, length), None if shared == "clip" else given["input_ids"].tolist())
-        readings = drop_in.read_masks(arguments["attention_mask"], batch, length)
+        forest = label_scoring.Forest((batch, length), None if shared == "clip" else given["input_ids"].tolist())
+        readings = mask_reading.read_masks(arguments["attention_mask"], batch, length)
         for sequence, reading in enumerate(readings):
             forest.add(sequence, reading, 0, length - 1)
         embeds = (torch.arange(length), given["input_embeddings"][0]) if shared == "clip" else None
@@ -1043,6 +1079,25 @@ def without_mask_token(model, showo_class):
     return model
 
 
+def without_clip_setting(model, showo_class):
+    class Showo(showo_class):
+        config = property(lambda self: SimpleNamespace(mask_token_id=373))
+
+    model.__class__ = Showo
+    return model
+
+
+def with_further_parameter(model, showo_class):
+    def t2i_generate(
+        self, input_ids=None, uncond_input_ids=None, attention_mask=None, temperature=1.0, timesteps=18,
+        guidance_scale=0, noise_schedule=None, generator=None, config=None, top_p=1.0, **kwargs,
+    ):  # fmt: skip
+        return None
+
+    names = [name for name in ("forward", "mmu_generate", *LOSSES) if hasattr(showo_class, name)]
+    return subclass(model, t2i_generate=t2i_generate, **{name: getattr(showo_class, name) for name in names})
+
+
 def without_norm(model, showo_class):
     del model.showo.model.layers[1].self_attn.q_layernorm
     return model
@@ -1053,7 +1108,28 @@ def with_scaled_rope(model, showo_class):
     return model
 
 
+def subclass(model, **methods):
+    model.__class__ = type("MyShowo", (type(model),), methods)
+    return model
+
+
+def with_own_attribute(model, showo_class):
+    model.mmu_generate = lambda *args, **kwargs: "the caller's"
+    return model
+
+
 REFUSED = {
+    "no .showo": (lambda model, _: delattr(model, "showo") or model, "accelerate: .*no .showo"),
+    "no w_clip_vit": (without_clip_setting, "accelerate: .*no .config.w_clip_vit"),
+    "a method of its own": (
+        lambda model, _: subclass(model, t2i_generate=lambda self: None, forward=lambda self: None),
+        "accelerate: .*mmu_generate is not MyShowo's own",
+    ),
+    "a forward of its own": (
+        lambda model, _: subclass(model, forward=lambda self: None), "accelerate: .*forward is not Showo's own"
+    ),
+    "a replaced method": (with_own_attribute, "accelerate: .*mmu_generate is not Showo's own"),
+    "a further parameter": (with_further_parameter, r"accelerate: .*t2i_generate takes \(.*top_p.*\), not \("),
     "unknown class": (lambda model, showo_class: nn.Linear(2, 2), "accelerate: .*Linear"),
     "no t2i_generate": (without_t2i_generate, "accelerate: .*t2i_generate"),
     "no mask token": (without_mask_token, "accelerate: .*mask_token_id"),
