@@ -9,6 +9,7 @@ Source: models/modeling_showo.py of Show-o (arXiv 2408.12528) and HermesFlow (ar
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -21,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hermesflow.engine.answer_sampler import AnswerSampler, SamplingParams
-from hermesflow.engine.answer_stream import AnswerStream
+from hermesflow.engine.answer_sampler import FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
+from hermesflow.engine.device_graph import DeviceGraph
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageDecoder, ImageSamplingParams
+from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.shared_transformer import SharedTransformer, has_hooks, is_hooked
-from hermesflow.engine.span_tree import Span
+from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
 
@@ -278,36 +280,6 @@ def _prompt_of(ids: list[int], reading: Reading, layout: TokenLayout) -> list[in
     return ids[reading.first : image]
 
 
-class _CallersPrompt:
-    """A caller's sequence as one image and one question of it; see PromptSpans."""
-
-    def __init__(self, ids: list[int], reading: ImageFirst, embeddings: Tensor | None) -> None:
-        """
-        Args:
-            ids: L tokens.
-            reading: of its mask.
-            embeddings: [L, D] in place of the tokens'; None: the model's own.
-        """
-        is_text = reading.end == 0
-        self.image_length = len(ids) - 1 if is_text else reading.end
-        self._image: Span = (ids[: self.image_length], -1, "causal" if is_text else reading.first)
-        self._question, self._embeddings = ids[self.image_length :], embeddings
-
-    def image(self, image: int) -> Span:
-        """Everything up to the image's end."""
-        return self._image
-
-    def question(self, image: int, question: int) -> list[int]:
-        """Everything after it."""
-        return self._question
-
-    def embeds(self, images: Sequence[int]) -> Embeds | None:
-        """Of the image and of the question, which are computed in one pass."""
-        if self._embeddings is None or not images:
-            return None
-        return torch.arange(len(self._embeddings)), self._embeddings
-
-
 def _generate_text(
     acceleration: _Acceleration, transformer: SharedTransformer, *, idx: Tensor | None,
     input_embeddings: Tensor | None, attention_mask: Tensor | None, max_new_tokens: int, temperature: float,
@@ -327,21 +299,44 @@ def _generate_text(
     (reading,) = read_masks(attention_mask, 1, length)
     if not isinstance(reading, ImageFirst) or max(2, reading.end + 1) > length:
         raise NotCoveredError("the attention_mask is not that of an image, or features, and then text")
+    # An image and the text after it, or text alone and its last token: two spans, and then the answer's.
+    end, mode = (reading.end, reading.first) if reading.end else (length - 1, "causal")
     ids = [0] * length if by_embeddings else idx[0].tolist()
-    prompt = _CallersPrompt(ids, reading, input_embeddings[0] if by_embeddings else None)
+    tree = SpanTree.build([(ids[:end], -1, mode), (ids[end:], 0, "causal")], given.device)
+    embeds = (torch.arange(length), input_embeddings[0]) if by_embeddings else None
     eot = transformer.config.vocab_size if eot_token is None else int(eot_token)
-    # Room for the prompt, for what is drawn, and for the longer piece of both again; see AnswerStream.
-    capacity = length + max_new_tokens + max(length - prompt.image_length, max_new_tokens) + 1
     params = SamplingParams(temperature=float(temperature), top_k=top_k or 0, max_new_tokens=max_new_tokens)
-    seeds = draw_seeds(1, None, given.device).view(1, 1, 1)
     with torch.inference_mode():
         # There is one row, whose product with the head memory bounds; see SharedLinear.
-        cache, head = transformer.new_cache(capacity), transformer.head
+        cache, head = transformer.new_cache(length + max_new_tokens), transformer.head
         sampler = AnswerSampler(transformer, cache, head, eot, backend=None, project=F.linear)
-        ((_, (tokens,)),) = AnswerStream(sampler, prompt, [params], seeds).answers([(0, 0)])
+        rows = Rows.new(draw_seeds(1, None, given.device)[:, None], [params])
+        tokens = _draw(sampler, tree, embeds, rows)
     if len(tokens) < max_new_tokens:
         tokens = [*tokens, eot]
     return list(torch.tensor(tokens, device=given.device).unbind())
+
+
+def _draw(sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows: Rows) -> list[int]:
+    """Tokens of the one answer, without eot, to the last span of a prompt."""
+    device, limit = rows.seed.device, rows.tokens.shape[1] - 1
+    last = torch.tensor([len(prompt.token_ids) - 1], device=device)
+    sampler.draw(sampler.logits(sampler.transformer(prompt, sampler.cache, embeds, last)), rows)
+    tree = prompt.extend([([0], prompt.num_spans - 1, "causal")], reserve=limit - 1)
+    tree = tree.decode([prompt.num_spans], rows.last_token(), rows.length)
+    step = DeviceGraph(functools.partial(sampler.advance, tree, rows), device)
+    # On CUDA a look makes the device wait, and a step that comes to nothing costs less.
+    steps_to_look = 1 if device.type == "cpu" else 8
+    for number in range(1, limit):
+        if (number - 1) % steps_to_look == 0 and rows.status.item() != GOES_ON:
+            break
+        step()
+    if rows.status.item() == FAILED:
+        raise RuntimeError(
+            f"mmu_generate: the model gives no distribution (NaN) at token {rows.length.item()}; "
+            f"{likely_cause(sampler.transformer)}"
+        )
+    return rows.tokens[0, : rows.length.item()].tolist()
 
 
 def _score_both(
