@@ -322,15 +322,16 @@ def _draw(sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows:
     device, limit = rows.seed.device, rows.tokens.shape[1] - 1
     last = torch.tensor([len(prompt.token_ids) - 1], device=device)
     sampler.draw(sampler.logits(sampler.transformer(prompt, sampler.cache, embeds, last)), rows)
-    tree = prompt.extend([([0], prompt.num_spans - 1, "causal")], reserve=limit - 1)
-    tree = tree.decode([prompt.num_spans], rows.last_token(), rows.length)
-    step = DeviceGraph(functools.partial(sampler.advance, tree, rows), device)
-    # On CUDA a look makes the device wait, and a step that comes to nothing costs less.
-    steps_to_look = 1 if device.type == "cpu" else 8
-    for number in range(1, limit):
-        if (number - 1) % steps_to_look == 0 and rows.status.item() != GOES_ON:
-            break
-        step()
+    if rows.status.item() == GOES_ON:
+        tree = prompt.extend([([0], prompt.num_spans - 1, "causal")], reserve=limit - 1)
+        tree = tree.decode([prompt.num_spans], rows.last_token(), rows.length)
+        step = DeviceGraph(functools.partial(sampler.advance, tree, rows), device)
+        # On CUDA a look makes the device wait, and a step that comes to nothing costs less.
+        steps_to_look = 1 if device.type == "cpu" else 8
+        for number in range(1, limit):
+            step()
+            if number % steps_to_look == 0 and rows.status.item() != GOES_ON:
+                break
     if rows.status.item() == FAILED:
         raise RuntimeError(
             f"mmu_generate: the model gives no distribution (NaN) at token {rows.length.item()}; "

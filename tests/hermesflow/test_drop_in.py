@@ -1160,3 +1160,26 @@ def test_images_under_autocast_leave_no_graph_behind(model, monkeypatch):
     model.t2i_generate(**image_arguments())
     plain, first, second, again = kept
     assert plain is again and len({id(plain), id(first), id(second)}) == 3
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
+def test_a_captured_step_gives_the_same_answer(fast, recorded_graphs, monkeypatch, max_new_tokens):
+    """With a stand-in for CUDA graphs, which refuses what waits for the device."""
+    # On CUDA the op looks at no values.
+    monkeypatch.setattr(sys.modules["hermesflow.kernels.token_sample"], "can_read_values", lambda device: False)
+    arguments = question() | {"max_new_tokens": max_new_tokens, "temperature": 1.3}
+    torch.manual_seed(5)
+    found = fast.mmu_generate(**arguments)
+    assert len(recorded_graphs) == (max_new_tokens > 2) and len(found) == max_new_tokens
+    monkeypatch.undo()
+    torch.manual_seed(5)
+    assert fast.mmu_generate(**arguments) == found
+
+
+@pytest.mark.parametrize("name", ["mmu_generate", "t2i_generate"])
+def test_a_model_that_gives_nan_says_where(fast, name):
+    with torch.no_grad():
+        fast.showo.model.layers[0].mlp.fc1.weight[0, 0] = float("nan")
+    arguments = question() if name == "mmu_generate" else image_arguments()
+    with pytest.raises(RuntimeError, match=r"no distribution \(NaN\).*mlp.up.sources.0.weight holds NaN"):
+        getattr(fast, name)(**arguments)
