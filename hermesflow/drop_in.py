@@ -31,6 +31,7 @@ from hermesflow.engine.shared_transformer import SharedTransformer, has_hooks, i
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import SPECIAL_TOKENS, TokenLayout
 from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
+from hermesflow.kernels.checks import FLOAT_DTYPES
 
 from .families import SHOWO, published_tensors, transformer_config
 from .files import InputError
@@ -68,7 +69,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Replaces METHODS of a published Showo instance by fast ones, in place.
 
     Args:
-        model: the instance, or a wrapper around it: DistributedDataParallel, torch.compile, a DeepSpeed engine.
+        model: the instance, or a wrapper around it: DistributedDataParallel, torch.compile, peft's PeftModel.
     Returns: model.
     Raises: ValueError if it is no such instance; the message says what was looked for and what was found.
     """
@@ -84,7 +85,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         )
     acceleration = _Acceleration(owner)
     for name in METHODS:
-        if hasattr(owner, name):
+        if _definer(owner, name):
             setattr(owner, name, AcceleratedMethod(acceleration, name))
     return model
 
@@ -133,6 +134,9 @@ class AcceleratedMethod:
         except NotCoveredError as reason:
             self.acceleration.warn_once(self.__name__, str(reason))
         return self.original(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<accelerated {self.__qualname__}>"
 
     def __reduce__(self) -> tuple:
         return AcceleratedMethod, (self.acceleration, self.__name__)
@@ -189,7 +193,10 @@ class _Acceleration:
         prepared = getattr(own.get("_original_forward"), "__func__", None) is type(self.owner).forward
         is_own = "forward" in own and not (prepared and transformer.precision.dtype)
         if has_hooks(self.owner) or is_own:
-            raise NotCoveredError("the model has hooks or a forward of its own, which would not run")
+            raise NotCoveredError(
+                "the model has hooks or a forward of its own, which would not run; call it under torch.autocast if the "
+                "forward is accelerate's for mixed precision"
+            )
 
     def free_images(self) -> None:
         """Lets go of what t2i_generate keeps on CUDA, for training needs the memory."""
@@ -224,10 +231,11 @@ def _generate_images(
         raise NotCoveredError("input_ids holds image tokens that are neither codes nor the mask")
     if (known >= 0).all(dim=1).any():
         raise NotCoveredError("an image has no token to draw, of which the original draws one anew all the same")
-    if timesteps < 1 or not 0 <= temperature * (1 - 1 / timesteps) <= _HOTTEST:
+    if timesteps < 1:
+        raise NotCoveredError(f"timesteps is {timesteps}, not at least 1")
+    if not 0 <= temperature * (1 - 1 / timesteps) <= _HOTTEST:
         raise NotCoveredError(
-            f"timesteps {timesteps} is below 1, or temperature {temperature} is below 0 or so high that the original "
-            "masks known tokens again"
+            f"temperature {temperature} is below 0, or so high that the original masks known tokens again"
         )
     ratios = [float(noise_schedule(torch.tensor(1.0 * (step + 1) / timesteps))) for step in range(timesteps)]
     params = ImageSamplingParams(
@@ -239,11 +247,17 @@ def _generate_images(
     is_kept = transformer.precision.dtype is None and transformer.has_plain_layers
     decoder = engine.image_decoder if is_kept else ImageDecoder(transformer, layout)
     seeds = draw_seeds(count, generator, input_ids.device)
-    with torch.inference_mode():
-        codes = decoder.generate(
-            prompts[:count], seeds[:, None], params, unguided_ids=prompts[count:] or None, known_codes=known,
-            max_sequences=engine.max_sequences,
-        )  # fmt: skip
+    try:
+        with torch.inference_mode():
+            codes = decoder.generate(
+                prompts[:count], seeds[:, None], params, unguided_ids=prompts[count:] or None, known_codes=known,
+                max_sequences=engine.max_sequences,
+            )  # fmt: skip
+    except RuntimeError as error:
+        if "no distribution" not in str(error):
+            raise
+        where = str(error).partition(": ")[2].rpartition("; ")[0]
+        raise RuntimeError(f"t2i_generate: {where}; {likely_cause(acceleration.owner)}") from error
     return codes[:, 0].clone()  # a tensor made in inference mode cannot be used in training
 
 
@@ -293,8 +307,15 @@ def _generate_text(
         raise NotCoveredError(f"a model with w_clip_vit {by_embeddings} goes on from {name} alone")
     if len(given) != 1:
         raise NotCoveredError(f"{name} holds {len(given)} sequences, not one")
-    if max_new_tokens < 1 or not 0 < temperature < math.inf or (top_k is not None and top_k < 1):
-        raise NotCoveredError(f"max_new_tokens {max_new_tokens}, temperature {temperature} or top_k {top_k} is not > 0")
+    if isinstance(eot_token, Tensor) and eot_token.numel() == 1:
+        eot_token = int(eot_token)
+    for what, value, is_known in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens > 0), ("top_k", top_k, top_k is None or top_k > 0),
+        ("temperature", temperature, 0 < temperature < math.inf),
+        ("eot_token", eot_token, eot_token is None or isinstance(eot_token, int)),
+    ):  # fmt: skip
+        if not is_known:
+            raise NotCoveredError(f"{what} is {value!r}, with which there is nothing to draw, or to stop at")
     length = given.shape[1]
     (reading,) = read_masks(attention_mask, 1, length)
     if not isinstance(reading, ImageFirst) or max(2, reading.end + 1) > length:
@@ -304,20 +325,22 @@ def _generate_text(
     ids = [0] * length if by_embeddings else idx[0].tolist()
     tree = SpanTree.build([(ids[:end], -1, mode), (ids[end:], 0, "causal")], given.device)
     embeds = (torch.arange(length), input_embeddings[0]) if by_embeddings else None
-    eot = transformer.config.vocab_size if eot_token is None else int(eot_token)
+    eot = transformer.config.vocab_size if eot_token is None else eot_token
     params = SamplingParams(temperature=float(temperature), top_k=top_k or 0, max_new_tokens=max_new_tokens)
     with torch.inference_mode():
         # There is one row, whose product with the head memory bounds; see SharedLinear.
         cache, head = transformer.new_cache(length + max_new_tokens), transformer.head
         sampler = AnswerSampler(transformer, cache, head, eot, backend=None, project=F.linear)
         rows = Rows.new(draw_seeds(1, None, given.device)[:, None], [params])
-        tokens = _draw(sampler, tree, embeds, rows)
+        tokens = _draw(acceleration.owner, sampler, tree, embeds, rows)
     if len(tokens) < max_new_tokens:
         tokens = [*tokens, eot]
     return list(torch.tensor(tokens, device=given.device).unbind())
 
 
-def _draw(sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows: Rows) -> list[int]:
+def _draw(
+    owner: nn.Module, sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows: Rows
+) -> list[int]:
     """Tokens of the one answer, without eot, to the last span of a prompt."""
     device, limit = rows.seed.device, rows.tokens.shape[1] - 1
     last = torch.tensor([len(prompt.token_ids) - 1], device=device)
@@ -335,7 +358,7 @@ def _draw(sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows:
     if rows.status.item() == FAILED:
         raise RuntimeError(
             f"mmu_generate: the model gives no distribution (NaN) at token {rows.length.item()}; "
-            f"{likely_cause(sampler.transformer)}"
+            f"{likely_cause(owner)}"
         )
     return rows.tokens[0, : rows.length.item()].tolist()
 
@@ -378,7 +401,7 @@ def _labels(labels: Tensor | None) -> tuple[np.ndarray, range]:
     """Labels on the host, and the numbers of their sequences."""
     if labels is None:
         raise NotCoveredError("there are no labels")
-    return labels.cpu().numpy(), range(len(labels))
+    return labels.long().cpu().numpy(), range(len(labels))
 
 
 def _sums(
@@ -415,7 +438,7 @@ _FAST: dict[str, Callable[..., Any]] = {
 
 def _problems(owner: nn.Module) -> list[str]:
     """What keeps a model from being an instance of the published class."""
-    problems = [f"no method {name}" for name in METHODS[:2] if not callable(getattr(owner, name, None))]
+    problems = [f"no method {name}" for name in METHODS[:2] if _definer(owner, name) is None]
     problems = problems or _method_problems(owner)
     for name in ("mask_token_id", "w_clip_vit"):
         if getattr(getattr(owner, "config", None), name, None) is None:
@@ -428,7 +451,7 @@ def _problems(owner: nn.Module) -> list[str]:
 def _method_problems(owner: nn.Module) -> list[str]:
     problems, kind = [], _definer(owner, METHODS[0])
     for name, expected in _PARAMETERS.items():
-        if not hasattr(owner, name):
+        if _definer(owner, name) is None:
             continue
         replaced = vars(owner).get(name)
         is_known = replaced is None or name == "forward" or isinstance(replaced, AcceleratedMethod)
@@ -491,6 +514,8 @@ def _check_plain(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
     weight = owner.showo.model.embed_tokens.weight
     if type(weight) is not nn.Parameter:
         raise NotCoveredError(f"the weights are {type(weight).__name__}, not whole on this device")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise NotCoveredError(f"the weights are {weight.dtype}, not of 16 or 32 bits")
 
 
 def _definer(owner: nn.Module, name: str) -> type | None:
@@ -499,7 +524,7 @@ def _definer(owner: nn.Module, name: str) -> type | None:
 
 
 def _unwrap(model: nn.Module, function: str) -> nn.Module:
-    """The instance inside DistributedDataParallel (.module), torch.compile (._orig_mod) and the like."""
+    """The instance inside DistributedDataParallel (.module), torch.compile (._orig_mod), peft and the like."""
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{function}: expected a model of the published Showo class, got {type(model).__name__}; give the model "
@@ -507,6 +532,8 @@ def _unwrap(model: nn.Module, function: str) -> nn.Module:
         )
     while not hasattr(type(model), METHODS[0]):
         inner = vars(model)["_modules"].get("module") or vars(model)["_modules"].get("_orig_mod")
+        if inner is None and hasattr(type(model), "get_base_model"):
+            inner = model.get_base_model()
         if inner is None:
             break
         model = inner

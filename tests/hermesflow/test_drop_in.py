@@ -893,6 +893,9 @@ OTHER_CALLS = {
         "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"] + 200}, "outside"
     ),
     "much noise": ("t2i_generate", lambda: image_arguments(temperature=20.0), "temperature"),
+    "an end that is no token": (
+        "mmu_generate", lambda: question() | {"eot_token": [1], "max_new_tokens": 2}, "eot_token"
+    ),
     "no labels": ("loss_for_unidpo", lambda: loss_batch() | {"labels": None}, "no labels"),
     "nothing scored": ("loss_for_unidpo", unscored, "no label"),
 }
@@ -1181,5 +1184,49 @@ def test_a_model_that_gives_nan_says_where(fast, name):
     with torch.no_grad():
         fast.showo.model.layers[0].mlp.fc1.weight[0, 0] = float("nan")
     arguments = question() if name == "mmu_generate" else image_arguments()
-    with pytest.raises(RuntimeError, match=r"no distribution \(NaN\).*mlp.up.sources.0.weight holds NaN"):
+    where = r"showo.model.layers.0.mlp.fc1.weight holds NaN"
+    with pytest.raises(RuntimeError, match=rf"^{name}: the model gives no distribution \(NaN\).*{where}"):
         getattr(fast, name)(**arguments)
+
+
+def test_labels_of_another_integer_dtype(showo_class, fast):
+    needs(showo_class, "loss_for_unidpo")
+    batch = loss_batch()
+    wanted = fast.loss_for_unidpo(**batch)
+    assert fast.loss_for_unidpo(**batch | {"labels": batch["labels"].int()}) == wanted
+
+
+def test_double_precision_goes_to_the_original(make_model, reasons):
+    model, fast = make_model().double(), hermesflow.accelerate(make_model().double())
+    answers = [each.mmu_generate(**question(), max_new_tokens=4, top_k=1) for each in (model, fast)]
+    assert answers[0] == answers[1]
+    assert len(messages := reasons()) == 1 and "float64" in messages[0]
+
+
+def test_peft_model(showo_class, make_model):
+    peft = pytest.importorskip("peft")
+    wrapper = peft.PeftModel(make_model(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert hermesflow.accelerate(wrapper) is wrapper
+    inner = wrapper.get_base_model()
+    assert is_accelerated(inner, showo_class) and "accelerated" in repr(inner.t2i_generate)
+    hermesflow.restore(wrapper)
+    assert not is_accelerated(inner, showo_class)
+
+
+class Delegating(nn.Module):
+    """Has what its model has, as wrappers do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+def test_an_unknown_wrapper_is_named(model):
+    with pytest.raises(ValueError, match="accelerate: .*found Delegating: no method t2i_generate"):
+        hermesflow.accelerate(Delegating(model))
