@@ -23,7 +23,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_computed_token_costs_about_what_the_formula_says(kind, dtype, monkeypatch):
     if dtype == torch.bfloat16 and kind == "gated-gqa" and not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("without bf16 instructions the product needs more: 4,058 bytes a token on a Xeon, not 3,840 (LOG.md)")
+        pytest.skip("without bf16 instructions it takes 4,058 bytes a token, not 3,840 (LOG.md)")
     transformer = Transformer(TransformerConfig(**(SHAPE | MODELS[kind]))).to(dtype).eval()
     num_tokens = 16 * 258
     tree = SpanTree.build([([1] * 258, -1, "full")] * 16)
