@@ -541,23 +541,15 @@ def _parser() -> argparse.ArgumentParser:
         benches, "train", _bench_train, "a Pair-DPO step, forward and backward, against the published algorithm",
         "hermesflow bench train --shape small --out results.jsonl", configured=False,
     )  # fmt: skip
-    step.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
-    step.add_argument("--shape", default="small", metavar="NAME", help=f"one of {', '.join(shapes)} [small]")
-    step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")
-    step.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
-    step.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
+    _add_bench_options(step, shapes)
     published = _command(
         benches, "drop-in", _bench_drop_in, "the published class's methods before and after hermesflow.accelerate",
         "hermesflow bench drop-in --shape small --out results.jsonl", configured=False,
     )  # fmt: skip
-    published.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
-    published.add_argument("--shape", default="small", metavar="NAME", help=f"one of {', '.join(shapes)} [small]")
-    published.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights [float32]")
-    published.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    _add_bench_options(published, shapes)
     published.add_argument(
         "--code", type=Path, metavar="FOLDER", help="a checkout of Show-o or HermesFlow [a stand-in of its class]"
     )
-    published.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
     table = _command(
         benches, "table", _bench_table, "print lines of a benchmark as a Markdown table",
         "hermesflow bench table benchmarks/results/ops-cpu-small.jsonl --backend cpu", configured=False,
@@ -569,6 +561,15 @@ def _parser() -> argparse.ArgumentParser:
         help="write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->",
     )  # fmt: skip
     return parser
+
+
+def _add_bench_options(parser: argparse.ArgumentParser, shapes: Sequence[str]) -> None:
+    """The options of a benchmark of whole models."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    parser.add_argument("--shape", default="small", metavar="NAME", help=f"one of {', '.join(shapes)} [small]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="may be repeated [all]")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where to write the lines")
 
 
 def _command(

@@ -503,9 +503,8 @@ def _share(owner: nn.Module) -> SharedTransformer:
 def _check_plain(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Raises NotCoveredError where a module that ours stands in for does more than it was written to do."""
     for module in modules:
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            raise NotCoveredError("the model is in training mode with dropout; set it to 0, or call eval()")
-        if getattr(module, "attention_dropout", 0) > 0 and module.training:
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
+        if module.training and rate > 0:
             raise NotCoveredError("the model is in training mode with dropout; set it to 0, or call eval()")
     if any(map(is_hooked, modules)):
         raise NotCoveredError("a module of the language model has hooks or a forward of its own, which would not run")

@@ -61,7 +61,8 @@ def logprob_sums(
     for group in groups:
         np.maximum.at(last, group.sequence, group.position)
         np.minimum.at(first, group.sequence, group.position)
-    for sequence in np.flatnonzero(last >= 0):
+    # Those with the most pads come first, for theirs begin with those of all others.
+    for sequence in sorted(np.flatnonzero(last >= 0), key=lambda sequence: -readings[sequence].first):
         forest.add(int(sequence), readings[sequence], int(first[sequence]), int(last[sequence]))
     tree, embeds = SpanTree.build(forest.spans, given.device), None
     if input_embeddings is not None:

@@ -39,6 +39,7 @@ from hermesflow.engine.image_decoder import ImageDecoder
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import TokenLayout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Read here, since a fixture of all tests hides the variable.
 CHECKOUTS = [folder for folder in os.environ.get("HERMESFLOW_PUBLISHED_CODE", "").split(os.pathsep) if folder]
 LAYOUT = TokenLayout(text_vocab_size=299, codebook_size=64, num_image_tokens=16, sot=0, eot=0)
@@ -103,15 +104,6 @@ def model(make_model):
 def fast(make_model):
     """The same model, accelerated."""
     return hermesflow.accelerate(make_model())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small are not worth a second one, and other processes may have the other cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(autouse=True)
