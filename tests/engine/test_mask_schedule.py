@@ -88,3 +88,9 @@ def test_other_messages():
         mask_temperatures(1.0, 0)
     with pytest.raises(ValueError, match="expected decay 'linear' or 'showo', got 'none'"):
         mask_temperatures(1.0, 4, "none")
+
+
+def test_shares_of_the_callers_own():
+    assert num_to_mask(16, 3, (0.5, 0.2, 0.7)) == [8, 3, 0]  # the last is not read
+    with pytest.raises(ValueError, match="num_to_mask: expected a share for each of 3 steps, got 2"):
+        num_to_mask(16, 3, (0.5, 0.2))
