@@ -20,8 +20,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hermesflow.files import InputError, read_bytes
 
+IMAGE_SCORES = ("soft", "hard")
 CAPTION_SCORERS = ("bert-cls", "sentence", "exact", "normalised", "token-f1", "attribute-f1")
 ANSWER_SCORERS = ("likelihood", "sentence", "exact", "normalised")
+STUDY_ARMS = (
+    "pair-dpo", "no-op", "random-pairs", "sft-best", "generation-only", "understanding-only", "oracle-pairs",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -107,8 +111,9 @@ class CurationConfig:
     """Numbers of most likely tokens that captions are drawn from; 0 is all."""
     include_greedy: bool = True
     """Add the greedy caption."""
-    score: Literal["soft", "hard"] = "soft"
-    """An image's score: mean probability of the right answers, or the fraction answered right."""
+    score: str = "soft"
+    """An image's score: soft, the mean probability of the right answers; hard, the fraction answered right; or
+    "module:function" of your own."""
     threshold: float = 0.6
     """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
     margin: float = 0.1
@@ -135,6 +140,7 @@ class CurationConfig:
         _check_drawing(self)
         _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
+        _check_scorer(self, "score", IMAGE_SCORES)
         _check_scorer(self, "caption_scorer", CAPTION_SCORERS)
         _check_scorer(self, "answer_scorer", ANSWER_SCORERS)
         if self.num_captions < 2:
@@ -179,6 +185,8 @@ class TrainConfig:
     """Weight of the image side; 0 leaves it out."""
     understanding_weight: float = 1.0
     """Weight of the caption side; 0 leaves it out."""
+    preference_weight: float = 1.0
+    """Weight of the preference loss; 0 leaves it out, which is supervised training on the wins alone."""
     nll_weight: float = 0.0
     """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
     condition_dropout: float = 0.0
@@ -224,7 +232,7 @@ class TrainConfig:
         _check_at_least(self, 1, "keep_checkpoints", "masks_per_pair", "holdout_every", "patience")
         _check_above(self, 0, "lr", "beta", "max_grad_norm", "lora_alpha")
         _check_at_least(self, 0, "weight_decay", "warmup_steps", "simpo_margin", "lora_rank", "holdout_pairs")
-        _check_at_least(self, 0, "generation_weight", "understanding_weight", "nll_weight")
+        _check_at_least(self, 0, "generation_weight", "understanding_weight", "preference_weight", "nll_weight")
         _check_between(self, 0, 1, "condition_dropout")
         _check(self, ("label_smoothing",), lambda value: 0 <= value < 0.5, "0 to below 0.5")
         if not self.generation_weight and not self.understanding_weight:
@@ -328,6 +336,31 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StudyConfig:
+    """Self-play against its controls: each arm is a run with some settings changed."""
+
+    seeds: tuple[int, ...] = (101, 102, 103, 104, 105, 106)
+    """Seeds of data, candidates and training; one run of each arm for each."""
+    arms: tuple[str, ...] = STUDY_ARMS
+    """What is run: pair-dpo first, whose data the others share, then controls."""
+    workers: int = 1
+    """Processes; each takes whole seeds, with its share of the threads."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(self, ("seeds",), lambda value: 0 <= value < 2**63, "seeds from 0 to 2**63 - 1")
+        _check(self, ("arms",), lambda value: value in STUDY_ARMS, f"some of {', '.join(STUDY_ARMS)}")
+        _check_at_least(self, 1, "workers")
+        for name in ("seeds", "arms"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                reason = f"expected at least one, none of them twice, got {_toml_value(values)}"
+                raise ConfigError("StudyConfig", name, reason)
+        if self.arms[0] != STUDY_ARMS[0]:
+            raise ConfigError("StudyConfig", "arms", f"expected {STUDY_ARMS[0]} first, got {_toml_value(self.arms)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """All settings of a run."""
 
@@ -339,6 +372,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     selfplay: SelfPlayConfig = field(default_factory=SelfPlayConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     @property
     def run_folder(self) -> Path:

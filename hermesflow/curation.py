@@ -22,7 +22,7 @@ from hermesflow.pairs import PairFile
 from hermesflow.progress import track
 from hermesflow.prompting import caption_prompt, choice_prompt, image_prompt
 from hermesflow.records import Record
-from hermesflow.scoring import ImageScore, Scorers, self_vqa
+from hermesflow.scoring import ImageScore, Scorers
 
 CANDIDATES_SCHEMA = pa.schema(
     [
@@ -146,7 +146,7 @@ def _image_rows(
     seeds = _seeds(seed, records, "image", config.num_images)
     prompts = [image_prompt(model, record.caption) for record in records]
     codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
-    scores = self_vqa(model, codes, records, scorers.match_answers)
+    scores = scorers.score_images(model, codes, records)
     for record, record_codes, record_seeds, record_scores in zip(records, codes.cpu(), seeds, scores, strict=True):
         for index, score in enumerate(record_scores):
             row = _image_row(record, "image", index, record_codes[index].tolist(), score, config)
@@ -189,7 +189,7 @@ def _previous_rows(
     if not kept:
         return
     images = torch.tensor([old[record.id] for record in kept])
-    scores = self_vqa(model, images, kept, scorers.match_answers)
+    scores = scorers.score_images(model, images, kept)
     for record, record_scores in zip(kept, scores, strict=True):
         for kind, codes, score in zip(("previous_win", "previous_lose"), old[record.id], record_scores, strict=True):
             yield _image_row(record, kind, 0, codes, score, config) | {"settings": "{}"}
@@ -203,7 +203,7 @@ def _image_row(
         "kind": kind,
         "index": index,
         "token_ids": codes,
-        "score": score.soft if config.score == "soft" else score.hard,
+        "score": score.hard if config.score == "hard" else score.soft,
         "answers": json.dumps([answer._asdict() for answer in score.answers]),
     }
 

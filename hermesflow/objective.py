@@ -1,6 +1,6 @@
 """The objective of a Pair-DPO step, and what it says about the policy.
 
-    L = sum over the sides of weight * mean over the side's pairs of (l(h) + nll_weight * nll)
+    L = sum over the sides of weight * mean over the side's pairs of (preference_weight * l(h) + nll_weight * nll)
 
 A step may take several passes: each gives its share of the step's means, so that the shares add up.
 """
@@ -48,7 +48,8 @@ def pass_objective(
     for name, policy in batch.split(logprob).items():
         values = _pair_values(policy, before[name], batch.sides[name], config)
         means = {metric: value.sum() / totals[name] for metric, value in values.items()}
-        loss = loss + getattr(config, f"{name}_weight") * (means["loss"] + config.nll_weight * means["nll"])
+        preferred = config.preference_weight * means["loss"]
+        loss = loss + getattr(config, f"{name}_weight") * (preferred + config.nll_weight * means["nll"])
         shares |= {f"{name}/{metric}": mean.detach() for metric, mean in means.items()}
     return loss, shares
 

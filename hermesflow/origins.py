@@ -14,7 +14,7 @@ from .config import Config, load_config, to_toml
 from .files import InputError, make_folder, read_json, remove_leftovers, write_json, write_problem, write_text
 from .models import Model
 
-_RESULTS = ("round-*", "records.parquet", "train")
+_RESULTS = ("round-*", "records.parquet", "train", "study.jsonl")
 """Files that fix the settings as soon as one of them is there."""
 
 
@@ -59,7 +59,7 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
         f"{section}.{key}"
         for section in now
         for key in now[section]
-        if section != "pretrain"
+        if section not in ("pretrain", "study")
         and now[section][key] != saved[section][key]
         and (section, key) not in (("run", "folder"), ("model", "device"))
     ]

@@ -50,9 +50,11 @@ class ImageScore(NamedTuple):
 
 
 class Scorers:
-    """The caption scorer and the answer scorer that the settings name, opened once; embeddings are remembered.
+    """The scorers of images, captions and answers that the settings name, opened once; embeddings are remembered.
 
     A name such as "my_scorers:likeness" is a function of a module that Python can import:
+    - of images: function(images: uint8 [n, H, W, 3], record: Record) -> a finite number for each, the higher the
+      better;
     - of captions: function(captions: list[str], truth: str) -> a finite number for each, the higher the better;
     - of answers: function(answer: str, choices: list[str]) -> the index of the choice it means, -1 for none.
     """
@@ -60,11 +62,14 @@ class Scorers:
     def __init__(self, config: CurationConfig) -> None:
         """
         Args:
-            config: caption_scorer, answer_scorer, and the models that they use.
+            config: score, caption_scorer, answer_scorer, and the models that they use.
         Raises: InputError if a model or a function cannot be had.
         """
         self._caption_scorer, self._answer_scorer = config.caption_scorer, config.answer_scorer
+        self._score, self._image_function = config.score, None
         self._caption_function = self._answer_function = self._caption_encoder = self._answer_encoder = None
+        if ":" in config.score:
+            self._image_function = _import_function("score", config.score)
         if ":" in config.caption_scorer:
             self._caption_function = _import_function("caption_scorer", config.caption_scorer)
         if ":" in config.answer_scorer:
@@ -77,6 +82,27 @@ class Scorers:
             self._caption_encoder = TextEncoder(
                 config.bert_model, "cls", "set curation.bert_model to a folder, or curation.caption_scorer to token-f1"
             )
+
+    def score_images(self, model: Model, codes: Tensor, records: Sequence[Record]) -> list[list[ImageScore]]:
+        """How well images show what their record says: in the eyes of the model, or by a function of the user's.
+
+        Args:
+            model: the judge, which also decodes the images.
+            codes: int64 [B, n, N], n images of each record.
+            records: B records.
+        Returns: the scores, [B][n]; a function's stand for both kinds of score and come without answers.
+        Raises: as self_vqa; InputError on what a user's function returns.
+        """
+        if self._image_function is None:
+            return self_vqa(model, codes, records, self.match_answers)
+        scores = []
+        for of_record, record in zip(codes, records, strict=True):
+            images = model.decode_images(of_record)
+            returned = _call("score", self._score, self._image_function, images, record)
+            what = f"images of record {record.id!r}"
+            numbers = _finite_numbers(f"curation.score {self._score}", returned, len(images), what)
+            scores.append([ImageScore(soft=number, hard=number, answers=()) for number in numbers])
+        return scores
 
     def score_captions(self, captions: Sequence[Sequence[str]], truths: Sequence[str]) -> list[list[float]]:
         """Likeness of captions to the true caption of their record, all records in one pass.
@@ -111,16 +137,9 @@ class Scorers:
 
     def _score_by_function(self, captions: list[str], truth: str) -> list[float]:
         returned = _call("caption_scorer", self._caption_scorer, self._caption_function, list(captions), truth)
-        try:
-            scores = [float(score) for score in returned]
-        except (TypeError, ValueError):
-            scores = None
-        if scores is None or len(scores) != len(captions) or not all(map(math.isfinite, scores)):
-            raise InputError(
-                f"curation.caption_scorer {self._caption_scorer}: expected a list of {len(captions)} finite numbers "
-                f"for the captions of {truth!r}, got {shown(returned)}; correct the function"
-            )
-        return scores
+        return _finite_numbers(
+            f"curation.caption_scorer {self._caption_scorer}", returned, len(captions), f"captions of {truth!r}"
+        )
 
     def _find_by_function(self, answer: str, choices: list[str]) -> int:
         index = _call("answer_scorer", self._answer_scorer, self._answer_function, answer, list(choices))
@@ -376,6 +395,20 @@ def _call(key: str, spec: str, function: Callable[..., Any], *arguments: Any) ->
             f"curation.{key} {spec}: raised {type(error).__name__} ({reason_of(error)}) on {shown(arguments)}; correct "
             "the function (HERMESFLOW_DEBUG=1 shows where)"
         ) from error
+
+
+def _finite_numbers(name: str, returned: Any, count: int, what: str) -> list[float]:
+    """What a user's function returned, if it is as many finite numbers."""
+    try:
+        numbers = [float(number) for number in returned]
+    except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise InputError(
+            f"{name}: expected a list of {count} finite numbers for the {what}, got {shown(returned)}; correct the "
+            "function"
+        )
+    return numbers
 
 
 def _fits(entry: Any, kind: str) -> bool:

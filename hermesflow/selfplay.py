@@ -330,7 +330,7 @@ class Run:
             metrics["seconds"] = self._seconds(number)
         before["seconds"] = self._seconds(0)
         settings = asdict(replace(self.config))
-        del settings["pretrain"]
+        del settings["pretrain"], settings["study"]
         num_records = len(self.records)  # they are made now if every round's pairs were imported
         unusable = read_parquet(self.folder / "rejected.parquet", UNUSABLE_SCHEMA.names).to_pylist()
         return {

@@ -86,8 +86,8 @@ def pairs_section(shown: Sequence[Shown], number: int, judged: bool) -> str:
         return f"<section><h2>Pairs</h2><p>Round {number} kept no pair.</p></section>"
     articles = "\n".join(_article(item, judged) for item in shown)
     return f"""<section><h2>Pairs of round {number}</h2>
-<p class="note">The first of each category in turn, not chosen by their results. A number is the model's own score of an
-image, or a caption's likeness to the true one; best first.</p>
+<p class="note">The first of each category in turn, not chosen by their results. A number is an image's score, the model's
+own unless curation.score names a function, or a caption's likeness to the true one; best first.</p>
 {articles}</section>"""
 
 
@@ -96,7 +96,7 @@ def _article(item: Shown, judged: bool) -> str:
     figures = "".join(_figure(row, _image_role(row, pair), judged) for row in item.images)
     images = f'<div class="images">{figures}</div>' if item.images else "<p>The candidates are not there any more.</p>"
     win = next((row for row in item.images if _image_role(row, pair) == "win"), None)
-    questions = _questions(win, judged) if win else ""
+    questions = _questions(win, judged) if win and win["answers"] else ""
     if questions:
         questions = details("The questions, and what the model answers about the win", questions, opened=True)
     kept = {"both": "kept for both sides"}.get(pair["sides"], f"kept for {pair['sides']} only")
@@ -120,8 +120,8 @@ def _image_role(row: dict[str, Any], pair: dict[str, Any]) -> str:
 
 def _figure(row: dict[str, Any], role: str, judged: bool) -> str:
     name = f"image {row['index'] + 1}" if row["kind"] == "image" else row["kind"].replace("_", " ")
-    alt, lines = f"{name}, own score {row['score']:.2f}", ""
-    if judged:
+    alt, lines = f"{name}, score {row['score']:.2f}", ""
+    if judged and row["answers"]:  # a function's score has none
         right = sum(reply == answer["expected"] for reply, answer in zip(_read(row), row["answers"], strict=True))
         lines += f"<span>oracle {right}/{len(row['answers'])}</span>"
         alt += f", the oracle finds {right} of {len(row['answers'])} right"

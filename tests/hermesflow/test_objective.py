@@ -29,7 +29,10 @@ SETTINGS = {
     "masks, means over tokens": {"masks_per_pair": 4, "length_normalize": True},
     "elbo": {"masks_per_pair": 2, "elbo_weighting": True},
     "likelihood": {"nll_weight": 0.3},
-    "weights": {"generation_weight": 0.7, "understanding_weight": 1.9, "nll_weight": 0.5},
+    "weights": {
+        "generation_weight": 0.7, "understanding_weight": 1.9, "preference_weight": 0.6, "nll_weight": 0.5,
+    },
+    "the wins alone": {"preference_weight": 0, "nll_weight": 0.5},
     "generation alone": {"understanding_weight": 0},
     "understanding alone": {"generation_weight": 0, "nll_weight": 0.2},
 }
@@ -105,7 +108,9 @@ def plain_objective(logprob, reference, batch, config):
                 values = ([each[mine] for mine in tokens] for each in (now, before[name], side.token_weight))
                 rows.append(plain_pair(*values, config))
         means = {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
-        loss += getattr(config, f"{name}_weight") * (means["loss"] + config.nll_weight * means["nll"])
+        loss += getattr(config, f"{name}_weight") * (
+            config.preference_weight * means["loss"] + config.nll_weight * means["nll"]
+        )
         metrics |= {f"{name}/{metric}": mean.item() for metric, mean in means.items()}
     return loss, metrics
 

@@ -23,6 +23,7 @@ from hermesflow.scoring import Scorers, score_entries, self_vqa, token_f1
 from hermesflow.text_models import TextEncoder
 
 COLOR = Question("what color is it ?", ("red", "green", "blue", "yellow"), "green", "color", "green")
+RED = Question("what color is the circle ?", COLOR.choices, "red", "color", "red")
 YES_NO = Question("is there a circle ?", ("yes", "no"), "yes", "object", "circle")
 
 
@@ -228,6 +229,8 @@ def own_module(tmp_path: Path, monkeypatch) -> Iterator[None]:
         "def nan(captions, truth): return [float('nan')] * len(captions)\n"
         "def words(captions, truth): return captions\n"
         "def single(captions, truth): return 1.0\n"
+        "def sums(images, record): return images.reshape(len(images), -1).sum(1) + len(record.caption)\n"
+        "def none(images, record): return None\n"
         "def last(answer, choices): return len(choices) - 1\n"
         "def beyond(answer, choices): return len(choices)\n"
         "def text(answer, choices): return choices[0]\n"
@@ -245,6 +248,25 @@ def test_a_function_of_the_users(own_module: None) -> None:
     assert scorers.match_answers(["x", "y"], [["a", "b"], ["c"]]) == [1, 0]
 
 
+def drawn(model: Model) -> tuple[torch.Tensor, list[Record]]:
+    """Images int64 [2, 3, N] of two records."""
+    shape = (2, 3, model.layout.num_image_tokens)
+    codes = torch.randint(model.layout.codebook_size, shape, generator=torch.Generator().manual_seed(0))
+    return codes, [Record("a", "a red circle", "colors", (RED,)), Record("b", "a circle", "colors", (RED, YES_NO))]
+
+
+def test_images_are_scored_by_the_model_or_a_function(own_module: None, shared_tiny_model: Model) -> None:
+    codes, records = drawn(shared_tiny_model)
+    assert Scorers(CurationConfig()).score_images(shared_tiny_model, codes, records) == self_vqa(
+        shared_tiny_model, codes, records
+    )
+    scores = Scorers(CurationConfig(score="own_scorers:sums")).score_images(shared_tiny_model, codes, records)
+    for of_record, record, of_scores in zip(codes, records, scores, strict=True):
+        images = shared_tiny_model.decode_images(of_record)
+        assert [score.soft for score in of_scores] == [int(image.sum()) + len(record.caption) for image in images]
+        assert all(score.hard == score.soft and score.answers == () for score in of_scores)
+
+
 @pytest.mark.parametrize(
     ("key", "name", "message"),
     [
@@ -256,21 +278,27 @@ def test_a_function_of_the_users(own_module: None) -> None:
         ("caption_scorer", "own_scorers:nan", r"expected a list of 2 finite numbers .*got \[nan, nan\]; correct"),
         ("caption_scorer", "own_scorers:words", r"expected a list of 2 finite numbers .*got \['a', 'b'\]; correct"),
         ("caption_scorer", "own_scorers:single", r"expected a list of 2 finite numbers .*got 1.0; correct"),
+        ("score", "own_scorers:none", "expected a list of 3 finite numbers for the images of record 'a', got None"),
+        ("score", "own_scorers:last", "raised TypeError"),
         ("answer_scorer", "own_scorers:beyond", "the index of one of 2 choices, or -1, for the answer 'x', got 2"),
         ("answer_scorer", "own_scorers:text", "the index of one of 2 choices, or -1, for the answer 'x', got 'a'"),
         ("answer_scorer", "own_scorers:true", "the index of one of 2 choices, or -1, for the answer 'x', got True"),
     ],
 )
-def test_a_wrong_function_of_the_users_is_named(own_module: None, key: str, name: str, message: str) -> None:
+def test_a_wrong_function_of_the_users_is_named(
+    own_module: None, shared_tiny_model: Model, key: str, name: str, message: str
+) -> None:
     with pytest.raises(InputError, match=f"curation.{key} {name}: .*{message}"):
         scorers = Scorers(CurationConfig(**{key: name}))
         if key == "caption_scorer":
             scorers.score_captions([["a", "b"]], ["t"])
+        elif key == "score":
+            scorers.score_images(shared_tiny_model, *drawn(shared_tiny_model))
         else:
             scorers.match_answers(["x"], [["a", "b"]])
 
 
-@pytest.mark.parametrize("key", ["caption_scorer", "answer_scorer"])
+@pytest.mark.parametrize("key", ["score", "caption_scorer", "answer_scorer"])
 @pytest.mark.parametrize("name", ["bleu", "token_f1", "module:", ":function", "a b:c", "module:f:g"])
 def test_an_unknown_scorer_is_refused(key: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f'{key}: expected .*, or "module:function", got "{name}"'):
