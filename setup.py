@@ -36,7 +36,7 @@ NVCC_ARGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
 
 
 def packages() -> list[str]:
-    inside = [f"hermesflow.{name}" for name in find_packages("hermesflow")]
+    inside = [f"{package}.{name}" for package, folder in FOLDERS.items() for name in find_packages(folder)]
     return [*FOLDERS, *inside]
 
 
@@ -128,7 +128,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 setup(
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"hermesflow": ["assets/**/*"]},
+    package_data={"hermesflow": ["assets/**/*"], "hermesflow.benchmarks.study": ["*.toml"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,29 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
 
 def read_lines(path: Path) -> list[Line]:
     """Read JSON lines. Raises: InputError if the file is missing, damaged or not of a benchmark."""
+    return read_objects(path, FIELDS, "a benchmark")
+
+
+def read_objects(path: Path, names: Sequence[str], kind: str) -> list[Line]:
+    """Read JSON lines that have certain fields.
+
+    Args:
+        path: the file.
+        names: of the fields that every line must have.
+        kind: what such lines are of, for messages.
+    Raises: InputError if the file is missing or damaged, or a line lacks a field.
+    """
     lines = []
     for number, text in enumerate(read_bytes(path).decode("utf-8", "replace").splitlines(), start=1):
         try:
             line = json.loads(text)
-            missing = [name for name in FIELDS if name not in line]
+            missing = [name for name in names if name not in line]
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: line {number} is not a JSON object ({error})") from error
         if missing:
-            raise InputError(f"{path}: line {number} is not of a benchmark, it lacks {', '.join(missing)}")
+            raise InputError(f"{path}: line {number} is not of {kind}, it lacks {', '.join(missing)}")
         lines.append(line)
     return lines
-
-
-_MARKED = re.compile(r"(<!-- results (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def update_readme(path: Path, lines: Sequence[Line]) -> None:
@@ -55,21 +64,37 @@ def update_readme(path: Path, lines: Sequence[Line]) -> None:
         lines: of all benches that the markers ask for.
     Raises: InputError if the file has no markers, lines are lacking for one, or it cannot be read or written.
     """
+
+    def table(marker: str) -> str:
+        bench, *backends = marker.split()[1:]
+        chosen = [line for line in lines if line["bench"] == bench and (not backends or line["backend"] in backends)]
+        if not chosen:
+            raise InputError(f"{path}: no lines for its marker {marker}; give the files that hold them")
+        return markdown_table(chosen)
+
+    replace_marked(path, "results", table, "results ops")
+
+
+def replace_marked(path: Path, name: str, content: Callable[[str], str], example: str) -> None:
+    """Write Markdown between the markers `<!-- NAME ... -->` and `<!-- /NAME -->` of a file, and leave the rest.
+
+    Args:
+        path: the file.
+        name: of the markers.
+        content: from what an opening marker says to what stands below it.
+        example: what an opening marker may say, for the message.
+    Raises: InputError if the file has no markers, or it cannot be read or written.
+    """
     try:
         text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
-
-    def table(found: re.Match) -> str:
-        bench, *backends = found[2].split()
-        chosen = [line for line in lines if line["bench"] == bench and (not backends or line["backend"] in backends)]
-        if not chosen:
-            raise InputError(f"{path}: no lines for its marker results {found[2]}; give the files that hold them")
-        return f"{found[1]}\n{markdown_table(chosen)}\n{found[3]}"
-
-    updated, num_tables = _MARKED.subn(table, text)
-    if num_tables == 0:
-        raise InputError(f"{path}: has no markers; add <!-- results ops --> and <!-- /results --> where tables belong")
+    marked = re.compile(rf"<!-- ({name}(?: .+?)?) -->\n.*?<!-- /{name} -->", re.DOTALL)
+    updated, count = marked.subn(
+        lambda found: f"<!-- {found[1]} -->\n\n{content(found[1])}\n<!-- /{name} -->", text
+    )
+    if count == 0:
+        raise InputError(f"{path}: has no markers; add <!-- {example} --> and <!-- /{name} --> where tables belong")
     write_text(path, updated)
 
 

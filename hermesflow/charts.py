@@ -107,6 +107,36 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
     return _svg(width, height, f"{name} by category: {'; '.join(told)}", parts)
 
 
+def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
+    """Effects as dots with their intervals beside a line at zero, in points.
+
+    Args:
+        title: what they are effects on, for the alternative text.
+        rows: (label, effect as a fraction, verdict); a verdict of "better" or "worse" gives the colour.
+    Returns: an <svg> element.
+    """
+    width, left, right, top, row_height = 400, 132, 44, 22, 24
+    height = top + row_height * len(rows)
+    low, high = min(0.0, *(row[1].low for row in rows)), max(0.0, *(row[1].high for row in rows))
+    scale = (width - left - right) / (high - low or 1)
+
+    def x(value: float) -> float:
+        return left + (value - low) * scale
+
+    parts = [f'<line class="grid" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top - 6}" y2="{height}"/>']
+    parts.append(_text("tick", x(0), 12, "0", "middle"))
+    told = []
+    for index, (label, effect, verdict) in enumerate(rows):
+        y, kind = top + row_height * (index + 0.5), verdict if verdict in ("better", "worse") else "ink"
+        value = f"{100 * effect.value:+.1f}"
+        parts.append(_text("name", left - 8, y + 4, label, "end"))
+        parts.append(_whisker(kind, x(effect.low), y, x(effect.high), y))
+        parts.append(f'<circle class="dot {kind}" cx="{x(effect.value):.1f}" cy="{y:.1f}" r="4.5"/>')
+        parts.append(_text("value", width, y + 4, value, "end"))
+        told.append(f"{label} {value} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}], {verdict}")
+    return _svg(width, height, f"{title}, in points: {'; '.join(told)}", parts)
+
+
 def _axis(stages: Sequence[Stage]) -> tuple[float, float, float]:
     """Low end, high end and step of an axis that holds every interval, at multiples of the step, inside [0, 1]."""
     measured = [item for stage in stages for item in (stage.understanding, stage.generation)]

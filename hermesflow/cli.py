@@ -179,6 +179,14 @@ def _report(arguments: argparse.Namespace, config: Config) -> None:
     print(write_report(arguments.run_folder or config.run_folder))
 
 
+def _study(arguments: argparse.Namespace, config: Config) -> None:
+    from hermesflow.benchmarks.study.publication import publish_study
+
+    if arguments.config is None:
+        raise InputError("study: give --config FILE, for instance benchmarks/study/default.toml")
+    publish_study(config, lines=arguments.lines, readme=arguments.readme, plot=arguments.plot)
+
+
 def _doctor(arguments: argparse.Namespace, config: Config) -> None:
     from hermesflow.doctor import run_doctor
 
@@ -501,6 +509,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     report = _command(commands, "report", _report, "write the page that shows a run", "hermesflow report runs/demo")
     report.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="the run's folder [as configured]")
+
+    study = _command(
+        commands, "study", _study, "run self-play and its controls over several seeds, and tell what they show",
+        "hermesflow study --config benchmarks/study/default.toml --set study.workers=2", continues=True,
+    )  # fmt: skip
+    study.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="tell of this study.jsonl, and run nothing")
+    study.add_argument(
+        "--readme", type=Path, metavar="FILE.md",
+        help="write the table into this file, between <!-- study --> and <!-- /study -->",
+    )  # fmt: skip
+    study.add_argument("--plot", type=_png, metavar="FILE.png", help="where to draw the effects (needs matplotlib)")
 
     _command(
         commands, "doctor", _doctor, "show what this machine can run, and for the rest why not", "hermesflow doctor",

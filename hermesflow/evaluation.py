@@ -65,11 +65,7 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
         drawn of its caption; "caption", "caption_f1" and "caption_exact"; null where it was not asked or not drawn.
     Raises: InputError if the model does not know the world's words.
     """
-    scenes = shapes.sample_scenes(config.split, max(config.num_prompts, config.num_understanding), config.seed)
-    records = [
-        shapes.make_record(scene, f"{config.split}-{config.seed}-{index:05d}", np.random.default_rng(scene.seed))
-        for index, scene in enumerate(scenes)
-    ]
+    scenes, records = held_out(config)
     rows = [_empty_row(record) for record in records]
     asked, num_understanding = rows[: config.num_understanding], config.num_understanding
     scenes_drawn = np.stack([record.image for record in records[:num_understanding]])
@@ -79,10 +75,38 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     for row, text, record, scene in zip(asked, _write_captions(model, codes), records, scenes, strict=False):
         exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
         row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
-    for row, drawn in zip(rows, _draw_images(model, records[: config.num_prompts], config), strict=False):
+    for row, drawn in zip(rows, _judge_drawings(model, records[: config.num_prompts], config), strict=False):
         row["drawn"] = drawn
     drawing = asdict(model.sampling_of(config))
     return {"settings": asdict(config) | drawing, "metrics": measure(rows), "records": rows}
+
+
+def held_out(config: EvalConfig) -> tuple[list[shapes.Scene], list[Record]]:
+    """The scenes that a model is measured on, and their records in the same order."""
+    scenes = shapes.sample_scenes(config.split, max(config.num_prompts, config.num_understanding), config.seed)
+    records = [
+        shapes.make_record(scene, f"{config.split}-{config.seed}-{index:05d}", np.random.default_rng(scene.seed))
+        for index, scene in enumerate(scenes)
+    ]
+    return scenes, records
+
+
+def draw_images(model: Model, records: Sequence[Record], config: EvalConfig) -> np.ndarray:
+    """The images that a model is measured by, uint8 [len(records), images_per_prompt, H, W, 3]; they fit into memory.
+
+    Args:
+        model: draws them.
+        records: any of held_out.
+        config: how many, and how they are drawn.
+    """
+    codes = model.engine.generate(
+        [image_prompt(model, record.caption) for record in records],
+        num_images=config.images_per_prompt,
+        seeds=_image_seeds(records, config),
+        **asdict(model.sampling_of(config)),
+    )
+    images = model.decode_images(codes.flatten(0, 1))
+    return images.reshape(*codes.shape[:2], *images.shape[1:])
 
 
 def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -238,18 +262,13 @@ def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
     return texts
 
 
-def _draw_images(model: Model, records: Sequence[Record], config: EvalConfig) -> list[list[str]]:
+def _judge_drawings(model: Model, records: Sequence[Record], config: EvalConfig) -> list[list[str]]:
     """For each record and each image drawn of its caption a digit a question: 1 where the oracle's answer is right."""
     drawn = []
     for start in track(range(0, len(records), _BATCH), "images", "batches"):
         batch = records[start : start + _BATCH]
-        codes = model.engine.generate(
-            [image_prompt(model, record.caption) for record in batch],
-            num_images=config.images_per_prompt,
-            seeds=_image_seeds(batch, config),
-            **asdict(model.sampling_of(config)),
-        )
-        seen = oracle.read(resize_images(model.decode_images(codes.flatten(0, 1)), shapes.IMAGE_SIZE))
+        images = draw_images(model, batch, config)
+        seen = oracle.read(resize_images(images.reshape(-1, *images.shape[2:]), shapes.IMAGE_SIZE))
         for index, record in enumerate(batch):
             of_record = seen[index * config.images_per_prompt : (index + 1) * config.images_per_prompt]
             drawn.append([_oracle_digits(record, image) for image in of_record])

@@ -25,8 +25,8 @@ from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "score",
-    "questions", "eval", "export", "pairs", "pairs export", "pairs import", "report", "doctor", "bench", "bench ops",
-    "bench e2e", "bench train", "bench drop-in", "bench table",
+    "questions", "eval", "export", "pairs", "pairs export", "pairs import", "report", "study", "doctor", "bench",
+    "bench ops", "bench e2e", "bench train", "bench drop-in", "bench table",
 ]  # fmt: skip
 SIZE = 16
 

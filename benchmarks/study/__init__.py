@@ -1,0 +1,1 @@
+"""Whether self-play improves the model: runs of it and of its controls, and what they tell (`hermesflow study`)."""

@@ -1,0 +1,59 @@
+"""The arms of a study: self-play as it is, and controls that each change one thing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from hermesflow.config import Config, RunConfig
+
+_SCORERS = "hermesflow.benchmarks.study.scorers"
+
+
+class Arm(NamedTuple):
+    """A way to train."""
+
+    told: str
+    """What it is, in a sentence."""
+    settings: dict[str, dict[str, Any]] = {}
+    """Section -> key -> the value that differs from the study's settings."""
+    same_pairs: bool = False
+    """Whether it trains on pair-dpo's pairs in every round, rather than on those of its own model."""
+
+
+ARMS = {
+    "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
+    "no-op": Arm(
+        "All steps on pair-dpo's pairs, with a loss of zero: what the machinery alone does.",
+        {"train": {"preference_weight": 0.0, "nll_weight": 0.0}},
+        same_pairs=True,
+    ),
+    "random-pairs": Arm(
+        "Pair-DPO where chance alone scores images and captions: training as much, with nothing preferred.",
+        {"curation": {"score": f"{_SCORERS}:random_images", "caption_scorer": f"{_SCORERS}:random_captions"}},
+    ),
+    "sft-best": Arm(
+        "Supervised training on the wins, without the loses.",
+        {"train": {"preference_weight": 0.0, "nll_weight": 1.0}},
+    ),
+    "generation-only": Arm("The image side of each pair alone.", {"train": {"understanding_weight": 0.0}}),
+    "understanding-only": Arm("The caption side of each pair alone.", {"train": {"generation_weight": 0.0}}),
+    "oracle-pairs": Arm(
+        "Pair-DPO where the oracle scores the images: as well as any score could do.",
+        {"curation": {"score": f"{_SCORERS}:oracle_images"}},
+    ),
+}
+"""Arms by the names of hermesflow.config.STUDY_ARMS."""
+
+
+def arm_config(config: Config, arm: str, seed: int) -> Config:
+    """The settings of one arm's run, which lies in the study's folder.
+
+    Args:
+        config: the study's settings.
+        arm: a name in ARMS.
+        seed: of the run.
+    """
+    changed = {section: replace(getattr(config, section), **keys) for section, keys in ARMS[arm].settings.items()}
+    run = RunConfig(folder=str(config.run_folder), name=f"{arm}-seed-{seed}", seed=seed)
+    return replace(config, run=run, **changed)

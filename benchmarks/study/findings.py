@@ -1,0 +1,94 @@
+"""A study's results in tables and words; the terminal, the page and the README say the same."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from hermesflow.summaries import LABELS, format_change, format_value, tell_verdict
+
+from .arms import ARMS
+from .effects import METRICS, Change, Effects
+from .runner import BASE, PAIR_DPO
+
+NAMES = {BASE: "before self-play"} | {arm: arm for arm in ARMS}
+"""Of the arms in tables."""
+CLAIMS = (
+    ("Does training on images help understanding, beyond what captions alone teach?", "understanding-only",
+     ("understanding",)),
+    ("Does training on captions help generation, beyond what images alone teach?", "generation-only",
+     ("generation", "generation_strict")),
+)  # fmt: skip
+"""The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
+_ANSWERS = {"better": "yes", "worse": "no, it harms"}
+
+
+def describe_study(effects: Effects) -> str:
+    """How much was measured, in a sentence."""
+    seeds = f"{len(effects.seeds)} seed{'s' if len(effects.seeds) > 1 else ''}"
+    rounds = f"{effects.rounds} round{'s' if effects.rounds > 1 else ''}"
+    return (
+        f"{seeds} of each arm after {rounds}, {effects.num_prompts} prompts with {effects.num_images} images and "
+        f"{effects.num_understanding} real images; changes in points with 95 % intervals over seeds and scenes."
+    )
+
+
+def answer_claims(effects: Effects) -> list[tuple[str, str]]:
+    """(question, answer) for each of CLAIMS whose arms were run."""
+    answers = []
+    for question, other, metrics in CLAIMS:
+        if other in effects.arms:
+            told = []
+            for metric in metrics:
+                difference = effects.difference(PAIR_DPO, other, metric)
+                verdict = _ANSWERS.get(tell_verdict(metric, difference), "not shown")
+                told.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
+            answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(told)}."))
+    return answers
+
+
+def tell_difference(metric: str, difference: Change) -> str:
+    """In words whether the first of two arms is better."""
+    return tell_verdict(metric, difference).replace("change", "difference")
+
+
+def console_tables(effects: Effects) -> list[Table]:
+    """A table for each metric: the arms, their changes, and pair-dpo minus each."""
+    tables = []
+    for metric in METRICS:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in (LABELS[metric], "%", "change", "pair-dpo minus it"):
+            table.add_column(name, min_width=20 if name == LABELS[metric] else None)
+        table.add_row(NAMES[BASE], format_value(effects.value(BASE, metric)))
+        for arm in effects.arms:
+            less = "" if arm == PAIR_DPO else _marked(effects.difference(PAIR_DPO, arm, metric), "[bold]", "[/bold]")
+            change = _marked(effects.change(arm, metric), "[bold]", "[/bold]")
+            table.add_row(NAMES[arm], format_value(effects.value(arm, metric)), change, less)
+        tables.append(table)
+    return tables
+
+
+def markdown(effects: Effects) -> str:
+    """Two tables, changes and pair-dpo minus each control, and the answers; bold leaves out zero."""
+    header = ["%, change in points", *(LABELS[metric] for metric in METRICS)]
+    rows = [header, ["---"] * len(header)]
+    rows.append([NAMES[BASE], *(format_value(effects.value(BASE, metric)) for metric in METRICS)])
+    for arm in effects.arms:
+        values = (format_value(effects.value(arm, metric)) for metric in METRICS)
+        changes = (_marked(effects.change(arm, metric)) for metric in METRICS)
+        rows.append([NAMES[arm], *map(", ".join, zip(values, changes, strict=True))])
+    less = [["pair-dpo minus, in points", *header[1:]], ["---"] * len(header)]
+    for arm in effects.arms:
+        if arm != PAIR_DPO:
+            less.append([NAMES[arm], *(_marked(effects.difference(PAIR_DPO, arm, metric)) for metric in METRICS)])
+    told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
+    parts = [[describe_study(effects)], _piped(rows), _piped(less) if len(less) > 2 else [], told]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _piped(rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _marked(change: Change, begin: str = "**", end: str = "**") -> str:
+    text = format_change(change)
+    return f"{begin}{text}{end}" if change["significant"] else text

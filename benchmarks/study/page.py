@@ -1,0 +1,110 @@
+"""The page that shows a study: one HTML file with its pictures inside, which needs neither network nor script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+from hermesflow.charts import Measured, forest_chart
+from hermesflow.config import Config
+from hermesflow.evaluation import draw_images, held_out
+from hermesflow.files import write_text
+from hermesflow.markup import document, picture, scrolling
+from hermesflow.models import open_model
+from hermesflow.summaries import LABELS, format_change, format_value, tell_verdict
+
+from .arms import ARMS, arm_config
+from .effects import METRICS, Change, Effects
+from .findings import NAMES, answer_claims, describe_study, tell_difference
+from .runner import BASE, PAIR_DPO
+
+_NUM_SHOWN = 6  # prompts
+
+
+def write_page(config: Config, effects: Effects) -> Path:
+    """Writes index.html into the study's folder.
+
+    Args:
+        config: the study's settings.
+        effects: what it measured.
+    Returns: the page's path.
+    Raises: InputError if the page cannot be written, or a model of the study is damaged.
+    """
+    path, arms = config.run_folder / "index.html", effects.arms
+    listed = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm].told)}</li>" for arm in arms)
+    answers = "".join(f"<p><b>{escape(asked)}</b> {escape(told)}</p>" for asked, told in answer_claims(effects))
+    lead = "; ".join(f"{LABELS[metric]} {format_change(effects.change(PAIR_DPO, metric))}" for metric in METRICS)
+    base = _row(NAMES[BASE], [f"<td>{format_value(effects.value(BASE, metric))} %</td>" for metric in METRICS])
+    changes = {arm: [effects.change(arm, metric) for metric in METRICS] for arm in arms}
+    less = {arm: [effects.difference(PAIR_DPO, arm, metric) for metric in METRICS] for arm in arms if arm != PAIR_DPO}
+    body = f"""<p class="over">Study {escape(config.run.name)}</p>
+<h1>Self-play against its controls</h1>
+<p class="lead">Self-play as it is changes, in points: {escape(lead)}.</p>
+<p class="note">{escape(describe_study(effects))} All arms are measured on the same scenes, prompts and drawing seeds;
+seeds and scenes are resampled alike for all. Where an interval holds zero, nothing is shown.</p>
+{answers}
+<section><h2>The arms</h2><ul class="note">{listed}</ul></section>
+<section><h2>Changes to before self-play</h2>{_forests(changes, tell_verdict)}
+{_table(changes, tell_verdict, base)}</section>"""
+    if less:
+        body += f"""
+<section><h2>{PAIR_DPO.capitalize()} minus each control</h2>{_forests(less, tell_difference)}
+{_table(less, tell_difference)}</section>"""
+    write_text(path, document(f"{config.run.name}: self-play against its controls", body + _pictures(config, effects)))
+    return path
+
+
+def _forests(changes: dict[str, list[Change]], tell: Callable[[str, Change], str]) -> str:
+    """A forest plot for each metric; changes has each arm's, in the order of METRICS."""
+    cards = ""
+    for index, metric in enumerate(METRICS):
+        found = [(NAMES[arm], of_arm[index]) for arm, of_arm in changes.items()]
+        rows = [(name, Measured(item["change"], *item["ci95"]), tell(metric, item)) for name, item in found]
+        title = LABELS[metric]
+        cards += f'<div class="card"><h4>{escape(title.capitalize())}</h4>{forest_chart(title, rows)}</div>'
+    return f'<div class="split">{cards}</div>'
+
+
+def _table(changes: dict[str, list[Change]], tell: Callable[[str, Change], str], first: str = "") -> str:
+    """A row for each arm, after a first one."""
+    heads = "".join(f"<th>{escape(LABELS[metric])}</th>" for metric in METRICS)
+    rows = first
+    for arm, of_arm in changes.items():
+        told = [(format_change(item), tell(metric, item)) for metric, item in zip(METRICS, of_arm, strict=True)]
+        rows += _row(arm, [f'<td class="{word.split()[0]}">{text}<small>{word}</small></td>' for text, word in told])
+    table = f'<table class="results"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    return scrolling(table, "results")
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
+
+
+def _pictures(config: Config, effects: Effects) -> str:
+    """For the first prompts what the model draws before, and each arm of the first seed after; empty without models."""
+    models = {BASE: config.model}
+    for arm in effects.arms:
+        folder = arm_config(config, arm, effects.seeds[0]).run_folder / f"round-{effects.rounds}" / "model"
+        if folder.exists():
+            models[arm] = replace(config.model, name=str(folder))
+    if len(models) == 1:
+        return ""
+    shown = replace(config.eval, images_per_prompt=1)
+    records = held_out(shown)[1][: min(_NUM_SHOWN, shown.num_prompts)]
+    drawn = {arm: draw_images(open_model(model), records, shown)[:, 0] for arm, model in models.items()}
+    articles = ""
+    for index, record in enumerate(records):
+        figures = "".join(
+            f"<figure>{picture(images[index], f'{record.caption}, drawn by {NAMES[arm]}')}"
+            f"<figcaption>{escape(NAMES[arm])}</figcaption></figure>"
+            for arm, images in drawn.items()
+        )
+        articles += f"""
+<article class="card record"><header><h3>{escape(record.caption)}</h3></header>
+<div class="images" style="--least: 104px">{figures}</div></article>"""
+    return f"""
+<section><h2>Drawn with the same seed</h2>
+<p class="note">The first prompts, not chosen by their results; arms of seed {effects.seeds[0]}.</p>
+{articles}</section>"""

@@ -1,0 +1,46 @@
+"""Runs a study and tells what it shows: on the terminal, as a page, in a README and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from hermesflow.config import Config
+
+from ..lines import replace_marked
+from ..roofline import check_matplotlib
+from .effects import Effects
+from .findings import answer_claims, console_tables, describe_study, markdown
+from .forest import plot_effects
+from .page import write_page
+from .runner import read_study, run_study
+
+
+def publish_study(
+    config: Config, *, lines: Path | None = None, readme: Path | None = None, plot: Path | None = None
+) -> None:
+    """Measures what is still to be measured, and writes down what all seeds show that have every arm.
+
+    Args:
+        config: the study's settings.
+        lines: a study.jsonl to tell of; then nothing is run. It may be of a study that still runs.
+        readme: a Markdown file with the markers `<!-- study -->` and `<!-- /study -->`, for the tables.
+        plot: a PNG.
+    Raises: InputError as run_study and read_study; if no seed is complete, a file cannot be written, or matplotlib is
+        missing for the picture.
+    """
+    if plot:
+        check_matplotlib()
+    console = Console()
+    effects = Effects(run_study(config, console) if lines is None else read_study(lines))
+    for table in console_tables(effects):
+        console.print(table, "")
+    console.print(describe_study(effects), highlight=False, markup=False)
+    for question, answer in answer_claims(effects):
+        console.print(f"{question} {answer}", highlight=False, markup=False)
+    if readme:
+        replace_marked(readme, "study", lambda _: markdown(effects), "study")
+    if plot:
+        plot_effects(effects, plot)
+    console.print(f"page: {write_page(config, effects)}", soft_wrap=True, highlight=False, markup=False)

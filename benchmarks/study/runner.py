@@ -1,0 +1,230 @@
+"""Runs the arms of a study and keeps what they measured.
+
+    runs/NAME/  config.toml  study.jsonl  index.html
+      ARM-seed-N/  a run of self-play (see hermesflow.selfplay), evaluated after its last round alone
+
+A study that was killed goes on where it was: an arm that has its line is done, another goes on in its run. Within a
+seed the arms share what would come out equal: records, and the pairs that the model chooses before it is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hermesflow.config import STUDY_ARMS, Config
+from hermesflow.distributed import local_device
+from hermesflow.evaluation import evaluate
+from hermesflow.files import InputError, atomic_write
+from hermesflow.models import open_model
+from hermesflow.origins import claim_folder
+from hermesflow.selfplay import Run
+from hermesflow.summaries import LABELS, format_value
+from hermesflow.trackers import check_tracker
+
+from ..lines import Line, read_objects, write_lines
+from ..measuring import run_facts
+from .arms import ARMS, arm_config
+
+BASE, PAIR_DPO = "base", STUDY_ARMS[0]
+COUNTS = ("understood", "asked", "right", "questions", "strict", "images")
+"""Of each record: questions about its real image answered rightly, of how many; questions that its drawn images answer
+rightly, of how many; drawn images right in full, of how many."""
+_FACTS = ("device", "torch", "commit", "date")
+
+
+def run_study(config: Config, console: Console) -> list[Line]:
+    """Measures the model before self-play and after each arm of each seed, going on where an earlier call stopped.
+
+    Args:
+        config: the settings; config.study says what is run, config.run names the folder.
+        console: receives a line for each measurement.
+    Returns: the lines of study.jsonl: {"arm", "seed", "rounds", COUNTS as lists with a number for each record,
+        "metrics", "settings", "seconds", "device", "torch", "commit", "date"}; the first is of the base.
+    Raises: InputError if the folder holds results of other settings or cannot be written, or an arm keeps no pair.
+    """
+    check_tracker(config.train.tracker)
+    path, guard = config.run_folder / "study.jsonl", threading.Lock()
+    with claim_folder(config.run_folder, config, "run.name"):
+        lines = read_study(path) if path.exists() else []
+        _check_settings(path, lines, config)
+        facts = run_facts(torch.device(local_device(config.model.device)))
+
+        def add(line: Line) -> None:
+            with guard:
+                lines.append(line | {name: facts[name] for name in _FACTS})
+                write_lines(path, lines)
+                console.print(_told(line), highlight=False, markup=False, soft_wrap=True)
+
+        if not lines:
+            add(_measure_base(config))
+        done = {(line["arm"], line["seed"]) for line in lines}
+        missing = [[(arm, seed) for arm in config.study.arms if (arm, seed) not in done] for seed in config.study.seeds]
+        _measure_arms(config, [jobs for jobs in missing if jobs], add)
+    return lines
+
+
+def read_study(path: Path) -> list[Line]:
+    """The lines that run_study wrote.
+
+    Args:
+        path: study.jsonl, or a copy.
+    Raises: InputError if the file is missing, damaged or not of a study.
+    """
+    lines = read_objects(path, ("arm", "seed", "rounds", *COUNTS, "metrics", "settings", "seconds"), "a study")
+    known = [line["arm"] in ARMS for line in lines]
+    if not lines or lines[0]["arm"] != BASE or not all(known[1:]):
+        raise InputError(f"{path}: is not of a study: expected a line of {BASE}, then lines of {', '.join(ARMS)}")
+    for number, line in enumerate(lines, start=1):
+        lengths = {len(line[name]) for name in COUNTS}
+        if lengths != {len(lines[0]["asked"])}:
+            raise InputError(f"{path}: line {number} measures other records than line 1; remove it and run again")
+    return lines
+
+
+def run_arm(config: Config, arm: str, seed: int) -> Line:
+    """Trains one arm through all its rounds, and measures the model that comes out.
+
+    Args:
+        config: the study's settings.
+        arm: a name in ARMS; but for pair-dpo, that of the seed must be done.
+        seed: of the run.
+    Returns: its line; see run_study.
+    Raises: InputError if the arm's run has other settings or keeps no pair, or what it shares is missing.
+    """
+    began, of_arm = time.perf_counter(), arm_config(config, arm, seed)
+    run, rounds = Run(of_arm), of_arm.selfplay.num_rounds
+    if arm != PAIR_DPO:
+        num_shared = rounds if ARMS[arm].same_pairs else int(of_arm.curation == config.curation)
+        _share(arm_config(config, PAIR_DPO, seed).run_folder, run.folder, num_shared)
+    for number in range(1, rounds + 1):
+        run.curate(number)
+        run.train(number)
+    line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(evaluate(run.model(rounds), of_arm.eval), of_arm)
+    if arm != PAIR_DPO:  # of which candidates may be looked at later
+        for folder in run.folder.glob("round-*/candidates"):
+            shutil.rmtree(folder)
+    return line | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def settings_digest(config: Config) -> str:
+    """A fingerprint of the settings that a measurement depends on: those that are not their defaults.
+
+    Where a run lies, on which device, and how a study is spread do not count.
+    """
+    values, defaults = asdict(config), asdict(Config())
+    chosen = {
+        f"{section}.{key}": value
+        for section, keys in values.items()
+        for key, value in keys.items()
+        if section not in ("run", "pretrain", "study") and value != defaults[section][key]
+    }
+    chosen.pop("model.device", None)
+    return hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _measure_base(config: Config) -> Line:
+    began = time.perf_counter()
+    result = evaluate(open_model(config.model), config.eval)
+    seconds = round(time.perf_counter() - began, 1)
+    return {"arm": BASE, "seed": None, "rounds": 0} | _measured(result, config) | {"seconds": seconds}
+
+
+def _measured(result: dict[str, Any], config: Config) -> Line:
+    """What a line keeps of an evaluation."""
+    answered = [row["answered"] or "" for row in result["records"]]
+    drawn = [row["drawn"] or [] for row in result["records"]]
+    counts = (
+        [text.count("1") for text in answered],
+        [len(text) for text in answered],
+        ["".join(images).count("1") for images in drawn],
+        [len("".join(images)) for images in drawn],
+        [sum("0" not in image for image in images) for images in drawn],
+        [len(images) for images in drawn],
+    )
+    metrics = {name: result["metrics"][name] for name in LABELS}
+    return dict(zip(COUNTS, counts, strict=True)) | {"metrics": metrics, "settings": settings_digest(config)}
+
+
+def _measure_arms(config: Config, jobs: Sequence[Sequence[tuple[str, int]]], add: Callable[[Line], None]) -> None:
+    """Adds the line of each (arm, seed); those of one seed in their order, several seeds at once."""
+    workers = min(config.study.workers, len(jobs))
+    if workers <= 1:
+        for of_seed in jobs:
+            for arm, seed in of_seed:
+                add(run_arm(config, arm, seed))
+        return
+    num_threads, stopped = max(1, torch.get_num_threads() // workers), threading.Event()
+    # A thread for each worker follows one seed, and only this process writes.
+    with (
+        ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (num_threads,)) as processes,
+        ThreadPoolExecutor(workers) as followers,
+    ):
+
+        def follow(of_seed: Iterable[tuple[str, int]]) -> None:
+            try:
+                for arm, seed in of_seed:
+                    if not stopped.is_set():
+                        add(processes.submit(run_arm, config, arm, seed).result())
+            except BaseException:
+                stopped.set()  # the other seeds end with the arm that they are at
+                raise
+
+        for _ in followers.map(follow, jobs):
+            pass
+
+
+def _start_worker(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)  # what was being written is under a temporary name
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _share(source: Path, folder: Path, num_rounds: int) -> None:
+    """Gives a run the records of another, and the pairs of its first rounds, so that they are not made again."""
+    names = ["records.parquet", "rejected.parquet"]
+    names += [f"round-{number}/{name}.parquet" for number in range(1, num_rounds + 1) for name in ("rejected", "pairs")]
+    for name in names:
+        if (folder / name).exists():
+            continue
+        if not (source / name).exists():
+            raise InputError(f"{source / name}: is missing, and {folder.name} shares it; choose another run.name")
+        with atomic_write(folder / name) as temporary:
+            try:
+                os.link(source / name, temporary)  # results are replaced whole, never changed in place
+            except OSError:  # a file system without links
+                shutil.copyfile(source / name, temporary)
+
+
+def _check_settings(path: Path, lines: Sequence[Line], config: Config) -> None:
+    """Refuses lines that were measured under other settings."""
+    for line in lines:
+        expected = config if line["arm"] == BASE else arm_config(config, line["arm"], line["seed"])
+        if line["settings"] != settings_digest(expected):
+            raise InputError(
+                f"{path}: {line['arm']} was measured under other settings; choose another run.name, or delete "
+                f"{path.parent} to start over"
+            )
+
+
+def _told(line: Line) -> str:
+    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in list(LABELS)[:4])
+    which = "before self-play" if line["arm"] == BASE else f"seed {line['seed']}, {line['arm']}"
+    return f"{which}: {values} (%), {line['seconds']:.0f} s"

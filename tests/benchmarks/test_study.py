@@ -1,0 +1,373 @@
+"""The study: its intervals on counts of known effect, its arms and scorers, and a runner that goes on, unmixed."""
+
+import io
+import json
+import re
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hermesflow import cli
+from hermesflow.benchmarks.study import findings, page, runner, scorers
+from hermesflow.benchmarks.study.arms import ARMS, arm_config
+from hermesflow.benchmarks.study.effects import METRICS, Effects
+from hermesflow.benchmarks.study.runner import BASE, COUNTS, read_study, run_study
+from hermesflow.config import STUDY_ARMS, load_config
+from hermesflow.files import InputError
+from hermesflow.worlds import oracle, shapes
+
+ARMS_RUN = ("pair-dpo", "generation-only", "understanding-only")
+NUM_QUESTIONS, NUM_IMAGES = 5, 2
+
+
+def make_line(arm, seed, chances, rng):
+    """A line of records that are right with these chances [records]: questions about 3 of 4, images of all."""
+    size = len(chances)
+    asked = np.where(np.arange(size) % 4 < 3, NUM_QUESTIONS, 0)
+    questions = np.full(size, NUM_QUESTIONS * NUM_IMAGES)
+    understood, right = rng.binomial(asked, chances), rng.binomial(questions, chances - 0.2)
+    strict = rng.binomial(NUM_IMAGES, chances - 0.4)
+    counts = (understood, asked, right, questions, strict, np.full(size, NUM_IMAGES))
+    measured = dict(zip(COUNTS, (values.tolist() for values in counts), strict=True))
+    return {"arm": arm, "seed": seed, "rounds": 3, **measured, "metrics": {}, "settings": "", "seconds": 1.0}
+
+
+def make_lines(rng, gains, *, size=200, seeds=(1, 2, 3, 4), seed_spread=0.01):
+    chances = np.clip(rng.normal(0.7, 0.08, size), 0.45, 0.9)
+    lines = [make_line(BASE, None, chances, rng)]
+    for seed in seeds:
+        for arm, gain in gains.items():
+            lines.append(make_line(arm, seed, np.clip(chances + gain + rng.normal(0, seed_spread), 0.4, 1), rng))
+    return lines
+
+
+def test_effects_find_what_is_there_and_nothing_else():
+    effects = Effects(make_lines(np.random.default_rng(2), {"pair-dpo": 0.08, "no-op": 0.0}))
+    assert effects.arms == ["pair-dpo", "no-op"] and effects.seeds == [1, 2, 3, 4] and effects.rounds == 3
+    assert (effects.num_prompts, effects.num_images, effects.num_understanding) == (200, 400, 150)
+    for metric in METRICS[:3]:
+        assert effects.change("pair-dpo", metric)["significant"] and not effects.change("no-op", metric)["significant"]
+        assert effects.difference("pair-dpo", "no-op", metric)["ci95"][0] > 0
+    assert not effects.change("pair-dpo", "gap")["significant"]  # both sides gain alike
+
+
+def test_values_are_ratios_of_sums():
+    lines = make_lines(np.random.default_rng(1), {"pair-dpo": 0.05})
+    of_arm = [line for line in lines if line["arm"] == "pair-dpo"]
+    generation = sum(sum(line["right"]) for line in of_arm) / sum(sum(line["questions"]) for line in of_arm)
+    understanding = sum(sum(line["understood"]) for line in of_arm) / sum(sum(line["asked"]) for line in of_arm)
+    effects = Effects(lines)
+    assert effects.value("pair-dpo", "generation") == pytest.approx(generation, abs=1e-12)
+    assert effects.value("pair-dpo", "gap") == pytest.approx(understanding - generation, abs=1e-12)
+    before = sum(lines[0]["strict"]) / sum(lines[0]["images"])
+    assert effects.value(BASE, "generation_strict") == pytest.approx(before, abs=1e-12)
+
+
+def test_what_two_arms_share_falls_out_of_their_difference():
+    """Equal counts differ by nothing, though seeds and records spread widely."""
+    lines = make_lines(np.random.default_rng(2), {"pair-dpo": 0.05}, seed_spread=0.05)
+    lines += [line | {"arm": "no-op"} for line in lines[1:]]
+    effects = Effects(lines)
+    for metric in METRICS:
+        difference = effects.difference("pair-dpo", "no-op", metric)
+        assert difference == {"change": 0.0, "ci95": [0.0, 0.0], "significant": False}
+
+
+@pytest.mark.parametrize("seed_spread", [0.0, 0.03], ids=["seeds_alike", "seeds_differ"])
+def test_intervals_hold_the_truth(seed_spread):
+    """60 studies of 6 seeds: 95 % intervals miss at most 8, as 99.7 % of binomials do with a chance of 0.06."""
+    rng, gain, held = np.random.default_rng(3), 0.04, 0
+    for _ in range(60):
+        lines = make_lines(rng, {"pair-dpo": gain, "no-op": 0.0}, size=120, seeds=range(6), seed_spread=seed_spread)
+        low, high = Effects(lines).difference("pair-dpo", "no-op", "generation")["ci95"]
+        held += low <= gain <= high
+    assert held >= 52
+
+
+def test_only_seeds_with_every_arm_count():
+    lines = make_lines(np.random.default_rng(4), {"pair-dpo": 0.05, "no-op": 0.0})
+    assert Effects(lines[:-1]).seeds == [1, 2, 3]
+    with pytest.raises(InputError, match="no seed has been run with all of its arms yet"):
+        Effects(lines[:1])
+
+
+def test_every_arm_changes_what_it_says_and_nothing_else():
+    base = load_config(None, ["run.name=study", "study.workers=2"])
+    assert tuple(ARMS) == STUDY_ARMS
+    for name, arm in ARMS.items():
+        config = arm_config(base, name, 7)
+        assert config.run_folder == base.run_folder / f"{name}-seed-7" and config.run.seed == 7
+        before, after = asdict(replace(base, run=config.run)), asdict(config)
+        changed = {}
+        for section, keys in after.items():
+            for key, value in keys.items():
+                if value != before[section][key]:
+                    changed.setdefault(section, {})[key] = value
+        # What is the default already may be named too: the arm stays what it is under other settings.
+        assert {(section, key) for section in changed for key in changed[section]} <= {
+            (section, key) for section, keys in arm.settings.items() for key in keys
+        }
+        assert bool(changed) == (name != "pair-dpo") and arm.told.endswith(".")
+
+
+def test_random_scorers_are_uniform_and_repeat_themselves():
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (400, 4, 4, 3), dtype=np.uint8)
+    record = shapes.make_record(shapes.sample_scenes("test", 1, 0)[0], "a", rng)
+    captions = [f"caption {index}" for index in range(400)]
+    for scores in (scorers.random_images(images, record), scorers.random_captions(captions, "truth")):
+        assert min(scores) >= 0 and max(scores) < 1 and len(set(scores)) == 400
+        assert np.histogram(scores, 10, (0, 1))[0].min() >= 20  # of 40; chance goes below once in 2,000
+    assert scorers.random_images(images, record) == scorers.random_images(images, record)
+    assert scorers.random_images(images[:3], record) == scorers.random_images(images, record)[:3]
+    assert scorers.random_captions(captions, "truth") != scorers.random_captions(captions, "another")
+    assert len(set(scorers.random_images(images[[0, 0]], record))) == 2  # equal images are no tie
+
+
+@pytest.mark.parametrize("factor", [1, 2], ids=["as_read", "resized"])
+def test_the_oracle_scores_as_the_oracle_reads(factor):
+    scenes = shapes.sample_scenes("test", 6, 0)
+    records = [shapes.make_record(scene, str(scene.seed), np.random.default_rng(0)) for scene in scenes]
+    images = np.stack([record.image for record in records])
+    large = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    for record, own in zip(records, large, strict=True):
+        scores = scorers.oracle_images(np.concatenate([own[None], large]), record)
+        assert scores[0] == 1
+        assert scores[1:] == [oracle.score(record.questions, seen)[0] for seen in oracle.read(images)]
+
+
+class StubRun:
+    """Makes the files that a run shares, and tells what it was made to do."""
+
+    events = []
+
+    def __init__(self, config):
+        self.config, self.folder = config, config.run_folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _make(self, name):
+        path = self.folder / name
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name} of {self.folder.name}")
+        self.events.append((self.folder.name, name))
+
+    def curate(self, number):
+        for name in ("records.parquet", "rejected.parquet"):
+            self._make(name)
+        if not (self.folder / f"round-{number}/pairs.parquet").exists():
+            for name in ("candidates/part-00000.parquet", "rejected.parquet", "pairs.parquet"):
+                self._make(f"round-{number}/{name}")
+
+    def train(self, number):
+        self._make(f"round-{number}/model")
+
+    def model(self, number):
+        return self.folder.name
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Receives the name of each model that is evaluated; all are right alike."""
+    names = []
+
+    def evaluate(model, config):
+        names.append(model)
+        row = {"answered": "101", "drawn": ["11", "10"]}
+        rows = [row] * config.num_prompts + [{"answered": "1", "drawn": None}]
+        return {"records": rows, "metrics": dict.fromkeys(runner.LABELS, 0.5)}
+
+    monkeypatch.setattr(StubRun, "events", [])
+    monkeypatch.setattr(runner, "Run", StubRun)
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    monkeypatch.setattr(runner, "open_model", lambda config: BASE)
+    return names
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def config(tmp_path):
+    settings = ["run.name=study", "eval.num_prompts=3", "selfplay.num_rounds=2", "study.seeds=[1, 2]"]
+    return load_config(None, [*settings, f"run.folder={tmp_path}", f"study.arms={json.dumps(ARMS_RUN)}"])
+
+
+def test_a_study_measures_every_arm_of_every_seed_once(config, evaluated, console):
+    lines = run_study(config, console)
+    assert evaluated == [BASE, *(f"{arm}-seed-{seed}" for seed in (1, 2) for arm in ARMS_RUN)]
+    assert read_study(config.run_folder / "study.jsonl") == lines
+    counts = {"understood": 2, "asked": 3, "right": 3, "questions": 4, "strict": 1, "images": 2}
+    assert all(line[name] == [count] * 3 + [{"understood": 1, "asked": 1}.get(name, 0)]
+               for line in lines for name, count in counts.items())  # fmt: skip
+    assert [line["rounds"] for line in lines] == [0] + [2] * 6
+    assert len(console.file.getvalue().splitlines()) == 7
+    run_study(config, console)
+    assert len(evaluated) == 7
+
+
+def test_arms_share_what_would_come_out_equal(config, evaluated, console):
+    arms = ("pair-dpo", "no-op", "generation-only", "random-pairs")
+    run_study(replace(config, study=replace(config.study, seeds=(1,), arms=arms)), console)
+    own = {arm: [name for run, name in StubRun.events if run == f"{arm}-seed-1"] for arm in arms}
+    models = {"round-1/model", "round-2/model"}
+    round_2 = {f"round-2/{name}.parquet" for name in ("candidates/part-00000", "rejected", "pairs")}
+    round_1 = {name.replace("2", "1", 1) for name in round_2}
+    assert set(own["pair-dpo"]) == {"records.parquet", "rejected.parquet"} | round_1 | round_2 | models
+    assert set(own["no-op"]) == models
+    assert set(own["generation-only"]) == round_2 | models
+    assert set(own["random-pairs"]) == round_1 | round_2 | models
+    for arm in arms:
+        folder = config.run_folder / f"{arm}-seed-1"
+        assert (folder / "records.parquet").read_text() == "records.parquet of pair-dpo-seed-1"
+        assert (folder / "round-2/candidates").exists() == (arm == "pair-dpo")
+        assert not list(folder.rglob(".*.tmp"))
+
+
+def test_a_study_that_was_stopped_goes_on(config, evaluated, console, monkeypatch):
+    train = StubRun.train
+
+    def train_until_killed(self, number):
+        if self.folder.name == "generation-only-seed-1" and number == 2:
+            raise KeyboardInterrupt
+        train(self, number)
+
+    monkeypatch.setattr(StubRun, "train", train_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config, console)
+    assert evaluated == [BASE, "pair-dpo-seed-1"]
+    monkeypatch.setattr(StubRun, "train", train)
+    lines = run_study(config, console)
+    assert [(line["arm"], line["seed"]) for line in lines[1:]] == [(arm, seed) for seed in (1, 2) for arm in ARMS_RUN]
+    assert len(StubRun.events) == len(set(StubRun.events)) and evaluated.count("pair-dpo-seed-1") == 1
+
+
+def test_more_seeds_and_workers_join_a_study_and_other_settings_do_not(config, evaluated, console):
+    run_study(config, console)
+    more = replace(config, study=replace(config.study, seeds=(1, 2, 3), workers=2))  # one seed to do, so no process
+    assert len(run_study(more, console)) == 10
+    other = replace(config, train=replace(config.train, lr=1e-3))
+    with pytest.raises(InputError, match=r"the run has other settings \(train.lr\); choose another run.name"):
+        run_study(other, console)
+    (config.run_folder / "config.toml").unlink()  # as where study.jsonl alone was copied
+    with pytest.raises(InputError, match="study.jsonl: base was measured under other settings; choose another"):
+        run_study(other, console)
+
+
+def test_an_arm_says_what_it_lacks_of_pair_dpo(config, evaluated, console):
+    first = replace(config.study, arms=("pair-dpo",))
+    run_study(replace(config, study=first), console)
+    (config.run_folder / "pair-dpo-seed-1/records.parquet").unlink()
+    with pytest.raises(InputError, match="pair-dpo-seed-1/records.parquet: is missing, and generation-only-seed-1"):
+        run_study(config, console)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[1:], "is not of a study: expected a line of base"),
+        (lambda lines: [lines[0], lines[1] | {"arm": "<b>"}], "is not of a study"),
+        (lambda lines: [lines[0], lines[1] | {"asked": [1]}], "line 2 measures other records than line 1"),
+        (lambda lines: [{"arm": BASE}], "line 1 is not of a study, it lacks seed, rounds"),
+        (lambda lines: [], "is not of a study"),
+    ],
+    ids=["no_base", "unknown_arm", "other_records", "fields", "empty"],
+)
+def test_what_is_no_study_is_refused(change, message, tmp_path):
+    lines = change(make_lines(np.random.default_rng(6), {"pair-dpo": 0.0}, size=8, seeds=(1,)))
+    path = tmp_path / "study.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=message):
+        read_study(path)
+
+
+SETTINGS_OF_A_STUDY = {
+    "study.seeds=[]": "expected at least one, none of them twice, got []",
+    "study.seeds=[1, 1]": "none of them twice, got [1, 1]",
+    "study.seeds=[-1]": "expected seeds from 0 to 2**63 - 1",
+    'study.arms=["no-op", "pair-dpo"]': "expected pair-dpo first",
+    'study.arms=["pair-dpo", "magic"]': "expected some of pair-dpo, no-op",
+    "study.workers=0": "at least 1",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS_OF_A_STUDY)
+def test_settings_of_a_study_are_checked(setting):
+    with pytest.raises(InputError, match=re.escape(SETTINGS_OF_A_STUDY[setting])):
+        load_config(None, [setting])
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Lines of a study, its settings, and a README with markers."""
+    gains = {"pair-dpo": 0.1, "no-op": 0.0, "generation-only": 0.1, "understanding-only": 0.0}
+    lines = make_lines(np.random.default_rng(7), gains)
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "study.toml").write_text(f'[run]\nname = "<i>"\nfolder = "{tmp_path}"\n')
+    (tmp_path / "README.md").write_text("# A\n\n<!-- study -->\nold\n<!-- /study -->\nB\n")
+    return tmp_path
+
+
+def study(folder, *options):
+    return cli.main(["study", "--config", str(folder / "study.toml"), "--lines", str(folder / "lines.jsonl"), *options])
+
+
+def test_lines_are_enough_for_table_readme_and_page(finished, capsys):
+    assert study(finished, "--readme", str(finished / "README.md")) == 0
+    shown, text = " ".join(capsys.readouterr().out.split()), (finished / "README.md").read_text()
+    assert "4 seeds of each arm after 3 rounds, 200 prompts with 400 images and 150 real images" in shown
+    assert "pair-dpo minus understanding-only: understanding: yes, +" in shown
+    assert "pair-dpo minus generation-only: generation: not shown" in shown
+    assert text.startswith("# A\n\n<!-- study -->\n\n4 seeds of each arm") and text.endswith("\n<!-- /study -->\nB\n")
+    assert "old" not in text and re.search(r"\| pair-dpo \| [\d.]+, \*\*\+[\d.]+ \[", text)
+    html = (finished / "<i>" / "index.html").read_text()
+    assert "<h1>Self-play against its controls</h1>" in html and "Study &lt;i&gt;" in html and "<i>" not in html
+    assert html.count("<svg") == 8 and 'class="dot better"' in html and "no significant difference" in html
+    assert study(finished, "--readme", str(finished / "README.md")) == 0
+    assert (finished / "README.md").read_text() == text
+
+
+def test_one_arm_alone_has_no_comparisons(finished):
+    lines = make_lines(np.random.default_rng(8), {"pair-dpo": 0.1}, seeds=(1,))
+    effects = Effects(lines)
+    assert findings.answer_claims(effects) == [] and "minus" not in findings.markdown(effects)
+    assert findings.describe_study(effects).startswith("1 seed of each arm")
+    config = load_config(finished / "study.toml")
+    assert page.write_page(config, effects).read_text().count("<svg") == 4
+
+
+def test_pictures_are_drawn_by_the_models_that_are_there(finished, monkeypatch):
+    config = load_config(finished / "study.toml", ["eval.num_prompts=8"])
+    effects, opened = Effects(make_lines(np.random.default_rng(9), {"pair-dpo": 0.1, "no-op": 0.0})), []
+    folder = arm_config(config, "pair-dpo", 1).run_folder / "round-3/model"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(page, "open_model", lambda model: opened.append(model.name))
+    pixels = np.zeros((6, 1, 8, 8, 3), np.uint8)
+    monkeypatch.setattr(page, "draw_images", lambda model, records, settings: pixels[: len(records)])
+    html = page.write_page(config, effects).read_text()
+    assert opened == ["tiny", str(folder)] and html.count("<img") == 12
+    assert html.count("<figcaption>before self-play</figcaption>") == 6
+
+
+def test_a_study_is_refused_without_its_settings_or_markers(finished, capsys):
+    assert cli.main(["study"]) == 2
+    assert "study: give --config FILE" in capsys.readouterr().err
+    (finished / "README.md").write_text("# A\n")
+    assert study(finished, "--readme", str(finished / "README.md")) == 2
+    assert "has no markers; add <!-- study --> and <!-- /study -->" in capsys.readouterr().err
+
+
+def test_a_picture_of_the_effects(finished):
+    pytest.importorskip("matplotlib")
+    assert study(finished, "--plot", str(finished / "study.png")) == 0
+    assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_settings_that_ship_can_be_read():
+    config = load_config(runner.Path(runner.__file__).with_name("default.toml"))
+    assert config.run.name == "study" and config.study.arms == STUDY_ARMS and config.eval.split == "test"
