@@ -157,13 +157,13 @@ class CurationConfig:
 class TrainConfig:
     """Pair-DPO (HermesFlow, arXiv 2502.12148, section 4)."""
 
-    num_steps: int = 60
+    num_steps: int = 40
     """Optimizer steps, of each round."""
-    pairs_per_step: int = 16
+    pairs_per_step: int = 32
     """Pairs in one optimizer step, of all processes together."""
     tokens_per_pass: int = 16384
     """Most packed tokens in one forward and backward pass of a process; a step takes as many passes as it needs."""
-    lr: float = 2e-5
+    lr: float = 7e-5
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
@@ -187,13 +187,18 @@ class TrainConfig:
     """Weight of the caption side; 0 leaves it out."""
     preference_weight: float = 1.0
     """Weight of the preference loss; 0 leaves it out, which is supervised training on the wins alone."""
-    nll_weight: float = 0.0
+    nll_weight: float = 1.0
     """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
+    replay_weight: float = 0.5
+    """Weight of the negative log-likelihood (mean over tokens) of right answers to questions about the pairs' real
+    images, which keeps the model from forgetting how to answer; 0 asks none."""
+    replayed_questions: int = 4
+    """Questions of each pair in one step, drawn from the record's; where it has fewer, all of them."""
     condition_dropout: float = 0.0
     """Share of image pairs that are trained with the empty prompt, win and lose alike; the published code has 0.1."""
-    masks_per_pair: int = 1
+    masks_per_pair: int = 4
     """Random masks of each image pair in one step; an image's log-probability is the mean over them."""
-    complementary_masks: bool = False
+    complementary_masks: bool = True
     """Every second mask hides what the one before it shows, which lowers the variance; needs an even masks_per_pair."""
     elbo_weighting: bool = False
     """Weigh each mask so that the sum is an unbiased estimate of the image's evidence lower bound."""
@@ -233,6 +238,8 @@ class TrainConfig:
         _check_above(self, 0, "lr", "beta", "max_grad_norm", "lora_alpha")
         _check_at_least(self, 0, "weight_decay", "warmup_steps", "simpo_margin", "lora_rank", "holdout_pairs")
         _check_at_least(self, 0, "generation_weight", "understanding_weight", "preference_weight", "nll_weight")
+        _check_at_least(self, 0, "replay_weight")
+        _check_at_least(self, 1, "replayed_questions")
         _check_between(self, 0, 1, "condition_dropout")
         _check(self, ("label_smoothing",), lambda value: 0 <= value < 0.5, "0 to below 0.5")
         if not self.generation_weight and not self.understanding_weight:

@@ -1,6 +1,7 @@
 """The objective of a Pair-DPO step, and what it says about the policy.
 
     L = sum over the sides of weight * mean over the side's pairs of (preference_weight * l(h) + nll_weight * nll)
+        + replay_weight * mean over the replay's pairs of nll
 
 A step may take several passes: each gives its share of the step's means, so that the shares add up.
 """
@@ -16,7 +17,7 @@ from hermesflow.kernels.pair_dpo import pair_dpo
 
 from .config import TrainConfig
 from .distributed import sum_over_ranks
-from .packing import PairBatch, Side
+from .packing import REPLAY, PairBatch, Side
 
 _METRICS = ("loss", "win_reward", "lose_reward", "margin", "accuracy", "nll")
 _REFERENCE_METRICS = ("win_logprob_drift", "kl")
@@ -38,7 +39,7 @@ def pass_objective(
         win_reward, lose_reward, margin: beta times the sum (or mean) of policy less reference, and their difference;
             of simpo, beta times the mean of the policy alone.
         accuracy: the share of pairs with a margin above 0.
-        nll: the negative log-likelihood a token of the win.
+        nll: the negative log-likelihood a token of the win; of replay, of the right answers, and its only metric.
         win_logprob_drift: how far the win's log-probability has moved from the reference's. Not with simpo.
         kl: an estimate, a token, of the divergence KL(reference || policy) on the pairs' tokens, which the reference
             drew: the mean of r - 1 - log r with r the ratio of policy to reference (J. Schulman, "Approximating KL
@@ -46,6 +47,10 @@ def pass_objective(
     """
     loss, shares, before = torch.zeros((), device=logprob.device), {}, batch.split(reference)
     for name, policy in batch.split(logprob).items():
+        if name == REPLAY:
+            nll = -_token_means(policy, batch.sides[name])[:, 0].sum() / totals[name]
+            loss, shares = loss + config.replay_weight * nll, shares | {"replay/nll": nll.detach()}
+            continue
         values = _pair_values(policy, before[name], batch.sides[name], config)
         means = {metric: value.sum() / totals[name] for metric, value in values.items()}
         preferred = config.preference_weight * means["loss"]
@@ -92,7 +97,7 @@ class StepSums:
 
     def __init__(self, totals: Mapping[str, int], config: TrainConfig, device: torch.device) -> None:
         metrics = _METRICS if config.loss_type == "simpo" else _METRICS + _REFERENCE_METRICS
-        self._names = [f"{side}/{metric}" for side in totals for metric in metrics]
+        self._names = [f"{side}/{metric}" for side in totals for metric in (metrics if side != REPLAY else ("nll",))]
         self._sums = torch.zeros(1 + len(self._names), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, shares: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
     generation      prompt -> win image, lose image (once a mask, which both share)
     understanding   image -> question -> win caption, lose caption
+    replay          image -> questions with their right answers
 
 Each token is stored and computed once; there are no pads. Masks and dropped prompts are pure functions of the seed, of
 the pair and of its visit (how often it was trained on before), so that a resumed run and a cached reference meet the
@@ -34,8 +35,10 @@ from .distributed import rank, world_size
 from .files import InputError
 from .models import Model
 from .pairs import SIDES, each_row
-from .prompting import caption_prompt, image_prompt
+from .prompting import answer_ids, caption_prompt, image_prompt, question_prompt
 
+REPLAY = "replay"
+"""What is learnt beside the two sides of a pair: it has no lose and no reference."""
 _COLUMNS = {
     "generation": ("win_codes", "lose_codes"),
     "understanding": ("record_codes", "win_caption_ids", "lose_caption_ids"),
@@ -124,16 +127,18 @@ class PairPacker:
             seed: of masks, dropped prompts and the order of pairs.
         """
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
-        self._packed_sides = _trained_sides(config)
+        self._packed_sides = _trained_sides(config) + ([REPLAY] if config.replay_weight else [])
         self.question_ids = caption_prompt(model)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
         self._prompt = functools.cache(lambda text: model.layout.text_prompt(image_prompt(model, text)))
+        self._questions, self._answers = (pairs[name].to_pylist() for name in ("questions", "answers"))
+        self._asked = functools.cache(lambda question, answer: answered_question(model, question, answer))
 
-    def only(self, side: str) -> PairPacker:
-        """The same packer, which leaves out the other side of every pair."""
+    def only(self, *sides: str) -> PairPacker:
+        """The same packer, which leaves out all but these sides of every pair."""
         packer = copy.copy(self)
-        packer._packed_sides = [name for name in self._packed_sides if name == side]
+        packer._packed_sides = [name for name in self._packed_sides if name in sides]
         return packer
 
     def visits(self, step: int) -> list[PairVisit]:
@@ -166,9 +171,13 @@ class PairPacker:
         if "generation" in sides:
             images = 2 * len(layout.image(())) + lengths["win_codes"] + lengths["lose_codes"]
             total += len(self._prompt_of(visit)) + self.config.masks_per_pair * images
+        if "understanding" in sides or REPLAY in sides:
+            total += len(layout.image_prefix(())) + lengths["record_codes"]
         if "understanding" in sides:
-            total += len(layout.image_prefix(())) + lengths["record_codes"] + len(layout.question(self.question_ids))
+            total += len(layout.question(self.question_ids))
             total += lengths["win_caption_ids"] + lengths["lose_caption_ids"]
+        if REPLAY in sides:
+            total += sum(len(prefix) + len(answer) for prefix, answer in self._replayed(visit))
         return total
 
     def pack(self, visits: Sequence[PairVisit], device: torch.device | str | None = None) -> PairBatch:
@@ -178,8 +187,13 @@ class PairPacker:
             sides = self._sides_of(visit.pair)
             if "generation" in sides:
                 self._add_images(builder, index, visit)
+            if "understanding" in sides or REPLAY in sides:
+                prefix = self.model.layout.image_prefix(self._tokens["record_codes"][visit.pair])
+                image = builder.add(prefix, -1, "full")
             if "understanding" in sides:
-                self._add_captions(builder, index, visit.pair)
+                self._add_captions(builder, index, visit.pair, image)
+            if REPLAY in sides:
+                self._add_answers(builder, index, visit, image)
         return builder.build(visits, device)
 
     def fingerprint(self) -> str:
@@ -196,11 +210,19 @@ class PairPacker:
     def num_pairs(self, visits: Iterable[PairVisit]) -> dict[str, int]:
         """How many of the visits have each side; sides that are not packed and sides that none has are left out."""
         found = Counter(side for visit in visits for side in self._sides_of(visit.pair))
-        return {side: found[side] for side in SIDES if found[side]}
+        return {side: found[side] for side in (*SIDES, REPLAY) if found[side]}
 
     def _sides_of(self, pair: int) -> list[str]:
-        """Those of the pair's sides that are packed."""
-        return [side for side in self._packed_sides if self._sides[pair] in ("both", side)]
+        """Those of the pair's sides that are packed, and the replay if it has questions."""
+        has = ["generation", "understanding"] if self._sides[pair] == "both" else [self._sides[pair]]
+        has += [REPLAY] if self._questions[pair] else []
+        return [side for side in self._packed_sides if side in has]
+
+    def _replayed(self, visit: PairVisit) -> list[tuple[list[int], list[int]]]:
+        """Questions about the real image in the model's layout, with their answers."""
+        questions, answers = self._questions[visit.pair], self._answers[visit.pair]
+        order = np.random.default_rng([self.seed, 4, *visit]).permutation(len(questions))
+        return [self._asked(questions[number], answers[number]) for number in order[: self.config.replayed_questions]]
 
     def _prompt_of(self, visit: PairVisit) -> list[int]:
         """The condition that win and lose share: the caption, or the empty text."""
@@ -225,10 +247,9 @@ class PairPacker:
                 masked[1 + hidden] = layout.mask_id
                 builder.add(masked, prompt, "full")
 
-    def _add_captions(self, builder: _ForestBuilder, index: int, pair: int) -> None:
+    def _add_captions(self, builder: _ForestBuilder, index: int, pair: int, image: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""
         layout = self.model.layout
-        image = builder.add(layout.image_prefix(self._tokens["record_codes"][pair]), -1, "full")
         question = builder.add(layout.question(self.question_ids), image, "causal")
         last_of_question = builder.packed - 1
         for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
@@ -238,6 +259,19 @@ class PairPacker:
             builder.predict("understanding", 2 * index + lose, rows, targets, np.ones(len(targets)))
             if len(caption):
                 builder.add(caption, question, "causal")
+
+    def _add_answers(self, builder: _ForestBuilder, index: int, visit: PairVisit, image: int) -> None:
+        """Next tokens of the right answers, and eot."""
+        for prefix, answer in self._replayed(visit):
+            targets = np.array([*answer, self.model.layout.eot])
+            rows = len(prefix) - 1 + np.arange(len(targets))
+            builder.predict(REPLAY, 2 * index, rows, targets, np.ones(len(targets)))
+            builder.add([*prefix, *answer], image, "causal")
+
+
+def answered_question(model: Model, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a question in the model's layout, and of its answer. Raises: InputError on an unknown word."""
+    return model.layout.question(question_prompt(model, question)), answer_ids(model, answer)
 
 
 def check_pairs(pairs: pa.Table, model: Model) -> None:
@@ -270,6 +304,11 @@ def _check_row(row: dict, model: Model) -> None:
             _check_range(name, row[name], layout.codebook_size, "codebook")
         else:
             _check_range(name, row[name], layout.text_vocab_size, "text vocabulary")
+    questions, answers = row["questions"] or [], row["answers"] or []
+    if len(questions) != len(answers) or None in (*questions, *answers):
+        raise ValueError(f"questions and answers do not match: there are {len(questions)} and {len(answers)}")
+    for question, answer in zip(questions, answers, strict=True):
+        answered_question(model, question, answer)
 
 
 def _check_range(name: str, ids: list[int | None], size: int, what: str) -> None:
@@ -386,7 +425,9 @@ class _ForestBuilder:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.packed = 0
-        self._found: dict[str, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]] = {side: [] for side in SIDES}
+        self._found: dict[str, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]] = {
+            side: [] for side in (*SIDES, REPLAY)
+        }
 
     def add(self, ids: Sequence[int], parent: int, mode: str) -> int:
         """Appends a span; returns its index."""

@@ -39,10 +39,13 @@ PAIRS_SCHEMA = pa.schema(
         ("lose_caption_ids", _IDS),
         ("win_caption_score", pa.float32()),
         ("lose_caption_score", pa.float32()),
+        ("questions", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),
     ]
 )
 """sides is "both", "generation" or "understanding"; the columns of an absent side are null. An image index counts the
-record's image candidates; PREVIOUS stands for an image of the previous round. Caption ids lack the end of text."""
+record's image candidates; PREVIOUS stands for an image of the previous round. Caption ids lack the end of text.
+questions and answers are the record's own, with the right answers; null where they are not known."""
 REJECTED_SCHEMA = pa.schema([("record_id", pa.string()), ("side", pa.string()), ("reason", pa.string())])
 
 PREVIOUS = -1
@@ -252,6 +255,8 @@ def _pair_row(record: Record, images: Preference | None, captions: Preference | 
         "caption": record.caption,
         "sides": "both" if images and captions else "generation" if images else "understanding",
         "record_codes": record.codes.tolist(),
+        "questions": [question.question for question in record.questions],
+        "answers": [question.answer for question in record.questions],
     }
     for role in Preference._fields:
         if images:

@@ -24,7 +24,8 @@ from hermesflow.engine.transformer import Transformer
 
 from .distributed import barrier, gather, is_main
 from .files import ParquetRows, damaged, read_parquet, write_parquet
-from .packing import PairBatch, PairPacker, PairVisit
+from .packing import REPLAY, PairBatch, PairPacker, PairVisit
+from .pairs import SIDES
 from .progress import track
 
 _SCHEMA = pa.schema(
@@ -85,13 +86,19 @@ class CachedReference:
     def logprobs(self, batch: PairBatch) -> Tensor:
         """fp32 [T]. Raises: InputError if the file lacks a pair of the batch."""
         try:
-            found = [self._of[_key(visit, side)] for side in batch.sides for visit in batch.visits_of[side]]
+            found = [value for side in batch.sides for value in self._values_of(batch, side)]
         except KeyError as error:
             raise damaged(self._path, "reference", ValueError(f"it lacks pair, visit, side {error}")) from error
         values = torch.from_numpy(np.concatenate(found)).to(batch.tree.token_ids.device)
         if len(values) != len(batch.rows):
             raise damaged(self._path, "reference", ValueError(f"{len(values)} values for {len(batch.rows)} tokens"))
         return values
+
+
+    def _values_of(self, batch: PairBatch, side: str) -> list[np.ndarray]:
+        if side == REPLAY:  # needs none
+            return [np.zeros(len(batch.sides[side].rows), np.float32)]
+        return [self._of[_key(visit, side)] for visit in batch.visits_of[side]]
 
 
 class NoReference:
@@ -143,7 +150,8 @@ def _rows(
     packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[PairBatch], Tensor]
 ) -> Iterator[dict]:
     """The rows of this process's passes; after a pair's first visit they are of its images alone (_key)."""
-    device, images = packer.model.transformer.embed.weight.device, packer.only("generation")
+    device = packer.model.transformer.embed.weight.device
+    packer, images = packer.only(*SIDES), packer.only("generation")
     first: dict[int, PairVisit] = {}
     for visit in visits:
         first.setdefault(visit.pair, visit)

@@ -86,8 +86,8 @@ def pairs_section(shown: Sequence[Shown], number: int, judged: bool) -> str:
         return f"<section><h2>Pairs</h2><p>Round {number} kept no pair.</p></section>"
     articles = "\n".join(_article(item, judged) for item in shown)
     return f"""<section><h2>Pairs of round {number}</h2>
-<p class="note">The first of each category in turn, not chosen by their results. A number is an image's score, the model's
-own unless curation.score names a function, or a caption's likeness to the true one; best first.</p>
+<p class="note">The first of each category in turn, not chosen by their results. A number is an image's score,
+the model's own unless curation.score names a function, or a caption's likeness to the true one; best first.</p>
 {articles}</section>"""
 
 

@@ -107,9 +107,11 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     """
     began, of_arm = time.perf_counter(), arm_config(config, arm, seed)
     run, rounds = Run(of_arm), of_arm.selfplay.num_rounds
-    if arm != PAIR_DPO:
+    source = arm_config(config, PAIR_DPO, seed).run_folder
+    # Where pair-dpo's run was removed since, an arm makes the same for itself, unless it cannot.
+    if arm != PAIR_DPO and (ARMS[arm].same_pairs or source.exists()):
         num_shared = rounds if ARMS[arm].same_pairs else int(of_arm.curation == config.curation)
-        _share(arm_config(config, PAIR_DPO, seed).run_folder, run.folder, num_shared)
+        _share(source, run.folder, num_shared)
     for number in range(1, rounds + 1):
         run.curate(number)
         run.train(number)
@@ -121,19 +123,13 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 
 
 def settings_digest(config: Config) -> str:
-    """A fingerprint of the settings that a measurement depends on: those that are not their defaults.
+    """A fingerprint of the settings that a measurement depends on.
 
     Where a run lies, on which device, and how a study is spread do not count.
     """
-    values, defaults = asdict(config), asdict(Config())
-    chosen = {
-        f"{section}.{key}": value
-        for section, keys in values.items()
-        for key, value in keys.items()
-        if section not in ("run", "pretrain", "study") and value != defaults[section][key]
-    }
-    chosen.pop("model.device", None)
-    return hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=8).hexdigest()
+    values = asdict(config)
+    del values["run"], values["pretrain"], values["study"], values["model"]["device"]
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _measure_base(config: Config) -> Line:
