@@ -157,7 +157,7 @@ class CurationConfig:
 class TrainConfig:
     """Pair-DPO (HermesFlow, arXiv 2502.12148, section 4)."""
 
-    num_steps: int = 40
+    num_steps: int = 48
     """Optimizer steps, of each round."""
     pairs_per_step: int = 32
     """Pairs in one optimizer step, of all processes together."""
@@ -189,7 +189,7 @@ class TrainConfig:
     """Weight of the preference loss; 0 leaves it out, which is supervised training on the wins alone."""
     nll_weight: float = 1.0
     """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
-    replay_weight: float = 0.5
+    replay_weight: float = 0.3
     """Weight of the negative log-likelihood (mean over tokens) of right answers to questions about the pairs' real
     images, which keeps the model from forgetting how to answer; 0 asks none."""
     replayed_questions: int = 4
