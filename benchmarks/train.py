@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hermesflow.config import TrainConfig
+from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import Model
@@ -173,7 +173,7 @@ class Step:
             }
             for number in range(shape.num_pairs)
         ]  # fmt: skip
-        self.config = TrainConfig(pairs_per_step=shape.num_pairs)
+        self.config = TrainConfig(pairs_per_step=shape.num_pairs, **PAPER_OBJECTIVE)
         self.packer = PairPacker(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), self.config, seed=0)
         self.device, self.layout = device, layout
         self.visits = self.packer.visits(0)

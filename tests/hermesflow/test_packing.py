@@ -26,15 +26,17 @@ from hermesflow.prompting import caption_prompt, image_prompt
 from hermesflow.references import batch_logprobs
 
 SIDES = ("both", "generation", "understanding")
+ONE_MASK = {"masks_per_pair": 1, "complementary_masks": False}
 # What changes a pass, each way at least once, and all of it together.
 WAYS = {
     "defaults": {},
-    "boundary labels": {"boundary_labels": True},
-    "four masks": {"masks_per_pair": 4},
+    "one mask": ONE_MASK,
+    "boundary labels": ONE_MASK | {"boundary_labels": True},
+    "four masks": {"masks_per_pair": 4, "complementary_masks": False},
     "complements": {"masks_per_pair": 4, "complementary_masks": True},
-    "elbo": {"masks_per_pair": 2, "elbo_weighting": True},
-    "dropped prompts": {"condition_dropout": 0.5},
-    "means over tokens": {"masks_per_pair": 2, "length_normalize": True},
+    "elbo": {"masks_per_pair": 2, "complementary_masks": False, "elbo_weighting": True},
+    "dropped prompts": ONE_MASK | {"condition_dropout": 0.5},
+    "means over tokens": {"masks_per_pair": 2, "complementary_masks": False, "length_normalize": True},
     "all": {"masks_per_pair": 2, "complementary_masks": True, "elbo_weighting": True, "boundary_labels": True,
             "condition_dropout": 0.5},
 }  # fmt: skip
@@ -291,7 +293,7 @@ def test_mask_count_probability(num_codes):
 
 @pytest.mark.parametrize(
     ("settings", "weight"),
-    [({}, 1.0), ({"masks_per_pair": 4}, 0.25), ({"masks_per_pair": 4, "length_normalize": True}, 1.0),
+    [(ONE_MASK, 1.0), ({"masks_per_pair": 4}, 0.25), ({"masks_per_pair": 4, "length_normalize": True}, 1.0),
      ({"masks_per_pair": 4, "loss_type": "simpo"}, 1.0)],
     ids=["one", "four", "four, means over tokens", "four, simpo"],
 )  # fmt: skip
@@ -323,7 +325,7 @@ def times_by_count(num_codes):
 @pytest.mark.parametrize("num_codes", [3, 4])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"masks_per_pair": 2, "complementary_masks": True}, {"boundary_labels": True}],
+    [ONE_MASK, {"masks_per_pair": 2, "complementary_masks": True}, ONE_MASK | {"boundary_labels": True}],
     ids=["masks", "complements", "boundary labels"],
 )
 def test_elbo_weighting_is_unbiased(naive, tiny_model, random_pairs, monkeypatch, num_codes, settings):
@@ -396,7 +398,8 @@ def test_few_passes_are_even(sizes, budget, loads):
 
 @pytest.mark.parametrize("num_processes", [1, 2, 8])
 def test_processes_share_the_passes_out(shared_tiny_model, random_pairs, monkeypatch, num_processes):
-    packer = PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 5), TrainConfig(tokens_per_pass=250), 0)
+    config = TrainConfig(pairs_per_step=16, tokens_per_pass=250, **ONE_MASK)
+    packer = PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 5), config, 0)
     visits = packer.visits(0)
     assert len(visits) == 16
     monkeypatch.setattr(packing, "world_size", lambda: num_processes)
@@ -471,7 +474,8 @@ DRAWN_OTHERWISE = {
     "sides": ({"understanding_weight": 0.0}, 0),
     "prompts": ({"condition_dropout": 0.1}, 0),
     "masks": ({"masks_per_pair": 2}, 0),
-    "complementary masks": ({"masks_per_pair": 2, "complementary_masks": True}, 0),
+    "complementary masks": ({"complementary_masks": False}, 0),
+    "replay": ({"replay_weight": 0.0}, 0),
     "boundaries": ({"boundary_labels": True}, 0),
 }
 
