@@ -24,7 +24,7 @@ IMAGE_SCORES = ("soft", "hard")
 CAPTION_SCORERS = ("bert-cls", "sentence", "exact", "normalised", "token-f1", "attribute-f1")
 ANSWER_SCORERS = ("likelihood", "sentence", "exact", "normalised")
 PAPER_OBJECTIVE = {"nll_weight": 0.0, "replay_weight": 0.0, "masks_per_pair": 1, "complementary_masks": False}
-"""Training settings under which a step computes the objective of HermesFlow (arXiv 2502.12148), section 4, and no more."""
+"""Training settings under which a step computes the objective of HermesFlow (arXiv 2502.12148), section 4, alone."""
 STUDY_ARMS = (
     "pair-dpo", "no-op", "random-pairs", "sft-best", "generation-only", "understanding-only", "oracle-pairs",
 )  # fmt: skip

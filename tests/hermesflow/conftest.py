@@ -85,9 +85,12 @@ def images_in_memory(shared_tiny_model: Model, monkeypatch) -> list[int]:
 
 @pytest.fixture(scope="session")
 def random_pairs() -> Callable[..., pa.Table]:
-    """Makes a table of pairs whose images and captions are random: (model, count=6, sides=("both",)) -> pairs."""
+    """Makes a table of pairs whose images and captions are random; pair k has the first k % (n + 1) of n questions:
+    (model, count=6, sides=("both",), asked=()) -> pairs."""
 
-    def make(model: Model, count: int = 6, sides: Sequence[str] = ("both",)) -> pa.Table:
+    def make(
+        model: Model, count: int = 6, sides: Sequence[str] = ("both",), asked: Sequence[tuple[str, str]] = ()
+    ) -> pa.Table:
         rng, layout = np.random.default_rng(0), model.layout
         words, rows = ["red", "green", "blue", "circle", "square", "a"], []
         for index in range(count):
@@ -99,10 +102,22 @@ def random_pairs() -> Callable[..., pa.Table]:
                 row |= {"win_codes": codes[1], "lose_codes": codes[2]}
             if row["sides"] != "generation":
                 row |= {"win_caption_ids": model.encode_text(win), "lose_caption_ids": model.encode_text(lose)}
+            if asked:
+                of_row = asked[: index % (len(asked) + 1)]
+                row |= {"questions": [question for question, _ in of_row], "answers": [answer for _, answer in of_row]}
             rows.append(row)
         return pa.Table.from_pylist(rows, PAIRS_SCHEMA)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def asked() -> list[tuple[str, str]]:
+    """Questions about a real image with their right answers, for random_pairs."""
+    return [
+        ("what color is the circle ?", "red"), ("how many circles are there ?", "two"), ("is there a square ?", "no"),
+        ("where is the circle ?", "top left"),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,11 @@
 
 import dataclasses
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from hermesflow.config import Config, CurationConfig, RunConfig, TrainConfig, load_config, to_toml
+from hermesflow.config import PAPER_OBJECTIVE, Config, CurationConfig, RunConfig, TrainConfig, load_config, to_toml
 from hermesflow.files import InputError
 
 
@@ -25,6 +26,12 @@ def test_every_kind_of_value_survives_the_round_trip(tmp_path):
     config = load_config(None, [*overrides, f"data.source={odd}"])
     assert config.data.source == odd.strip()
     assert load_config(settings_file(tmp_path, to_toml(config))) == config
+
+
+def test_the_published_settings():
+    config = load_config(Path(__file__).parents[2] / "docs/paper.toml")
+    assert PAPER_OBJECTIVE.items() <= dataclasses.asdict(config.train).items()
+    assert config.curation.num_captions == 10
 
 
 def test_each_key_is_explained():

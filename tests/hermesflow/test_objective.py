@@ -34,6 +34,7 @@ SETTINGS = {
     },
     "the wins alone": {"preference_weight": 0, "nll_weight": 0.5},
     "generation alone": {"understanding_weight": 0},
+    "no replay": {"replay_weight": 0},
     "understanding alone": {"generation_weight": 0, "nll_weight": 0.2},
 }
 CASES = {
@@ -45,8 +46,9 @@ every_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys(
 
 
 def make_packer(model, random_pairs, settings):
-    """Of pairs with both sides and with either side alone."""
-    pairs = random_pairs(model, 5, ("both", "generation", "understanding"))
+    """Of pairs with both sides and with either side alone, some with questions."""
+    asked = [("what color is the circle ?", "red"), ("where is the circle ?", "top left")]
+    pairs = random_pairs(model, 5, ("both", "generation", "understanding"), asked)
     kept = {"generation_weight": (0, 1, 3, 4), "understanding_weight": (0, 2, 3)}
     trained = set().union(*(rows for name, rows in kept.items() if settings.get(name, 1)))
     visits = [visit for visit in VISITS if visit.pair in trained]
@@ -102,6 +104,11 @@ def plain_objective(logprob, reference, batch, config):
     loss, metrics, before = 0.0, {}, batch.split(reference)
     for name, now in batch.split(logprob).items():
         side, rows = batch.sides[name], []
+        if name == "replay":
+            nll = [-now[side.segment == 2 * pair].mean() for pair in set((side.segment // 2).tolist())]
+            metrics["replay/nll"] = (sum(nll) / len(nll)).item()
+            loss += config.replay_weight * sum(nll) / len(nll)
+            continue
         for pair in range(len(batch.visits)):
             tokens = [side.segment == 2 * pair + lose for lose in (0, 1)]
             if tokens[0].any():
@@ -199,9 +206,9 @@ def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pa
     packer, visits = make_packer(shared_tiny_model, random_pairs, settings)
     batch, totals = packer.pack([PairVisit(2, 2)]), packer.num_pairs(visits)
     _, shares = pass_objective(values_of(batch, 0), values_of(batch, 1), batch, totals, packer.config)
-    names = [name.partition("/")[2] for name in shares]
+    names = [name.partition("/")[2] for name in shares if name != "replay/nll"]
     sums = StepSums(totals, packer.config, torch.device("cpu"))
-    expected = ["loss", *(f"{side}/{name}" for side in ("generation", "understanding") for name in names)]
+    expected = ["loss", *(f"{side}/{name}" for side in ("generation", "understanding") for name in names), "replay/nll"]
     assert sums.metrics() == dict.fromkeys(expected, 0.0)
     sums.add(torch.tensor(0.5), shares)
     metrics = sums.metrics()

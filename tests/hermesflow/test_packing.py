@@ -488,6 +488,59 @@ def test_fingerprint_sees_how_passes_are_drawn(shared_tiny_model, random_pairs):
     assert PairPacker(shared_tiny_model, pairs, same, 0).fingerprint() == packers[0].fingerprint()
 
 
+def replayed_texts(model, batch):
+    """(question, answer) of each span that the replay predicts in, and the texts of what it must predict."""
+    side, tree, found = batch.sides["replay"], batch.tree, []
+    starts = tree.packed_starts
+    for span in sorted({int(np.searchsorted(starts, row, "right")) - 1 for row in side.rows.tolist()}):
+        rows = tree.span_rows(span)
+        mine = (side.rows >= rows.start) & (side.rows < rows.stop)
+        targets = side.targets[mine].tolist()
+        assert targets[-1] == model.layout.eot and targets[:-1] == tree.token_ids[rows].tolist()[1 - len(targets) :]
+        assert side.rows[mine].tolist() == list(range(rows.stop - len(targets), rows.stop))
+        prefix = tree.token_ids[rows][: 1 - len(targets)].tolist()
+        assert prefix == model.layout.question(model.encode_text(model.decode_text(prefix)))
+        found.append((model.decode_text(prefix), model.decode_text(targets[:-1])))
+    return found
+
+
+def test_replay_asks_each_visit_some_questions_about_the_real_image(shared_tiny_model, random_pairs, asked):
+    model, config = shared_tiny_model, TrainConfig(replayed_questions=2, **ONE_MASK)
+    packer = PairPacker(model, random_pairs(model, 5, ("both", "generation"), asked), config, 0)
+    seen = set()
+    for number in range(8):
+        for pair, count in enumerate((0, 1, 2, 2, 2)):  # pair k has k questions, of which two are asked
+            visit = PairVisit(pair, number)
+            batch = packer.pack([visit])
+            assert packer.num_tokens(visit) == len(batch.tree.token_ids)
+            assert ("replay" in batch.sides) == ("replay" in packer.num_pairs([visit])) == bool(count)
+            if not count:
+                continue
+            texts = replayed_texts(model, batch)
+            assert len(texts) == count and set(texts) <= set(asked[:pair])
+            seen.update(texts if pair == 4 else ())
+            row = packer.pairs.slice(pair, 1).to_pylist()[0]
+            parents = {int(batch.tree.parents[span]) for span in range(batch.tree.num_spans)}
+            prefixes = [batch.tree.token_ids[batch.tree.span_rows(span)].tolist() for span in parents if span >= 0]
+            assert model.layout.image_prefix(row["record_codes"]) in prefixes
+            again = packer.pack([visit])
+            assert torch.equal(again.tree.token_ids, batch.tree.token_ids)
+    assert seen == set(asked)  # in turn
+
+
+def test_replay_leaves_the_pairs_as_they_are(shared_tiny_model, random_pairs, asked):
+    pairs, visits = random_pairs(shared_tiny_model, 3, SIDES, asked), [PairVisit(pair, 0) for pair in range(3)]
+    whole, without = (
+        PairPacker(shared_tiny_model, pairs, TrainConfig(replay_weight=weight), 0) for weight in (0.3, 0.0)
+    )
+    for packer in (whole.only("generation", "understanding"), without):
+        batch, expected = packer.pack(visits), whole.pack(visits)
+        assert list(batch.sides) == ["generation", "understanding"] == list(expected.sides)[:2]
+        for side in batch.sides:
+            for name in ("targets", "segment", "token_weight"):
+                assert torch.equal(getattr(batch.sides[side], name), getattr(expected.sides[side], name))
+
+
 STRANGE = {
     "another codebook": ("win_codes", [32] * 16, "win_codes holds 32, the model's codebook has 32"),
     "below 0": ("record_codes", [-1] * 16, "record_codes holds -1, the model's codebook has 32"),
@@ -497,6 +550,7 @@ STRANGE = {
     "a missing column": ("lose_caption_ids", None, "lose_caption_ids is missing, which sides 'both' needs"),
     "an unknown word": ("caption", "a unicorn", "the model does not know the word 'unicorn' in 'a unicorn'"),
     "no caption": ("caption", None, "caption is missing, which sides 'both' needs"),
+    "questions without answers": ("answers", ["red"], "questions and answers do not match: there are 0 and 1"),
     "an unknown side": ("sides", "neither", "sides is 'neither', expected both, generation or understanding"),
 }
 

@@ -14,8 +14,9 @@ CONFIG = TrainConfig(pairs_per_step=3, num_steps=5, condition_dropout=0.3, token
 
 
 @pytest.fixture
-def packer(shared_tiny_model, random_pairs):
-    return PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 4, ("both", "generation")), CONFIG, seed=1)
+def packer(shared_tiny_model, random_pairs, asked):
+    pairs = random_pairs(shared_tiny_model, 4, ("both", "generation"), asked)
+    return PairPacker(shared_tiny_model, pairs, CONFIG, seed=1)
 
 
 def visits_of(packer):
@@ -36,8 +37,11 @@ def test_cached_and_live_agree(packer, tmp_path):
         batch = packer.pack(packer.visits(step))
         expected, found = live.logprobs(batch), stored.logprobs(batch)
         assert found.dtype == torch.float32 and not found.requires_grad and not found.is_inference()
-        assert (found - expected).abs().max() <= 1e-5
-        assert expected.abs().max() > 1
+        found, expected = batch.split(found), batch.split(expected)
+        assert not found.pop("replay", torch.zeros(1)).any()  # needs no reference
+        for side in found:
+            assert (found[side] - expected[side]).abs().max() <= 1e-5
+            assert expected[side].abs().max() > 1
 
 
 def test_a_live_reference_does_not_follow_the_policy(tiny_model, random_pairs):
