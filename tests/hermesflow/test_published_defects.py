@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from hermesflow import training
-from hermesflow.config import CurationConfig, TrainConfig
+from hermesflow.config import PAPER_OBJECTIVE, CurationConfig, TrainConfig
 from hermesflow.engine import image_decoder, sequence_logprob
 from hermesflow.engine.mask_schedule import mask_temperatures, num_to_mask
 from hermesflow.engine.text_decoder import SamplingParams
@@ -77,7 +77,7 @@ def test_1_captions_train_on_their_image_not_on_a_blank_one(model, pairs):
     def check(images):
         assert images == pairs["record_codes"].to_pylist()
 
-    check(seen_images(model, PairPacker(model, pairs, TrainConfig(), 0).pack(all_visits(pairs))))
+    check(seen_images(model, PairPacker(model, pairs, TrainConfig(**PAPER_OBJECTIVE), 0).pack(all_visits(pairs))))
 
     def published():
         batches = ({"pixel_values": codes} for codes in pairs["record_codes"].to_pylist())
@@ -88,7 +88,7 @@ def test_1_captions_train_on_their_image_not_on_a_blank_one(model, pairs):
 
 
 def test_2_captions_are_scored_on_their_own_rows_not_on_all(model, pairs):
-    batch = PairPacker(model, pairs, TrainConfig(), 0).pack(all_visits(pairs))
+    batch = PairPacker(model, pairs, TrainConfig(**PAPER_OBJECTIVE), 0).pack(all_visits(pairs))
     captions = [ids for pair in pairs.to_pylist() for ids in (pair["win_caption_ids"], pair["lose_caption_ids"])]
 
     def check(rows, tree):
@@ -106,7 +106,7 @@ def test_2_captions_are_scored_on_their_own_rows_not_on_all(model, pairs):
 
 
 def test_3_the_sigmoid_is_of_each_pair_not_of_the_batch(model, pairs):
-    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, understanding_weight=0), 0)
+    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, understanding_weight=0, **PAPER_OBJECTIVE), 0)
     generator = torch.Generator().manual_seed(0)
     ratios = 10 * torch.randn(len(pairs), 2, generator=generator)
 
@@ -142,7 +142,7 @@ def test_4_a_step_s_sides_are_of_the_same_records(model, pairs):
         for generation, understanding in steps:
             assert sorted(generation) == sorted(understanding)
 
-    packer = PairPacker(model, pairs, TrainConfig(pairs_per_step=2), 0)
+    packer = PairPacker(model, pairs, TrainConfig(pairs_per_step=2, **PAPER_OBJECTIVE), 0)
     ours = []
     for step in range(6):
         batch = packer.pack(packer.visits(step))
@@ -159,7 +159,7 @@ def test_4_a_step_s_sides_are_of_the_same_records(model, pairs):
 
 
 def test_5_win_and_lose_are_drawn_for_one_condition(model, pairs):
-    packer = PairPacker(model, pairs, TrainConfig(condition_dropout=0.1), 0)
+    packer = PairPacker(model, pairs, TrainConfig(condition_dropout=0.1, **PAPER_OBJECTIVE), 0)
     empty, full = (model.layout.text_prompt(image_prompt(model, text)) for text in ("", "a red circle"))
 
     def check(conditions):
@@ -262,7 +262,7 @@ def test_7_a_win_beats_its_lose_in_every_round():
 
 
 def test_8_a_hopeless_pair_has_a_loss_and_a_gradient(model, pairs):
-    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, understanding_weight=0), 0)
+    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, understanding_weight=0, **PAPER_OBJECTIVE), 0)
     batch = packer.pack([PairVisit(0, 0)])
     signs = torch.where(batch.sides["generation"].segment == 0, -1.0, 1.0)
 
@@ -351,7 +351,7 @@ def test_10_image_tokens_are_trained_on_as_they_were_drawn(model, tmp_path):
     record = make_record("a")
     chosen, _ = make_pairs([record], pa.Table.from_pylist(rows), CurationConfig(keep="any"))
     write_parquet(tmp_path / "pairs.parquet", chosen)
-    packer = PairPacker(model, read_pairs(tmp_path / "pairs.parquet"), TrainConfig(), 0)
+    packer = PairPacker(model, read_pairs(tmp_path / "pairs.parquet"), TrainConfig(**PAPER_OBJECTIVE), 0)
     check(drawn_images(model, packer.pack([PairVisit(0, 0)])))
     # As PNG keeps it: uint8 pixels, without loss.
     with pytest.raises(AssertionError):
@@ -359,7 +359,7 @@ def test_10_image_tokens_are_trained_on_as_they_were_drawn(model, tmp_path):
 
 
 def test_11_the_head_runs_on_labelled_rows_alone(model, pairs, monkeypatch):
-    batch = PairPacker(model, pairs, TrainConfig(), 0).pack(all_visits(pairs))
+    batch = PairPacker(model, pairs, TrainConfig(**PAPER_OBJECTIVE), 0).pack(all_visits(pairs))
     counts, linear_logprob = [], sequence_logprob.linear_logprob
 
     def check(num_rows):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from hermesflow import training
 from hermesflow.checkpointing import checkpoints
-from hermesflow.config import TrainConfig
+from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.engine.transformer import Linear, Transformer
 from hermesflow.files import InputError
 from hermesflow.metric_log import TIMINGS, MetricLog
@@ -48,6 +48,7 @@ def weights_of(model):
 
 WAYS = {
     "defaults": {},
+    "the paper's objective": PAPER_OBJECTIVE,
     "live reference": {"reference": "live"},
     "several passes": {"tokens_per_pass": 100},
     "several masks": {"masks_per_pair": 4, "complementary_masks": True},
@@ -100,7 +101,8 @@ def test_one_side_alone(model, random_pairs, tmp_path, side):
 
 
 def test_at_the_first_step_the_policy_is_the_reference(model, random_pairs, tmp_path):
-    train_pairs(model, random_pairs(model), TrainConfig(num_steps=1), seed=0, folder=tmp_path)
+    config = TrainConfig(num_steps=1, **PAPER_OBJECTIVE)
+    train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
     (line,) = metrics_of(tmp_path)
     assert line["loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     for side in ("generation", "understanding"):

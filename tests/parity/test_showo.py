@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from hermesflow import load_model, packing
-from hermesflow.config import TrainConfig
+from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
@@ -223,7 +223,7 @@ def pair_dpo_step(original):
         row[f"{role}_caption_ids"] = caption
     assert torch.equal(is_hidden["win"], is_hidden["lose"])
     mask = ImageMask(is_hidden["win"][1:-1].nonzero()[:, 0].numpy(), 1.0)
-    config = TrainConfig(beta=original.meta["pairdpo"]["beta"], boundary_labels=True)
+    config = TrainConfig(beta=original.meta["pairdpo"]["beta"], boundary_labels=True, **PAPER_OBJECTIVE)
     packer = PairPacker(model, pa.Table.from_pylist([row], PAIRS_SCHEMA), config, 0)
     visits, batches = [PairVisit(0, 0)], {}
     with pytest.MonkeyPatch.context() as patch:
