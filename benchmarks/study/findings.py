@@ -33,8 +33,11 @@ def describe_study(effects: Effects) -> str:
 
 
 def answer_claims(effects: Effects) -> list[tuple[str, str]]:
-    """(question, answer) for each of CLAIMS whose arms were run."""
-    answers = []
+    """(question, answer): what becomes of the gap, and each of CLAIMS whose arms were run."""
+    before, after = (effects.value(arm, "gap") for arm in (BASE, PAIR_DPO))
+    closed = f"{(before - after) / before:.0%} of it"
+    told = f"{PAIR_DPO}: {closed}, from {format_value(before)} to {format_value(after)} points."
+    answers = [("How much of the gap closes?", told)]
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
             told = []
