@@ -14,7 +14,7 @@ import torch
 
 from hermesflow import distributed
 from hermesflow.checkpointing import load_checkpoint, save_checkpoint
-from hermesflow.config import ModelConfig, TrainConfig, load_config
+from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
 from hermesflow.distributed import (
     gather,
     is_main,
@@ -41,10 +41,12 @@ SETTINGS = (
     "eval.num_prompts=6", "eval.num_understanding=6", "eval.num_steps=3", "selfplay.num_rounds=1", "run.name=t",
 )  # fmt: skip
 STEPS = {
-    "one pass": (7, {}),
-    "several passes, an odd number of pairs": (5, {"tokens_per_pass": 60}),
-    "one process without pairs": (1, {}),
-    "adapters": (5, {"lora_rank": 2, "tokens_per_pass": 60}),
+    "one pass": (7, PAPER_OBJECTIVE),
+    "several passes, an odd number of pairs": (5, PAPER_OBJECTIVE | {"tokens_per_pass": 60}),
+    "one process without pairs": (1, PAPER_OBJECTIVE),
+    "adapters": (5, PAPER_OBJECTIVE | {"lora_rank": 2, "tokens_per_pass": 60}),
+    "masks, likelihood and replay": (7, {"nll_weight": 1.0, "replay_weight": 0.5, "tokens_per_pass": 60}),
+    "one process without replay": (2, PAPER_OBJECTIVE | {"replay_weight": 0.5}),
 }
 
 
@@ -148,13 +150,13 @@ def work_of_a_process(folder):
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory, shared_tiny_model, random_pairs):
+def of_two(tmp_path_factory, shared_tiny_model, random_pairs, asked):
     import pyarrow.parquet as pq
 
     folder = tmp_path_factory.mktemp("steps")
     (folder / "model").mkdir()
     shared_tiny_model.save(folder / "model")
-    pairs = random_pairs(shared_tiny_model, 7, ("both", "generation", "understanding"))
+    pairs = random_pairs(shared_tiny_model, 7, ("both", "generation", "understanding"), asked)
     pq.write_table(pairs, folder / "pairs.parquet")
     policy, optimizer = trained(load_model(str(folder / "model")))
     save_checkpoint(folder / "of-one", policy.transformer, optimizer, {"step": 2}, 2)

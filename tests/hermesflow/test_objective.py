@@ -1,5 +1,6 @@
 """The objective of a step against plain formulas in float64: losses, gradients, metrics, and passes that add up."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from hermesflow.config import TrainConfig
+from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.objective import StepSums, pass_objective
 from hermesflow.packing import PairPacker, PairVisit
 
@@ -24,6 +25,7 @@ LOSSES = {
 }
 SETTINGS = {
     "sums": {},
+    "defaults": {"masks_per_pair": 4, "complementary_masks": True, "nll_weight": 1.0, "replay_weight": 0.3},
     "means over tokens": {"length_normalize": True},
     "masks": {"masks_per_pair": 4, "complementary_masks": True, "boundary_labels": True},
     "masks, means over tokens": {"masks_per_pair": 4, "length_normalize": True},
@@ -34,11 +36,13 @@ SETTINGS = {
     },
     "the wins alone": {"preference_weight": 0, "nll_weight": 0.5},
     "generation alone": {"understanding_weight": 0},
-    "no replay": {"replay_weight": 0},
     "understanding alone": {"generation_weight": 0, "nll_weight": 0.2},
+    "replay": {"replay_weight": 0.7, "replayed_questions": 1},
+    "generation and replay": {"understanding_weight": 0, "replay_weight": 0.7},
+    "understanding and replay": {"generation_weight": 0, "replay_weight": 0.7},
 }
 CASES = {
-    f"{loss}, {name}": LOSSES[loss] | settings
+    f"{loss}, {name}": PAPER_OBJECTIVE | LOSSES[loss] | settings
     for loss, (name, settings) in itertools.product(LOSSES, SETTINGS.items())
     if not (loss == "simpo" and "elbo_weighting" in settings)
 }
@@ -174,6 +178,26 @@ def test_passes_add_up(shared_tiny_model, random_pairs, settings, split):
     assert gradients.keys() == expected_gradients.keys()
     for key, gradient in gradients.items():
         assert gradient == pytest.approx(expected_gradients[key], rel=1e-6, abs=1e-6)
+
+
+def test_replay_adds_its_weight_times_the_mean_over_its_pairs(shared_tiny_model, random_pairs):
+    """By hand: each pair counts alike, however many questions and tokens it has."""
+    packer, visits = make_packer(shared_tiny_model, random_pairs, PAPER_OBJECTIVE | {"replay_weight": 0.7})
+    batch, totals = packer.pack(visits), packer.num_pairs(visits)
+    reference, logprob = values_of(batch, 0), values_of(batch, 1).requires_grad_()
+    loss, shares = pass_objective(logprob, reference, batch, totals, packer.config)
+    without = dataclasses.replace(packer.config, replay_weight=0.0)
+    rest, _ = pass_objective(logprob, reference, batch, totals, without)
+    pair_of = batch.sides["replay"].segment // 2
+    policy = batch.split(logprob)["replay"]
+    parts = [policy[pair_of == index].tolist() for index in pair_of.unique()]
+    assert len(parts) == totals["replay"] == 3 and len({len(part) for part in parts}) > 1
+    expected = -np.mean([np.mean(part) for part in parts])
+    assert shares["replay/nll"].item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() - rest.item() == pytest.approx(0.7 * expected, rel=1e-5)
+    gradient = batch.split(torch.autograd.grad(loss, logprob)[0])["replay"]
+    lengths = torch.bincount(pair_of)[pair_of]
+    assert torch.allclose(gradient, -0.7 / 3 / lengths)
 
 
 def test_simpo_does_not_read_the_reference(shared_tiny_model, random_pairs):

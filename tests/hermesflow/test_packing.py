@@ -35,6 +35,8 @@ WAYS = {
     "four masks": {"masks_per_pair": 4, "complementary_masks": False},
     "complements": {"masks_per_pair": 4, "complementary_masks": True},
     "elbo": {"masks_per_pair": 2, "complementary_masks": False, "elbo_weighting": True},
+    "no replay": ONE_MASK | {"replay_weight": 0.0},
+    "one question replayed": ONE_MASK | {"replayed_questions": 1},
     "dropped prompts": ONE_MASK | {"condition_dropout": 0.5},
     "means over tokens": {"masks_per_pair": 2, "complementary_masks": False, "length_normalize": True},
     "all": {"masks_per_pair": 2, "complementary_masks": True, "elbo_weighting": True, "boundary_labels": True,
@@ -64,20 +66,20 @@ def image_logprobs(naive, model, condition, codes, hidden):
     return logits.log_softmax(1)[torch.arange(len(ids)), torch.from_numpy(ids)]
 
 
-def caption_sum(naive, model, codes, caption):
-    """Summed log-probability of a caption and its eot after its image: one dense pass."""
+def answer_sum(naive, model, codes, question, answer):
+    """Summed log-probability of an answer to a question, both text ids, and of its eot: one dense pass."""
     layout = model.layout
-    text = [*layout.question(caption_prompt(model)), *caption]
+    text = [*layout.question(question), *answer]
     logits = naive.chain_logits(model.transformer, (layout.image_prefix(codes), "full"), (text, "causal"))
-    targets = torch.tensor([*caption, layout.eot])
+    targets = torch.tensor([*answer, layout.eot])
     return logits[-len(targets) :].log_softmax(1)[torch.arange(len(targets)), targets].sum().item()
 
 
 @torch.no_grad()
 @every_way
-def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, random_pairs, settings):
+def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, random_pairs, asked, settings):
     model, config = shared_tiny_model, TrainConfig(**settings)
-    pairs = random_pairs(model, 3)
+    pairs = random_pairs(model, 3, asked=asked)
     packer = PairPacker(model, pairs, config, seed=5)
     visits = [PairVisit(1, 0), PairVisit(0, 4), PairVisit(2, 1), PairVisit(1, 2)]
     batch = packer.pack(visits)
@@ -100,9 +102,20 @@ def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, rand
                     expected += logprobs[[0, -1]].sum().item() / config.masks_per_pair
             mine = batch.sides["generation"].segment == 2 * index + lose
             assert weighted["generation"][mine].sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-3)
-            expected = caption_sum(naive, model, row["record_codes"], row[f"{role}_caption_ids"])
+            expected = answer_sum(
+                naive, model, row["record_codes"], caption_prompt(model), row[f"{role}_caption_ids"]
+            )
             mine = batch.sides["understanding"].segment == 2 * index + lose
             assert weighted["understanding"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
+        if config.replay_weight:
+            order = np.random.default_rng([5, 4, *visit]).permutation(len(row["questions"]))
+            expected = sum(
+                answer_sum(naive, model, row["record_codes"], *map(model.encode_text, (question, answer)))
+                for question, answer in zip(row["questions"], row["answers"], strict=True)
+                if row["questions"].index(question) in order[: config.replayed_questions]
+            )
+            mine = batch.sides["replay"].segment == 2 * index
+            assert weighted["replay"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
 
 
 @every_way
@@ -194,16 +207,17 @@ def test_pairs_without_a_trained_side_are_left_out(shared_tiny_model, random_pai
 
 @every_way
 @pytest.mark.parametrize("sides", SIDES)
-def test_num_tokens_is_the_tree_s(shared_tiny_model, random_pairs, settings, sides):
-    packer = PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 3, (sides,)), TrainConfig(**settings), 0)
+def test_num_tokens_is_the_tree_s(shared_tiny_model, random_pairs, asked, settings, sides):
+    pairs = random_pairs(shared_tiny_model, 3, (sides,), asked)
+    packer = PairPacker(shared_tiny_model, pairs, TrainConfig(**settings), 0)
     for visit in (PairVisit(pair, visit) for pair in range(3) for visit in range(4)):
         assert packer.num_tokens(visit) == len(packer.pack([visit]).tree.token_ids)
 
 
 @every_way
-def test_a_visit_predicts_the_same_in_any_pass(shared_tiny_model, random_pairs, settings):
+def test_a_visit_predicts_the_same_in_any_pass(shared_tiny_model, random_pairs, asked, settings):
     """A cached reference keeps each visit's values, to be put together for any pass."""
-    pairs = random_pairs(shared_tiny_model, 3, ("both", "understanding", "both"))
+    pairs = random_pairs(shared_tiny_model, 3, ("both", "understanding", "both"), asked)
     packers = [PairPacker(shared_tiny_model, pairs, TrainConfig(**settings), seed=2) for _ in range(2)]
     visits = [PairVisit(2, 1), PairVisit(1, 0), PairVisit(0, 3)]
     together, alone = packers[0].pack(visits), [packers[1].pack([visit]) for visit in visits]
@@ -528,6 +542,50 @@ def test_replay_asks_each_visit_some_questions_about_the_real_image(shared_tiny_
     assert seen == set(asked)  # in turn
 
 
+def test_replay_asks_other_questions_at_other_visits_and_with_other_seeds(shared_tiny_model, random_pairs, asked):
+    pairs = random_pairs(shared_tiny_model, 5, asked=asked)
+
+    def drawn(seed, visit, count=2):
+        packer = PairPacker(shared_tiny_model, pairs, TrainConfig(replayed_questions=count), seed)
+        return tuple(replayed_texts(shared_tiny_model, packer.pack([PairVisit(4, visit)])))
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert len({drawn(0, visit) for visit in range(8)}) > 2 < len({drawn(seed, 0) for seed in range(8)})
+    assert [len(drawn(0, 0, count)) for count in (1, 3, 4, 9)] == [1, 3, 4, 4]
+    assert sorted(drawn(0, 0, 9)) == sorted(asked)
+    assert drawn(0, 0, 9)[:2] == drawn(0, 0)
+
+
+def test_pairs_without_questions_have_no_replay(shared_tiny_model, random_pairs):
+    rows = random_pairs(shared_tiny_model, 2).to_pylist()
+    for none in (None, []):
+        rows[1] |= {"questions": none, "answers": none}
+        table = pa.Table.from_pylist(rows, PAIRS_SCHEMA)
+        check_pairs(table, shared_tiny_model)
+        with_replay, without = (
+            PairPacker(shared_tiny_model, table, TrainConfig(replay_weight=weight), 0) for weight in (0.3, 0.0)
+        )
+        visits = [PairVisit(0, 0), PairVisit(1, 0)]
+        assert list(with_replay.num_pairs(visits)) == ["generation", "understanding"]
+        batch, expected = with_replay.pack(visits), without.pack(visits)
+        assert list(batch.sides) == ["generation", "understanding"]
+        assert torch.equal(batch.tree.token_ids, expected.tree.token_ids)
+        assert [with_replay.num_tokens(visit) for visit in visits] == [without.num_tokens(visit) for visit in visits]
+
+
+def test_only_the_named_sides_are_packed(shared_tiny_model, random_pairs, asked):
+    whole = PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 2, asked=asked), TrainConfig(), 0)
+    visit, every = PairVisit(1, 0), ("generation", "understanding", "replay")
+    assert list(whole.pack([visit]).sides) == list(every)
+    for count in (1, 2, 3):
+        for sides in itertools.combinations(every, count):
+            packer = whole.only(*sides)
+            batch = packer.pack([visit])
+            assert list(batch.sides) == list(packer.num_pairs([visit])) == list(sides)
+            assert packer.num_tokens(visit) == len(batch.tree.token_ids)
+    assert list(whole.pack([visit]).sides) == list(every)
+
+
 def test_replay_leaves_the_pairs_as_they_are(shared_tiny_model, random_pairs, asked):
     pairs, visits = random_pairs(shared_tiny_model, 3, SIDES, asked), [PairVisit(pair, 0) for pair in range(3)]
     whole, without = (
@@ -550,14 +608,22 @@ STRANGE = {
     "a missing column": ("lose_caption_ids", None, "lose_caption_ids is missing, which sides 'both' needs"),
     "an unknown word": ("caption", "a unicorn", "the model does not know the word 'unicorn' in 'a unicorn'"),
     "no caption": ("caption", None, "caption is missing, which sides 'both' needs"),
-    "questions without answers": ("answers", ["red"], "questions and answers do not match: there are 0 and 1"),
+    "answers without questions": ("questions", None, "questions and answers do not match: there are 0 and 1"),
+    "questions without answers": ("answers", None, "questions and answers do not match: there are 1 and 0"),
+    "one answer too many": ("answers", ["red", "two"], "questions and answers do not match: there are 1 and 2"),
+    "an empty question": ("questions", [None], "questions and answers do not match: there are 1 and 1"),
+    "an empty answer": ("answers", [None], "questions and answers do not match: there are 1 and 1"),
+    "an unknown word in a question": (
+        "questions", ["is a unicorn there ?"], r"the model does not know the word 'unicorn' in 'is a unicorn there \?'"
+    ),
+    "an unknown word in an answer": ("answers", ["unicorn"], "the model does not know the word 'unicorn' in 'unicorn'"),
     "an unknown side": ("sides", "neither", "sides is 'neither', expected both, generation or understanding"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value", "message"), STRANGE.values(), ids=STRANGE.keys())
-def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, name, value, message):
-    rows = random_pairs(shared_tiny_model, 3).to_pylist()
+def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, asked, name, value, message):
+    rows = random_pairs(shared_tiny_model, 3, asked=asked).to_pylist()
     rows[1][name] = value
     with pytest.raises(InputError, match=f"record r1: {message}; give pairs that this model drew"):
         check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)

@@ -83,7 +83,7 @@ def test_best_and_worst_of_both_sides() -> None:
         "win_image_score": pytest.approx(0.9), "lose_image_score": pytest.approx(0.2),
         "win_caption": "text 1.0", "lose_caption": "text 0.3", "win_caption_ids": [1000], "lose_caption_ids": [300],
         "win_caption_score": 1.0, "lose_caption_score": pytest.approx(0.3),
-            "questions": ["what color is it ?"], "answers": ["red"],
+        "questions": ["what color is it ?"], "answers": ["red"],
     }  # fmt: skip
 
 

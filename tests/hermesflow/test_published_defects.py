@@ -281,7 +281,9 @@ def test_8_a_hopeless_pair_has_a_loss_and_a_gradient(model, pairs):
 
 
 def test_8_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(model, pairs, tmp_path, monkeypatch):
-    config = TrainConfig(num_steps=4, pairs_per_step=2, lr=1e-3, warmup_steps=1, checkpoint_every=2)
+    config = TrainConfig(
+        num_steps=4, pairs_per_step=2, lr=1e-3, warmup_steps=1, checkpoint_every=2, **PAPER_OBJECTIVE
+    )
     whole = copy.deepcopy(model)
     training.train_pairs(whole, pairs, config, seed=0, folder=tmp_path)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]

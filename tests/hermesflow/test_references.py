@@ -38,7 +38,8 @@ def test_cached_and_live_agree(packer, tmp_path):
         expected, found = live.logprobs(batch), stored.logprobs(batch)
         assert found.dtype == torch.float32 and not found.requires_grad and not found.is_inference()
         found, expected = batch.split(found), batch.split(expected)
-        assert not found.pop("replay", torch.zeros(1)).any()  # needs no reference
+        assert not found.pop("replay").any() and expected["replay"].all()  # needs no reference
+        assert found.keys() == {"generation", "understanding"} & batch.sides.keys()
         for side in found:
             assert (found[side] - expected[side]).abs().max() <= 1e-5
             assert expected[side].abs().max() > 1
@@ -81,10 +82,17 @@ def test_captions_are_computed_once_a_pair(packer, tmp_path):
     table = pq.read_table(tmp_path / "reference.parquet").to_pylist()
     keys = [(row["pair"], row["visit"], row["side"]) for row in table]
     assert keys == sorted(computed) and len(keys) == len(set(keys))
+    assert {side for *_, side in keys} == {"generation", "understanding"}  # no replay
     visits = [tuple(visit) for visit in visits_of(packer)]
     assert max(visit for _, visit in visits) > 1
     assert [key[:2] for key in keys if key[2] == "generation"] == sorted(visits)
     assert [key[:2] for key in keys if key[2] == "understanding"] == [(0, 0), (2, 0)]
+
+
+def test_a_pass_of_replay_alone_needs_no_file(packer, tmp_path):
+    reference = cached(packer, tmp_path / "reference.parquet")
+    batch = packer.only("replay").pack(packer.visits(CONFIG.num_steps + 9))
+    assert len(batch.rows) and torch.equal(reference.logprobs(batch), torch.zeros(len(batch.rows)))
 
 
 DAMAGES = {

@@ -47,8 +47,7 @@ def weights_of(model):
 
 
 WAYS = {
-    "defaults": {},
-    "the paper's objective": PAPER_OBJECTIVE,
+    "the paper's objective": {},
     "live reference": {"reference": "live"},
     "several passes": {"tokens_per_pass": 100},
     "several masks": {"masks_per_pair": 4, "complementary_masks": True},
@@ -67,16 +66,23 @@ WAYS = {
     "bfloat16": {"dtype": "bfloat16"},
     "adapters in bfloat16": {"dtype": "bfloat16", "lora_rank": 4, "lr": 2e-2},
 }
+WAYS = {name: PAPER_OBJECTIVE | settings for name, settings in WAYS.items()} | {
+    "defaults": {},
+    "replay alone": PAPER_OBJECTIVE | {"replay_weight": 1.0},
+    "replay, simpo": PAPER_OBJECTIVE | {"replay_weight": 1.0, "loss_type": "simpo", "beta": 2.0},
+}
 
 
 @pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS.keys())
-def test_training_prefers_the_wins(model, random_pairs, tmp_path, settings):
+def test_training_prefers_the_wins(model, random_pairs, asked, tmp_path, settings):
     names = list(weights_of(model))
     before = {name: value.clone() for name, value in weights_of(model).items()}
     config = TrainConfig(**{"num_steps": 30, "pairs_per_step": 6, "lr": 3e-3, "warmup_steps": 2} | settings)
-    means = train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
+    means = train_pairs(model, random_pairs(model, asked=asked), config, seed=0, folder=tmp_path)
     assert means["generation/accuracy"] > 0.9 and means["understanding/accuracy"] > 0.9
     lines = metrics_of(tmp_path)
+    assert ("replay/nll" in means) == bool(config.replay_weight)
+    assert not config.replay_weight or means["replay/nll"] < lines[0]["replay/nll"]
     assert [line["step"] for line in lines] == list(range(30))
     assert means["loss"] < lines[0]["loss"]
     # What comes out is a plain model in float32 that the engine can draw with.
@@ -94,7 +100,7 @@ def test_training_prefers_the_wins(model, random_pairs, tmp_path, settings):
 @pytest.mark.parametrize("side", ["generation", "understanding"])
 def test_one_side_alone(model, random_pairs, tmp_path, side):
     other = {"generation": "understanding", "understanding": "generation"}[side]
-    config = TrainConfig(num_steps=20, pairs_per_step=6, lr=3e-3, **{f"{other}_weight": 0.0})
+    config = TrainConfig(num_steps=20, pairs_per_step=6, lr=3e-3, **PAPER_OBJECTIVE | {f"{other}_weight": 0.0})
     means = train_pairs(model, random_pairs(model), config, seed=0, folder=tmp_path)
     assert means[f"{side}/accuracy"] > 0.9
     assert not [name for name in means if name.startswith(other)]
@@ -110,19 +116,37 @@ def test_at_the_first_step_the_policy_is_the_reference(model, random_pairs, tmp_
             assert line[f"{side}/{name}"] == pytest.approx(0, abs=1e-5)
 
 
-def test_passes_do_not_change_the_step(model, random_pairs, tmp_path):
-    lines = []
-    for budget in (50, 200, 10_000):
-        config = TrainConfig(num_steps=3, pairs_per_step=5, lr=1e-3, tokens_per_pass=budget)
-        train_pairs(copy.deepcopy(model), random_pairs(model, 7), config, seed=0, folder=tmp_path / str(budget))
-        lines.append(metrics_of(tmp_path / str(budget)))
-    for other in lines[1:]:
-        for line, expected in zip(lines[0], other, strict=True):
+def assert_same_steps(folders):
+    first, *others = map(metrics_of, folders)
+    assert first and others
+    for other in others:
+        for line, expected in zip(first, other, strict=True):
             assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", [PAPER_OBJECTIVE, {}], ids=["the paper's", "the default"])
+def test_passes_do_not_change_the_step(model, random_pairs, asked, tmp_path, objective):
+    pairs, folders = random_pairs(model, 7, asked=asked), []
+    for budget in (50, 200, 10_000):
+        config = TrainConfig(num_steps=3, pairs_per_step=5, lr=1e-3, tokens_per_pass=budget, **objective)
+        folders.append(tmp_path / str(budget))
+        train_pairs(copy.deepcopy(model), pairs, config, seed=0, folder=folders[-1])
+    assert_same_steps(folders)
+
+
+def test_a_cached_and_a_live_reference_train_alike(model, random_pairs, asked, tmp_path):
+    pairs, folders = random_pairs(model, 7, ("both", "generation", "understanding"), asked), []
+    for reference in ("cached", "live"):
+        config = TrainConfig(num_steps=4, pairs_per_step=5, lr=1e-3, replay_weight=0.5, reference=reference)
+        folders.append(tmp_path / reference)
+        train_pairs(copy.deepcopy(model), pairs, config, seed=0, folder=folders[-1])
+    assert all(line["replay/nll"] > 0 for line in metrics_of(folders[0]))
+    assert_same_steps(folders)
 
 
 RESUMED = {
     "all weights": {},
+    "the paper's objective": PAPER_OBJECTIVE,
     "adapters": {"lora_rank": 4},
     "held-out pairs": {"holdout_pairs": 2, "holdout_every": 1, "patience": 50},
     "bfloat16": {"dtype": "bfloat16"},
@@ -131,8 +155,8 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED.keys())
-def test_resume_is_bit_identical(model, random_pairs, tmp_path, monkeypatch, settings):
-    pairs = random_pairs(model, 8)
+def test_resume_is_bit_identical(model, random_pairs, asked, tmp_path, monkeypatch, settings):
+    pairs = random_pairs(model, 8, asked=asked)
     config = TrainConfig(num_steps=9, pairs_per_step=4, lr=1e-3, checkpoint_every=2, keep_checkpoints=2, **settings)
     whole, broken, resumed = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
     train_pairs(whole, pairs, config, seed=3, folder=tmp_path / "whole")
@@ -173,7 +197,7 @@ def test_stops_when_the_held_out_loss_rises(model, random_pairs, tmp_path, caplo
     # Random pairs have nothing in common, so what is learnt of some does harm to the others.
     config = TrainConfig(
         num_steps=60, pairs_per_step=4, lr=1e-2, holdout_pairs=3, holdout_every=2, patience=2, warmup_steps=8,
-        checkpoint_every=100,
+        checkpoint_every=100, **PAPER_OBJECTIVE,
     )  # fmt: skip
     with caplog.at_level(logging.INFO, logger="hermesflow"):
         train_pairs(model, random_pairs(model, 8), config, seed=0, folder=tmp_path)
@@ -186,6 +210,7 @@ def test_stops_when_the_held_out_loss_rises(model, random_pairs, tmp_path, caplo
 
 def test_the_weights_after_an_early_stop_are_the_best_ones(model, random_pairs, tmp_path):
     settings = {"pairs_per_step": 4, "lr": 1e-2, "holdout_pairs": 3, "holdout_every": 2, "warmup_steps": 60}
+    settings |= PAPER_OBJECTIVE
     stopped, cut = copy.deepcopy(model), copy.deepcopy(model)
     config = TrainConfig(num_steps=60, patience=2, checkpoint_every=100, **settings)
     train_pairs(stopped, random_pairs(model, 8), config, seed=0, folder=tmp_path / "stopped")
