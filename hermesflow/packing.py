@@ -293,6 +293,8 @@ def _check_row(row: dict, model: Model) -> None:
     needed = [name for side in SIDES if sides in ("both", side) for name in _COLUMNS[side]]
     if sides != "understanding":
         needed.append("caption")
+    if row["questions"] and "record_codes" not in needed:  # the replay asks about the real image
+        needed.append("record_codes")
     for name in needed:
         if row[name] is None:
             raise ValueError(f"{name} is missing, which sides {sides!r} needs")

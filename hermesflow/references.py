@@ -94,7 +94,6 @@ class CachedReference:
             raise damaged(self._path, "reference", ValueError(f"{len(values)} values for {len(batch.rows)} tokens"))
         return values
 
-
     def _values_of(self, batch: PairBatch, side: str) -> list[np.ndarray]:
         if side == REPLAY:  # needs none
             return [np.zeros(len(batch.sides[side].rows), np.float32)]

@@ -57,6 +57,9 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     """
     check_pairs(pairs, model)
     pairs, held_out = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
+    without = sum(not questions for questions in pairs["questions"].to_pylist())
+    if config.replay_weight and without:
+        _LOGGER.info("Pair-DPO: %d of %d pairs have no questions to replay", without, len(pairs))
     policy = Policy(model, config, seed)
     packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
     held_visits = [PairVisit(pair, 0) for pair in range(len(held_out))]

@@ -573,6 +573,15 @@ def test_pairs_without_questions_have_no_replay(shared_tiny_model, random_pairs)
         assert [with_replay.num_tokens(visit) for visit in visits] == [without.num_tokens(visit) for visit in visits]
 
 
+def test_replay_needs_the_real_image(shared_tiny_model, random_pairs, asked):
+    rows = random_pairs(shared_tiny_model, 2, ("generation",), asked).to_pylist()
+    rows[1]["record_codes"] = None
+    with pytest.raises(InputError, match="record r1: record_codes is missing, which sides 'generation' needs"):
+        check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)
+    rows[1]["questions"] = rows[1]["answers"] = None
+    check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)
+
+
 def test_only_the_named_sides_are_packed(shared_tiny_model, random_pairs, asked):
     whole = PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 2, asked=asked), TrainConfig(), 0)
     visit, every = PairVisit(1, 0), ("generation", "understanding", "replay")

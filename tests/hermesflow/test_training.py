@@ -144,6 +144,13 @@ def test_a_cached_and_a_live_reference_train_alike(model, random_pairs, asked, t
     assert_same_steps(folders)
 
 
+def test_pairs_without_questions_are_told_of(model, random_pairs, asked, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="hermesflow"):
+        config = TrainConfig(num_steps=1, pairs_per_step=2)
+        train_pairs(model, random_pairs(model, 6, asked=asked), config, seed=0, folder=tmp_path)
+    assert "2 of 6 pairs have no questions to replay" in caplog.text  # pairs 0 and 5
+
+
 RESUMED = {
     "all weights": {},
     "the paper's objective": PAPER_OBJECTIVE,
