@@ -78,15 +78,16 @@ def test_the_summary_has_what_it_promises(whole):
         assert metrics["training"]["replay/nll"] > 0  # the records' own questions
 
 
-MOMENTS = {
-    "evaluation": "round-0/evaluation.json",
-    "curation": "round-1/candidates/part-00001.parquet",
-    "training": "round-1/train/step-000004",
-    "second round": "round-2/pairs.parquet",
-}
+# In the midst of a phase; between phases, and at random in all of them, are the soak tests' kills.
+MOMENTS = [
+    pytest.param("round-0/evaluation.json", id="evaluation", marks=pytest.mark.soak),
+    pytest.param("round-1/candidates/part-00001.parquet", id="curation"),
+    pytest.param("round-1/train/step-000004", id="training"),
+    pytest.param("round-2/pairs.parquet", id="second round", marks=pytest.mark.soak),
+]
 
 
-@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_sigkill_and_the_same_command_again_end_alike(settings, whole, tmp_path, moment):
     arguments = [item for setting in (*settings, f"run.folder={tmp_path}", "run.name=t") for item in ("--set", setting)]
     command = [sys.executable, "-m", "hermesflow", "selfplay", *arguments]
