@@ -50,12 +50,17 @@ class Effects:
         self.num_images = int(of_base["images"].sum())
         rng = np.random.default_rng(SEED)
         # The first row is the whole, each seed and record once; it gives the values.
-        seed_weights, record_weights = (_weights(rng, number) for number in (base.shape[0], base.shape[2]))
+        record_weights, seed_weights = (_weights(rng, number) for number in (base.shape[2], base.shape[0]))
         self._samples = {
             arm: _ratios(np.array([counts[arm, seed] for seed in self.seeds]), seed_weights, record_weights)
             for arm in self.arms
         }
         self._samples[BASE] = _ratios(base, seed_weights, record_weights)
+        alone = np.ones((len(record_weights), 1))
+        self._of_seeds = {
+            arm: [_ratios(np.array([counts[arm, seed]]), alone, record_weights) for seed in self.seeds]
+            for arm in self.arms
+        }
 
     def value(self, arm: str, metric: str) -> float:
         """A metric of an arm, or of "base", the model before self-play."""
@@ -67,9 +72,17 @@ class Effects:
 
     def difference(self, arm: str, other: str, metric: str) -> Change:
         """What an arm has more than another: {"change", "ci95", "significant"}, as paired_change has it."""
-        samples = self._samples[arm][metric] - self._samples[other][metric]
-        low, high = percentile_interval(samples[1:])
-        return {"change": float(samples[0]), "ci95": [low, high], "significant": not low <= 0 <= high}
+        return _change(self._samples[arm][metric] - self._samples[other][metric])
+
+    def seed_changes(self, arm: str, metric: str) -> list[Change]:
+        """change for each of self.seeds by itself: its interval is over records alone."""
+        return [_change(samples[metric] - self._samples[BASE][metric]) for samples in self._of_seeds[arm]]
+
+
+def _change(samples: np.ndarray) -> Change:
+    """What a difference is, of its value and resamples [1 + NUM_RESAMPLES]."""
+    low, high = percentile_interval(samples[1:])
+    return {"change": float(samples[0]), "ci95": [low, high], "significant": not low <= 0 <= high}
 
 
 def _weights(rng: np.random.Generator, number: int) -> np.ndarray:

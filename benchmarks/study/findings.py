@@ -33,11 +33,11 @@ def describe_study(effects: Effects) -> str:
 
 
 def answer_claims(effects: Effects) -> list[tuple[str, str]]:
-    """(question, answer): what becomes of the gap, and each of CLAIMS whose arms were run."""
+    """(question, answer): what becomes of the gap, what of single seeds, and each of CLAIMS whose arms were run."""
     before, after = (effects.value(arm, "gap") for arm in (BASE, PAIR_DPO))
     closed = f"{(before - after) / before:.0%} of it"
     told = f"{PAIR_DPO}: {closed}, from {format_value(before)} to {format_value(after)} points."
-    answers = [("How much of the gap closes?", told)]
+    answers = [("How much of the gap closes?", told), ("Is one run enough to see it?", _tell_seeds(effects))]
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
             told = []
@@ -47,6 +47,18 @@ def answer_claims(effects: Effects) -> list[tuple[str, str]]:
                 told.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
             answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(told)}."))
     return answers
+
+
+def _tell_seeds(effects: Effects) -> str:
+    """How many seeds of pair-dpo show the gain by themselves."""
+    metric = "generation_strict"
+    changes = effects.seed_changes(PAIR_DPO, metric)
+    num_better = sum(tell_verdict(metric, change) == "better" for change in changes)
+    least, most = (format_change(pick(changes, key=lambda item: item["change"])) for pick in (min, max))
+    return (
+        f"{PAIR_DPO}, {LABELS[metric]}, each seed by itself: significantly better in {num_better} of {len(changes)}; "
+        f"changes from {least} to {most} points."
+    )
 
 
 def tell_difference(metric: str, difference: Change) -> str:

@@ -86,6 +86,18 @@ def test_intervals_hold_the_truth(seed_spread):
     assert held >= 52
 
 
+def test_the_changes_of_a_seed_are_those_of_a_study_of_it_alone():
+    lines = make_lines(np.random.default_rng(2), {"pair-dpo": 0.02, "no-op": 0.0}, seed_spread=0.03)
+    effects = Effects(lines)
+    for metric in METRICS:
+        changes = effects.seed_changes("pair-dpo", metric)
+        for seed, change in zip(effects.seeds, changes, strict=True):
+            alone = Effects([line for line in lines if line["seed"] in (None, seed)]).change("pair-dpo", metric)
+            assert change["change"] == pytest.approx(alone["change"], abs=1e-12)
+            assert change["ci95"] == pytest.approx(alone["ci95"], abs=1e-8)
+    assert {change["significant"] for change in effects.seed_changes("pair-dpo", "generation_strict")} == {True, False}
+
+
 def test_only_seeds_with_every_arm_count():
     lines = make_lines(np.random.default_rng(4), {"pair-dpo": 0.05, "no-op": 0.0})
     assert Effects(lines[:-1]).seeds == [1, 2, 3]
@@ -335,8 +347,10 @@ def test_lines_are_enough_for_table_readme_and_page(finished, capsys):
 def test_one_arm_alone_has_no_comparisons(finished):
     lines = make_lines(np.random.default_rng(8), {"pair-dpo": 0.1}, seeds=(1,))
     effects = Effects(lines)
-    [(asked, told)] = findings.answer_claims(effects)
-    assert asked == "How much of the gap closes?" and told == "pair-dpo: -3% of it, from 20.9 to 21.5 points."
+    told = dict(findings.answer_claims(effects))
+    assert told.pop("How much of the gap closes?") == "pair-dpo: -3% of it, from 20.9 to 21.5 points."
+    [(asked, answer)] = told.items()
+    assert asked == "Is one run enough to see it?" and "significantly better in 1 of 1" in answer
     assert "minus" not in findings.markdown(effects)
     assert findings.describe_study(effects).startswith("1 seed of each arm")
     config = load_config(finished / "study.toml")
