@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from .summaries import format_points
+
 
 class Measured(NamedTuple):
     """A fraction with its interval."""
@@ -115,7 +117,7 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
         rows: (label, effect as a fraction, verdict); a verdict of "better" or "worse" gives the colour.
     Returns: an <svg> element.
     """
-    width, left, right, top, row_height = 400, 132, 44, 22, 24
+    width, left, right, top, row_height = 400, 136, 58, 22, 24
     height = top + row_height * len(rows)
     low, high = min(0.0, *(row[1].low for row in rows)), max(0.0, *(row[1].high for row in rows))
     scale = (width - left - right) / (high - low or 1)
@@ -128,12 +130,12 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
     told = []
     for index, (label, effect, verdict) in enumerate(rows):
         y, kind = top + row_height * (index + 0.5), verdict if verdict in ("better", "worse") else "ink"
-        value = f"{100 * effect.value:+.1f}"
+        value = format_points(effect.value)
         parts.append(_text("name", left - 8, y + 4, label, "end"))
         parts.append(_whisker(kind, x(effect.low), y, x(effect.high), y))
         parts.append(f'<circle class="dot {kind}" cx="{x(effect.value):.1f}" cy="{y:.1f}" r="4.5"/>')
         parts.append(_text("value", width, y + 4, value, "end"))
-        told.append(f"{label} {value} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}], {verdict}")
+        told.append(f"{label} {value} [{format_points(effect.low)}, {format_points(effect.high)}], {verdict}")
     return _svg(width, height, f"{title}, in points: {'; '.join(told)}", parts)
 
 

@@ -134,10 +134,16 @@ def format_interval(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"[{_percent(interval[0])}, {_percent(interval[1])}]"
 
 
+def format_points(fraction: float) -> str:
+    """A change in points with its sign, such as "+0.4"; "0.0" has none."""
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
+
+
 def format_change(change: dict[str, Any]) -> str:
     """A paired change with its interval in points, such as "+0.4 [-1.3, +2.1]"."""
     low, high = change["ci95"]
-    return f"{_points(change['change'])} [{_points(low)}, {_points(high)}]"
+    return f"{format_points(change['change'])} [{format_points(low)}, {format_points(high)}]"
 
 
 def tell_verdict(name: str, change: dict[str, Any]) -> str:
@@ -154,16 +160,11 @@ def _table() -> Table:
 
 def _tell(change: dict[str, Any]) -> str:
     low, high = change["ci95"]
-    interval = f"95 % interval {_points(low)} to {_points(high)}"
+    interval = f"95 % interval {format_points(low)} to {format_points(high)}"
     if not change["significant"]:
-        return f"no significant change ({_points(change['change'])} points, {interval})"
+        return f"no significant change ({format_points(change['change'])} points, {interval})"
     return f"{'up' if change['change'] > 0 else 'down'} {_percent(abs(change['change']))} points ({interval})"
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
-
-
-def _points(fraction: float) -> str:
-    text = f"{100 * fraction:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")

@@ -64,7 +64,7 @@ def _forests(changes: dict[str, list[Change]], tell: Callable[[str, Change], str
         rows = [(name, Measured(item["change"], *item["ci95"]), tell(metric, item)) for name, item in found]
         title = LABELS[metric]
         cards += f'<div class="card"><h4>{escape(title.capitalize())}</h4>{forest_chart(title, rows)}</div>'
-    return f'<div class="split">{cards}</div>'
+    return f'<div class="split wide">{cards}</div>'
 
 
 def _table(changes: dict[str, list[Change]], tell: Callable[[str, Change], str], first: str = "") -> str:
