@@ -514,7 +514,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "study", _study, "run self-play and its controls over several seeds, and tell what they show",
         "hermesflow study --config benchmarks/study/default.toml --set study.workers=2", continues=True,
     )  # fmt: skip
-    study.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="tell of this study.jsonl, and run nothing")
+    study.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="tell of this study.jsonl, and measure nothing")
     study.add_argument(
         "--readme", type=Path, metavar="FILE.md",
         help="write the table into this file, between <!-- study --> and <!-- /study -->",

@@ -140,7 +140,11 @@ class CurationConfig:
         _check_at_least(self, 2, "num_images")
         _check_at_least(self, 1, "batch_records")
         _check_drawing(self)
-        _check_between(self, 0, 1, "threshold", "margin")
+        if ":" in self.score:  # a function's scores have a scale of their own
+            _check(self, ("threshold",), math.isfinite, "a finite number")
+            _check(self, ("margin",), lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        else:
+            _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
         _check_scorer(self, "score", IMAGE_SCORES)
         _check_scorer(self, "caption_scorer", CAPTION_SCORERS)

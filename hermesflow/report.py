@@ -29,11 +29,11 @@ _AGREEMENT = {
     "win_better": "win truly better",
     "win_worse": "win truly worse",
     "tie": "win and lose equal",
-    "mean_score": "own score, mean",
+    "mean_score": "image score, mean",
     "mean_oracle": "the oracle's score, mean",
-    "best_strict": "best by own score right in full",
+    "best_strict": "best by score right in full",
     "mean_strict": "all images right in full",
-    "worst_strict": "worst by own score right in full",
+    "worst_strict": "worst by score right in full",
 }
 _RANKS = {
     "spearman": "rank correlation, all images",
@@ -232,8 +232,8 @@ def _rounds(rounds: Sequence[dict[str, Any]]) -> str:
     tables = [
         _round_table("Records that gave pairs", kept, str),
         _round_table("Sides of records rejected", [item.get("rejected", {}) for item in pairs], str),
-        _round_table("The model's own score and the oracle, %", percent, format_value),
-        _round_table("Own score and oracle by rank", ranks, "{:.2f}".format),
+        _round_table("Image scores and the oracle, %", percent, format_value),
+        _round_table("Image scores and oracle by rank", ranks, "{:.2f}".format),
         _round_table("End of training", [metrics.get("training", {}) for metrics in rounds], "{:.4g}".format),
         _round_table("Seconds", [metrics.get("seconds", {}) for metrics in rounds], "{:.0f}".format),
     ]

@@ -118,7 +118,7 @@ def describe_round(metrics: dict[str, Any]) -> list[str]:
             f"{_percent(trust['win_worse'])} %, equal in {_percent(trust['tie'])} %"
         )
     if trust.get("spearman") is not None:
-        lines.append(f"rank correlation of the model's own score with the oracle {trust['spearman']:.2f}")
+        lines.append(f"rank correlation of the image scores with the oracle {trust['spearman']:.2f}")
     if "seconds" in metrics:
         lines.append(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in metrics["seconds"].items()))
     return lines

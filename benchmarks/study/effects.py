@@ -1,8 +1,10 @@
 """What an arm changes and how arms differ, with intervals over both seeds and records.
 
-Every arm is measured on the same records and with the same seeds. So records and seeds are drawn with replacement,
-independently of one another and alike for all arms: what two arms share falls out of their difference (the pigeonhole
-bootstrap for crossed factors; Owen, Annals of Applied Statistics 1(2), 2007, whose intervals err on the wide side).
+Every arm is measured on the same records and with the same draws, so that what two arms share falls out of their
+difference. Records are many: they are drawn with replacement, alike for all arms (the bootstrap; Efron and Tibshirani,
+1993). Seeds are few, and the bootstrap of five values is too narrow: how the mean of a difference over seeds strays
+follows Student's t with the seeds' own spread. An interval is of the sum of both; it errs on the wide side, since the
+luck of a seed with single records counts in either.
 """
 
 from __future__ import annotations
@@ -41,30 +43,26 @@ class Effects:
         """Those that were run."""
         self.seeds = sorted(set.intersection(*(seeds[arm] for arm in self.arms))) if self.arms else []
         if not self.seeds:
-            raise InputError("study: no seed has been run with all of its arms yet; let hermesflow study go on")
+            raise InputError(
+                "study: no seed of study.seeds has been run with all of its arms yet; let hermesflow study go on"
+            )
         counts = {(line["arm"], line["seed"]): [line[name] for name in COUNTS] for line in lines}
-        base = np.array([counts[BASE, None]] * len(self.seeds))
+        base = np.array([counts[BASE, None]])
         self.rounds = max(line["rounds"] for line in lines)
         of_base = dict(zip(COUNTS, base[0], strict=True))
         self.num_understanding, self.num_prompts = (int((of_base[name] > 0).sum()) for name in ("asked", "images"))
         self.num_images = int(of_base["images"].sum())
-        rng = np.random.default_rng(SEED)
-        # The first row is the whole, each seed and record once; it gives the values.
-        record_weights, seed_weights = (_weights(rng, number) for number in (base.shape[2], base.shape[0]))
-        self._samples = {
-            arm: _ratios(np.array([counts[arm, seed] for seed in self.seeds]), seed_weights, record_weights)
-            for arm in self.arms
-        }
-        self._samples[BASE] = _ratios(base, seed_weights, record_weights)
-        alone = np.ones((len(record_weights), 1))
-        self._of_seeds = {
-            arm: [_ratios(np.array([counts[arm, seed]]), alone, record_weights) for seed in self.seeds]
-            for arm in self.arms
-        }
+        rng, num_seeds = np.random.default_rng(SEED), len(self.seeds)
+        weights = _weights(rng, base.shape[2])
+        self._ratios = {
+            arm: _ratios(np.array([counts[arm, seed] for seed in self.seeds]), weights) for arm in self.arms
+        } | {BASE: _ratios(base, weights)}
+        """Metrics [1 + NUM_RESAMPLES, seeds] by arm; the first row is of each record once."""
+        self._t = rng.standard_t(num_seeds - 1, NUM_RESAMPLES) if num_seeds > 1 else np.zeros(NUM_RESAMPLES)
 
     def value(self, arm: str, metric: str) -> float:
-        """A metric of an arm, or of "base", the model before self-play."""
-        return float(self._samples[arm][metric][0])
+        """A metric of an arm, the mean over its seeds, or of "base", the model before self-play."""
+        return float(self._ratios[arm][metric][0].mean())
 
     def change(self, arm: str, metric: str) -> Change:
         """What an arm has more than the model before self-play."""
@@ -72,11 +70,26 @@ class Effects:
 
     def difference(self, arm: str, other: str, metric: str) -> Change:
         """What an arm has more than another: {"change", "ci95", "significant"}, as paired_change has it."""
-        return _change(self._samples[arm][metric] - self._samples[other][metric])
+        return _change(self._over_seeds(self._ratios[arm][metric] - self._ratios[other][metric]))
 
     def seed_changes(self, arm: str, metric: str) -> list[Change]:
         """change for each of self.seeds by itself: its interval is over records alone."""
-        return [_change(samples[metric] - self._samples[BASE][metric]) for samples in self._of_seeds[arm]]
+        return [_change(of_seed) for of_seed in (self._ratios[arm][metric] - self._ratios[BASE][metric]).T]
+
+    def closed_gap(self, arm: str) -> Change | None:
+        """The part of the gap that an arm closes, as a change: 1 is all of it; None where there is no gap to close."""
+        before = self._ratios[BASE]["gap"]
+        if before.min() <= 0:
+            return None
+        closed = self._over_seeds(before - self._ratios[arm]["gap"])
+        return _change(closed / before[:, 0])
+
+    def _over_seeds(self, samples: np.ndarray) -> np.ndarray:
+        """The mean [1 + NUM_RESAMPLES] of [1 + NUM_RESAMPLES, seeds], strayed by what other seeds would give."""
+        means, num_seeds = samples.mean(axis=1), samples.shape[1]
+        if num_seeds > 1:
+            means[1:] += self._t * samples[0].std(ddof=1) / np.sqrt(num_seeds)
+        return means
 
 
 def _change(samples: np.ndarray) -> Change:
@@ -91,10 +104,9 @@ def _weights(rng: np.random.Generator, number: int) -> np.ndarray:
     return np.concatenate([np.ones((1, number)), drawn])
 
 
-def _ratios(counts: np.ndarray, seed_weights: np.ndarray, record_weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Each metric by resample, float64 [B], of counts [seeds, COUNTS, records]; B, seeds and records as weighted."""
-    of_seeds = np.einsum("br,scr->bsc", record_weights, counts, optimize=True)
-    understood, asked, right, questions, strict, images = np.einsum("bs,bsc->cb", seed_weights, of_seeds)
+def _ratios(counts: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Each metric float64 [B, seeds] of counts [seeds, COUNTS, records], the records weighted [B, records]."""
+    understood, asked, right, questions, strict, images = np.einsum("br,scr->cbs", weights, counts, optimize=True)
     ratios = {
         "understanding": understood / asked,
         "generation": right / questions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from hermesflow.summaries import LABELS, format_change, format_value, tell_verdict
+from hermesflow.summaries import LABELS, format_change, format_points, format_value, tell_verdict
 
 from .arms import ARMS
 from .effects import METRICS, Change, Effects
@@ -34,10 +34,8 @@ def describe_study(effects: Effects) -> str:
 
 def answer_claims(effects: Effects) -> list[tuple[str, str]]:
     """(question, answer): what becomes of the gap, what of single seeds, and each of CLAIMS whose arms were run."""
-    before, after = (effects.value(arm, "gap") for arm in (BASE, PAIR_DPO))
-    closed = f"{(before - after) / before:.0%} of it"
-    told = f"{PAIR_DPO}: {closed}, from {format_value(before)} to {format_value(after)} points."
-    answers = [("How much of the gap closes?", told), ("Is one run enough to see it?", _tell_seeds(effects))]
+    answers = [("How much of the gap closes?", _tell_gap(effects))]
+    answers.append(("Is one run enough to see it?", _tell_seeds(effects)))
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
             told = []
@@ -47,6 +45,15 @@ def answer_claims(effects: Effects) -> list[tuple[str, str]]:
                 told.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
             answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(told)}."))
     return answers
+
+
+def _tell_gap(effects: Effects) -> str:
+    closed = effects.closed_gap(PAIR_DPO)
+    if closed is None:
+        return "there was none that is clear of zero."
+    part, low, high = (format_points(value).removeprefix("+") for value in (closed["change"], *closed["ci95"]))
+    before, after = (format_value(effects.value(arm, "gap")) for arm in (BASE, PAIR_DPO))
+    return f"{PAIR_DPO}: {part} % of it [{low}, {high}], from {before} to {after} points."
 
 
 def _tell_seeds(effects: Effects) -> str:

@@ -8,13 +8,13 @@ from rich.console import Console
 
 from hermesflow.config import Config
 
-from ..lines import replace_marked
+from ..lines import Line, replace_marked
 from ..roofline import check_matplotlib
 from .effects import Effects
 from .findings import answer_claims, console_tables, describe_study, markdown
 from .forest import plot_effects
 from .page import write_page
-from .runner import read_study, run_study
+from .runner import BASE, read_study, run_study
 
 
 def publish_study(
@@ -33,7 +33,8 @@ def publish_study(
     if plot:
         check_matplotlib()
     console = Console()
-    effects = Effects(run_study(config, console) if lines is None else read_study(lines))
+    measured = run_study(config, console) if lines is None else read_study(lines)
+    effects = Effects([line for line in measured if line["arm"] == BASE or _is_asked_for(line, config)])
     for table in console_tables(effects):
         console.print(table, "")
     console.print(describe_study(effects), highlight=False, markup=False)
@@ -44,3 +45,7 @@ def publish_study(
     if plot:
         plot_effects(effects, plot)
     console.print(f"page: {write_page(config, effects)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _is_asked_for(line: Line, config: Config) -> bool:
+    return line["arm"] in config.study.arms and line["seed"] in config.study.seeds

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hermesflow.config import STUDY_ARMS, Config
+from hermesflow.config import STUDY_ARMS, Config, ConfigError
 from hermesflow.distributed import local_device
 from hermesflow.evaluation import evaluate
 from hermesflow.files import InputError, atomic_write
-from hermesflow.models import open_model
-from hermesflow.origins import claim_folder
+from hermesflow.models import Model, open_model
+from hermesflow.origins import check_origin, claim_folder, model_digest
 from hermesflow.selfplay import Run
 from hermesflow.summaries import LABELS, format_value
 from hermesflow.trackers import check_tracker
@@ -54,13 +54,18 @@ def run_study(config: Config, console: Console) -> list[Line]:
         console: receives a line for each measurement.
     Returns: the lines of study.jsonl: {"arm", "seed", "rounds", COUNTS as lists with a number for each record,
         "metrics", "settings", "seconds", "device", "torch", "commit", "date"}; the first is of the base.
-    Raises: InputError if the folder holds results of other settings or cannot be written, or an arm keeps no pair.
+    Raises: InputError if the folder holds results of other settings or weights or cannot be written, the settings leave
+        an arm nothing to train, or an arm keeps no pair.
     """
     check_tracker(config.train.tracker)
+    _check_arms(config)
     path, guard = config.run_folder / "study.jsonl", threading.Lock()
     with claim_folder(config.run_folder, config, "run.name"):
         lines = read_study(path) if path.exists() else []
         _check_settings(path, lines, config)
+        model = open_model(config.model)
+        told = {"model": f"other weights than {config.model.name!r} holds now"}
+        check_origin(config.run_folder, {"model": model_digest(model)}, told, "run.name")
         facts = run_facts(torch.device(local_device(config.model.device)))
 
         def add(line: Line) -> None:
@@ -70,7 +75,7 @@ def run_study(config: Config, console: Console) -> list[Line]:
                 console.print(_told(line), highlight=False, markup=False, soft_wrap=True)
 
         if not lines:
-            add(_measure_base(config))
+            add(_measure_base(model, config))
         done = {(line["arm"], line["seed"]) for line in lines}
         missing = [[(arm, seed) for arm in config.study.arms if (arm, seed) not in done] for seed in config.study.seeds]
         _measure_arms(config, [jobs for jobs in missing if jobs], add)
@@ -85,13 +90,21 @@ def read_study(path: Path) -> list[Line]:
     Raises: InputError if the file is missing, damaged or not of a study.
     """
     lines = read_objects(path, ("arm", "seed", "rounds", *COUNTS, "metrics", "settings", "seconds"), "a study")
-    known = [line["arm"] in ARMS for line in lines]
-    if not lines or lines[0]["arm"] != BASE or not all(known[1:]):
+    keys = [(line["arm"], line["seed"]) for line in lines]
+    named = all(arm in list(ARMS) and isinstance(seed, int) for arm, seed in keys[1:])
+    if not keys or keys[0] != (BASE, None) or not named:
         raise InputError(f"{path}: is not of a study: expected a line of {BASE}, then lines of {', '.join(ARMS)}")
+    settings: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
-        lengths = {len(line[name]) for name in COUNTS}
-        if lengths != {len(lines[0]["asked"])}:
+        counts = [line[name] for name in COUNTS]
+        if not all(isinstance(of_name, list) and all(type(count) is int for count in of_name) for of_name in counts):
+            raise InputError(f"{path}: line {number} is damaged: expected lists of counts; remove it and run again")
+        if {len(of_name) for of_name in counts} != {len(lines[0]["asked"])}:
             raise InputError(f"{path}: line {number} measures other records than line 1; remove it and run again")
+        if keys.index(keys[number - 1]) < number - 1:
+            raise InputError(f"{path}: line {number} repeats an arm and seed; remove one of the two")
+        if settings.setdefault(line["arm"], line["settings"]) != line["settings"]:
+            raise InputError(f"{path}: line {number} was measured under other settings than its arm's first; remove it")
     return lines
 
 
@@ -132,9 +145,9 @@ def settings_digest(config: Config) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _measure_base(config: Config) -> Line:
+def _measure_base(model: Model, config: Config) -> Line:
     began = time.perf_counter()
-    result = evaluate(open_model(config.model), config.eval)
+    result = evaluate(model, config.eval)
     seconds = round(time.perf_counter() - began, 1)
     return {"arm": BASE, "seed": None, "rounds": 0} | _measured(result, config) | {"seconds": seconds}
 
@@ -179,8 +192,12 @@ def _measure_arms(config: Config, jobs: Sequence[Sequence[tuple[str, int]]], add
                 stopped.set()  # the other seeds end with the arm that they are at
                 raise
 
-        for _ in followers.map(follow, jobs):
-            pass
+        try:
+            for _ in followers.map(follow, jobs):
+                pass
+        except BaseException:
+            stopped.set()  # an interrupt reaches this thread alone
+            raise
 
 
 def _start_worker(num_threads: int) -> None:
@@ -207,6 +224,15 @@ def _share(source: Path, folder: Path, num_rounds: int) -> None:
                 os.link(source / name, temporary)  # results are replaced whole, never changed in place
             except OSError:  # a file system without links
                 shutil.copyfile(source / name, temporary)
+
+
+def _check_arms(config: Config) -> None:
+    """Refuses settings that an arm cannot have, before anything is run."""
+    for arm in config.study.arms:
+        try:
+            arm_config(config, arm, config.study.seeds[0])
+        except ConfigError as error:
+            raise InputError(f"study: {arm} cannot have these settings: {error}; leave it out of study.arms") from error
 
 
 def _check_settings(path: Path, lines: Sequence[Line], config: Config) -> None:

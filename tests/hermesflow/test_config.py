@@ -32,6 +32,20 @@ def test_the_published_settings():
     config = load_config(Path(__file__).parents[2] / "docs/paper.toml")
     assert PAPER_OBJECTIVE.items() <= dataclasses.asdict(config.train).items()
     assert config.curation.num_captions == 10
+    drawn = (config.curation.num_images, config.curation.num_steps, config.curation.guidance_scale)
+    assert drawn == (16, 50, 5.0) and config.curation.threshold == 0.6 and config.data.num_records == 5000
+    trained = (config.train.num_steps, config.train.pairs_per_step, config.train.lr, config.train.beta)
+    assert trained == (3000, 4, 2e-5, 0.2) and not config.selfplay.fresh_prompts
+
+
+def test_the_scores_of_a_function_have_their_own_scale():
+    config = load_config(None, ["curation.score=rewards:score", "curation.threshold=-1.5", "curation.margin=2"])
+    assert (config.curation.threshold, config.curation.margin) == (-1.5, 2)
+    for setting, message in (("threshold=nan", "a finite number"), ("margin=-1", "at least 0"), ("margin=inf", "at")):
+        with pytest.raises(InputError, match=message):
+            load_config(None, ["curation.score=rewards:score", f"curation.{setting}"])
+    with pytest.raises(InputError, match="0 to 1"):
+        load_config(None, ["curation.threshold=-1.5"])
 
 
 def test_each_key_is_explained():
