@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from hermesflow import cli
@@ -272,6 +273,27 @@ def test_more_seeds_and_workers_join_a_study_and_other_settings_do_not(config, e
     (config.run_folder / "config.toml").unlink()  # as where study.jsonl alone was copied
     with pytest.raises(InputError, match="study.jsonl: base was measured under other settings; choose another"):
         run_study(other, console)
+
+
+@pytest.mark.soak
+def test_workers_measure_what_one_process_does(tmp_path, console):
+    """Real runs, so small that pairs are few."""
+    small = ["data.num_records=24", "curation.num_images=3", "curation.margin=0.01", "selfplay.num_rounds=2"]
+    small += ["train.num_steps=2", "train.pairs_per_step=4", "eval.num_prompts=6", "eval.num_understanding=6"]
+    arms, found = ("pair-dpo", "no-op", "generation-only", "oracle-pairs"), []
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # one for each worker
+    for workers in (2, 1):
+        where = [f"run.folder={tmp_path}", f"run.name=of-{workers}", f"study.workers={workers}", "study.seeds=[1, 2]"]
+        lines = run_study(load_config(None, [*small, *where, f"study.arms={json.dumps(arms)}"]), console)
+        measured = {(line["arm"], line["seed"]): [line[name] for name in (*COUNTS, "settings")] for line in lines}
+        assert set(measured) == {(BASE, None), *((arm, seed) for arm in arms for seed in (1, 2))}
+        own, shared = (tmp_path / f"of-{workers}/{arm}-seed-1/round-2/pairs.parquet" for arm in arms[:2])
+        assert own.samefile(shared)
+        found.append(measured)
+        torch.set_num_threads(1)
+    torch.set_num_threads(num_threads)
+    assert found[0] == found[1]
 
 
 def test_an_arm_says_what_it_lacks_of_pair_dpo(config, evaluated, console):
