@@ -19,7 +19,7 @@ from hermesflow.stats import percentile_interval
 
 from ..lines import Line
 from .arms import ARMS
-from .runner import BASE, COUNTS
+from .runner import BASE, COUNTS, PAIR_DPO
 
 METRICS = ("understanding", "generation", "generation_strict", "gap")
 """As hermesflow.evaluation has them: fractions of sums over records; gap is understanding less generation."""
@@ -42,7 +42,7 @@ class Effects:
         self.arms = [arm for arm in ARMS if seeds[arm]]
         """Those that were run."""
         self.seeds = sorted(set.intersection(*(seeds[arm] for arm in self.arms))) if self.arms else []
-        if not self.seeds:
+        if PAIR_DPO not in self.arms or not self.seeds:
             raise InputError(
                 "study: no seed of study.seeds has been run with all of its arms yet; let hermesflow study go on"
             )
