@@ -352,7 +352,7 @@ class PretrainConfig:
 class StudyConfig:
     """Self-play against its controls: each arm is a run with some settings changed."""
 
-    seeds: tuple[int, ...] = (101, 102, 103, 104, 105, 106)
+    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """Seeds of data, candidates and training; one run of each arm for each."""
     arms: tuple[str, ...] = STUDY_ARMS
     """What is run: pair-dpo first, whose data the others share, then controls."""

@@ -52,13 +52,13 @@ class Effects:
         of_base = dict(zip(COUNTS, base[0], strict=True))
         self.num_understanding, self.num_prompts = (int((of_base[name] > 0).sum()) for name in ("asked", "images"))
         self.num_images = int(of_base["images"].sum())
-        rng, num_seeds = np.random.default_rng(SEED), len(self.seeds)
+        rng = np.random.default_rng(SEED)
         weights = _weights(rng, base.shape[2])
         self._ratios = {
             arm: _ratios(np.array([counts[arm, seed] for seed in self.seeds]), weights) for arm in self.arms
         } | {BASE: _ratios(base, weights)}
         """Metrics [1 + NUM_RESAMPLES, seeds] by arm; the first row is of each record once."""
-        self._t = rng.standard_t(num_seeds - 1, NUM_RESAMPLES) if num_seeds > 1 else np.zeros(NUM_RESAMPLES)
+        self._t = rng.standard_t(max(len(self.seeds) - 1, 1), NUM_RESAMPLES)
 
     def value(self, arm: str, metric: str) -> float:
         """A metric of an arm, the mean over its seeds, or of "base", the model before self-play."""
@@ -85,7 +85,10 @@ class Effects:
         return _change(closed / before[:, 0])
 
     def _over_seeds(self, samples: np.ndarray) -> np.ndarray:
-        """The mean [1 + NUM_RESAMPLES] of [1 + NUM_RESAMPLES, seeds], strayed by what other seeds would give."""
+        """The mean [1 + NUM_RESAMPLES] of [1 + NUM_RESAMPLES, seeds], strayed by what other seeds would give.
+
+        A single seed says nothing of others: its interval is over records alone.
+        """
         means, num_seeds = samples.mean(axis=1), samples.shape[1]
         if num_seeds > 1:
             means[1:] += self._t * samples[0].std(ddof=1) / np.sqrt(num_seeds)

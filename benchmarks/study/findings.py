@@ -34,8 +34,10 @@ def describe_study(effects: Effects) -> str:
 
 def answer_claims(effects: Effects) -> list[tuple[str, str]]:
     """(question, answer): what becomes of the gap, what of single seeds, and each of CLAIMS whose arms were run."""
-    answers = [("How much of the gap closes?", _tell_gap(effects))]
-    answers.append(("Is one run enough to see it?", _tell_seeds(effects)))
+    answers = [
+        ("How much of the gap closes?", _tell_gap(effects)),
+        ("Is one run enough to see it?", _tell_seeds(effects)),
+    ]
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
             told = []

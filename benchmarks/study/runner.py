@@ -76,6 +76,7 @@ def run_study(config: Config, console: Console) -> list[Line]:
 
         if not lines:
             add(_measure_base(model, config))
+        del model  # the arms open it for themselves
         done = {(line["arm"], line["seed"]) for line in lines}
         missing = [[(arm, seed) for arm in config.study.arms if (arm, seed) not in done] for seed in config.study.seeds]
         _measure_arms(config, [jobs for jobs in missing if jobs], add)
