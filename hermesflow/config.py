@@ -103,6 +103,8 @@ class CurationConfig:
     """Images drawn for each prompt."""
     num_steps: int = 0
     """Decoding steps of an image; 0 takes the model's own number."""
+    temperature: float = -1.0
+    """Sampling temperature of image tokens, 0 for the most likely ones; -1 takes the model's own."""
     guidance_scale: float = -1.0
     """Classifier-free guidance g in (1 + g) * conditional - g * unconditional; -1 takes the model's own."""
     mask_temperature: float = -1.0
@@ -196,8 +198,11 @@ class TrainConfig:
     nll_weight: float = 1.0
     """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
     replay_weight: float = 0.3
-    """Weight of the negative log-likelihood (mean over tokens) of right answers to questions about the pairs' real
-    images, which keeps the model from forgetting how to answer; 0 asks none."""
+    """Weight of the replay: questions about the pairs' real images, which keep the model from forgetting how to
+    answer; 0 asks none."""
+    replay_target: Literal["reference", "answers"] = "reference"
+    """What is replayed: the reference's own probability of each choice, which the divergence KL(reference || policy)
+    keeps; or the right answers, whose negative log-likelihood (mean over tokens) is lowered."""
     replayed_questions: int = 4
     """Questions of each pair in one step, drawn from the record's; where it has fewer, all of them."""
     condition_dropout: float = 0.0
@@ -273,10 +278,14 @@ class EvalConfig:
     """Images drawn for each prompt."""
     num_steps: int = 0
     """Decoding steps of an image; 0 takes the model's own number."""
+    temperature: float = -1.0
+    """Sampling temperature of image tokens, 0 for the most likely ones; -1 takes the model's own."""
     guidance_scale: float = -1.0
     """Classifier-free guidance; -1 takes the model's own."""
     mask_temperature: float = -1.0
     """Noise on the confidence that decides which image tokens are masked again; -1 takes the model's own."""
+    samplers: tuple[str, ...] = ("4/1", "4/0.7", "8/0.7")
+    """Further ways to draw that generation is measured by, "STEPS/TEMPERATURE" each: a gain should not hang on one."""
     num_understanding: int = 600
     """Images that questions are asked about."""
     seed: int = 1234
@@ -287,6 +296,8 @@ class EvalConfig:
         _check_seed(self)
         _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_understanding")
         _check_drawing(self)
+        expected = 'texts such as "4/0.7", at least one step and a temperature of at least 0'
+        _check(self, ("samplers",), lambda value: re.fullmatch(r"[1-9][0-9]*/([0-9]+\.)?[0-9]+", value), expected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -550,7 +561,7 @@ def _check_seed(section: Any) -> None:
 def _check_drawing(section: Any) -> None:
     _check(section, ("num_steps",), lambda value: value >= 0, "at least 1, or 0 for the model's own")
     _check(
-        section, ("guidance_scale", "mask_temperature"), lambda value: value >= 0 or value == -1,
+        section, ("temperature", "guidance_scale", "mask_temperature"), lambda value: value >= 0 or value == -1,
         "at least 0, or -1 for the model's own",
     )  # fmt: skip
 

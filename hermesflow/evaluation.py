@@ -1,15 +1,19 @@
 """Measurement on held-out scenes: understanding by known answers, generation by the oracle, and how they change.
 
-Understanding is how many questions about real images the model answers rightly; generation is how many questions its
-own images of the captions answer rightly in the eyes of the oracle, which reads pixels alone. Every prompt, image seed
-and resample is a pure function of the settings, so that two models are compared on the same draws.
+Understanding is how many balanced questions about real images the model answers rightly: they ask by every template of
+the world, and as often for what is not there as for what is. Generation is how many questions of the record its own
+images of the captions answer rightly in the eyes of the oracle, which reads pixels alone. The record's questions asked
+of real images are reported beside the balanced ones: all that they ask is there, so that a model which leans to "yes"
+does well by them. Every prompt, image seed and resample is a pure function of the settings, so that two models are
+compared on the same draws.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from rich.console import Console
 
 from .config import Config, EvalConfig
 from .curation import candidate_seed
+from .engine.image_decoder import ImageSamplingParams
 from .engine.text_decoder import SamplingParams
 from .files import write_json
 from .images import resize_images
@@ -27,13 +32,17 @@ from .models import Model, open_model
 from .progress import track
 from .prompting import caption_prompt, image_prompt
 from .records import Record
-from .scoring import self_vqa, token_f1
+from .scoring import overlap_f1, self_vqa, token_f1
 from .stats import percentile_interval, rank_correlation, resample_ratios, roc_auc
-from .summaries import LABELS, print_metrics
+from .summaries import print_metrics
 from .worlds import oracle, shapes
 
-_RATIOS = ("understanding", "generation", "generation_strict", "caption_f1", "caption_exact")
+BEST_OF = 4
+"""Images of a prompt of which the model's own judge picks one, for best_of_4_strict."""
 _BATCH = 64
+
+Path = tuple[str, ...]
+"""Where a metric stands in nested results, such as ("samplers", "4/0.7", "generation")."""
 
 
 def run_evaluation(config: Config) -> dict[str, Any]:
@@ -59,10 +68,11 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     Args:
         model: the model; where its images are not of 64 x 64 pixels, the world's and its own are resized.
         config: which scenes, how many, and how images are drawn.
-    Returns: {"settings", "metrics", "records"}, ready for JSON. A metric is a fraction in [0, 1] with "NAME_ci95"
-        [low, high]; metrics also hold by_category, by_element_type and counts. A record holds what was measured of it:
-        "answered", a digit a question (1 right, 0 wrong) about the real image; "drawn", such a text for each image
-        drawn of its caption; "caption", "caption_f1" and "caption_exact"; null where it was not asked or not drawn.
+    Returns: {"settings", "metrics", "records"}, ready for JSON. See measure for the metrics. A record holds what was
+        measured of it: "balanced" and "answered", a digit a question (1 right, 0 wrong) about the real image, of the
+        balanced questions, whose "kinds" stand beside them, and of the record's own; "drawn", such a text for each
+        image drawn of its caption by the default sampler, and "samplers", {name: {"drawn", "scores"}} with the model's
+        own scores of the images; "caption", "caption_f1" and "caption_exact"; null where it was not asked or not drawn.
     Raises: InputError if the model does not know the world's words.
     """
     scenes, records = held_out(config)
@@ -71,14 +81,34 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     scenes_drawn = np.stack([record.image for record in records[:num_understanding]])
     codes = model.encode_images(resize_images(scenes_drawn, model.image_size))
     for row, answered in zip(asked, _answer_questions(model, codes, records), strict=True):
-        row["answered"] = answered
+        num_own = len(row["element_types"])
+        row |= {"answered": answered[:num_own], "balanced": answered[num_own:]}
     for row, text, record, scene in zip(asked, _write_captions(model, codes), records, scenes, strict=False):
         exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
         row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
-    for row, drawn in zip(rows, _judge_drawings(model, records[: config.num_prompts], config), strict=False):
-        row["drawn"] = drawn
-    drawing = asdict(model.sampling_of(config))
-    return {"settings": asdict(config) | drawing, "metrics": measure(rows), "records": rows}
+    for name, sampling in samplers_of(model, config).items():
+        judged = _judge_drawings(model, records[: config.num_prompts], config, sampling)
+        for row, (drawn, scores) in zip(rows, judged, strict=False):
+            row["samplers"][name] = {"drawn": drawn, "scores": scores}
+    default = model.sampling_of(config)
+    for row in rows[: config.num_prompts]:
+        row["drawn"] = row["samplers"][sampler_name(default)]["drawn"]
+    return {"settings": asdict(config) | asdict(default), "metrics": measure(rows), "records": rows}
+
+
+def sampler_name(sampling: ImageSamplingParams) -> str:
+    """How results call a way to draw: "STEPS/TEMPERATURE", such as "4/0.7"."""
+    return f"{sampling.num_steps}/{sampling.temperature:g}"
+
+
+def samplers_of(model: Model, config: EvalConfig) -> dict[str, ImageSamplingParams]:
+    """The ways to draw that a model is measured by, by name: the default one first, then config.samplers."""
+    default = model.sampling_of(config)
+    given = [default]
+    for text in config.samplers:
+        num_steps, temperature = text.split("/")
+        given.append(replace(default, num_steps=int(num_steps), temperature=float(temperature)))
+    return {sampler_name(sampling): sampling for sampling in given}
 
 
 def held_out(config: EvalConfig) -> tuple[list[shapes.Scene], list[Record]]:
@@ -92,19 +122,15 @@ def held_out(config: EvalConfig) -> tuple[list[shapes.Scene], list[Record]]:
 
 
 def draw_images(model: Model, records: Sequence[Record], config: EvalConfig) -> np.ndarray:
-    """The images that a model is measured by, uint8 [len(records), images_per_prompt, H, W, 3]; they fit into memory.
+    """The images that a model is measured by, drawn by the default sampler, uint8 [len(records), images_per_prompt, H,
+    W, 3]; they fit into memory.
 
     Args:
         model: draws them.
         records: any of held_out.
         config: how many, and how they are drawn.
     """
-    codes = model.engine.generate(
-        [image_prompt(model, record.caption) for record in records],
-        num_images=config.images_per_prompt,
-        seeds=_image_seeds(records, config),
-        **asdict(model.sampling_of(config)),
-    )
+    codes = _draw(model, records, config, model.sampling_of(config))
     images = model.decode_images(codes.flatten(0, 1))
     return images.reshape(*codes.shape[:2], *images.shape[1:])
 
@@ -113,48 +139,63 @@ def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of measured records.
 
     Args:
-        rows: "records" of evaluate, at least one.
-    Returns: "metrics" of evaluate.
+        rows: "records" of evaluate, at least one. Those of before balanced questions were asked have "answered" and
+            "drawn" alone; their understanding is that by record questions.
+    Returns: fractions in [0, 1], each with "NAME_ci95" [low, high]: "understanding" (balanced questions),
+        "understanding_record_questions", "generation" and "generation_strict" (images right in full) by the default
+        sampler, "gap" (understanding less generation), "caption_f1", "caption_exact"; "understanding_by_kind": {kind};
+        "samplers": {name: {"generation", "generation_strict", "best_of_4_strict"}}, the last of the image that the
+        model itself scores best among the first four; "judge": {"spearman", "auc"}, how well those scores agree with
+        the oracle on the default sampler's images; "by_category", "by_element_type" and counts.
     """
     categories = sorted({row["category"] for row in rows})
     by_category = {}
     for category in categories:
         members = [row for row in rows if row["category"] == category]
-        by_category[category] = _values_with_intervals(members) | {"count": len(members)}
-    return _values_with_intervals(rows) | {
+        values = _nest_values({path: sums for path, sums in _sums(members).items() if len(path) == 1})
+        by_category[category] = values | {"count": len(members)}
+    return _nest_values(_sums(rows)) | {
+        "judge": _judge_agreement(rows),
         "by_category": by_category,
         "by_element_type": _by_element_type(rows),
         "num_understanding": sum(row["answered"] is not None for row in rows),
+        "num_questions": sum(len(row.get("balanced") or "") for row in rows),
         "num_prompts": sum(row["drawn"] is not None for row in rows),
         "num_images": sum(len(row["drawn"] or ()) for row in rows),
     }
 
 
-def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """How the metrics changed, with the same records resampled in both.
 
     Args:
         before: from evaluate.
         after: from evaluate, with the same settings.
-    Returns: {metric: {"change", "ci95", "significant"}}; significant where the interval leaves out zero.
-    Raises: ValueError if the two did not measure the same records.
+    Returns: {metric: {"change", "ci95", "significant"}}, nested as the metrics are; significant where the interval
+        leaves out zero.
+    Raises: ValueError if the two did not measure the same records in the same way.
     """
     rows = before["records"], after["records"]
-    ids = [[(row["id"], row["answered"] is None, len(row["drawn"] or ())) for row in half] for half in rows]
-    if ids[0] != ids[1]:
+    if [_measured_of(row) for row in rows[0]] != [_measured_of(row) for row in rows[1]]:
         raise ValueError(
-            f"paired_change: expected the same records measured before and after, got {len(ids[0])} and {len(ids[1])} "
-            "that differ; evaluate both with the same settings"
+            f"paired_change: expected the same records measured before and after, got {len(rows[0])} and "
+            f"{len(rows[1])} that differ; evaluate both with the same settings"
         )
-    totals, samples = zip(*(_values_and_samples(half) for half in rows), strict=True)
-    changes = {}
-    for name in LABELS:
-        interval = percentile_interval(samples[1][name] - samples[0][name])
+    (old, old_samples), (new, new_samples) = (_values_and_samples(_sums(half)) for half in rows)
+    changes: dict[str, Any] = {}
+    for path in new:
+        interval = percentile_interval(new_samples[path] - old_samples[path])
         if interval is not None:
-            change = float(totals[1][name] - totals[0][name])
             significant = not interval[0] <= 0 <= interval[1]
-            changes[name] = {"change": change, "ci95": interval, "significant": significant}
+            change = {"change": float(new[path] - old[path]), "ci95": interval, "significant": significant}
+            _inside(changes, path)[path[-1]] = change
     return changes
+
+
+def _measured_of(row: dict[str, Any]) -> tuple:
+    """What of a record was measured, whatever came out."""
+    drawn = {name: len(item["drawn"]) for name, item in row.get("samplers", {}).items()}
+    return row["id"], row["answered"] is None, len(row.get("balanced") or ""), len(row["drawn"] or ()), drawn
 
 
 def summarise(evaluations: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -179,13 +220,15 @@ def agreement(model: Model, parts: Iterable[tuple[Sequence[Record], pa.Table, pa
     Returns: "spearman" of score and the oracle's fraction right over all images and "spearman_within" a record (mean);
         "auc" of the score for images right in full; "mean_score" and "mean_oracle"; "best_strict", "mean_strict" and
         "worst_strict", the fraction of images right in full, chosen by score within each record; "win_better",
-        "win_worse" and "tie", fractions of pairs by the oracle; "num_images" and "num_pairs". None where there is
-        nothing to compare.
+        "win_worse" and "tie", fractions of pairs by the oracle; "caption_win_truer", "caption_win_less_true" and
+        "caption_tie", of pairs of captions by the F1 of the facts that they state, and "caption_win_exact", those whose
+        win states just the facts; "num_images", "num_pairs" and "num_caption_pairs". None where there is nothing to
+        compare.
     Raises: ValueError if a candidate's record is not among the records.
     """
     judged = [_judge_part(model, *part) for part in parts]
-    scores, fractions, strict, win, lose = (
-        np.concatenate([np.zeros(0), *(part[index] for part in judged)]) for index in range(5)
+    scores, fractions, strict, win, lose, win_caption, lose_caption = (
+        np.concatenate([np.zeros(0), *(part[index] for part in judged)]) for index in range(7)
     )
     strict = strict.astype(bool)
     sizes = [size for *_, of_part in judged for size in of_part]
@@ -203,16 +246,22 @@ def agreement(model: Model, parts: Iterable[tuple[Sequence[Record], pa.Table, pa
         "win_better": _mean(win > lose),
         "win_worse": _mean(win < lose),
         "tie": _mean(win == lose),
+        "caption_win_truer": _mean(win_caption > lose_caption),
+        "caption_win_less_true": _mean(win_caption < lose_caption),
+        "caption_tie": _mean(win_caption == lose_caption),
+        "caption_win_exact": _mean(win_caption == 1),
         "num_images": len(scores),
         "num_pairs": len(win),
+        "num_caption_pairs": len(win_caption),
     }
 
 
 def _judge_part(
     model: Model, records: Sequence[Record], candidates: pa.Table, pairs: pa.Table
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[int]]:
+) -> tuple[np.ndarray, ...]:
     """By image, record by record, score, the oracle's fraction right, and whether all is; by pair the fraction right of
-    win and of lose; and the number of images of each record that has any."""
+    win and of lose; by pair of captions how true win and lose are; and the number of images of each record that has
+    any."""
     questions = {record.id: record.questions for record in records}
     images = candidates.filter(pc.equal(candidates["kind"], "image"))
     ids, scores = images["record_id"].to_pylist(), images["score"].to_numpy().astype(np.float64)
@@ -223,8 +272,19 @@ def _judge_part(
     chosen = pairs.filter(pc.is_valid(pairs["win_codes"]))
     about = [questions[name] for name in chosen["record_id"].to_pylist()]
     win, lose = (_judge(model, chosen[f"{role}_codes"].to_pylist(), about)[0] for role in ("win", "lose"))
+    captions = pairs.filter(pc.is_valid(pairs["win_caption"]))
+    win_caption, lose_caption = (
+        np.array([caption_truth(*texts) for texts in zip(*(captions[name].to_pylist() for name in names), strict=True)])
+        for names in (("win_caption", "caption"), ("lose_caption", "caption"))
+    )
     sizes = [len(list(group)) for _, group in itertools.groupby(ids)]
-    return scores, fractions, strict, win, lose, sizes
+    return scores, fractions, strict, win, lose, win_caption, lose_caption, sizes
+
+
+def caption_truth(text: str, truth: str) -> float:
+    """How true a caption of the built-in world is: F1 of the facts that it states against those of the true one, 0 to
+    1; 1 where it states all of them and no others, whatever its wording."""
+    return overlap_f1(*(Counter(shapes.parse_caption(caption)) for caption in (text, truth)))
 
 
 def _empty_row(record: Record) -> dict[str, Any]:
@@ -232,8 +292,11 @@ def _empty_row(record: Record) -> dict[str, Any]:
         "id": record.id,
         "category": record.category,
         "element_types": [question.element_type for question in record.questions],
+        "kinds": [shapes.question_kind(question) for question in record.balanced_questions],
+        "balanced": None,
         "answered": None,
         "drawn": None,
+        "samplers": {},
         "caption": None,
         "caption_f1": None,
         "caption_exact": None,
@@ -241,11 +304,13 @@ def _empty_row(record: Record) -> dict[str, Any]:
 
 
 def _answer_questions(model: Model, codes: torch.Tensor, records: Sequence[Record]) -> list[str]:
-    """For each image a digit a question: 1 where the choice that the model finds most likely is the right one."""
+    """For each image a digit a question: 1 where the choice that the model finds most likely is the right one; first of
+    the record's own questions, then of the balanced ones."""
     digits = []
     for start in track(range(0, len(codes), _BATCH), "questions", "batches"):
         batch = slice(start, min(start + _BATCH, len(codes)))
-        for [score] in self_vqa(model, codes[batch, None], records[batch]):
+        asked = [replace(record, questions=record.questions + record.balanced_questions) for record in records[batch]]
+        for [score] in self_vqa(model, codes[batch, None], asked):
             digits.append("".join(str(int(item.answer == item.expected)) for item in score.answers))
     return digits
 
@@ -262,17 +327,31 @@ def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
     return texts
 
 
-def _judge_drawings(model: Model, records: Sequence[Record], config: EvalConfig) -> list[list[str]]:
-    """For each record and each image drawn of its caption a digit a question: 1 where the oracle's answer is right."""
-    drawn = []
-    for start in track(range(0, len(records), _BATCH), "images", "batches"):
+def _judge_drawings(
+    model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams
+) -> list[tuple[list[str], list[float]]]:
+    """For each record, of each image drawn of its caption, a digit a question, 1 where the oracle's answer is right;
+    and the model's own scores of the images."""
+    judged = []
+    for start in track(range(0, len(records), _BATCH), f"images {sampler_name(sampling)}", "batches"):
         batch = records[start : start + _BATCH]
-        images = draw_images(model, batch, config)
-        seen = oracle.read(resize_images(images.reshape(-1, *images.shape[2:]), shapes.IMAGE_SIZE))
-        for index, record in enumerate(batch):
-            of_record = seen[index * config.images_per_prompt : (index + 1) * config.images_per_prompt]
-            drawn.append([_oracle_digits(record, image) for image in of_record])
-    return drawn
+        codes = _draw(model, batch, config, sampling)
+        images = model.decode_images(codes.flatten(0, 1))
+        seen = iter(oracle.read(resize_images(images, shapes.IMAGE_SIZE)))
+        for record, scores in zip(batch, self_vqa(model, codes, batch), strict=True):
+            digits = [_oracle_digits(record, next(seen)) for _ in scores]
+            judged.append((digits, [round(score.soft, 6) for score in scores]))
+    return judged
+
+
+def _draw(model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams) -> torch.Tensor:
+    """Codes int64 [len(records), images_per_prompt, N]; what is drawn depends on the record and the image's number."""
+    return model.engine.generate(
+        [image_prompt(model, record.caption) for record in records],
+        num_images=config.images_per_prompt,
+        seeds=_image_seeds(records, config),
+        **asdict(sampling),
+    )
 
 
 def _image_seeds(records: Sequence[Record], config: EvalConfig) -> torch.Tensor:
@@ -296,40 +375,90 @@ def _judge(model: Model, codes: list[list[int]], questions: Sequence) -> tuple[n
     return np.array([mark[0] for mark in marks]), np.array([mark[1] for mark in marks], dtype=bool)
 
 
-def _values_with_intervals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    values, samples = _values_and_samples(rows)
+Sums = dict[Path, tuple[np.ndarray, np.ndarray]]
+"""By metric numerators and denominators float64 [n]: what was right in a record, of how many."""
+
+
+def _nest_values(sums: Sums) -> dict[str, Any]:
+    """Each metric's value and interval; None where there is nothing to measure."""
+    values, samples = _values_and_samples(sums)
     result: dict[str, Any] = {}
-    for name in LABELS:
-        result[name] = None if np.isnan(values[name]) else float(values[name])
-        result[f"{name}_ci95"] = percentile_interval(samples[name])
+    for path, value in values.items():
+        place = _inside(result, path)
+        place[path[-1]] = None if np.isnan(value) else float(value)
+        place[f"{path[-1]}_ci95"] = percentile_interval(samples[path])
     return result
 
 
-def _values_and_samples(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def _inside(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The dict that holds the last of a path's names."""
+    for name in path[:-1]:
+        result = result.setdefault(name, {})
+    return result
+
+
+def _values_and_samples(sums: Sums) -> tuple[dict[Path, float], dict[Path, np.ndarray]]:
     """Each metric's value, and its values over the resamples; NaN where there is nothing to measure."""
-    numerators, denominators = _sums(rows)
+    numerators, denominators = (np.stack(half, axis=1) for half in zip(*sums.values(), strict=True))
     with np.errstate(invalid="ignore"):
         totals = numerators.sum(axis=0) / denominators.sum(axis=0)
     samples = resample_ratios(numerators, denominators)
-    return _with_gap(dict(zip(_RATIOS, totals, strict=True))), _with_gap(dict(zip(_RATIOS, samples.T, strict=True)))
+    return _with_gap(dict(zip(sums, totals, strict=True))), _with_gap(dict(zip(sums, samples.T, strict=True)))
 
 
-def _with_gap(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {"gap": values["understanding"] - values["generation"]}
+def _with_gap(values: dict[Path, Any]) -> dict[Path, Any]:
+    return values | {("gap",): values["understanding",] - values["generation",]}
 
 
-def _sums(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators [n, len(_RATIOS)]: what was right in a record, of how many."""
-    numerators, denominators = np.zeros((len(rows), len(_RATIOS))), np.zeros((len(rows), len(_RATIOS)))
-    for index, row in enumerate(rows):
-        answered, images = row["answered"] or "", row["drawn"] or []
-        drawn = "".join(images)
-        captioned = row["caption"] is not None
-        strict = sum("0" not in image for image in images)
-        likeness = (row["caption_f1"], row["caption_exact"]) if captioned else (0, 0)
-        numerators[index] = (answered.count("1"), drawn.count("1"), strict, *likeness)
-        denominators[index] = (len(answered), len(drawn), len(images), captioned, captioned)
-    return numerators, denominators
+def _sums(rows: Sequence[dict[str, Any]]) -> Sums:
+    found = [_right_of_asked(row) for row in rows]
+    sums = {}
+    for path in dict.fromkeys(path for row in found for path in row):
+        right, asked = np.array([row.get(path, (0, 0)) for row in found], dtype=np.float64).T
+        sums[path] = right, asked
+    return sums
+
+
+def _right_of_asked(row: dict[str, Any]) -> dict[Path, tuple[float, float]]:
+    """What was right in a record, of how many, by metric."""
+    own, balanced, drawn = row["answered"] or "", row.get("balanced"), row["drawn"] or []
+    found = {("understanding",): _digits(own if "balanced" not in row else balanced or "")}
+    if "balanced" in row:
+        found["understanding_record_questions",] = _digits(own)
+        for kind, digit in zip(row["kinds"] if balanced else (), balanced or "", strict=True):
+            right, asked = found.get(("understanding_by_kind", kind), (0, 0))
+            found["understanding_by_kind", kind] = right + int(digit), asked + 1
+    found["generation",], found["generation_strict",] = _digits("".join(drawn)), _in_full(drawn)
+    for name, item in row.get("samplers", {}).items():
+        images, scores = item["drawn"], item["scores"][:BEST_OF]
+        best = images[max(range(len(scores)), key=scores.__getitem__)]
+        found["samplers", name, "generation"] = _digits("".join(images))
+        found["samplers", name, "generation_strict"] = _in_full(images)
+        found["samplers", name, f"best_of_{BEST_OF}_strict"] = _in_full([best] if len(scores) == BEST_OF else [])
+    captioned = row["caption"] is not None
+    for name in ("caption_f1", "caption_exact"):
+        found[name,] = (float(row[name]), 1) if captioned else (0, 0)
+    return found
+
+
+def _digits(text: str) -> tuple[int, int]:
+    return text.count("1"), len(text)
+
+
+def _in_full(images: Sequence[str]) -> tuple[int, int]:
+    return sum("0" not in image for image in images), len(images)
+
+
+def _judge_agreement(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """How well the model's own scores of the default sampler's images agree with the oracle."""
+    scores, fractions, strict = [], [], []
+    for row in rows:
+        for item in list(row.get("samplers", {}).values())[:1]:  # the default one is the first
+            scores += item["scores"]
+            fractions += [image.count("1") / len(image) for image in item["drawn"]]
+            strict += ["0" not in image for image in item["drawn"]]
+    fractions = np.array(fractions)
+    return {"spearman": rank_correlation(np.array(scores), fractions), "auc": roc_auc(np.array(scores), strict)}
 
 
 def _by_element_type(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

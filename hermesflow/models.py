@@ -73,7 +73,7 @@ class Model:
     def sampling_of(self, settings: CurationConfig | EvalConfig) -> ImageSamplingParams:
         """How images are drawn under these settings: the model's own way where they leave it open."""
         given = {"num_steps": settings.num_steps or self.sampling.num_steps}
-        for name in ("guidance_scale", "mask_temperature"):
+        for name in ("temperature", "guidance_scale", "mask_temperature"):
             value = getattr(settings, name)
             given[name] = getattr(self.sampling, name) if value < 0 else value
         return replace(self.sampling, **given)

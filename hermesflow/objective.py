@@ -1,7 +1,7 @@
 """The objective of a Pair-DPO step, and what it says about the policy.
 
     L = sum over the sides of weight * mean over the side's pairs of (preference_weight * l(h) + nll_weight * nll)
-        + replay_weight * mean over the replay's pairs of nll
+        + replay_weight * mean over the replay's pairs of kl or nll
 
 A step may take several passes: each gives its share of the step's means, so that the shares add up.
 """
@@ -39,7 +39,11 @@ def pass_objective(
         win_reward, lose_reward, margin: beta times the sum (or mean) of policy less reference, and their difference;
             of simpo, beta times the mean of the policy alone.
         accuracy: the share of pairs with a margin above 0.
-        nll: the negative log-likelihood a token of the win; of replay, of the right answers, and its only metric.
+        nll: the negative log-likelihood a token of the win; of replay, of the right answers, and its only metric where
+            those are its target. Where the reference is, it is kl: the mean over questions of the divergence
+            sum over choices of p log(p / q) - p + q, with p and q the probabilities of the whole choice by reference
+            and by policy: 0 and without gradient where the two agree, and sound though choices need not add up to 1
+            (the generalized Kullback-Leibler divergence; Lee and Seung, Nature 401, 1999).
         win_logprob_drift: how far the win's log-probability has moved from the reference's. Not with simpo.
         kl: an estimate, a token, of the divergence KL(reference || policy) on the pairs' tokens, which the reference
             drew: the mean of r - 1 - log r with r the ratio of policy to reference (J. Schulman, "Approximating KL
@@ -48,8 +52,9 @@ def pass_objective(
     loss, shares, before = torch.zeros((), device=logprob.device), {}, batch.split(reference)
     for name, policy in batch.split(logprob).items():
         if name == REPLAY:
-            nll = -_token_means(policy, batch.sides[name])[:, 0].sum() / totals[name]
-            loss, shares = loss + config.replay_weight * nll, shares | {"replay/nll": nll.detach()}
+            metric, kept = _replay_metric(config), _replay_loss(policy, before[name], batch.sides[name], config)
+            kept = kept / totals[name]
+            loss, shares = loss + config.replay_weight * kept, shares | {f"{name}/{metric}": kept.detach()}
             continue
         values = _pair_values(policy, before[name], batch.sides[name], config)
         means = {metric: value.sum() / totals[name] for metric, value in values.items()}
@@ -57,6 +62,21 @@ def pass_objective(
         loss = loss + getattr(config, f"{name}_weight") * (preferred + config.nll_weight * means["nll"])
         shares |= {f"{name}/{metric}": mean.detach() for metric, mean in means.items()}
     return loss, shares
+
+
+def _replay_metric(config: TrainConfig) -> str:
+    return "kl" if config.replay_target == "reference" else "nll"
+
+
+def _replay_loss(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> Tensor:
+    """Of the replay's visits, added up."""
+    ours, theirs = (
+        values.new_zeros(len(side.pair_weight)).index_add(0, side.segment, values) for values in (policy, reference)
+    )
+    if config.replay_target == "answers":
+        return -(ours * side.pair_weight).sum()
+    chance = theirs.exp()
+    return ((chance * (theirs - ours) - chance + ours.exp()) * side.pair_weight).sum()
 
 
 def _pair_values(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> dict[str, Tensor]:
@@ -97,7 +117,8 @@ class StepSums:
 
     def __init__(self, totals: Mapping[str, int], config: TrainConfig, device: torch.device) -> None:
         metrics = _METRICS if config.loss_type == "simpo" else _METRICS + _REFERENCE_METRICS
-        self._names = [f"{side}/{metric}" for side in totals for metric in (metrics if side != REPLAY else ("nll",))]
+        of_side = {side: (_replay_metric(config),) if side == REPLAY else metrics for side in totals}
+        self._names = [f"{side}/{metric}" for side, names in of_side.items() for metric in names]
         self._sums = torch.zeros(1 + len(self._names), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, shares: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
     generation      prompt -> win image, lose image (once a mask, which both share)
     understanding   image -> question -> win caption, lose caption
-    replay          image -> questions with their right answers
+    replay          image -> questions -> each of their choices, or the right answer alone
 
 Each token is stored and computed once; there are no pads. Masks and dropped prompts are pure functions of the seed, of
 the pair and of its visit (how often it was trained on before), so that a resumed run and a cached reference meet the
@@ -38,13 +38,16 @@ from .pairs import SIDES, each_row
 from .prompting import answer_ids, caption_prompt, image_prompt, question_prompt
 
 REPLAY = "replay"
-"""What is learnt beside the two sides of a pair: it has no lose and no reference."""
+"""What is kept beside the two sides of a pair: answers, of which none is a win or a lose."""
 _COLUMNS = {
     "generation": ("win_codes", "lose_codes"),
     "understanding": ("record_codes", "win_caption_ids", "lose_caption_ids"),
 }
 # The settings that change what a visit's tokens are and which of them it must predict.
-_DRAWN_BY = ("condition_dropout", "masks_per_pair", "complementary_masks", "boundary_labels")
+_DRAWN_BY = (
+    "condition_dropout", "masks_per_pair", "complementary_masks", "boundary_labels", "replay_target",
+    "replayed_questions",
+)  # fmt: skip
 
 
 class PairVisit(NamedTuple):
@@ -59,9 +62,10 @@ class Side:
     """What one side of a pass must predict; tokens lie pair after pair.
 
     rows, targets: int64 [T], packed rows of the tree and the token ids that they predict.
-    segment: int64 [T], 2 p for the win tokens of pair p, 2 p + 1 for its lose tokens.
+    segment: int64 [T], 2 p for the win tokens of pair p, 2 p + 1 for its lose tokens; of the replay the
+        number of the answer.
     token_weight: fp32 [T], of each log-probability in its pair's sum.
-    pair_weight: fp32 [P], 1 for the pairs that have this side, else 0.
+    pair_weight: fp32 [P], 1 for the pairs that have this side, else 0; of the replay fp32 [A], of each answer.
     """
 
     rows: Tensor
@@ -76,12 +80,14 @@ class PairBatch:
     """One pass: the forest of its pairs and what each side predicts in it; sides without tokens are left out.
 
     visits_of: by side, the visits that have it; on the host, so that nothing waits for the device.
+    num_tokens_of: by side, how many of its T tokens each of those visits has.
     """
 
     visits: Sequence[PairVisit]
     tree: SpanTree
     sides: dict[str, Side]
     visits_of: dict[str, list[PairVisit]]
+    num_tokens_of: dict[str, list[int]]
 
     @property
     def num_pairs(self) -> int:
@@ -132,8 +138,17 @@ class PairPacker:
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
         self._prompt = functools.cache(lambda text: model.layout.text_prompt(image_prompt(model, text)))
-        self._questions, self._answers = (pairs[name].to_pylist() for name in ("questions", "answers"))
-        self._asked = functools.cache(lambda question, answer: answered_question(model, question, answer))
+        asked = pairs.select(["questions", "answers", "choices"])
+        self._questions = [_asked_of(row, config) for row in each_row(asked)]
+        self._question = functools.cache(lambda text: model.layout.question(question_prompt(model, text)))
+        self._answer = functools.cache(lambda text: answer_ids(model, text))
+
+    @property
+    def referenced_sides(self) -> tuple[str, ...]:
+        """Those whose loss compares the policy with the reference."""
+        sides = () if self.config.loss_type == "simpo" else SIDES
+        replayed = self.config.replay_weight and self.config.replay_target == "reference"
+        return (*sides, REPLAY) if replayed else tuple(sides)
 
     def only(self, *sides: str) -> PairPacker:
         """The same packer, which leaves out all but these sides of every pair."""
@@ -177,7 +192,8 @@ class PairPacker:
             total += len(layout.question(self.question_ids))
             total += lengths["win_caption_ids"] + lengths["lose_caption_ids"]
         if REPLAY in sides:
-            total += sum(len(prefix) + len(answer) for prefix, answer in self._replayed(visit))
+            for question, answers in self._replayed(visit):
+                total += len(question) + sum(map(len, answers))
         return total
 
     def pack(self, visits: Sequence[PairVisit], device: torch.device | str | None = None) -> PairBatch:
@@ -200,6 +216,7 @@ class PairPacker:
         """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
         drawn_by = [getattr(self.config, name) for name in _DRAWN_BY]
         texts = [self.question_ids, self._captions, self._sides, self._packed_sides, self.seed, drawn_by]
+        texts += [self._questions] if REPLAY in self.referenced_sides else []
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
         for rows in self._tokens.values():
             digest.update(np.array([len(row) for row in rows], dtype=np.int32))
@@ -218,11 +235,12 @@ class PairPacker:
         has += [REPLAY] if self._questions[pair] else []
         return [side for side in self._packed_sides if side in has]
 
-    def _replayed(self, visit: PairVisit) -> list[tuple[list[int], list[int]]]:
-        """Questions about the real image in the model's layout, with their answers."""
-        questions, answers = self._questions[visit.pair], self._answers[visit.pair]
+    def _replayed(self, visit: PairVisit) -> list[tuple[list[int], list[list[int]]]]:
+        """Ids of questions about the real image, and of the answers to each that are replayed."""
+        questions = self._questions[visit.pair]
         order = np.random.default_rng([self.seed, 4, *visit]).permutation(len(questions))
-        return [self._asked(questions[number], answers[number]) for number in order[: self.config.replayed_questions]]
+        chosen = (questions[number] for number in order[: self.config.replayed_questions])
+        return [(self._question(question), [self._answer(text) for text in answers]) for question, answers in chosen]
 
     def _prompt_of(self, visit: PairVisit) -> list[int]:
         """The condition that win and lose share: the caption, or the empty text."""
@@ -242,7 +260,7 @@ class PairPacker:
                 rows = np.concatenate([[0], rows, [last]])
                 weights = np.pad(weights, 1, constant_values=_mask_share(config))
             for lose, image in enumerate(images):
-                builder.predict("generation", 2 * index + lose, rows, image[rows], weights)
+                builder.predict("generation", index, 2 * index + lose, builder.packed + rows, image[rows], weights)
                 masked = image.copy()
                 masked[1 + hidden] = layout.mask_id
                 builder.add(masked, prompt, "full")
@@ -251,27 +269,30 @@ class PairPacker:
         """Next tokens, and eot where a caption ended by itself."""
         layout = self.model.layout
         question = builder.add(layout.question(self.question_ids), image, "causal")
-        last_of_question = builder.packed - 1
         for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
             caption = self._tokens[name][pair]
             targets = np.append(caption, layout.eot)[: self.model.prompts.max_caption_tokens]
-            rows = np.append(last_of_question - builder.packed, np.arange(len(caption)))[: len(targets)]
-            builder.predict("understanding", 2 * index + lose, rows, targets, np.ones(len(targets)))
-            if len(caption):
-                builder.add(caption, question, "causal")
+            builder.continue_text("understanding", index, 2 * index + lose, question, caption, targets)
 
     def _add_answers(self, builder: _ForestBuilder, index: int, visit: PairVisit, image: int) -> None:
-        """Next tokens of the right answers, and eot."""
-        for prefix, answer in self._replayed(visit):
-            targets = np.array([*answer, self.model.layout.eot])
-            rows = len(prefix) - 1 + np.arange(len(targets))
-            builder.predict(REPLAY, 2 * index, rows, targets, np.ones(len(targets)))
-            builder.add([*prefix, *answer], image, "causal")
+        """Next tokens of the answers, and eot; the shares of a visit's tokens or, with a reference, questions add up to
+        one."""
+        replayed = self._replayed(visit)
+        num_tokens = sum(len(answer) + 1 for _, answers in replayed for answer in answers)
+        share = 1 / (len(replayed) if self.config.replay_target == "reference" else num_tokens)
+        for prefix, answers in replayed:
+            question = builder.add(prefix, image, "causal")
+            for answer in answers:
+                number = builder.number_answer(share)
+                targets = np.array([*answer, self.model.layout.eot])
+                builder.continue_text(REPLAY, index, number, question, answer, targets)
 
 
-def answered_question(model: Model, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of a question in the model's layout, and of its answer. Raises: InputError on an unknown word."""
-    return model.layout.question(question_prompt(model, question)), answer_ids(model, answer)
+def _asked_of(row: dict, config: TrainConfig) -> list[tuple[str, list[str]]]:
+    """A pair's questions and the answers to each that are replayed; files without choices have the right one alone."""
+    right = [[answer] for answer in row["answers"] or ()]
+    answers = row["choices"] or right if config.replay_target == "reference" else right
+    return list(zip(row["questions"] or (), answers, strict=True))
 
 
 def check_pairs(pairs: pa.Table, model: Model) -> None:
@@ -309,8 +330,17 @@ def _check_row(row: dict, model: Model) -> None:
     questions, answers = row["questions"] or [], row["answers"] or []
     if len(questions) != len(answers) or None in (*questions, *answers):
         raise ValueError(f"questions and answers do not match: there are {len(questions)} and {len(answers)}")
-    for question, answer in zip(questions, answers, strict=True):
-        answered_question(model, question, answer)
+    choices = row["choices"] or [[answer] for answer in answers]
+    if len(choices) != len(answers) or not all(map(_is_choice, answers, choices)):
+        raise ValueError("choices do not match: expected a list for each question, which holds its answer")
+    for question, of_question in zip(questions, choices, strict=True):
+        question_prompt(model, question)
+        for choice in of_question:
+            answer_ids(model, choice)
+
+
+def _is_choice(answer: str, choices: list[str | None] | None) -> bool:
+    return choices is not None and answer in choices and None not in choices
 
 
 def _check_range(name: str, ids: list[int | None], size: int, what: str) -> None:
@@ -421,41 +451,75 @@ def _token_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
     return np.split(pc.fill_null(lists.values, 0).to_numpy()[: offsets[-1]], offsets[:-1])[1:]
 
 
+class _Predicted(NamedTuple):
+    """What some rows of the packed tree predict, as Side has it, and the visit they are of."""
+
+    index: int
+    segment: int
+    rows: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
 class _ForestBuilder:
     """Collects spans and, side by side, what they must predict."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.packed = 0
-        self._found: dict[str, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]] = {
-            side: [] for side in (*SIDES, REPLAY)
-        }
+        self._ends: list[int] = []
+        self._found: dict[str, list[_Predicted]] = {side: [] for side in (*SIDES, REPLAY)}
+        self._answer_shares: list[float] = []
 
     def add(self, ids: Sequence[int], parent: int, mode: str) -> int:
         """Appends a span; returns its index."""
+        self._ends.append(self.packed + len(ids))
         self.spans.append((ids, parent, mode))
-        self.packed += len(ids)
         return len(self.spans) - 1
 
-    def predict(self, side: str, segment: int, offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
-        """The rows at these offsets from the next span's first token predict targets, as part of a segment."""
-        found = (segment, self.packed + offsets, targets.astype(np.int64), weights.astype(np.float32))
-        self._found[side].append(found)
+    @property
+    def packed(self) -> int:
+        """Tokens so far."""
+        return self._ends[-1] if self._ends else 0
+
+    def number_answer(self, share: float) -> int:
+        """The number of a further answer of the replay, which counts with this share."""
+        self._answer_shares.append(share)
+        return len(self._answer_shares) - 1
+
+    def predict(
+        self, side: str, index: int, segment: int, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Packed rows predict targets, as part of a segment of visit `index`."""
+        self._found[side].append(_Predicted(index, segment, rows, targets.astype(np.int64), weights.astype(np.float32)))
+
+    def continue_text(
+        self, side: str, index: int, segment: int, parent: int, ids: Sequence[int], targets: np.ndarray
+    ) -> None:
+        """Appends a causal span; its parent's last token and its own predict targets, as many as there are."""
+        rows = np.append(self._ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)]
+        self.predict(side, index, segment, rows, targets, np.ones(len(targets)))
+        if len(ids):
+            self.add(ids, parent, "causal")
 
     def build(self, visits: Sequence[PairVisit], device: torch.device | str | None) -> PairBatch:
         """The finished batch."""
         found = {side: parts for side, parts in self._found.items() if parts}
-        sides = {side: self._side(parts, len(visits), device) for side, parts in found.items()}
-        visits_of = {
-            side: [visits[pair] for pair in sorted({segment // 2 for segment, *_ in parts})]
-            for side, parts in found.items()
-        }
-        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides, visits_of)
+        sides = {side: self._side(side, parts, len(visits), device) for side, parts in found.items()}
+        counts = {side: Counter() for side in found}
+        for side, parts in found.items():
+            for part in parts:
+                counts[side][part.index] += len(part.rows)
+        visits_of = {side: [visits[index] for index in counts[side]] for side in found}
+        num_tokens_of = {side: list(counts[side].values()) for side in found}
+        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides, visits_of, num_tokens_of)
 
-    def _side(self, found: list, num_pairs: int, device: torch.device | str | None) -> Side:
-        numbers, rows, targets, weights = zip(*found, strict=True)
-        pair_weight = np.zeros(num_pairs, dtype=np.float32)
-        pair_weight[np.array(numbers) // 2] = 1.0
+    def _side(self, name: str, found: list[_Predicted], num_pairs: int, device: torch.device | str | None) -> Side:
+        indices, numbers, rows, targets, weights = zip(*found, strict=True)
+        if name == REPLAY:
+            pair_weight = np.array(self._answer_shares, dtype=np.float32)
+        else:
+            pair_weight = np.zeros(num_pairs, dtype=np.float32)
+            pair_weight[np.array(indices)] = 1.0
         segment = np.repeat(np.array(numbers, dtype=np.int64), [len(part) for part in rows])
         arrays = (np.concatenate(rows), np.concatenate(targets), segment, np.concatenate(weights), pair_weight)
         return Side(*(torch.from_numpy(array).to(device) for array in arrays))

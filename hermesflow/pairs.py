@@ -41,11 +41,14 @@ PAIRS_SCHEMA = pa.schema(
         ("lose_caption_score", pa.float32()),
         ("questions", pa.list_(pa.string())),
         ("answers", pa.list_(pa.string())),
+        ("choices", pa.list_(pa.list_(pa.string()))),
     ]
 )
 """sides is "both", "generation" or "understanding"; the columns of an absent side are null. An image index counts the
 record's image candidates; PREVIOUS stands for an image of the previous round. Caption ids lack the end of text.
-questions and answers are the record's own, with the right answers; null where they are not known."""
+questions are those about the record's own image, balanced where it has such, with their right answers and their
+choices; null where they are not known, and files of before have no choices."""
+_OPTIONAL = ("choices",)
 REJECTED_SCHEMA = pa.schema([("record_id", pa.string()), ("side", pa.string()), ("reason", pa.string())])
 
 PREVIOUS = -1
@@ -133,7 +136,7 @@ class PairFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         """Raises: InputError if the file is missing, damaged or holds no pairs, here or where it is read."""
-        self._rows = ParquetRows(path, PAIRS_SCHEMA.names)
+        self._rows = ParquetRows(path, _names(ParquetRows(path).schema.names))
         ids = ParquetRows(path, ["record_id"]).read(0, len(self._rows))["record_id"].to_pylist()
         self._row_of = {id: row for row, id in enumerate(ids)}
 
@@ -152,7 +155,7 @@ def read_pairs(path: str | os.PathLike) -> pa.Table:
     Returns: the pairs with PAIRS_SCHEMA.
     Raises: InputError if the file is missing, damaged or holds no pairs.
     """
-    return _cast(path, read_parquet(path, PAIRS_SCHEMA.names))
+    return _cast(path, read_parquet(path, _names(ParquetRows(path).schema.names)))
 
 
 def each_row(pairs: pa.Table) -> Iterator[dict]:
@@ -161,7 +164,14 @@ def each_row(pairs: pa.Table) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
+def _names(columns: Sequence[str]) -> list[str]:
+    """The columns to read from a file that has these."""
+    return [name for name in PAIRS_SCHEMA.names if name not in _OPTIONAL or name in columns]
+
+
 def _cast(path: str | os.PathLike, table: pa.Table) -> pa.Table:
+    for name in set(_OPTIONAL) - set(table.column_names):
+        table = table.append_column(name, pa.nulls(len(table), PAIRS_SCHEMA.field(name).type))
     try:
         return table.select(PAIRS_SCHEMA.names).cast(PAIRS_SCHEMA)
     except (pa.ArrowException, ValueError) as error:
@@ -255,8 +265,9 @@ def _pair_row(record: Record, images: Preference | None, captions: Preference | 
         "caption": record.caption,
         "sides": "both" if images and captions else "generation" if images else "understanding",
         "record_codes": record.codes.tolist(),
-        "questions": [question.question for question in record.questions],
-        "answers": [question.answer for question in record.questions],
+        "questions": [question.question for question in record.image_questions],
+        "answers": [question.answer for question in record.image_questions],
+        "choices": [list(question.choices) for question in record.image_questions],
     }
     for role in Preference._fields:
         if images:

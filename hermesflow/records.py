@@ -34,6 +34,7 @@ _SCHEMA = pa.schema(
         ("category", pa.string()),
         ("questions", pa.list_(_QUESTION_TYPE)),
         ("codes", pa.list_(pa.int32())),
+        ("balanced_questions", pa.list_(_QUESTION_TYPE)),
     ]
 )
 _IMAGE_FIELD = pa.field("image", pa.binary())
@@ -81,6 +82,14 @@ class Record:
     """Pixels uint8 [H, W, 3], or the bytes of an image file, which are decoded where the image is used."""
     image_path: Path | None = None
     """An image file, which is read where the image is used."""
+    balanced_questions: tuple[Question, ...] = ()
+    """Questions about the record's own image, those of yes or no answered yes half of the time: what understanding is
+    measured by, and what is replayed in training. Empty: `questions` take their place."""
+
+    @property
+    def image_questions(self) -> tuple[Question, ...]:
+        """What is asked about the record's own image."""
+        return self.balanced_questions or self.questions
 
 
 def records_to_table(records: Iterable[Record], include_images: bool = False) -> pa.Table:
@@ -90,8 +99,8 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
         records: the records.
         include_images: adds a column of image files' bytes, PNG for pixels; without it images are left out, since codes
             are what a run needs. Files that image_path names are not read.
-    Returns: a table with columns id, caption, category, questions (list of structs), codes (list<int32>), and image if
-        asked for.
+    Returns: a table with columns id, caption, category, questions (list of structs), codes (list<int32>),
+        balanced_questions (as questions), and image if asked for.
     """
     rows = list(records)
     columns = [
@@ -100,6 +109,7 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
         [record.category for record in rows],
         [[_question_row(question) for question in record.questions] for record in rows],
         [None if record.codes is None else np.asarray(record.codes, dtype=np.int32) for record in rows],
+        [[_question_row(question) for question in record.balanced_questions] for record in rows],
     ]
     schema = _schema(include_images)
     if include_images:
@@ -109,7 +119,8 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
 
 
 def records_from_table(table: pa.Table) -> list[Record]:
-    """The records of a table that has the columns of records_to_table (codes and image may be missing).
+    """The records of a table that has the columns of records_to_table; codes, balanced_questions and image may be
+    missing.
 
     Args:
         table: an Arrow table, for instance read from Parquet.
@@ -201,6 +212,7 @@ def _record(row: dict) -> Record:
         questions=tuple(_question(row["id"], question) for question in row["questions"]),
         codes=None if codes is None else np.asarray(codes, dtype=np.int32),
         image=row.get("image"),
+        balanced_questions=tuple(_question(row["id"], question) for question in row.get("balanced_questions") or ()),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,6 @@ from hermesflow.engine.transformer import Transformer
 from .distributed import barrier, gather, is_main
 from .files import ParquetRows, damaged, read_parquet, write_parquet
 from .packing import REPLAY, PairBatch, PairPacker, PairVisit
-from .pairs import SIDES
 from .progress import track
 
 _SCHEMA = pa.schema(
@@ -71,13 +70,14 @@ class LiveReference:
 class CachedReference:
     """Log-probabilities that were computed before the first step, from a file."""
 
-    def __init__(self, path: Path, table: pa.Table) -> None:
+    def __init__(self, path: Path, table: pa.Table, sides: Collection[str]) -> None:
         """
         Args:
             path: the file, for messages.
             table: what is in it.
+            sides: those that need a reference; of others it gives zeros.
         """
-        self._path = path
+        self._path, self._sides = path, sides
         keys = zip(*(table[name].to_pylist() for name in ("pair", "visit", "side")), strict=True)
         column = table["logprob"].combine_chunks()
         values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
@@ -95,7 +95,7 @@ class CachedReference:
         return values
 
     def _values_of(self, batch: PairBatch, side: str) -> list[np.ndarray]:
-        if side == REPLAY:  # needs none
+        if side not in self._sides:
             return [np.zeros(len(batch.sides[side].rows), np.float32)]
         return [self._of[_key(visit, side)] for visit in batch.visits_of[side]]
 
@@ -135,7 +135,8 @@ def cached_reference(
     barrier()
     table = read_parquet(path)
     try:
-        return CachedReference(path, table.cast(_SCHEMA.with_metadata(table.schema.metadata)))
+        table = table.cast(_SCHEMA.with_metadata(table.schema.metadata))
+        return CachedReference(path, table, packer.referenced_sides)
     except (pa.ArrowException, ValueError) as error:
         raise damaged(path, "reference", error) from error
 
@@ -148,26 +149,26 @@ def _is_made(path: Path, fingerprint: bytes) -> bool:
 def _rows(
     packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[PairBatch], Tensor]
 ) -> Iterator[dict]:
-    """The rows of this process's passes; after a pair's first visit they are of its images alone (_key)."""
+    """The rows of this process's passes; after a pair's first visit they are of what differs by visit (_key)."""
     device = packer.model.transformer.embed.weight.device
-    packer, images = packer.only(*SIDES), packer.only("generation")
+    packer = packer.only(*packer.referenced_sides)
+    differing = packer.only("generation", REPLAY)
     first: dict[int, PairVisit] = {}
     for visit in visits:
         first.setdefault(visit.pair, visit)
-    later = [visit for visit in visits if visit != first[visit.pair] and images.num_tokens(visit)]
+    later = [visit for visit in visits if visit != first[visit.pair] and differing.num_tokens(visit)]
     work = [(packer, planned) for planned in packer.passes(list(first.values()))]
-    work += [(images, planned) for planned in images.passes(later)]
+    work += [(differing, planned) for planned in differing.passes(later)]
     for part, (chosen, counts) in track(work, "reference", "passes"):
         batch = part.pack(chosen, device)
         by_side = batch.split(logprobs(batch).cpu())
         for side, values in by_side.items() if counts else ():
-            pairs = batch.sides[side].segment.cpu() // 2
-            num_tokens = torch.unique_consecutive(pairs, return_counts=True)[1].tolist()
+            num_tokens = batch.num_tokens_of[side]
             for visit, logprob in zip(batch.visits_of[side], values.split(num_tokens), strict=True):
                 pair, number, _ = _key(visit, side)
                 yield {"pair": pair, "visit": number, "side": side, "logprob": logprob.numpy()}
 
 
 def _key(visit: PairVisit, side: str) -> tuple[int, int, str]:
-    """Captions have no mask: they are the same at every visit."""
-    return visit.pair, visit.visit if side == "generation" else 0, side
+    """Captions are the same at every visit; images have other masks, and the replay other questions."""
+    return visit.pair, 0 if side == "understanding" else visit.visit, side

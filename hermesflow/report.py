@@ -16,7 +16,22 @@ from .markup import details, document, scrolling
 from .models import open_model
 from .pairs import pair_statistics
 from .showcase import choose_shown, pairs_section
-from .summaries import LABELS, describe_unusable, format_change, format_interval, format_value, headline, tell_verdict
+from .summaries import (
+    LABELS,
+    ONE_SIDED,
+    describe_unusable,
+    find,
+    format_change,
+    format_interval,
+    format_value,
+    headline,
+    headline_metrics,
+    interval_of,
+    is_balanced,
+    kind_metrics,
+    sampler_metrics,
+    tell_verdict,
+)
 
 _KEPT = {
     "records": "records",
@@ -34,6 +49,10 @@ _AGREEMENT = {
     "best_strict": "best by score right in full",
     "mean_strict": "all images right in full",
     "worst_strict": "worst by score right in full",
+    "caption_win_truer": "win's caption truer",
+    "caption_win_less_true": "win's caption less true",
+    "caption_tie": "captions equally true",
+    "caption_win_exact": "win's caption right in full",
 }
 _RANKS = {
     "spearman": "rank correlation, all images",
@@ -161,35 +180,53 @@ def _measurements(summary: dict[str, Any]) -> str:
         Stage(label, _measured(metrics, "understanding"), _measured(metrics, "generation"))
         for label, metrics in _stages(summary)
     ]
-    heads, first = "<th>%</th><th>before</th>", summary["before"]
-    for number in range(1, len(summary["rounds"]) + 1):
-        heads += f"<th>round {number}</th><th>change, in points</th>"
-    rows = [_metric_row(name, summary) for name in LABELS]
+    first = summary["before"]
     real, images, prompts = (escape(str(first[f"num_{name}"])) for name in ("understanding", "images", "prompts"))
-    return f"""<section><h2>The gap by round</h2>
+    asked = (
+        f"how many of {escape(str(first['num_questions']))} balanced questions about {real} real images the model "
+        "answers rightly: they ask by every template, and as often for what is not there as for what is"
+        if is_balanced(first)
+        else f"how many questions about {real} real images the model answers rightly"
+    )
+    notice = "" if is_balanced(first) else f'<p class="notice">{escape(ONE_SIDED)}</p>'
+    samplers = _metric_table(sampler_metrics(first), summary, "samplers")
+    if samplers:
+        samplers = f"""<h2>By sampler</h2><p class="note">Steps and temperature of drawing; a gain should not hang on
+one. Best of 4 is the image that the model itself scores best.</p>{samplers}"""
+    kinds = _metric_table(kind_metrics(first), summary, "kinds")
+    return f"""<section><h2>The gap by round</h2>{notice}
 <div class="split wide"><div class="card">{gap_chart(stages)}</div>
-<div class="note"><p><b>Understanding</b> is how many questions about {real} real images the
-model answers rightly. <b>Generation</b> is how many questions its own {images} images of
+<div class="note"><p><b>Understanding</b> is {asked}. <b>Generation</b> is how many questions its own {images} images of
 {prompts} prompts answer rightly, read by an oracle that sees pixels alone; <b>strict</b> asks for all of
 an image's questions. The <b>gap</b> is understanding less generation.</p>
 <p>Bars and brackets are 95 % intervals, bootstrapped over records. Changes are to before self-play, paired: the same
 scenes, prompts and seeds. Where an interval holds zero there is no significant change.</p></div></div>
 <h2>Before and after</h2>
-{scrolling(f'<table class="results"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>', "results")}
-</section>"""
+{_metric_table(headline_metrics(first), summary, "results")}{samplers}
+{f"<h2>Understanding by what is asked</h2>{kinds}" if kinds else ""}</section>"""
 
 
-def _metric_row(name: str, summary: dict[str, Any]) -> str:
+def _metric_table(metrics: dict[tuple[str, ...], str], summary: dict[str, Any], name: str) -> str:
+    """A row for each metric with its values and changes by round; empty without metrics."""
+    heads = "<th>%</th><th>before</th>"
+    for number in range(1, len(summary["rounds"]) + 1):
+        heads += f"<th>round {number}</th><th>change, in points</th>"
+    rows = "".join(_metric_row(path, label, summary) for path, label in metrics.items())
+    table = f'<table class="results"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    return scrolling(table, name) if metrics else ""
+
+
+def _metric_row(path: tuple[str, ...], label: str, summary: dict[str, Any]) -> str:
     cells = []
     for _, metrics in _stages(summary):
-        interval = format_interval(metrics.get(f"{name}_ci95"))
-        cells.append(f"<td>{format_value(metrics.get(name))}<small>{interval}</small></td>")
-        change = metrics.get("change", {}).get(name)
+        interval = format_interval(interval_of(metrics, path))
+        cells.append(f"<td>{format_value(find(metrics, path))}<small>{interval}</small></td>")
+        change = find(metrics, ("change", *path))
         if change:
-            cells.append(_change_cell(name, change))
+            cells.append(_change_cell(path[-1], change))
         elif "change" in metrics:
             cells.append("<td>-</td>")
-    return f"<tr><th>{escape(LABELS[name])}</th>{''.join(cells)}</tr>"
+    return f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>"
 
 
 def _change_cell(name: str, change: dict[str, Any]) -> str:

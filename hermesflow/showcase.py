@@ -105,7 +105,7 @@ def _article(item: Shown, judged: bool) -> str:
 <div class="split"><div><h4>Drawn for this prompt</h4>{images}{questions}</div>
 <div><h4>Written about the real image</h4>
 {picture(item.real_pixels, f"The real image: {pair['caption']}", "real")}
-<ul class="captions">{_captions(item)}</ul></div></div></article>"""
+<ul class="captions">{_captions(item, judged)}</ul></div></div></article>"""
 
 
 def _image_role(row: dict[str, Any], pair: dict[str, Any]) -> str:
@@ -154,8 +154,9 @@ def _read(row: dict[str, Any]) -> list[str | None]:
     return [oracle.answer(item["question"], seen) for item in row["answers"]]
 
 
-def _captions(item: Shown) -> str:
-    """Captions best first, equal ones once; those of the previous round that are in the pair, last."""
+def _captions(item: Shown, judged: bool) -> str:
+    """Captions best first, equal ones once; those of the previous round that are in the pair, last. What is not true of
+    the built-in world's picture says so."""
     times = Counter(row["text"] for row in item.captions)
     scores = {row["text"]: row["score"] for row in item.captions}
     pair, lines = item.pair, []
@@ -164,9 +165,12 @@ def _captions(item: Shown) -> str:
             scores.setdefault(pair[f"{role}_caption"], pair[f"{role}_caption_score"])
     for text, score in scores.items():
         role = "win" if text == pair["win_caption"] else "lose" if text == pair["lose_caption"] else ""
-        mark = f' <b class="mark">{role}</b>' if role else ""
+        untrue = judged and shapes.parse_caption(text) != shapes.parse_caption(pair["caption"])
+        mark = f' <b class="mark">{role}{", but untrue" if untrue and role == "win" else ""}</b>' if role else ""
+        mark += "<small>untrue or incomplete</small>" if untrue else ""
         said = (escape(text) or "<i>no words</i>") + mark
         if times[text] != 1:
             said += f"<small>{times[text]} times</small>" if times[text] else "<small>previous round</small>"
-        lines.append(f'<li class="{role}"><span class="score">{score:.2f}</span><span>{said}</span></li>')
+        shown_as = f"{role} untrue" if role and untrue else role
+        lines.append(f'<li class="{shown_as}"><span class="score">{score:.2f}</span><span>{said}</span></li>')
     return "".join(lines)

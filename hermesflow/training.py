@@ -203,7 +203,7 @@ def _hold_out(pairs: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Tabl
 def _make_reference(policy: Policy, packer: PairPacker, visits: list[PairVisit], path: Path) -> Reference:
     """The reference of these visits, as the settings say; the policy still has its first weights."""
     config, transformer = packer.config, policy.transformer
-    if config.loss_type == "simpo" or not visits:
+    if not packer.referenced_sides or not visits:
         return NoReference()
     if config.reference == "live":
         return LiveReference(transformer, policy.adapters and policy.adapters.off)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 
@@ -549,6 +549,33 @@ def _about_background(scene: Scene) -> Question:
     return Question(_ASK_BACKGROUND, tuple(BACKGROUNDS), scene.background, "background", scene.background)
 
 
+def balanced_questions(scene: Scene, rng: np.random.Generator) -> tuple[Question, ...]:
+    """Questions about a scene's picture by which understanding is measured: no answer to yes or no is the safer one.
+
+    One question of each template that fits the scene, and of "is there a ... ?" two of the same form: the one asks for
+    what is there, the other for what is not, as POPE does (arXiv 2305.10355).
+
+    Args:
+        scene: the truth.
+        rng: draws what is asked about.
+    Returns: 6 to 9 questions, in the templates' order, those of yes and no last.
+    """
+    makers = [maker for maker in _fitting_makers(scene) if maker is not _random_presence]
+    asked = [question for maker in makers if (question := maker(scene, rng)) is not None]
+    name = _name_there(scene, rng)
+    return *asked, _about_presence(scene, *name), _about_presence(scene, *_absent_like(scene, name, rng))
+
+
+def question_kind(question: Question) -> str:
+    """What a question asks for, as results are told apart: its template, or "yes" or "no" where that is the answer.
+
+    Questions of other origin are told apart by their element_type, or are "other".
+    """
+    if question.answer in YES_NO and set(question.choices) <= set(YES_NO):
+        return question.answer
+    return _KIND_OF_TYPE.get(question.element_type, question.element_type) or "other"
+
+
 def training_questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Question, ...]:
     """Random questions over all templates; templates do not repeat before each that fits the scene has been drawn.
 
@@ -558,7 +585,7 @@ def training_questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[
         n: how many.
     Returns: n questions; those of yes or no are yes half of the time.
     """
-    makers = [maker for maker in _TRAINING_QUESTIONS if maker is not _random_relation or _has_relation(scene)]
+    makers = _fitting_makers(scene)
     questions: list[Question] = []
     while len(questions) < n:
         for index in rng.permutation(len(makers))[: n - len(questions)]:
@@ -566,6 +593,11 @@ def training_questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[
             if question is not None:
                 questions.append(question)
     return tuple(questions)
+
+
+def _fitting_makers(scene: Scene) -> list[Callable[[Scene, np.random.Generator], Question | None]]:
+    """Of the templates; those but relation may still find nothing to ask about."""
+    return [maker for maker in _TRAINING_QUESTIONS if maker is not _random_relation or _has_relation(scene)]
 
 
 def _has_relation(scene: Scene) -> bool:
@@ -614,9 +646,14 @@ def _random_relation(scene: Scene, rng: np.random.Generator) -> Question:
     return _about_relation(*_shuffled(scene.objects, rng))
 
 
-def _random_presence(scene: Scene, rng: np.random.Generator) -> Question:
+def _name_there(scene: Scene, rng: np.random.Generator) -> tuple[str | None, str | None]:
+    """A (color, shape) of an object, or one of the two with None for "any"."""
     names = _names(*_pick(scene.objects, rng).kind)[:3]
-    name = names[rng.choice(3, p=(0.6, 0.2, 0.2))]
+    return names[rng.choice(3, p=(0.6, 0.2, 0.2))]
+
+
+def _random_presence(scene: Scene, rng: np.random.Generator) -> Question:
+    name = _name_there(scene, rng)
     return _about_presence(scene, *(name if rng.integers(2) else _absent_like(scene, name, rng)))
 
 
@@ -644,6 +681,7 @@ _TRAINING_QUESTIONS = (
     _random_presence,
     _random_background,
 )
+_KIND_OF_TYPE = {"object": "shape", "location": "place", "spatial": "relation"}
 
 
 def make_record(scene: Scene, id: str, rng: np.random.Generator) -> Record:
@@ -657,5 +695,11 @@ def make_record(scene: Scene, id: str, rng: np.random.Generator) -> Record:
     """
     text = caption(scene, rng)
     return Record(
-        id=id, caption=text, category=scene.category, questions=record_questions(scene, text), image=render([scene])[0]
+        id=id,
+        caption=text,
+        category=scene.category,
+        questions=record_questions(scene, text),
+        # A stream of its own, so that what else a scene draws stays the same.
+        balanced_questions=balanced_questions(scene, np.random.default_rng([scene.seed, 1])),
+        image=render([scene])[0],
     )
