@@ -165,6 +165,34 @@ def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def right_of_asked(row: dict[str, Any]) -> dict[Path, tuple[float, float]]:
+    """What was right in a record, of how many, by metric.
+
+    Args:
+        row: one of "records" of evaluate.
+    Returns: {path: (right, asked)}; a metric is the sum of the one over the sum of the other, gap apart, which is a
+        difference of two.
+    """
+    own, balanced, drawn = row["answered"] or "", row.get("balanced"), row["drawn"] or []
+    found = {("understanding",): _digits(own if "balanced" not in row else balanced or "")}
+    if "balanced" in row:
+        found["understanding_record_questions",] = _digits(own)
+        for kind, digit in zip(row["kinds"] if balanced else (), balanced or "", strict=True):
+            right, asked = found.get(("understanding_by_kind", kind), (0, 0))
+            found["understanding_by_kind", kind] = right + int(digit), asked + 1
+    found["generation",], found["generation_strict",] = _digits("".join(drawn)), _in_full(drawn)
+    for name, item in row.get("samplers", {}).items():
+        images, scores = item["drawn"], item["scores"][:BEST_OF]
+        best = images[max(range(len(scores)), key=scores.__getitem__)]
+        found["samplers", name, "generation"] = _digits("".join(images))
+        found["samplers", name, "generation_strict"] = _in_full(images)
+        found["samplers", name, f"best_of_{BEST_OF}_strict"] = _in_full([best] if len(scores) == BEST_OF else [])
+    captioned = row["caption"] is not None
+    for name in ("caption_f1", "caption_exact"):
+        found[name,] = (float(row[name]), 1) if captioned else (0, 0)
+    return found
+
+
 def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """How the metrics changed, with the same records resampled in both.
 
@@ -411,34 +439,12 @@ def _with_gap(values: dict[Path, Any]) -> dict[Path, Any]:
 
 
 def _sums(rows: Sequence[dict[str, Any]]) -> Sums:
-    found = [_right_of_asked(row) for row in rows]
+    found = [right_of_asked(row) for row in rows]
     sums = {}
     for path in dict.fromkeys(path for row in found for path in row):
         right, asked = np.array([row.get(path, (0, 0)) for row in found], dtype=np.float64).T
         sums[path] = right, asked
     return sums
-
-
-def _right_of_asked(row: dict[str, Any]) -> dict[Path, tuple[float, float]]:
-    """What was right in a record, of how many, by metric."""
-    own, balanced, drawn = row["answered"] or "", row.get("balanced"), row["drawn"] or []
-    found = {("understanding",): _digits(own if "balanced" not in row else balanced or "")}
-    if "balanced" in row:
-        found["understanding_record_questions",] = _digits(own)
-        for kind, digit in zip(row["kinds"] if balanced else (), balanced or "", strict=True):
-            right, asked = found.get(("understanding_by_kind", kind), (0, 0))
-            found["understanding_by_kind", kind] = right + int(digit), asked + 1
-    found["generation",], found["generation_strict",] = _digits("".join(drawn)), _in_full(drawn)
-    for name, item in row.get("samplers", {}).items():
-        images, scores = item["drawn"], item["scores"][:BEST_OF]
-        best = images[max(range(len(scores)), key=scores.__getitem__)]
-        found["samplers", name, "generation"] = _digits("".join(images))
-        found["samplers", name, "generation_strict"] = _in_full(images)
-        found["samplers", name, f"best_of_{BEST_OF}_strict"] = _in_full([best] if len(scores) == BEST_OF else [])
-    captioned = row["caption"] is not None
-    for name in ("caption_f1", "caption_exact"):
-        found[name,] = (float(row[name]), 1) if captioned else (0, 0)
-    return found
 
 
 def _digits(text: str) -> tuple[int, int]:

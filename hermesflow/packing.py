@@ -143,13 +143,6 @@ class PairPacker:
         self._question = functools.cache(lambda text: model.layout.question(question_prompt(model, text)))
         self._answer = functools.cache(lambda text: answer_ids(model, text))
 
-    @property
-    def referenced_sides(self) -> tuple[str, ...]:
-        """Those whose loss compares the policy with the reference."""
-        sides = () if self.config.loss_type == "simpo" else SIDES
-        replayed = self.config.replay_weight and self.config.replay_target == "reference"
-        return (*sides, REPLAY) if replayed else tuple(sides)
-
     def only(self, *sides: str) -> PairPacker:
         """The same packer, which leaves out all but these sides of every pair."""
         packer = copy.copy(self)
@@ -216,7 +209,7 @@ class PairPacker:
         """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
         drawn_by = [getattr(self.config, name) for name in _DRAWN_BY]
         texts = [self.question_ids, self._captions, self._sides, self._packed_sides, self.seed, drawn_by]
-        texts += [self._questions] if REPLAY in self.referenced_sides else []
+        texts += [self._questions] if REPLAY in referenced_sides(self.config) else []
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
         for rows in self._tokens.values():
             digest.update(np.array([len(row) for row in rows], dtype=np.int32))
@@ -286,6 +279,13 @@ class PairPacker:
                 number = builder.number_answer(share)
                 targets = np.array([*answer, self.model.layout.eot])
                 builder.continue_text(REPLAY, index, number, question, answer, targets)
+
+
+def referenced_sides(config: TrainConfig) -> tuple[str, ...]:
+    """Those whose loss compares the policy with the reference."""
+    sides = () if config.loss_type == "simpo" else SIDES
+    replayed = config.replay_weight and config.replay_target == "reference"
+    return (*sides, REPLAY) if replayed else tuple(sides)
 
 
 def _asked_of(row: dict, config: TrainConfig) -> list[tuple[str, list[str]]]:

@@ -24,7 +24,7 @@ from hermesflow.engine.transformer import Transformer
 
 from .distributed import barrier, gather, is_main
 from .files import ParquetRows, damaged, read_parquet, write_parquet
-from .packing import REPLAY, PairBatch, PairPacker, PairVisit
+from .packing import REPLAY, PairBatch, PairPacker, PairVisit, referenced_sides
 from .progress import track
 
 _SCHEMA = pa.schema(
@@ -136,7 +136,7 @@ def cached_reference(
     table = read_parquet(path)
     try:
         table = table.cast(_SCHEMA.with_metadata(table.schema.metadata))
-        return CachedReference(path, table, packer.referenced_sides)
+        return CachedReference(path, table, referenced_sides(packer.config))
     except (pa.ArrowException, ValueError) as error:
         raise damaged(path, "reference", error) from error
 
@@ -151,7 +151,7 @@ def _rows(
 ) -> Iterator[dict]:
     """The rows of this process's passes; after a pair's first visit they are of what differs by visit (_key)."""
     device = packer.model.transformer.embed.weight.device
-    packer = packer.only(*packer.referenced_sides)
+    packer = packer.only(*referenced_sides(packer.config))
     differing = packer.only("generation", REPLAY)
     first: dict[int, PairVisit] = {}
     for visit in visits:

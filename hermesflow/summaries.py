@@ -25,7 +25,8 @@ ONE_SIDED = (
     "leans to yes does well by them; runs of today ask balanced questions."
 )
 """What a page says of a run that was measured before balanced questions were asked."""
-_SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "best_of_4_strict": "best of 4, strict"}
+SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "best_of_4_strict": "best of 4, strict"}
+"""What is measured by each sampler, as tables call it."""
 
 Path = tuple[str, ...]
 
@@ -45,7 +46,7 @@ def sampler_metrics(metrics: dict[str, Any]) -> dict[Path, str]:
     return {
         ("samplers", sampler, name): f"{sampler}, {label}"
         for sampler in metrics.get("samplers", {})
-        for name, label in _SAMPLER_LABELS.items()
+        for name, label in SAMPLER_LABELS.items()
     }
 
 

@@ -29,7 +29,7 @@ from .metric_log import Meter, MetricLog
 from .models import Model
 from .objective import StepSums, pass_objective
 from .origins import model_digest
-from .packing import PairPacker, PairVisit, check_pairs, trained_pairs
+from .packing import PairPacker, PairVisit, check_pairs, referenced_sides, trained_pairs
 from .progress import track
 from .references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
 from .trackers import open_tracker
@@ -134,7 +134,7 @@ class Policy:
         on_cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_cuda) else torch.float32
         self.is_sharded = world_size() > 1 or dtype != torch.float32
-        if self.is_sharded and config.reference == "live" and config.loss_type != "simpo" and not config.lora_rank:
+        if self.is_sharded and config.reference == "live" and referenced_sides(config) and not config.lora_rank:
             raise InputError(
                 "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
             )
@@ -203,7 +203,7 @@ def _hold_out(pairs: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Tabl
 def _make_reference(policy: Policy, packer: PairPacker, visits: list[PairVisit], path: Path) -> Reference:
     """The reference of these visits, as the settings say; the policy still has its first weights."""
     config, transformer = packer.config, policy.transformer
-    if not packer.referenced_sides or not visits:
+    if not referenced_sides(config) or not visits:
         return NoReference()
     if config.reference == "live":
         return LiveReference(transformer, policy.adapters and policy.adapters.off)

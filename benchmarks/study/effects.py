@@ -19,9 +19,9 @@ from hermesflow.stats import percentile_interval
 
 from ..lines import Line
 from .arms import ARMS
-from .runner import BASE, COUNTS, PAIR_DPO
+from .runner import BASE, PAIR_DPO
 
-METRICS = ("understanding", "generation", "generation_strict", "gap")
+HEADLINE = ("understanding", "generation", "generation_strict", "gap")
 """As hermesflow.evaluation has them: fractions of sums over records; gap is understanding less generation."""
 NUM_RESAMPLES = 4000
 SEED = 20250218
@@ -46,17 +46,21 @@ class Effects:
             raise InputError(
                 "study: no seed of study.seeds has been run with all of its arms yet; let hermesflow study go on"
             )
-        counts = {(line["arm"], line["seed"]): [line[name] for name in COUNTS] for line in lines}
-        base = np.array([counts[BASE, None]])
+        right = {(line["arm"], line["seed"]): line["right"] for line in lines}
+        asked = next(line["asked"] for line in lines if line["arm"] == BASE)
         self.rounds = max(line["rounds"] for line in lines)
-        of_base = dict(zip(COUNTS, base[0], strict=True))
-        self.num_understanding, self.num_prompts = (int((of_base[name] > 0).sum()) for name in ("asked", "images"))
-        self.num_images = int(of_base["images"].sum())
+        of_base = {name: np.array(counts) for name, counts in asked.items()}
+        self.num_understanding, self.num_prompts = (
+            int((of_base[name] > 0).sum()) for name in ("understanding", "generation_strict")
+        )
+        self.num_images = int(of_base["generation_strict"].sum())
+        self.metrics = [*HEADLINE, *(name for name in asked if name not in HEADLINE)]
+        """All that was measured, the headline first."""
         rng = np.random.default_rng(SEED)
-        weights = _weights(rng, base.shape[2])
+        weights = _weights(rng, len(of_base["understanding"]))
         self._ratios = {
-            arm: _ratios(np.array([counts[arm, seed] for seed in self.seeds]), weights) for arm in self.arms
-        } | {BASE: _ratios(base, weights)}
+            arm: _ratios([right[arm, seed] for seed in self.seeds], asked, weights) for arm in self.arms
+        } | {BASE: _ratios([right[BASE, None]], asked, weights)}
         """Metrics [1 + NUM_RESAMPLES, seeds] by arm; the first row is of each record once."""
         self._t = rng.standard_t(max(len(self.seeds) - 1, 1), NUM_RESAMPLES)
 
@@ -107,12 +111,12 @@ def _weights(rng: np.random.Generator, number: int) -> np.ndarray:
     return np.concatenate([np.ones((1, number)), drawn])
 
 
-def _ratios(counts: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Each metric float64 [B, seeds] of counts [seeds, COUNTS, records], the records weighted [B, records]."""
-    understood, asked, right, questions, strict, images = np.einsum("br,scr->cbs", weights, counts, optimize=True)
-    ratios = {
-        "understanding": understood / asked,
-        "generation": right / questions,
-        "generation_strict": strict / images,
-    }
+def _ratios(
+    right: Sequence[dict[str, list[int]]], asked: dict[str, list[int]], weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Each metric float64 [B, seeds] of what was right by seed, the records weighted [B, records]."""
+    ratios = {}
+    for name, of_name in asked.items():
+        found = np.array([of_seed[name] for of_seed in right], dtype=np.float64)
+        ratios[name] = weights @ found.T / (weights @ np.array(of_name, dtype=np.float64))[:, None]
     return ratios | {"gap": ratios["understanding"] - ratios["generation"]}

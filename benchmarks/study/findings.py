@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from hermesflow.summaries import LABELS, format_change, format_points, format_value, tell_verdict
+from hermesflow.summaries import LABELS, SAMPLER_LABELS, format_change, format_points, format_value, tell_verdict
 
 from .arms import ARMS
-from .effects import METRICS, Change, Effects
+from .effects import HEADLINE, Change, Effects
 from .runner import BASE, PAIR_DPO
 
 NAMES = {BASE: "before self-play"} | {arm: arm for arm in ARMS}
@@ -20,6 +20,23 @@ CLAIMS = (
 )  # fmt: skip
 """The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
 _ANSWERS = {"better": "yes", "worse": "no, it harms"}
+
+
+def metric_label(metric: str) -> str:
+    """How tables call a metric of a study's lines."""
+    if metric in LABELS:
+        return LABELS[metric]
+    group, *names = metric.split()
+    return f"{names[0]}, {SAMPLER_LABELS[names[1]]}" if group == "samplers" else f"asked for {names[0]}"
+
+
+def metric_groups(effects: Effects) -> dict[str, list[str]]:
+    """The metrics of a study's tables, by title: the headline, by sampler, and by what is asked for."""
+    return {
+        "measured": list(HEADLINE),
+        "drawn by steps/temperature": [name for name in effects.metrics if name.endswith("generation_strict")][1:],
+        "understanding": [name for name in effects.metrics if name.startswith("understanding_")],
+    }
 
 
 def describe_study(effects: Effects) -> str:
@@ -78,10 +95,10 @@ def tell_difference(metric: str, difference: Change) -> str:
 def console_tables(effects: Effects) -> list[Table]:
     """A table for each metric: the arms, their changes, and pair-dpo minus each."""
     tables = []
-    for metric in METRICS:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in (LABELS[metric], "%", "change", "pair-dpo minus it"):
-            table.add_column(name, min_width=20 if name == LABELS[metric] else None)
+    for metric in (metric for group in metric_groups(effects).values() for metric in group):
+        table, label = Table(box=None, padding=(0, 2, 0, 0)), metric_label(metric)
+        for name in (label, "%", "change", "pair-dpo minus it"):
+            table.add_column(name, min_width=20 if name == label else None)
         table.add_row(NAMES[BASE], format_value(effects.value(BASE, metric)))
         for arm in effects.arms:
             less = "" if arm == PAIR_DPO else _marked(effects.difference(PAIR_DPO, arm, metric), "[bold]", "[/bold]")
@@ -92,21 +109,28 @@ def console_tables(effects: Effects) -> list[Table]:
 
 
 def markdown(effects: Effects) -> str:
-    """Two tables, changes and pair-dpo minus each control, and the answers; bold leaves out zero."""
-    header = ["%, change in points", *(LABELS[metric] for metric in METRICS)]
+    """Of each group of metrics two tables, changes and pair-dpo minus each control, and the answers; bold leaves out
+    zero."""
+    told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
+    parts = [[describe_study(effects)]]
+    for title, metrics in metric_groups(effects).items():
+        parts += _markdown_tables(effects, title, metrics) if metrics else []
+    return "\n\n".join("\n".join(part) for part in [*parts, told] if part) + "\n"
+
+
+def _markdown_tables(effects: Effects, title: str, metrics: list[str]) -> list[list[str]]:
+    header = [f"{title}: %, change in points", *map(metric_label, metrics)]
     rows = [header, ["---"] * len(header)]
-    rows.append([NAMES[BASE], *(format_value(effects.value(BASE, metric)) for metric in METRICS)])
+    rows.append([NAMES[BASE], *(format_value(effects.value(BASE, metric)) for metric in metrics)])
     for arm in effects.arms:
-        values = (format_value(effects.value(arm, metric)) for metric in METRICS)
-        changes = (_marked(effects.change(arm, metric)) for metric in METRICS)
+        values = (format_value(effects.value(arm, metric)) for metric in metrics)
+        changes = (_marked(effects.change(arm, metric)) for metric in metrics)
         rows.append([NAMES[arm], *map(", ".join, zip(values, changes, strict=True))])
     less = [["pair-dpo minus, in points", *header[1:]], ["---"] * len(header)]
     for arm in effects.arms:
         if arm != PAIR_DPO:
-            less.append([NAMES[arm], *(_marked(effects.difference(PAIR_DPO, arm, metric)) for metric in METRICS)])
-    told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
-    parts = [[describe_study(effects)], _piped(rows), _piped(less) if len(less) > 2 else [], told]
-    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+            less.append([NAMES[arm], *(_marked(effects.difference(PAIR_DPO, arm, metric)) for metric in metrics)])
+    return [_piped(rows), _piped(less) if len(less) > 2 else []]
 
 
 def _piped(rows: list[list[str]]) -> list[str]:

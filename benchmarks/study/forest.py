@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from hermesflow.files import atomic_write
-from hermesflow.summaries import LABELS, tell_verdict
+from hermesflow.summaries import tell_verdict
 
 from ..roofline import check_matplotlib
-from .effects import METRICS, Effects
-from .findings import NAMES, describe_study
+from .effects import HEADLINE, Effects
+from .findings import NAMES, describe_study, metric_groups, metric_label
 
 _COLORS = {"better": "#17734a", "worse": "#b3302a"}
 _NO_CHANGE = "#777777"
@@ -27,9 +27,15 @@ def plot_effects(effects: Effects, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 1.6 + 0.36 * len(effects.arms)), layout="constrained")
+    metrics = [*HEADLINE, *metric_groups(effects)["drawn by steps/temperature"]]
+    num_columns = len(HEADLINE)
+    num_rows = -(-len(metrics) // num_columns)
+    figure = Figure(figsize=(13, 0.6 + num_rows * (1 + 0.36 * len(effects.arms))), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True):
+    panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(metrics) :]:
+        axes.set_visible(False)
+    for axes, metric in zip(panels, metrics, strict=False):
         axes.axvline(0, color="#333333", linewidth=1)
         for row, arm in enumerate(effects.arms):
             change = effects.change(arm, metric)
@@ -37,7 +43,7 @@ def plot_effects(effects: Effects, path: Path) -> None:
             low, high = (100 * end for end in change["ci95"])
             axes.plot([low, high], [row, row], color=color, linewidth=2)
             axes.plot(100 * change["change"], row, "o", color=color)
-        axes.set(title=LABELS[metric], xlabel="change in points")
+        axes.set(title=metric_label(metric), xlabel="change in points")
         axes.grid(axis="x", color="#dddddd")
     axes.set_yticks(range(len(effects.arms)), [NAMES[arm] for arm in effects.arms])
     axes.set_ylim(len(effects.arms) - 0.5, -0.5)

@@ -16,8 +16,8 @@ from hermesflow.models import open_model
 from hermesflow.summaries import LABELS, format_change, format_value, tell_verdict
 
 from .arms import ARMS, arm_config
-from .effects import METRICS, Change, Effects
-from .findings import NAMES, answer_claims, describe_study, tell_difference
+from .effects import HEADLINE, Change, Effects
+from .findings import NAMES, answer_claims, describe_study, metric_groups, metric_label, tell_difference
 from .runner import BASE, PAIR_DPO
 
 _NUM_SHOWN = 6  # prompts
@@ -35,10 +35,8 @@ def write_page(config: Config, effects: Effects) -> Path:
     path, arms = config.run_folder / "index.html", effects.arms
     listed = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm].told)}</li>" for arm in arms)
     answers = "".join(f"<p><b>{escape(asked)}</b> {escape(told)}</p>" for asked, told in answer_claims(effects))
-    lead = "; ".join(f"{LABELS[metric]} {format_change(effects.change(PAIR_DPO, metric))}" for metric in METRICS)
-    base = _row(NAMES[BASE], [f"<td>{format_value(effects.value(BASE, metric))} %</td>" for metric in METRICS])
-    changes = {arm: [effects.change(arm, metric) for metric in METRICS] for arm in arms}
-    less = {arm: [effects.difference(PAIR_DPO, arm, metric) for metric in METRICS] for arm in arms if arm != PAIR_DPO}
+    lead = "; ".join(f"{LABELS[metric]} {format_change(effects.change(PAIR_DPO, metric))}" for metric in HEADLINE)
+    changes = "".join(_changes(effects, title, metrics) for title, metrics in metric_groups(effects).items() if metrics)
     body = f"""<p class="over">Study {escape(config.run.name)}</p>
 <h1>Self-play against its controls</h1>
 <p class="lead">Self-play as it is changes, in points: {escape(lead)}.</p>
@@ -46,33 +44,46 @@ def write_page(config: Config, effects: Effects) -> Path:
 seeds and scenes are resampled alike for all. Where an interval holds zero, nothing is shown.</p>
 {answers}
 <section><h2>The arms</h2><ul class="note">{listed}</ul></section>
-<section><h2>Changes to before self-play</h2>{_forests(changes, tell_verdict)}
-{_table(changes, tell_verdict, base)}</section>"""
-    if less:
-        body += f"""
-<section><h2>{PAIR_DPO.capitalize()} minus each control</h2>{_forests(less, tell_difference)}
-{_table(less, tell_difference)}</section>"""
+{changes}"""
     write_text(path, document(f"{config.run.name}: self-play against its controls", body + _pictures(config, effects)))
     return path
 
 
-def _forests(changes: dict[str, list[Change]], tell: Callable[[str, Change], str]) -> str:
-    """A forest plot for each metric; changes has each arm's, in the order of METRICS."""
+def _changes(effects: Effects, title: str, metrics: Sequence[str]) -> str:
+    """A group of metrics: changes to before self-play, and pair-dpo minus each control."""
+    arms = effects.arms
+    base = _row(NAMES[BASE], [f"<td>{format_value(effects.value(BASE, metric))} %</td>" for metric in metrics])
+    changes = {arm: [effects.change(arm, metric) for metric in metrics] for arm in arms}
+    less = {arm: [effects.difference(PAIR_DPO, arm, metric) for metric in metrics] for arm in arms if arm != PAIR_DPO}
+    section = f"""
+<section><h2>{escape(title.capitalize())}: changes to before self-play</h2>{_forests(metrics, changes, tell_verdict)}
+{_table(metrics, changes, tell_verdict, base)}</section>"""
+    if less:
+        section += f"""
+<section><h2>{escape(title.capitalize())}: {PAIR_DPO} minus each control</h2>{_forests(metrics, less, tell_difference)}
+{_table(metrics, less, tell_difference)}</section>"""
+    return section
+
+
+def _forests(metrics: Sequence[str], changes: dict[str, list[Change]], tell: Callable[[str, Change], str]) -> str:
+    """A forest plot for each metric; changes has each arm's, in the order of the metrics."""
     cards = ""
-    for index, metric in enumerate(METRICS):
+    for index, metric in enumerate(metrics):
         found = [(NAMES[arm], of_arm[index]) for arm, of_arm in changes.items()]
         rows = [(name, Measured(item["change"], *item["ci95"]), tell(metric, item)) for name, item in found]
-        title = LABELS[metric]
+        title = metric_label(metric)
         cards += f'<div class="card"><h4>{escape(title.capitalize())}</h4>{forest_chart(title, rows)}</div>'
     return f'<div class="split wide">{cards}</div>'
 
 
-def _table(changes: dict[str, list[Change]], tell: Callable[[str, Change], str], first: str = "") -> str:
+def _table(
+    metrics: Sequence[str], changes: dict[str, list[Change]], tell: Callable[[str, Change], str], first: str = ""
+) -> str:
     """A row for each arm, after a first one."""
-    heads = "".join(f"<th>{escape(LABELS[metric])}</th>" for metric in METRICS)
+    heads = "".join(f"<th>{escape(metric_label(metric))}</th>" for metric in metrics)
     rows = first
     for arm, of_arm in changes.items():
-        told = [(format_change(item), tell(metric, item)) for metric, item in zip(METRICS, of_arm, strict=True)]
+        told = [(format_change(item), tell(metric, item)) for metric, item in zip(metrics, of_arm, strict=True)]
         rows += _row(arm, [f'<td class="{word.split()[0]}">{text}<small>{word}</small></td>' for text, word in told])
     table = f'<table class="results"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     return scrolling(table, "results")

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from hermesflow.config import STUDY_ARMS, Config, ConfigError
 from hermesflow.distributed import local_device
-from hermesflow.evaluation import evaluate
+from hermesflow.evaluation import evaluate, right_of_asked
 from hermesflow.files import InputError, atomic_write
 from hermesflow.models import Model, open_model
 from hermesflow.origins import check_origin, claim_folder, model_digest
@@ -40,9 +40,9 @@ from ..measuring import run_facts
 from .arms import ARMS, arm_config
 
 BASE, PAIR_DPO = "base", STUDY_ARMS[0]
-COUNTS = ("understood", "asked", "right", "questions", "strict", "images")
-"""Of each record: questions about its real image answered rightly, of how many; questions that its drawn images answer
-rightly, of how many; drawn images right in full, of how many."""
+COUNTS = ("right", "asked")
+"""By metric, a number for each record: what was right, of how many. A metric is named by its path in an evaluation's
+metrics, such as "samplers 4/0.7 generation_strict"."""
 _FACTS = ("device", "torch", "commit", "date")
 
 
@@ -52,8 +52,8 @@ def run_study(config: Config, console: Console) -> list[Line]:
     Args:
         config: the settings; config.study says what is run, config.run names the folder.
         console: receives a line for each measurement.
-    Returns: the lines of study.jsonl: {"arm", "seed", "rounds", COUNTS as lists with a number for each record,
-        "metrics", "settings", "seconds", "device", "torch", "commit", "date"}; the first is of the base.
+    Returns: the lines of study.jsonl: {"arm", "seed", "rounds", COUNTS, "metrics", "settings", "seconds", "device",
+        "torch", "commit", "date"}; the first is of the base. The others lack "asked", which is the same for all.
     Raises: InputError if the folder holds results of other settings or weights or cannot be written, the settings leave
         an arm nothing to train, or an arm keeps no pair.
     """
@@ -90,23 +90,29 @@ def read_study(path: Path) -> list[Line]:
         path: study.jsonl, or a copy.
     Raises: InputError if the file is missing, damaged or not of a study.
     """
-    lines = read_objects(path, ("arm", "seed", "rounds", *COUNTS, "metrics", "settings", "seconds"), "a study")
+    lines = read_objects(path, ("arm", "seed", "rounds", "right", "metrics", "settings", "seconds"), "a study")
     keys = [(line["arm"], line["seed"]) for line in lines]
     named = all(arm in list(ARMS) and isinstance(seed, int) for arm, seed in keys[1:])
-    if not keys or keys[0] != (BASE, None) or not named:
+    if not keys or keys[0] != (BASE, None) or not named or "asked" not in lines[0]:
         raise InputError(f"{path}: is not of a study: expected a line of {BASE}, then lines of {', '.join(ARMS)}")
     settings: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
-        counts = [line[name] for name in COUNTS]
-        if not all(isinstance(of_name, list) and all(type(count) is int for count in of_name) for of_name in counts):
+        if not all(map(_are_counts, (line["right"], line.get("asked", line["right"])))):
             raise InputError(f"{path}: line {number} is damaged: expected lists of counts; remove it and run again")
-        if {len(of_name) for of_name in counts} != {len(lines[0]["asked"])}:
+        if {name: len(counts) for name, counts in line["right"].items()} != {
+            name: len(counts) for name, counts in lines[0]["asked"].items()
+        }:
             raise InputError(f"{path}: line {number} measures other records than line 1; remove it and run again")
         if keys.index(keys[number - 1]) < number - 1:
             raise InputError(f"{path}: line {number} repeats an arm and seed; remove one of the two")
         if settings.setdefault(line["arm"], line["settings"]) != line["settings"]:
             raise InputError(f"{path}: line {number} was measured under other settings than its arm's first; remove it")
     return lines
+
+
+def _are_counts(counts: Any) -> bool:
+    lists = list(counts.values()) if isinstance(counts, dict) else [None]
+    return all(isinstance(of_name, list) and all(type(count) is int for count in of_name) for of_name in lists)
 
 
 def run_arm(config: Config, arm: str, seed: int) -> Line:
@@ -130,6 +136,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
         run.curate(number)
         run.train(number)
     line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(evaluate(run.model(rounds), of_arm.eval), of_arm)
+    del line["asked"]  # the base's line has it
     if arm != PAIR_DPO:  # of which candidates may be looked at later
         for folder in run.folder.glob("round-*/candidates"):
             shutil.rmtree(folder)
@@ -155,18 +162,14 @@ def _measure_base(model: Model, config: Config) -> Line:
 
 def _measured(result: dict[str, Any], config: Config) -> Line:
     """What a line keeps of an evaluation."""
-    answered = [row["answered"] or "" for row in result["records"]]
-    drawn = [row["drawn"] or [] for row in result["records"]]
-    counts = (
-        [text.count("1") for text in answered],
-        [len(text) for text in answered],
-        ["".join(images).count("1") for images in drawn],
-        [len("".join(images)) for images in drawn],
-        [sum("0" not in image for image in images) for images in drawn],
-        [len(images) for images in drawn],
-    )
+    rows = [right_of_asked(row) for row in result["records"]]
+    paths = [path for path in dict.fromkeys(path for row in rows for path in row) if not path[0].startswith("caption")]
+    counts = {
+        name: {" ".join(path): [int(row.get(path, (0, 0))[index]) for row in rows] for path in paths}
+        for index, name in enumerate(COUNTS)
+    }
     metrics = {name: result["metrics"][name] for name in LABELS}
-    return dict(zip(COUNTS, counts, strict=True)) | {"metrics": metrics, "settings": settings_digest(config)}
+    return counts | {"metrics": metrics, "settings": settings_digest(config)}
 
 
 def _measure_arms(config: Config, jobs: Sequence[Sequence[tuple[str, int]]], add: Callable[[Line], None]) -> None:
@@ -248,6 +251,7 @@ def _check_settings(path: Path, lines: Sequence[Line], config: Config) -> None:
 
 
 def _told(line: Line) -> str:
-    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in list(LABELS)[:4])
+    told = ("understanding", "generation", "generation_strict", "gap")
+    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in told)
     which = "before self-play" if line["arm"] == BASE else f"seed {line['seed']}, {line['arm']}"
     return f"{which}: {values} (%), {line['seconds']:.0f} s"

@@ -105,6 +105,7 @@ def random_pairs() -> Callable[..., pa.Table]:
             if asked:
                 of_row = asked[: index % (len(asked) + 1)]
                 row |= {"questions": [question for question, _ in of_row], "answers": [answer for _, answer in of_row]}
+                row["choices"] = [["blue", answer, "top left"][: 2 + (answer == "no")] for _, answer in of_row]
             rows.append(row)
         return pa.Table.from_pylist(rows, PAIRS_SCHEMA)
 

@@ -38,6 +38,7 @@ SETTINGS = {
     "generation alone": {"understanding_weight": 0},
     "understanding alone": {"generation_weight": 0, "nll_weight": 0.2},
     "replay": {"replay_weight": 0.7, "replayed_questions": 1},
+    "right answers replayed": {"replay_weight": 0.7, "replay_target": "answers"},
     "generation and replay": {"understanding_weight": 0, "replay_weight": 0.7},
     "understanding and replay": {"generation_weight": 0, "replay_weight": 0.7},
 }
@@ -62,9 +63,8 @@ def make_packer(model, random_pairs, settings):
 def values_of(batch, seed, scale=1.0):
     """Token log-probabilities fp32 [T] that are the same for a visit in any pass."""
     parts = []
-    for name, side in batch.sides.items():
-        for index, visit in enumerate(batch.visits):
-            count = int((side.segment // 2 == index).sum())
+    for name in batch.sides:
+        for count, visit in zip(batch.num_tokens_of[name], batch.visits_of[name], strict=True):
             rng = np.random.default_rng([seed, len(name), *visit])
             parts.append(-scale * rng.exponential(size=count))
     return torch.from_numpy(np.concatenate(parts)).float()
@@ -103,15 +103,31 @@ def plain_pair(now, before, weights, config):
     return found
 
 
+def plain_replay(now, before, number, config):
+    """Of one visit: the mean over tokens of right answers, or over questions of the divergence from the reference."""
+    if config.replay_target == "answers":
+        return -now.mean()
+    ours, theirs = ([values[number == answer].sum() for answer in number.unique()] for values in (now, before))
+    total = sum(p.exp() * (p - q) - p.exp() + q.exp() for p, q in zip(theirs, ours, strict=True))
+    return total / num_questions(len(ours))
+
+
+def num_questions(num_answers):
+    """Of make_packer's pairs: each question has two choices."""
+    assert num_answers % 2 == 0
+    return num_answers // 2
+
+
 def plain_objective(logprob, reference, batch, config):
     """Loss and metrics of a step of one pass, pair by pair."""
     loss, metrics, before = 0.0, {}, batch.split(reference)
     for name, now in batch.split(logprob).items():
         side, rows = batch.sides[name], []
         if name == "replay":
-            nll = [-now[side.segment == 2 * pair].mean() for pair in set((side.segment // 2).tolist())]
-            metrics["replay/nll"] = (sum(nll) / len(nll)).item()
-            loss += config.replay_weight * sum(nll) / len(nll)
+            of_visits = (values.split(batch.num_tokens_of[name]) for values in (now, before[name], side.segment))
+            kept = [plain_replay(*of_visit, config) for of_visit in zip(*of_visits, strict=True)]
+            metrics[f"replay/{'kl' if config.replay_target == 'reference' else 'nll'}"] = (sum(kept) / len(kept)).item()
+            loss += config.replay_weight * sum(kept) / len(kept)
             continue
         for pair in range(len(batch.visits)):
             tokens = [side.segment == 2 * pair + lose for lose in (0, 1)]
@@ -168,8 +184,9 @@ def test_passes_add_up(shared_tiny_model, random_pairs, settings, split):
             loss.backward()
             sums.add(loss, shares)
             for name, gradient in batch.split(logprob.grad).items():
-                for index, visit in enumerate(batch.visits):
-                    gradients[name, visit] = gradient[batch.sides[name].segment // 2 == index].tolist()
+                of_visits = gradient.split(batch.num_tokens_of[name])
+                for visit, of_visit in zip(batch.visits_of[name], of_visits, strict=True):
+                    gradients[name, visit] = of_visit.tolist()
         return sums.metrics(), {key: values for key, values in gradients.items() if values}
 
     parts = [[visits[item] for item in part if item < len(visits)] for part in split]
@@ -182,26 +199,41 @@ def test_passes_add_up(shared_tiny_model, random_pairs, settings, split):
 
 def test_replay_adds_its_weight_times_the_mean_over_its_pairs(shared_tiny_model, random_pairs):
     """By hand: each pair counts alike, however many questions and tokens it has."""
-    packer, visits = make_packer(shared_tiny_model, random_pairs, PAPER_OBJECTIVE | {"replay_weight": 0.7})
+    settings = PAPER_OBJECTIVE | {"replay_weight": 0.7, "replay_target": "answers"}
+    packer, visits = make_packer(shared_tiny_model, random_pairs, settings)
     batch, totals = packer.pack(visits), packer.num_pairs(visits)
     reference, logprob = values_of(batch, 0), values_of(batch, 1).requires_grad_()
     loss, shares = pass_objective(logprob, reference, batch, totals, packer.config)
     without = dataclasses.replace(packer.config, replay_weight=0.0)
     rest, _ = pass_objective(logprob, reference, batch, totals, without)
-    pair_of = batch.sides["replay"].segment // 2
-    policy = batch.split(logprob)["replay"]
-    parts = [policy[pair_of == index].tolist() for index in pair_of.unique()]
+    lengths = batch.num_tokens_of["replay"]
+    parts = [part.tolist() for part in batch.split(logprob)["replay"].split(lengths)]
     assert len(parts) == totals["replay"] == 3 and len({len(part) for part in parts}) > 1
     expected = -np.mean([np.mean(part) for part in parts])
     assert shares["replay/nll"].item() == pytest.approx(expected, rel=1e-6)
     assert loss.item() - rest.item() == pytest.approx(0.7 * expected, rel=1e-5)
     gradient = batch.split(torch.autograd.grad(loss, logprob)[0])["replay"]
-    lengths = torch.bincount(pair_of)[pair_of]
-    assert torch.allclose(gradient, -0.7 / 3 / lengths)
+    assert torch.allclose(gradient, torch.cat([torch.full((length,), -0.7 / 3 / length) for length in lengths]))
+
+
+def test_the_replay_of_a_reference_starts_at_zero_and_pulls_back(shared_tiny_model, random_pairs):
+    """By hand: no loss and no gradient at the reference; away from it each choice is pulled by p - q."""
+    packer, visits = make_packer(shared_tiny_model, random_pairs, PAPER_OBJECTIVE | {"replay_weight": 0.7})
+    batch = packer.only("replay").pack(visits)
+    totals, side = packer.only("replay").num_pairs(visits), batch.sides["replay"]
+    reference = values_of(batch, 0)
+    for moved in (0.0, 0.3):
+        logprob = (reference + moved).requires_grad_()
+        loss, shares = pass_objective(logprob, reference, batch, totals, packer.config)
+        (gradient,) = torch.autograd.grad(loss, logprob)
+        ours, theirs = (torch.zeros(len(side.pair_weight)).index_add(0, side.segment, x) for x in (logprob, reference))
+        pull = 0.7 / totals["replay"] * (side.pair_weight * (ours.exp() - theirs.exp()))[side.segment]
+        assert torch.allclose(gradient, pull.detach(), atol=1e-8)
+        assert (loss.item() == 0.0) == (moved == 0.0) == (shares["replay/kl"].item() == 0.0) and loss.item() >= 0
 
 
 def test_simpo_does_not_read_the_reference(shared_tiny_model, random_pairs):
-    packer, visits = make_packer(shared_tiny_model, random_pairs, LOSSES["simpo"])
+    packer, visits = make_packer(shared_tiny_model, random_pairs, LOSSES["simpo"] | {"replay_target": "answers"})
     batch, totals = packer.pack(visits), packer.num_pairs(visits)
     found = []
     for reference in (torch.zeros(len(batch.rows)), torch.full((len(batch.rows),), math.nan)):
@@ -230,9 +262,9 @@ def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pa
     packer, visits = make_packer(shared_tiny_model, random_pairs, settings)
     batch, totals = packer.pack([PairVisit(2, 2)]), packer.num_pairs(visits)
     _, shares = pass_objective(values_of(batch, 0), values_of(batch, 1), batch, totals, packer.config)
-    names = [name.partition("/")[2] for name in shares if name != "replay/nll"]
+    names = [name.partition("/")[2] for name in shares if name != "replay/kl"]
     sums = StepSums(totals, packer.config, torch.device("cpu"))
-    expected = ["loss", *(f"{side}/{name}" for side in ("generation", "understanding") for name in names), "replay/nll"]
+    expected = ["loss", *(f"{side}/{name}" for side in ("generation", "understanding") for name in names), "replay/kl"]
     assert sums.metrics() == dict.fromkeys(expected, 0.0)
     sums.add(torch.tensor(0.5), shares)
     metrics = sums.metrics()

@@ -36,6 +36,7 @@ WAYS = {
     "complements": {"masks_per_pair": 4, "complementary_masks": True},
     "elbo": {"masks_per_pair": 2, "complementary_masks": False, "elbo_weighting": True},
     "no replay": ONE_MASK | {"replay_weight": 0.0},
+    "right answers replayed": ONE_MASK | {"replay_target": "answers"},
     "one question replayed": ONE_MASK | {"replayed_questions": 1},
     "dropped prompts": ONE_MASK | {"condition_dropout": 0.5},
     "means over tokens": {"masks_per_pair": 2, "complementary_masks": False, "length_normalize": True},
@@ -88,6 +89,7 @@ def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, rand
         for name, logprob in batch.split(batch_logprobs(model.transformer, batch)).items()
     }
     prompts = [ids for ids in spans_of(batch.tree, -1) if ids[0] == model.layout.special("t2i")]
+    numbers = itertools.count()
     for index, (visit, prompt) in enumerate(zip(visits, prompts, strict=True)):
         row = pairs.slice(visit.pair, 1).to_pylist()[0]
         condition = prompt[2:-1]
@@ -109,13 +111,14 @@ def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, rand
             assert weighted["understanding"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
         if config.replay_weight:
             order = np.random.default_rng([5, 4, *visit]).permutation(len(row["questions"]))
-            expected = sum(
-                answer_sum(naive, model, row["record_codes"], *map(model.encode_text, (question, answer)))
-                for question, answer in zip(row["questions"], row["answers"], strict=True)
-                if row["questions"].index(question) in order[: config.replayed_questions]
-            )
-            mine = batch.sides["replay"].segment == 2 * index
-            assert weighted["replay"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
+            for number in order[: config.replayed_questions]:
+                right = [row["answers"][number]]
+                for answer in right if config.replay_target == "answers" else row["choices"][number]:
+                    texts = (row["questions"][number], answer)
+                    expected = answer_sum(naive, model, row["record_codes"], *map(model.encode_text, texts))
+                    mine = batch.sides["replay"].segment == next(numbers)
+                    assert weighted["replay"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
+    assert not config.replay_weight or next(numbers) == len(batch.sides["replay"].pair_weight)
 
 
 @every_way
@@ -225,10 +228,14 @@ def test_a_visit_predicts_the_same_in_any_pass(shared_tiny_model, random_pairs, 
         parts = [batch.sides[name] for batch in alone if name in batch.sides]
         for field in ("targets", "token_weight"):
             assert torch.equal(getattr(side, field), torch.cat([getattr(part, field) for part in parts]))
-        assert torch.equal(side.segment // 2, torch.cat([
-            torch.full_like(batch.sides[name].segment, index)
-            for index, batch in enumerate(alone) if name in batch.sides
-        ]))  # fmt: skip
+        # Pairs are numbered by their visits, answers one after the other.
+        sizes = [len(part.pair_weight) if name == "replay" else 2 for part in parts]
+        having = [index for index, batch in enumerate(alone) if name in batch.sides]
+        firsts = np.cumsum([0, *sizes]) if name == "replay" else 2 * np.array(having)
+        segments = [part.segment + int(first) for part, first in zip(parts, firsts, strict=False)]
+        assert torch.equal(side.segment, torch.cat(segments))
+        assert together.num_tokens_of[name] == [len(part.rows) for part in parts]
+        assert together.visits_of[name] == [visits[index] for index in having]
         ids = [batch.tree.token_ids[batch.sides[name].rows] for batch in alone if name in batch.sides]
         assert torch.equal(together.tree.token_ids[side.rows], torch.cat(ids))
 
@@ -503,23 +510,24 @@ def test_fingerprint_sees_how_passes_are_drawn(shared_tiny_model, random_pairs):
 
 
 def replayed_texts(model, batch):
-    """(question, answer) of each span that the replay predicts in, and the texts of what it must predict."""
+    """(question, answer) of each answer that the replay predicts, in order."""
     side, tree, found = batch.sides["replay"], batch.tree, []
-    starts = tree.packed_starts
-    for span in sorted({int(np.searchsorted(starts, row, "right")) - 1 for row in side.rows.tolist()}):
-        rows = tree.span_rows(span)
-        mine = (side.rows >= rows.start) & (side.rows < rows.stop)
-        targets = side.targets[mine].tolist()
-        assert targets[-1] == model.layout.eot and targets[:-1] == tree.token_ids[rows].tolist()[1 - len(targets) :]
-        assert side.rows[mine].tolist() == list(range(rows.stop - len(targets), rows.stop))
-        prefix = tree.token_ids[rows][: 1 - len(targets)].tolist()
+    ids = tree.token_ids
+    for number in range(len(side.pair_weight)):
+        mine = side.segment == number
+        first, *rows = side.rows[mine].tolist()
+        answer = side.targets[mine].tolist()
+        assert answer.pop() == model.layout.eot and answer == ids[rows].tolist()
+        question, span = (int(np.searchsorted(tree.packed_starts, row, "right")) - 1 for row in (first, rows[0]))
+        assert tree.parents[span] == question and first == tree.span_rows(question).stop - 1
+        prefix = ids[tree.span_rows(question)].tolist()
         assert prefix == model.layout.question(model.encode_text(model.decode_text(prefix)))
-        found.append((model.decode_text(prefix), model.decode_text(targets[:-1])))
+        found.append((model.decode_text(prefix), model.decode_text(answer)))
     return found
 
 
 def test_replay_asks_each_visit_some_questions_about_the_real_image(shared_tiny_model, random_pairs, asked):
-    model, config = shared_tiny_model, TrainConfig(replayed_questions=2, **ONE_MASK)
+    model, config = shared_tiny_model, TrainConfig(replayed_questions=2, replay_target="answers", **ONE_MASK)
     packer = PairPacker(model, random_pairs(model, 5, ("both", "generation"), asked), config, 0)
     seen = set()
     for number in range(8):
@@ -546,7 +554,8 @@ def test_replay_asks_other_questions_at_other_visits_and_with_other_seeds(shared
     pairs = random_pairs(shared_tiny_model, 5, asked=asked)
 
     def drawn(seed, visit, count=2):
-        packer = PairPacker(shared_tiny_model, pairs, TrainConfig(replayed_questions=count), seed)
+        config = TrainConfig(replayed_questions=count, replay_target="answers")
+        packer = PairPacker(shared_tiny_model, pairs, config, seed)
         return tuple(replayed_texts(shared_tiny_model, packer.pack([PairVisit(4, visit)])))
 
     assert drawn(0, 0) == drawn(0, 0)
@@ -556,10 +565,26 @@ def test_replay_asks_other_questions_at_other_visits_and_with_other_seeds(shared
     assert drawn(0, 0, 9)[:2] == drawn(0, 0)
 
 
+def test_a_reference_is_asked_for_every_choice(shared_tiny_model, random_pairs, asked):
+    """Questions weigh alike, however many choices they have; without choices the right answer is asked for alone."""
+    model, config = shared_tiny_model, TrainConfig(replayed_questions=3)
+    pairs = random_pairs(model, 4, asked=asked)
+    batch = PairPacker(model, pairs, config, 0).pack([PairVisit(3, 0)])
+    row = pairs.to_pylist()[3]
+    asked_for = zip(row["questions"], row["choices"], strict=True)
+    every = [(text, choice) for text, choices in asked_for for choice in choices]
+    assert sorted(replayed_texts(model, batch)) == sorted(every) and len(every) == 7
+    assert batch.sides["replay"].pair_weight.tolist() == pytest.approx([1 / 3] * 7)
+    bare = pa.Table.from_pylist([row | {"choices": None}], PAIRS_SCHEMA)
+    check_pairs(bare, model)
+    texts = replayed_texts(model, PairPacker(model, bare, config, 0).pack([PairVisit(0, 0)]))
+    assert sorted(texts) == sorted(zip(row["questions"], row["answers"], strict=True))
+
+
 def test_pairs_without_questions_have_no_replay(shared_tiny_model, random_pairs):
     rows = random_pairs(shared_tiny_model, 2).to_pylist()
     for none in (None, []):
-        rows[1] |= {"questions": none, "answers": none}
+        rows[1] |= {"questions": none, "answers": none, "choices": none}
         table = pa.Table.from_pylist(rows, PAIRS_SCHEMA)
         check_pairs(table, shared_tiny_model)
         with_replay, without = (
@@ -578,7 +603,7 @@ def test_replay_needs_the_real_image(shared_tiny_model, random_pairs, asked):
     rows[1]["record_codes"] = None
     with pytest.raises(InputError, match="record r1: record_codes is missing, which sides 'generation' needs"):
         check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)
-    rows[1]["questions"] = rows[1]["answers"] = None
+    rows[1]["questions"] = rows[1]["answers"] = rows[1]["choices"] = None
     check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)
 
 
@@ -626,6 +651,11 @@ STRANGE = {
         "questions", ["is a unicorn there ?"], r"the model does not know the word 'unicorn' in 'is a unicorn there \?'"
     ),
     "an unknown word in an answer": ("answers", ["unicorn"], "the model does not know the word 'unicorn' in 'unicorn'"),
+    "choices without the answer": ("choices", [["blue"]], "choices do not match: .*, which holds its answer"),
+    "choices of more questions": ("choices", [["red"], ["two"]], "choices do not match: .*, which holds its answer"),
+    "an empty choice": ("choices", [["red", None]], "choices do not match: .*, which holds its answer"),
+    "no list of choices": ("choices", [None], "choices do not match: .*, which holds its answer"),
+    "an unknown word in a choice": ("choices", [["red", "unicorn"]], "the model does not know the word 'unicorn' in .*"),
     "an unknown side": ("sides", "neither", "sides is 'neither', expected both, generation or understanding"),
 }  # fmt: skip
 
@@ -633,7 +663,7 @@ STRANGE = {
 @pytest.mark.parametrize(("name", "value", "message"), STRANGE.values(), ids=STRANGE.keys())
 def test_pairs_of_another_model_are_told(shared_tiny_model, random_pairs, asked, name, value, message):
     rows = random_pairs(shared_tiny_model, 3, asked=asked).to_pylist()
-    rows[1][name] = value
+    rows[1] |= {name: value} | ({"choices": None} if name in ("questions", "answers") else {})
     with pytest.raises(InputError, match=f"record r1: {message}; give pairs that this model drew"):
         check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), shared_tiny_model)
 

@@ -1,5 +1,7 @@
 """The frozen reference: cached, live and with adapters off it says the same, and a strange file is not believed."""
 
+import dataclasses
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from hermesflow.config import TrainConfig
 from hermesflow.files import InputError
-from hermesflow.packing import PairPacker
+from hermesflow.packing import PairPacker, referenced_sides
 from hermesflow.references import LiveReference, NoReference, batch_logprobs, cached_reference
 
 CONFIG = TrainConfig(pairs_per_step=3, num_steps=5, condition_dropout=0.3, tokens_per_pass=150)
@@ -38,8 +40,7 @@ def test_cached_and_live_agree(packer, tmp_path):
         expected, found = live.logprobs(batch), stored.logprobs(batch)
         assert found.dtype == torch.float32 and not found.requires_grad and not found.is_inference()
         found, expected = batch.split(found), batch.split(expected)
-        assert not found.pop("replay").any() and expected["replay"].all()  # needs no reference
-        assert found.keys() == {"generation", "understanding"} & batch.sides.keys()
+        assert found.keys() == batch.sides.keys()
         for side in found:
             assert (found[side] - expected[side]).abs().max() <= 1e-5
             assert expected[side].abs().max() > 1
@@ -71,6 +72,27 @@ def test_the_file_is_made_once_and_again_for_something_else(packer, tmp_path):
     assert len(calls) > passes
 
 
+@pytest.mark.parametrize(
+    ("settings", "sides"),
+    [
+        ({"replay_target": "answers"}, {"generation", "understanding"}),
+        ({"loss_type": "simpo"}, {"replay"}),
+        ({"replay_weight": 0.0}, {"generation", "understanding"}),
+    ],
+    ids=["right answers replayed", "simpo", "no replay"],
+)
+def test_sides_without_a_reference_get_zeros(shared_tiny_model, random_pairs, asked, tmp_path, settings, sides):
+    pairs = random_pairs(shared_tiny_model, 4, ("both", "generation"), asked)
+    packer = PairPacker(shared_tiny_model, pairs, dataclasses.replace(CONFIG, **settings), seed=1)
+    assert set(referenced_sides(packer.config)) == sides
+    reference = cached(packer, tmp_path / "reference.parquet")
+    for step in range(CONFIG.num_steps):
+        batch = packer.pack(packer.visits(step))
+        for side, values in batch.split(reference.logprobs(batch)).items():
+            assert values.all() if side in sides else not values.any()
+    assert {row["side"] for row in pq.read_table(tmp_path / "reference.parquet").to_pylist()} == sides
+
+
 def test_captions_are_computed_once_a_pair(packer, tmp_path):
     computed = []
 
@@ -82,17 +104,12 @@ def test_captions_are_computed_once_a_pair(packer, tmp_path):
     table = pq.read_table(tmp_path / "reference.parquet").to_pylist()
     keys = [(row["pair"], row["visit"], row["side"]) for row in table]
     assert keys == sorted(computed) and len(keys) == len(set(keys))
-    assert {side for *_, side in keys} == {"generation", "understanding"}  # no replay
+    assert {side for *_, side in keys} == {"generation", "understanding", "replay"}
     visits = [tuple(visit) for visit in visits_of(packer)]
     assert max(visit for _, visit in visits) > 1
     assert [key[:2] for key in keys if key[2] == "generation"] == sorted(visits)
     assert [key[:2] for key in keys if key[2] == "understanding"] == [(0, 0), (2, 0)]
-
-
-def test_a_pass_of_replay_alone_needs_no_file(packer, tmp_path):
-    reference = cached(packer, tmp_path / "reference.parquet")
-    batch = packer.only("replay").pack(packer.visits(CONFIG.num_steps + 9))
-    assert len(batch.rows) and torch.equal(reference.logprobs(batch), torch.zeros(len(batch.rows)))
+    assert [key[:2] for key in keys if key[2] == "replay"] == sorted(visit for visit in visits if visit[0])
 
 
 DAMAGES = {

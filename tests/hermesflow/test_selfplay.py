@@ -75,7 +75,7 @@ def test_the_summary_has_what_it_promises(whole):
     for metrics in summary["rounds"]:
         assert set(metrics["change"]) >= {"understanding", "generation", "generation_strict", "gap"}
         assert {"pairs", "training", "agreement"} <= set(metrics)
-        assert metrics["training"]["replay/nll"] > 0  # the records' own questions
+        assert metrics["training"]["replay/kl"] > 0  # the records' balanced questions
 
 
 # In the midst of a phase; between phases, and at random in all of them, are the soak tests' kills.

@@ -70,6 +70,7 @@ WAYS = {name: PAPER_OBJECTIVE | settings for name, settings in WAYS.items()} | {
     "defaults": {},
     "replay alone": PAPER_OBJECTIVE | {"replay_weight": 1.0},
     "replay, simpo": PAPER_OBJECTIVE | {"replay_weight": 1.0, "loss_type": "simpo", "beta": 2.0},
+    "right answers replayed": PAPER_OBJECTIVE | {"replay_weight": 1.0, "replay_target": "answers"},
 }
 
 
@@ -81,8 +82,12 @@ def test_training_prefers_the_wins(model, random_pairs, asked, tmp_path, setting
     means = train_pairs(model, random_pairs(model, asked=asked), config, seed=0, folder=tmp_path)
     assert means["generation/accuracy"] > 0.9 and means["understanding/accuracy"] > 0.9
     lines = metrics_of(tmp_path)
-    assert ("replay/nll" in means) == bool(config.replay_weight)
-    assert not config.replay_weight or means["replay/nll"] < lines[0]["replay/nll"]
+    kept = {name for name in means if name.startswith("replay/")}
+    if config.replay_target == "answers":
+        assert kept == {"replay/nll"} and means["replay/nll"] < lines[0]["replay/nll"]
+    else:
+        assert kept == ({"replay/kl"} if config.replay_weight else set())
+        assert not kept or (lines[0]["replay/kl"] == pytest.approx(0, abs=1e-5) and means["replay/kl"] < 0.5)
     assert [line["step"] for line in lines] == list(range(30))
     assert means["loss"] < lines[0]["loss"]
     # What comes out is a plain model in float32 that the engine can draw with.
@@ -140,7 +145,7 @@ def test_a_cached_and_a_live_reference_train_alike(model, random_pairs, asked, t
         config = TrainConfig(num_steps=4, pairs_per_step=5, lr=1e-3, replay_weight=0.5, reference=reference)
         folders.append(tmp_path / reference)
         train_pairs(copy.deepcopy(model), pairs, config, seed=0, folder=folders[-1])
-    assert all(line["replay/nll"] > 0 for line in metrics_of(folders[0]))
+    assert all(line["replay/kl"] > 0 for line in metrics_of(folders[0])[1:])
     assert_same_steps(folders)
 
 
