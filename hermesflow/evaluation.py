@@ -93,7 +93,8 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     default = model.sampling_of(config)
     for row in rows[: config.num_prompts]:
         row["drawn"] = row["samplers"][sampler_name(default)]["drawn"]
-    return {"settings": asdict(config) | asdict(default), "metrics": measure(rows), "records": rows}
+    settings = asdict(config) | asdict(default) | {"samplers": list(config.samplers)}
+    return {"settings": settings, "metrics": measure(rows), "records": rows}
 
 
 def sampler_name(sampling: ImageSamplingParams) -> str:

@@ -25,6 +25,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
+from .balancing import balance_questions
 from .config import Config
 from .curation import curate
 from .distributed import barrier, is_main, on_main, world_size
@@ -144,6 +145,7 @@ class Run:
             records = (shapes.make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes))
         else:
             records, rejected = read_source(data.source, data.questions or None, data.root or None)
+            records = balance_questions(records, data.source)
         num_usable = 0
         for record, reason in encode_records(self.model(0), records, count):
             if reason is None:

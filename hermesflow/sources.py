@@ -94,7 +94,8 @@ def encode_records(
             else:
                 [codes] = codes or [record.codes]
                 num_done += 1
-                yield replace(record, codes=codes, image=None, image_path=None), None
+                asked = tuple(question for question in record.balanced_questions if _knows(model, question))
+                yield replace(record, codes=codes, image=None, image_path=None, balanced_questions=asked), None
 
 
 def encode_lazily(
@@ -301,6 +302,15 @@ def _check_and_open(model: Model, record: Record) -> list[np.ndarray]:
         _check_codes(model, record.codes)
         return []
     return [_open_image(record, model.image_size)]
+
+
+def _knows(model: Model, question: Question) -> bool:
+    """Whether the model knows a question's words: it may be of another record, which is rejected for them."""
+    try:
+        choice_prompt(model, question)
+    except InputError:
+        return False
+    return True
 
 
 def _open_image(record: Record, size: int) -> np.ndarray:

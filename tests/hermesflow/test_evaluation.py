@@ -14,7 +14,16 @@ from rich.console import Console
 from hermesflow import stats, summaries
 from hermesflow.config import EvalConfig, load_config
 from hermesflow.curation import CANDIDATES_SCHEMA
-from hermesflow.evaluation import agreement, evaluate, measure, paired_change, run_evaluation, summarise
+from hermesflow.evaluation import (
+    agreement,
+    caption_truth,
+    evaluate,
+    measure,
+    paired_change,
+    run_evaluation,
+    sampler_name,
+    summarise,
+)
 from hermesflow.files import read_json
 from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
 from hermesflow.pairs import PAIRS_SCHEMA
@@ -37,7 +46,7 @@ class KnowingModel:
         self.records = [shapes.make_record(scene, "", np.random.default_rng(scene.seed)) for scene in scenes]
         black = np.zeros((64, 64, 3), np.uint8)
         self.pictures = np.stack([record.image for record in self.records] + [black])
-        self.blind, self.careless, self.texts, self.seeds = blind, careless, [], []
+        self.blind, self.careless, self.texts, self.seeds, self.drawn_by = blind, careless, [], [], set()
         self.layout, self.prompts = SimpleNamespace(num_image_tokens=1, sot=-1), TINY_PROMPTS
         self.sampling_of = lambda settings: TINY_SAMPLING
         self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices, extend=self._extend)
@@ -61,6 +70,7 @@ class KnowingModel:
 
     def _generate(self, prompt_ids, *, num_images, seeds, **settings):
         assert seeds.shape == (len(prompt_ids), num_images)
+        self.drawn_by.add(f"{settings['num_steps']}/{settings['temperature']:g}")
         self.seeds += seeds.flatten().tolist()
         captions = [record.caption for record in self.records]
         codes = torch.tensor([[captions.index(self.texts[ids[0]])] * num_images for ids in prompt_ids])
@@ -71,10 +81,12 @@ class KnowingModel:
     def _score_choices(self, codes, questions, choices):
         rows = []
         for [number], asked, offered in zip(codes.tolist(), questions, choices, strict=True):
-            truth = {item.question: item.answer for item in self.records[number].questions}
+            shown = self.records[number : number + 1]  # of the empty picture it knows nothing
+            asked_of = [item for record in shown for item in (*record.questions, *record.balanced_questions)]
+            truth = {item.question: item.answer for item in asked_of}
             rows.append([])
             for [question], answers in zip(asked, offered, strict=True):
-                right = [self.texts[answer] == truth[self.texts[question]] for [answer] in answers]
+                right = [self.texts[answer] == truth.get(self.texts[question]) for [answer] in answers]
                 rows[-1].append([float(mark != (number in self.blind)) for mark in right])
         return rows
 
@@ -82,11 +94,11 @@ class KnowingModel:
         return [[[self.encode_text(self.records[number].caption)]] for [number] in codes.tolist()]
 
 
-def row(answered=None, drawn=None, category="a", id="x", f1=None):
-    """A measured record."""
+def row(answered=None, drawn=None, category="a", id="x", f1=None, **measured):
+    """A measured record; without more it is of before balanced questions and samplers."""
     types = ["color"] * len(answered or (drawn or [""])[0])
     caption = None if f1 is None else "words"
-    return {"id": id, "category": category, "element_types": types, "answered": answered, "drawn": drawn,
+    return measured | {"id": id, "category": category, "element_types": types, "answered": answered, "drawn": drawn,
             "caption": caption, "caption_f1": f1, "caption_exact": None if f1 is None else f1 == 1}  # fmt: skip
 
 
@@ -160,7 +172,55 @@ def test_measure_counts_by_question():
     assert (metrics["num_understanding"], metrics["num_prompts"], metrics["num_images"]) == (2, 2, 3)
     assert metrics["by_category"]["b"]["understanding"] == 0.5 and metrics["by_category"]["b"]["count"] == 2
     assert metrics["by_element_type"] == {"color": {"understanding": 4 / 6, "generation": 7 / 11, "count": 6}}
-    assert all(metrics[f"{name}_ci95"][0] <= metrics[name] <= metrics[f"{name}_ci95"][1] for name in summaries.LABELS)
+    names = set(summaries.LABELS) - {"understanding_record_questions"}
+    assert all(metrics[f"{name}_ci95"][0] <= metrics[name] <= metrics[f"{name}_ci95"][1] for name in names)
+
+
+NEW = {
+    "balanced": "110",
+    "kinds": ["color", "yes", "no"],
+    "samplers": {
+        "4/1": {"drawn": ["10", "11", "11", "01", "11"], "scores": [0.1, 0.2, 0.9, 0.3, 1.0]},
+        "8/0.7": {"drawn": ["11", "10", "11", "11", "11"], "scores": [0.1, 0.8, 0.2, 0.3, 1.0]},
+    },
+}
+
+
+def test_measure_tells_kinds_and_samplers_apart():
+    rows = [row("01", NEW["samplers"]["4/1"]["drawn"], **NEW), row("11", None, balanced="1", kinds=["no"], samplers={})]
+    metrics = measure(rows)
+    assert metrics["understanding"] == 3 / 4 and metrics["understanding_record_questions"] == 3 / 4
+    kinds = metrics["understanding_by_kind"]
+    assert (kinds["color"], kinds["yes"], kinds["no"]) == (1, 1, 1 / 2)
+    assert kinds["no_ci95"][0] <= kinds["no"] <= kinds["no_ci95"][1]
+    first, second = metrics["samplers"]["4/1"], metrics["samplers"]["8/0.7"]
+    assert (first["generation"], first["generation_strict"]) == (8 / 10, 3 / 5)
+    assert first["generation"] == metrics["generation"] and first["generation_strict"] == metrics["generation_strict"]
+    # The fifth image is not among the first four.
+    assert (first["best_of_4_strict"], second["best_of_4_strict"]) == (1, 0)
+    assert metrics["judge"]["auc"] == pytest.approx(5 / 6) and metrics["num_questions"] == 4
+    few = {"4/1": {"drawn": ["11"] * 3, "scores": [1, 1, 1]}}
+    assert measure([row("1", ["11"] * 3, samplers=few)])["samplers"]["4/1"]["best_of_4_strict"] is None
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_changes_nest_as_the_metrics_do():
+    drawn = NEW["samplers"]["4/1"]["drawn"]
+    before = {"records": [row("01", drawn, **NEW)] * 3}
+    after = {"records": [row("01", drawn, **NEW | {"balanced": "101"})] * 3}
+    changes = paired_change(before, after)
+    assert changes["understanding"]["change"] == 0 and changes["understanding_by_kind"]["no"]["change"] == 1
+    assert changes["understanding_by_kind"]["yes"] == {"change": -1.0, "ci95": [-1.0, -1.0], "significant": True}
+    assert changes["samplers"]["8/0.7"]["best_of_4_strict"]["change"] == 0
+
+
+def test_a_run_of_before_is_measured_by_record_questions():
+    metrics = measure([row("01", ["11"])])
+    assert metrics["understanding"] == 1 / 2 and not summaries.is_balanced(metrics)
+    assert "understanding_by_kind" not in metrics and "samplers" not in metrics
+    assert summaries.is_balanced(measure([row("01", ["11"], **NEW)]))
+    with pytest.raises(ValueError, match="paired_change: expected the same records measured"):
+        paired_change({"records": [row("01", ["11"])]}, {"records": [row("01", ["11"], **NEW)]})
 
 
 def test_measure_tells_what_was_not_measured():
@@ -203,15 +263,21 @@ def test_a_model_that_knows_everything_scores_full():
     metrics = evaluate(model, SMALL)["metrics"]
     for name in ("understanding", "generation", "generation_strict", "caption_f1", "caption_exact"):
         assert metrics[name] == 1, name
-    assert metrics["gap"] == 0
+    assert metrics["gap"] == 0 and metrics["understanding_record_questions"] == 1
+    assert all(value == 1 for kind, value in metrics["understanding_by_kind"].items() if not kind.endswith("_ci95"))
     assert (metrics["num_understanding"], metrics["num_prompts"], metrics["num_images"]) == (4, 5, 10)
+    assert metrics["num_questions"] == sum(len(record.balanced_questions) for record in model.records[:4])
     assert len(set(model.seeds)) == 10  # no two images share a seed
+    default = sampler_name(TINY_SAMPLING)
+    assert list(metrics["samplers"]) == list(dict.fromkeys([default, *SMALL.samplers]))
+    assert len(model.drawn_by) == len(metrics["samplers"])
 
 
 def test_errors_are_counted_where_they_are():
     result = evaluate(KnowingModel(SMALL, blind={2}, careless=True), SMALL)
     rows = result["records"]
-    assert [set(item["answered"]) for item in rows[:4]] == [{"1"}, {"1"}, {"0"}, {"1"}] and rows[4]["answered"] is None
+    for name in ("answered", "balanced"):
+        assert [set(item[name]) for item in rows[:4]] == [{"1"}, {"1"}, {"0"}, {"1"}] and rows[4][name] is None
     assert all(set(item["drawn"][0]) == {"1"} and "0" in item["drawn"][1] for item in rows)
     assert result["metrics"]["generation_strict"] == 0.5
 
@@ -268,6 +334,9 @@ def test_agreement_with_the_oracle(scores):
         {"record_id": "r0", "sides": "both", **{f"{role}_codes": code for role, code in codes.items()}},
         {"record_id": "r1", "sides": "understanding"},
     ]
+    truth, untrue = "a red circle left of a blue square on a white background", "a red circle on a black background"
+    texts = {"caption": truth, "win_caption": truth if sees else untrue, "lose_caption": untrue if sees else truth}
+    pairs = [pair | texts for pair in pairs]
     candidates, pairs = judged_candidates(model, scores, ["r0", "r1"]), pa.Table.from_pylist(pairs, PAIRS_SCHEMA)
     result = agreement(model, [(records, candidates, pairs)])
     parts = [
@@ -280,7 +349,10 @@ def test_agreement_with_the_oracle(scores):
     assert result["spearman_within"] == pytest.approx(1 if sees else -1) and result["auc"] == float(sees)
     assert (result["win_better"], result["win_worse"], result["tie"]) == (float(sees), float(not sees), 0)
     assert (result["best_strict"], result["mean_strict"], result["worst_strict"]) == (sees, 0.5, not sees)
-    assert (result["num_images"], result["num_pairs"]) == (4, 1)
+    assert (result["num_images"], result["num_pairs"], result["num_caption_pairs"]) == (4, 1, 2)
+    told = (result["caption_win_truer"], result["caption_win_less_true"], result["caption_tie"])
+    assert told == (float(sees), float(not sees), 0) and result["caption_win_exact"] == float(sees)
+    assert 0 < caption_truth(untrue, truth) < caption_truth(f"there is {truth}", truth) == 1
 
 
 def test_agreement_without_images():
@@ -312,7 +384,14 @@ def test_the_closing_table_says_what_changed():
     assert "7 of 9 records gave pairs" in text and "training 3 s" in text
     said = summaries.headline({"before": before, "rounds": rounds})
     assert said.startswith("After 1 round, on 300 held-out prompts: gap: down") and "generation: up" in said
-    assert "understanding: no significant change" in said
+    assert "understanding (record questions, which ask only of what is there): no significant change" in said
+    for rows in halves:
+        for number, item in enumerate(rows):
+            item |= NEW | {"balanced": "110" if rows is halves[0] or number % 9 else "100"}
+    before, rounds = summarise([{"records": rows, "metrics": measure(rows)} for rows in halves])
+    said, text = summaries.headline({"before": before, "rounds": rounds}), printed({"before": before, "rounds": rounds})
+    assert "understanding (balanced questions): down 3.8 points" in said and "better" not in said
+    assert "8/0.7, best of 4, strict" in text and "yes" in text and "by record questions" in text
 
 
 def test_the_headline_before_any_round():

@@ -1,5 +1,6 @@
 """Which candidates become pairs, and what is said of the rest."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from hermesflow.config import CurationConfig
 from hermesflow.files import InputError, write_parquet
-from hermesflow.pairs import PAIRS_SCHEMA, PREVIOUS, SIDES, make_pairs, pair_statistics, read_pairs
+from hermesflow.pairs import PAIRS_SCHEMA, PREVIOUS, SIDES, PairFile, make_pairs, pair_statistics, read_pairs
 from hermesflow.records import Question, Record
 
 GOOD_IMAGES, GOOD_CAPTIONS = [0.2, 0.9, 0.5], [0.3, 1.0, 0.6]
@@ -83,8 +84,24 @@ def test_best_and_worst_of_both_sides() -> None:
         "win_image_score": pytest.approx(0.9), "lose_image_score": pytest.approx(0.2),
         "win_caption": "text 1.0", "lose_caption": "text 0.3", "win_caption_ids": [1000], "lose_caption_ids": [300],
         "win_caption_score": 1.0, "lose_caption_score": pytest.approx(0.3),
-        "questions": ["what color is it ?"], "answers": ["red"],
+        "questions": ["what color is it ?"], "answers": ["red"], "choices": [["red", "blue"]],
     }  # fmt: skip
+
+
+def test_balanced_questions_take_the_place_of_the_record_s_own() -> None:
+    asked = (Question("is it blue ?", ("yes", "no"), "no", "color", "blue"),)
+    balanced = dataclasses.replace(record(), balanced_questions=asked)
+    candidates = pa.Table.from_pylist(images(GOOD_IMAGES) + captions(GOOD_CAPTIONS))
+    [pair] = make_pairs([balanced], candidates, CurationConfig())[0].to_pylist()
+    assert (pair["questions"], pair["answers"], pair["choices"]) == (["is it blue ?"], ["no"], [["yes", "no"]])
+
+
+def test_a_file_of_before_has_no_choices(tmp_path) -> None:
+    pairs, _ = choose(images(GOOD_IMAGES) + captions(GOOD_CAPTIONS))
+    old = pa.Table.from_pylist(pairs, PAIRS_SCHEMA).drop_columns(["choices"])
+    write_parquet(tmp_path / "pairs.parquet", old)
+    for read in (read_pairs(tmp_path / "pairs.parquet"), PairFile(tmp_path / "pairs.parquet").of([record()])):
+        assert read.to_pylist() == [pairs[0] | {"choices": None}]
 
 
 def test_ties_go_to_the_lower_index_whatever_the_order_of_rows() -> None:

@@ -16,17 +16,19 @@ from hermesflow.records import (
     write_records,
 )
 
+ABSENT = Question("is there a square ?", ("yes", "no"), "no", "object", "square")
 QUESTION = Question("what color is the circle ?", ("red", "blue"), "red", "color", "red")
 
 
 def _record(id="a", codes=(3, 1, 2), image=True):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8) if image else None
     ids = None if codes is None else np.array(codes, dtype=np.int32)
-    return Record(id, "a red circle", "colors", (QUESTION, QUESTION), ids, pixels)
+    balanced = (QUESTION, ABSENT) if image else ()
+    return Record(id, "a red circle", "colors", (QUESTION, QUESTION), ids, pixels, balanced_questions=balanced)
 
 
 def _assert_same(left, right):
-    for name in ("id", "caption", "category", "questions"):
+    for name in ("id", "caption", "category", "questions", "balanced_questions", "image_questions"):
         assert getattr(left, name) == getattr(right, name)
     assert (left.codes is None) == (right.codes is None)
     if left.codes is not None:
@@ -50,7 +52,7 @@ def test_file_gives_back_records_with_their_images(tmp_path):
 
 def test_images_stay_out_unless_asked_for():
     table = records_to_table([_record()])
-    assert table.column_names == ["id", "caption", "category", "questions", "codes"]
+    assert table.column_names == ["id", "caption", "category", "questions", "codes", "balanced_questions"]
     assert table.schema.field("codes").type == pa.list_(pa.int32())
     assert records_from_table(table)[0].image is None
 
@@ -64,6 +66,12 @@ def test_no_records_make_an_empty_table():
 def test_codes_are_optional_and_other_columns_are_passed_over():
     table = records_to_table([_record()]).drop_columns(["codes"]).append_column("note", pa.array(["mine"]))
     assert records_from_table(table)[0].codes is None
+
+
+def test_without_balanced_questions_the_record_s_own_are_asked():
+    table = records_to_table([_record()]).drop_columns(["balanced_questions"])  # a file of before
+    [record] = records_from_table(table)
+    assert record.balanced_questions == () and record.image_questions == (QUESTION, QUESTION)
 
 
 def test_question_refuses_an_answer_that_is_no_choice():

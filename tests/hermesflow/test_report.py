@@ -11,10 +11,11 @@ import pytest
 from hermesflow.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.config import load_config, to_toml
 from hermesflow.curation import CANDIDATES_SCHEMA, curate
-from hermesflow.evaluation import agreement, evaluate, summarise
+from hermesflow.evaluation import agreement, evaluate, measure, summarise
 from hermesflow.files import InputError, read_json, read_parquet, write_json, write_parquet, write_text
 from hermesflow.pairs import PAIRS_SCHEMA, make_pairs, pair_statistics
 from hermesflow.report import write_report
+from hermesflow.summaries import ONE_SIDED
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 SETTINGS = (
@@ -120,7 +121,9 @@ def test_the_page_tells_what_was_measured(finished):
     assert "no significant change" in page.text  # both evaluations are of one model
     assert f"{100 * summary['before']['understanding']:.1f}" in page.text
     assert len(page.all("svg")) == 4
-    for words in ("Before and after", "By category", "margin of images too small", "win truly better", "0.6931"):
+    for words in ("Before and after", "By category", "margin of images too small", "win truly better", "0.6931",
+                  "By sampler", "8/0.7, strict", "Understanding by what is asked", "balanced questions", "by record",
+                  "win's caption less true"):  # fmt: skip
         assert words in page.text
     assert "num_images = 3" in page.text  # the settings
     assert "not finished" not in page.text
@@ -132,11 +135,54 @@ def test_the_pairs_are_shown_with_their_marks(finished):
     with_images = [pair for pair in pairs if pair["win_codes"]]
     for role in ("win", "lose"):
         assert [figure.get("class") for figure in page.all("figure")].count(role) == len(with_images)
-        assert [item.get("class") for item in page.all("li")].count(role) == len(
-            [pair for pair in pairs if pair["win_caption"] is not None]
-        )
+        classes = [item.get("class", "").split() for item in page.all("li")]
+        assert sum(role in names for names in classes) == sum(pair["win_caption"] is not None for pair in pairs)
     assert len(page.all("figure")) == 3 * len(pairs)  # num_images
     assert len(page.all("img")) == 4 * len(pairs)  # and the real one
+
+
+def test_an_untrue_caption_is_no_plain_win(run):
+    """Whoever has won, a caption that states other facts than the picture shows says so; a true one does not."""
+    path, truth = run / "round-1" / "pairs.parquet", "a small red circle in the top left on a black background"
+    change_rows(path, PAIRS_SCHEMA, caption=truth, win_caption=f"there is {truth}", lose_caption="a red square")
+    page = read(run)
+    kept = sum(pair["win_caption_ids"] is not None for pair in read_parquet(path).to_pylist())
+    classes = [item.get("class") for item in page.all("li")]
+    assert kept and classes.count("win") >= kept and classes.count("lose untrue") >= kept
+    assert "win, but untrue" not in page.text
+    change_rows(path, PAIRS_SCHEMA, win_caption="a small blue circle in the top left on a black background")
+    page = read(run)
+    classes = [item.get("class") for item in page.all("li")]
+    assert "win" not in classes and classes.count("win untrue") >= kept and "win, but untrue" in page.text
+
+
+def old_form(evaluation):
+    """An evaluation as it was before balanced questions were asked."""
+    rows = [
+        {name: value for name, value in row.items() if name not in ("balanced", "kinds", "samplers")}
+        for row in evaluation["records"]
+    ]
+    metrics = measure(rows)
+    for name in ("judge", "num_questions"):
+        del metrics[name]
+    return evaluation | {"records": rows, "metrics": metrics}
+
+
+@pytest.mark.parametrize("finished_by", ["a summary", "its evaluations"])
+def test_a_run_of_before_says_by_which_measure(run, finished_by):
+    evaluations = [read_json(run / f"round-{number}" / "evaluation.json") for number in (0, 1)]
+    old = [old_form(evaluation) for evaluation in evaluations]
+    for number, evaluation in enumerate(old):
+        write_json(run / f"round-{number}" / "evaluation.json", evaluation)
+    before, rounds = summarise(old)
+    trust = {name: value for name, value in evaluations[1]["agreement"].items() if "caption" not in name}
+    summary = {"settings": {}, "seed": 0, "before": before, "rounds": [rounds[0] | {"agreement": trust}]}
+    write_json(run / "summary.json", summary)
+    if finished_by != "a summary":
+        (run / "summary.json").unlink()
+    page = read(run)
+    assert ONE_SIDED in page.text and "record questions, which ask only of what is there" in page.text
+    assert "balanced questions about" not in page.text and "By sampler" not in page.text
 
 
 def test_text_of_the_data_is_no_html(run):
@@ -147,7 +193,9 @@ def test_text_of_the_data_is_no_html(run):
     summary = read_json(run / "summary.json")
     for metrics in (summary["before"], *summary["rounds"]):
         metrics["by_category"] = {EVIL: next(iter(metrics["by_category"].values()))}
-        metrics |= dict.fromkeys(("num_understanding", "num_images", "num_prompts"), EVIL)
+        metrics |= dict.fromkeys(("num_understanding", "num_images", "num_prompts", "num_questions"), EVIL)
+        metrics["samplers"] = {EVIL: next(iter(metrics["samplers"].values()))}
+        metrics["understanding_by_kind"] = {EVIL: 0.5, f"{EVIL}_ci95": [0.4, 0.6]}
     summary["rounds"][0]["pairs"]["rejected"] = {EVIL: 1}
     write_json(run / "summary.json", summary)
     page = read(run)

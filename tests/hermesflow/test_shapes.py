@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hermesflow.worlds import shapes
+from hermesflow.records import Question
+from hermesflow.worlds import oracle, shapes
 
 NUM_SCENES = 1500
 
@@ -186,6 +187,70 @@ def test_training_questions_are_deterministic_and_balance_yes_and_no(scenes):
     answers = Counter(q.answer for asked in questions for q in asked if q.choices == shapes.YES_NO)
     # Standard deviation of the share of "yes" is below 0.02 at the ~750 questions drawn.
     assert 0.42 < answers["yes"] / answers.total() < 0.58
+
+
+TEMPLATES = {
+    "shape": "what shape ", "color": "what color ", "size": "what size ", "count": "how many ", "place": "where is the ",
+    "relation": " relative to ", "presence": "is there a ", "background": "what color is the background ",
+}  # fmt: skip
+
+
+def template_of(question):
+    """The last that fits, since some begin alike."""
+    order = ("place", "color", "shape", "size", "count", "relation", "presence", "background")
+    return [name for name in order if TEMPLATES[name] in question.question][-1]
+
+
+def imbalances(asked_of):
+    """What keeps questions about many scenes from being balanced: templates and kinds that are not asked for, and forms
+    of the questions of yes or no whose answer is yes in less than 48 or more than 52 %."""
+    asked = [question for questions in asked_of for question in questions]
+    problems = [name for name in TEMPLATES if name not in set(map(template_of, asked))]
+    kinds = {"yes", "no", "color", "count", "place", "relation", "size", "shape", "background"}
+    problems += sorted(kinds - set(map(shapes.question_kind, asked)))
+    shares = {}
+    for question in asked:
+        if template_of(question) == "presence":
+            words = question.question.removeprefix("is there a ").removesuffix(" ?").split()
+            form = tuple("color" if word in shapes.COLORS else "shape" for word in words)
+            shares.setdefault(form, []).append(question.answer == "yes")
+    problems += [form for form, marks in shares.items() if not 0.48 <= sum(marks) / len(marks) <= 0.52]
+    return problems
+
+
+def test_balanced_questions_are_balanced_and_those_of_records_are_not(scenes):
+    for category in shapes.CATEGORIES:
+        of_category = [scene for scene in scenes if scene.category == category]
+        asked = [q for scene in of_category for q in balanced_of(scene) if q.choices == shapes.YES_NO]
+        assert len(asked) == 2 * len(of_category) and sum(q.answer == "yes" for q in asked) == len(of_category)
+    assert imbalances(map(balanced_of, scenes)) == []
+    rng = np.random.default_rng(0)
+    problems = imbalances(shapes.record_questions(scene, shapes.caption(scene, rng)) for scene in scenes)
+    assert "no" in problems and ("color", "shape") in problems
+
+
+def balanced_of(scene):
+    return shapes.balanced_questions(scene, np.random.default_rng(scene.seed))
+
+
+def test_balanced_questions_are_right_by_the_oracle_and_repeat_themselves(scenes):
+    some = scenes[:300]
+    for scene, seen in zip(some, oracle.read(shapes.render(some)), strict=True):
+        asked = balanced_of(scene)
+        assert 6 <= len(asked) <= 9 and len({question.question for question in asked}) == len(asked)
+        assert asked == balanced_of(scene)
+        assert all(oracle.answer(question.question, seen) == question.answer for question in asked)
+
+
+def test_a_record_s_balanced_questions_are_of_its_scene_alone(scenes):
+    first, second = (shapes.make_record(scenes[3], "a", np.random.default_rng(seed)) for seed in (1, 2))
+    assert first.balanced_questions == second.balanced_questions == first.image_questions
+
+
+def test_questions_of_others_are_told_apart_by_their_type():
+    tifa = Question("is it made of wood ?", ("yes", "no", "maybe"), "yes", "material", "wood")
+    assert shapes.question_kind(tifa) == "material"
+    assert shapes.question_kind(Question("who ?", ("a", "b"), "a", "", "a")) == "other"
 
 
 def test_training_questions_reach_every_element_type(scenes):

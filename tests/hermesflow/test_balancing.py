@@ -1,0 +1,99 @@
+"""Data sets get a no for every yes from other records' things, and are told of where that cannot be."""
+
+import logging
+
+import pytest
+
+from hermesflow.balancing import THINGS, balance_questions, yes_share
+from hermesflow.records import Question, Record
+
+YES_NO = ("yes", "no")
+THINGS_SHOWN = ("dog", "red car", "two cats", "tree", "child", "pizza", "boat", "horse")
+
+
+def thing(name, answer="yes", element_type="object", choices=YES_NO):
+    return Question(f"is there a {name} ?", choices, answer, element_type, name)
+
+
+def record_of(index, *questions, caption=None):
+    caption = caption or " ".join(["a picture of", *(question.element for question in questions)])
+    return Record(f"r{index}", caption, "other", tuple(questions))
+
+
+def records_of_things(count=40, **options):
+    """Each record shows two neighbouring things."""
+    names = [THINGS_SHOWN[index % len(THINGS_SHOWN)] for index in range(count + 1)]
+    return [record_of(index, *(thing(name, **options) for name in names[index : index + 2])) for index in range(count)]
+
+
+def asked_no(record):
+    return [question for question in record.balanced_questions if question.answer.lower() == "no"]
+
+
+def test_each_yes_gets_a_no_about_what_the_record_does_not_name():
+    records = records_of_things()
+    assert yes_share(records) == 1
+    balanced = balance_questions(records, "data.json")
+    assert yes_share(balanced) == 0.5
+    for before, after in zip(records, balanced, strict=True):
+        assert after.questions == before.questions == after.balanced_questions[:2]
+        absent = asked_no(after)
+        assert len({question.question for question in absent}) == 2
+        assert not any(word in before.caption.split() for question in absent for word in question.element.split())
+    again = balance_questions(records, "data.json")
+    assert [record.balanced_questions for record in again] == [record.balanced_questions for record in balanced]
+
+
+def test_every_thing_is_asked_for_where_it_is_not():
+    balanced = balance_questions(records_of_things(), "x")
+    assert {question.element for record in balanced for question in asked_no(record)} == set(THINGS_SHOWN)
+
+
+def test_what_is_named_in_other_words_is_not_asked_for():
+    """A plural, another case, and the caption alone."""
+    shown = record_of(0, thing("dog"), caption="A dog and CATS under a Tree.")
+    others = [record_of(1, thing("cat")), record_of(2, thing("tree")), record_of(3, thing("boat"))]
+    first, *_ = balance_questions([shown, *others], "x")
+    assert [question.element for question in asked_no(first)] == ["boat"]
+
+
+def test_questions_with_other_choices_stay_and_get_no_other_side():
+    color = Question("what color is it ?", ("red", "blue"), "red", "color", "red")
+    records = [record_of(0, color), *records_of_things(8)]
+    first, *others = balance_questions(records, "x")
+    assert first.balanced_questions == () and first.image_questions == (color,)
+    assert yes_share(others) == 0.5 and yes_share([first]) is None
+
+
+def test_a_no_that_is_there_counts():
+    records = [record_of(0, thing("dog"), thing("boat", answer="no")), *records_of_things(8)]
+    assert balance_questions(records, "x")[0].balanced_questions == ()
+
+
+def test_answers_keep_the_words_of_their_choices():
+    records = records_of_things(8, answer="Yes", choices=("Yes", "No"))
+    assert {question.answer for record in balance_questions(records, "x") for question in asked_no(record)} == {"No"}
+
+
+def test_balanced_questions_of_a_record_are_kept():
+    own = (thing("ghost", answer="no"),)
+    given = [Record("a", "a dog", "other", (thing("dog"),), balanced_questions=own), *records_of_things(8)]
+    assert balance_questions(given, "x")[0].balanced_questions == own
+
+
+@pytest.mark.parametrize(
+    "options", [{"element_type": "activity"}, {"element_type": ""}], ids=["no things", "no element type"]
+)
+def test_a_one_sided_data_set_is_told_of(caplog, options):
+    with caplog.at_level(logging.WARNING, logger="hermesflow"):
+        balanced = balance_questions(records_of_things(8, **options), "data.json")
+    assert yes_share(balanced) == 1
+    assert "data.json: 100 % of the yes-or-no questions about its images are answered yes" in caplog.text
+    assert "one-sided" in caplog.text and ", ".join(THINGS) in caplog.text
+
+
+def test_a_balanced_data_set_goes_without_a_word(caplog):
+    with caplog.at_level(logging.WARNING, logger="hermesflow"):
+        balance_questions(records_of_things(8), "data.json")
+        balance_questions([], "data.json")
+    assert not caplog.text
