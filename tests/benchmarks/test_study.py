@@ -14,8 +14,8 @@ from rich.console import Console
 from hermesflow import cli
 from hermesflow.benchmarks.study import findings, page, runner, scorers
 from hermesflow.benchmarks.study.arms import ARMS, arm_config
-from hermesflow.benchmarks.study.effects import METRICS, Effects
-from hermesflow.benchmarks.study.runner import BASE, COUNTS, read_study, run_study
+from hermesflow.benchmarks.study.effects import HEADLINE, Effects
+from hermesflow.benchmarks.study.runner import BASE, read_study, run_study
 from hermesflow.config import STUDY_ARMS, load_config
 from hermesflow.files import InputError
 from hermesflow.worlds import oracle, shapes
@@ -28,13 +28,17 @@ NUM_QUESTIONS, NUM_IMAGES = 5, 2
 def make_line(arm, seed, chances, rng):
     """A line of records that are right with these chances [records]: questions about 3 of 4, images of all."""
     size = len(chances)
-    asked = np.where(np.arange(size) % 4 < 3, NUM_QUESTIONS, 0)
-    questions = np.full(size, NUM_QUESTIONS * NUM_IMAGES)
-    understood, right = rng.binomial(asked, chances), rng.binomial(questions, chances - 0.2)
-    strict = rng.binomial(NUM_IMAGES, chances - 0.4)
-    counts = (understood, asked, right, questions, strict, np.full(size, NUM_IMAGES))
-    measured = dict(zip(COUNTS, (values.tolist() for values in counts), strict=True))
-    return {"arm": arm, "seed": seed, "rounds": 3, **measured, "metrics": {}, "settings": "", "seconds": 1.0}
+    asked = {
+        "understanding": np.where(np.arange(size) % 4 < 3, NUM_QUESTIONS, 0),
+        "generation": np.full(size, NUM_QUESTIONS * NUM_IMAGES),
+        "generation_strict": np.full(size, NUM_IMAGES),
+        "samplers 8/0.7 generation_strict": np.full(size, NUM_IMAGES),
+        "understanding_by_kind yes": np.where(np.arange(size) % 4 < 3, 1, 0),
+    }
+    harder = dict(zip(asked, (0, 0.2, 0.4, 0.3, 0), strict=True))
+    right = {name: rng.binomial(number, chances - harder[name]).tolist() for name, number in asked.items()}
+    line = {"arm": arm, "seed": seed, "rounds": 3, "right": right, "metrics": {}, "settings": "", "seconds": 1.0}
+    return line | ({"asked": {name: number.tolist() for name, number in asked.items()}} if arm == BASE else {})
 
 
 def make_lines(rng, gains, *, size=200, seeds=(1, 2, 3, 4), seed_spread=0.01):
@@ -50,7 +54,7 @@ def test_effects_find_what_is_there_and_nothing_else():
     effects = Effects(make_lines(np.random.default_rng(2), {"pair-dpo": 0.08, "no-op": 0.0}))
     assert effects.arms == ["pair-dpo", "no-op"] and effects.seeds == [1, 2, 3, 4] and effects.rounds == 3
     assert (effects.num_prompts, effects.num_images, effects.num_understanding) == (200, 400, 150)
-    for metric in METRICS[:3]:
+    for metric in HEADLINE[:3]:
         assert effects.change("pair-dpo", metric)["significant"] and not effects.change("no-op", metric)["significant"]
         assert effects.difference("pair-dpo", "no-op", metric)["ci95"][0] > 0
     assert not effects.change("pair-dpo", "gap")["significant"]  # both sides gain alike
@@ -59,13 +63,17 @@ def test_effects_find_what_is_there_and_nothing_else():
 def test_values_are_ratios_of_sums():
     lines = make_lines(np.random.default_rng(1), {"pair-dpo": 0.05})
     of_arm = [line for line in lines if line["arm"] == "pair-dpo"]
-    generation = sum(sum(line["right"]) for line in of_arm) / sum(sum(line["questions"]) for line in of_arm)
-    understanding = sum(sum(line["understood"]) for line in of_arm) / sum(sum(line["asked"]) for line in of_arm)
+
+    def ratio(name, some):
+        return sum(sum(line["right"][name]) for line in some) / sum(lines[0]["asked"][name]) / len(some)
+
+    generation, understanding = (ratio(name, of_arm) for name in ("generation", "understanding"))
     effects = Effects(lines)
+    for name in effects.metrics:
+        assert name == "gap" or effects.value("pair-dpo", name) == pytest.approx(ratio(name, of_arm), abs=1e-12)
     assert effects.value("pair-dpo", "generation") == pytest.approx(generation, abs=1e-12)
     assert effects.value("pair-dpo", "gap") == pytest.approx(understanding - generation, abs=1e-12)
-    before = sum(lines[0]["strict"]) / sum(lines[0]["images"])
-    assert effects.value(BASE, "generation_strict") == pytest.approx(before, abs=1e-12)
+    assert effects.value(BASE, "generation_strict") == pytest.approx(ratio("generation_strict", lines[:1]), abs=1e-12)
 
 
 def test_what_two_arms_share_falls_out_of_their_difference():
@@ -73,7 +81,7 @@ def test_what_two_arms_share_falls_out_of_their_difference():
     lines = make_lines(np.random.default_rng(2), {"pair-dpo": 0.05}, seed_spread=0.05)
     lines += [line | {"arm": "no-op"} for line in lines[1:]]
     effects = Effects(lines)
-    for metric in METRICS:
+    for metric in HEADLINE:
         difference = effects.difference("pair-dpo", "no-op", metric)
         assert difference == {"change": 0.0, "ci95": [0.0, 0.0], "significant": False}
 
@@ -92,7 +100,7 @@ def test_intervals_hold_the_truth(seed_spread):
 def test_the_changes_of_a_seed_are_those_of_a_study_of_it_alone():
     lines = make_lines(np.random.default_rng(2), {"pair-dpo": 0.02, "no-op": 0.0}, seed_spread=0.03)
     effects = Effects(lines)
-    for metric in METRICS:
+    for metric in HEADLINE:
         changes = effects.seed_changes("pair-dpo", metric)
         for seed, change in zip(effects.seeds, changes, strict=True):
             alone = Effects([line for line in lines if line["seed"] in (None, seed)]).change("pair-dpo", metric)
@@ -192,8 +200,13 @@ def evaluated(monkeypatch):
 
     def evaluate(model, config):
         names.append(model)
-        row = {"answered": "101", "drawn": ["11", "10"]}
-        rows = [row] * config.num_prompts + [{"answered": "1", "drawn": None}]
+        row = {
+            "answered": "101", "balanced": "1101", "kinds": ["color", "yes", "no", "no"], "drawn": ["11", "10"],
+            "samplers": {"8/0.7": {"drawn": ["11", "11"], "scores": [0.5, 0.5]}},
+            "caption": "a", "caption_f1": 0.5, "caption_exact": False,
+        }  # fmt: skip
+        asked = {"answered": "1", "balanced": "1", "kinds": ["color"], "drawn": None, "caption": None, "samplers": {}}
+        rows = [row] * config.num_prompts + [asked]
         return {"records": rows, "metrics": dict.fromkeys(runner.LABELS, 0.5)}
 
     monkeypatch.setattr(StubRun, "events", [])
@@ -219,9 +232,17 @@ def test_a_study_measures_every_arm_of_every_seed_once(config, evaluated, consol
     lines = run_study(config, console)
     assert evaluated == [BASE, *(f"{arm}-seed-{seed}" for seed in (1, 2) for arm in ARMS_RUN)]
     assert read_study(config.run_folder / "study.jsonl") == lines
-    counts = {"understood": 2, "asked": 3, "right": 3, "questions": 4, "strict": 1, "images": 2}
-    assert all(line[name] == [count] * 3 + [{"understood": 1, "asked": 1}.get(name, 0)]
-               for line in lines for name, count in counts.items())  # fmt: skip
+    counts = {
+        "understanding": (3, 4, 1), "understanding_record_questions": (2, 3, 1), "generation": (3, 4, 0),
+        "generation_strict": (1, 2, 0), "understanding_by_kind color": (1, 1, 1),
+        "understanding_by_kind yes": (1, 1, 0), "understanding_by_kind no": (1, 2, 0),
+        "samplers 8/0.7 generation": (4, 4, 0), "samplers 8/0.7 generation_strict": (2, 2, 0),
+        "samplers 8/0.7 best_of_4_strict": (0, 0, 0),
+    }  # fmt: skip
+    right = {name: [of_prompt] * 3 + [last] for name, (of_prompt, _, last) in counts.items()}
+    assert all(line["right"] == right for line in lines)
+    assert lines[0]["asked"] == {name: [asked] * 3 + [last] for name, (_, asked, last) in counts.items()}
+    assert not any("asked" in line for line in lines[1:])
     assert [line["rounds"] for line in lines] == [0] + [2] * 6
     assert len(console.file.getvalue().splitlines()) == 7
     run_study(config, console)
@@ -287,7 +308,7 @@ def test_workers_measure_what_one_process_does(tmp_path, console):
     for workers in (2, 1):
         where = [f"run.folder={tmp_path}", f"run.name=of-{workers}", f"study.workers={workers}", "study.seeds=[1, 2]"]
         lines = run_study(load_config(None, [*small, *where, f"study.arms={json.dumps(arms)}"]), console)
-        measured = {(line["arm"], line["seed"]): [line[name] for name in (*COUNTS, "settings")] for line in lines}
+        measured = {(line["arm"], line["seed"]): [line["right"], line["settings"]] for line in lines}
         assert set(measured) == {(BASE, None), *((arm, seed) for arm in arms for seed in (1, 2))}
         own, shared = (tmp_path / f"of-{workers}/{arm}-seed-1/round-2/pairs.parquet" for arm in arms[:2])
         assert own.samefile(shared)
@@ -305,23 +326,30 @@ def test_an_arm_says_what_it_lacks_of_pair_dpo(config, evaluated, console):
         run_study(config, console)
 
 
+def with_counts(line, counts):
+    return line | {"right": line["right"] | {"generation": counts}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda lines: lines[1:], "is not of a study: expected a line of base"),
         (lambda lines: [lines[0], lines[1] | {"arm": "<b>"}], "is not of a study"),
-        (lambda lines: [lines[0], lines[1] | {"asked": [1]}], "line 2 measures other records than line 1"),
+        (lambda lines: [lines[0], with_counts(lines[1], [1])], "line 2 measures other records than line 1"),
+        (lambda lines: [lines[0], lines[1] | {"right": {}}], "line 2 measures other records than line 1"),
         (lambda lines: [{"arm": BASE}], "line 1 is not of a study, it lacks seed, rounds"),
+        (lambda lines: [{k: v for k, v in lines[0].items() if k != "asked"}], "is not of a study: expected a line of"),
         (lambda lines: [], "is not of a study"),
         (lambda lines: [lines[0] | {"seed": 0}], "is not of a study: expected a line of base"),
         (lambda lines: [lines[0], lines[1] | {"arm": ["no-op"]}], "is not of a study"),
         (lambda lines: [lines[0], lines[1] | {"right": 5}], "line 2 is damaged: expected lists of counts"),
-        (lambda lines: [lines[0], lines[1] | {"right": ["5"] * 8}], "line 2 is damaged"),
+        (lambda lines: [lines[0], with_counts(lines[1], 5)], "line 2 is damaged: expected lists of counts"),
+        (lambda lines: [lines[0], with_counts(lines[1], ["5"] * 8)], "line 2 is damaged"),
         (lambda lines: [*lines, lines[1]], "line 3 repeats an arm and seed"),
         (lambda lines: [*lines, lines[1] | {"seed": 2, "settings": "b"}], "line 3 was measured under other settings"),
     ],
-    ids=["no_base", "unknown_arm", "other_records", "fields", "empty", "base_with_a_seed", "arm_no_text", "no_list",
-         "no_number", "twice", "settings"],
+    ids=["no_base", "unknown_arm", "other_records", "other_metrics", "fields", "nothing_asked", "empty",
+         "base_with_a_seed", "arm_no_text", "no_metrics", "no_list", "no_number", "twice", "settings"],
 )
 def test_what_is_no_study_is_refused(change, message, tmp_path):
     lines = change(make_lines(np.random.default_rng(6), {"pair-dpo": 0.0}, size=8, seeds=(1,)))
@@ -395,7 +423,7 @@ def test_lines_are_enough_for_table_readme_and_page(finished, capsys):
     assert "old" not in text and re.search(r"\| pair-dpo \| [\d.]+, \*\*\+[\d.]+ \[", text)
     html = (finished / "<i>" / "index.html").read_text()
     assert "<h1>Self-play against its controls</h1>" in html and "Study &lt;i&gt;" in html and "<i>" not in html
-    assert html.count("<svg") == 8 and 'class="dot better"' in html and "no significant difference" in html
+    assert html.count("<svg") == 12 and 'class="dot better"' in html and "no significant difference" in html
     assert study(finished, "--readme", str(finished / "README.md")) == 0
     assert (finished / "README.md").read_text() == text
     chosen = ["--set", "study.seeds=[2, 3]", "--set", 'study.arms=["pair-dpo", "no-op"]']
@@ -409,26 +437,27 @@ def test_one_arm_alone_has_no_comparisons(finished):
     effects = Effects(lines)
     told = dict(findings.answer_claims(effects))
     of_gap = told.pop("How much of the gap closes?")
-    assert re.fullmatch(r"pair-dpo: −3\.2 % of it \[−\d+\.\d, \d+\.\d\], from 20\.9 to 21\.5 points\.", of_gap)
+    assert re.fullmatch(r"pair-dpo: 3\.3 % of it \[−\d+\.\d, \d+\.\d\], from 20\.9 to 20\.2 points\.", of_gap)
     [(asked, answer)] = told.items()
     assert asked == "Is one run enough to see it?" and "significantly better in 1 of 1" in answer
     assert "minus" not in findings.markdown(effects)
     assert findings.describe_study(effects).startswith("1 seed of each arm")
     config = load_config(finished / "study.toml")
-    assert page.write_page(config, effects).read_text().count("<svg") == 4
+    assert page.write_page(config, effects).read_text().count("<svg") == 6
 
 
 def test_the_part_of_the_gap_that_closes_has_an_interval():
     lines = make_lines(np.random.default_rng(11), {"pair-dpo": 0.0, "no-op": 0.0}, seed_spread=0.0)
     for line in lines[1:]:
         if line["arm"] == "pair-dpo":  # generation as good as understanding nearly is
-            line["right"] = np.minimum(line["questions"], np.add(line["right"], 1)).tolist()
+            more = np.minimum(lines[0]["asked"]["generation"], np.add(line["right"]["generation"], 1)).tolist()
+            line["right"]["generation"] = more
     effects = Effects(lines)
     closed, gap = effects.closed_gap("pair-dpo"), effects.value(BASE, "gap")
     assert closed["change"] == pytest.approx((gap - effects.value("pair-dpo", "gap")) / gap)
     assert closed["ci95"][0] < closed["change"] < closed["ci95"][1] and closed["significant"]
     assert not effects.closed_gap("no-op")["significant"]
-    lines[0]["understood"] = [0] * len(lines[0]["asked"])
+    lines[0]["right"]["understanding"] = [0] * 200
     assert Effects(lines).closed_gap("pair-dpo") is None
     assert findings.answer_claims(Effects(lines))[0][1] == "there was none that is clear of zero."
 
