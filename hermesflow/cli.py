@@ -294,7 +294,7 @@ def _extrapolate(arguments: argparse.Namespace, config: Config) -> None:
 
 def _drawing(arguments: argparse.Namespace, model: "Model") -> dict:
     """How the images are drawn: the model's own way where no option says otherwise."""
-    names = ("num_steps", "guidance_scale", "mask_temperature")
+    names = ("num_steps", "temperature", "guidance_scale", "mask_temperature")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     sampling = replace(model.sampling, **given)
     return {"num_images": arguments.num_images, "seed": arguments.seed, "sampling": sampling}
@@ -638,6 +638,9 @@ def _add_drawing_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-images", type=_positive, default=1, metavar="N", help="images of each prompt [1]")
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the first image [0]")
     command.add_argument("--num-steps", type=_positive, metavar="N", help="decoding steps [the model's own number]")
+    command.add_argument(
+        "--temperature", type=_number, metavar="T", help="sampling temperature of image tokens [the model's own]"
+    )
     command.add_argument(
         "--guidance-scale", type=_number, metavar="G", help="classifier-free guidance [the model's own]"
     )

@@ -23,7 +23,10 @@ from hermesflow.files import InputError, read_bytes
 IMAGE_SCORES = ("soft", "hard")
 CAPTION_SCORERS = ("bert-cls", "sentence", "exact", "normalised", "token-f1", "attribute-f1")
 ANSWER_SCORERS = ("likelihood", "sentence", "exact", "normalised")
-PAPER_OBJECTIVE = {"nll_weight": 0.0, "replay_weight": 0.0, "masks_per_pair": 1, "complementary_masks": False}
+PAPER_OBJECTIVE = {
+    "understanding_weight": 1.0, "nll_weight": 0.0, "replay_weight": 0.0, "masks_per_pair": 1,
+    "complementary_masks": False,
+}  # fmt: skip
 """Training settings under which a step computes the objective of HermesFlow (arXiv 2502.12148), section 4, alone."""
 STUDY_ARMS = (
     "pair-dpo", "no-op", "random-pairs", "sft-best", "generation-only", "understanding-only", "oracle-pairs",
@@ -120,7 +123,7 @@ class CurationConfig:
     "module:function" of your own."""
     threshold: float = 0.6
     """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
-    margin: float = 0.1
+    margin: float = 0.05
     """The best must score above the worst by at least this much."""
     caption_scorer: str = "token-f1"
     """How a caption is compared with the true one: bert-cls, sentence, exact, normalised, token-f1, attribute-f1, or
@@ -191,19 +194,20 @@ class TrainConfig:
     """Log-probability of an image or caption: the mean over its tokens instead of their sum; simpo always takes it."""
     generation_weight: float = 1.0
     """Weight of the image side; 0 leaves it out."""
-    understanding_weight: float = 1.0
-    """Weight of the caption side; 0 leaves it out."""
+    understanding_weight: float = 0.1
+    """Weight of the caption side; 0 leaves it out, 1 is the paper's. The larger, the more the answers to hard questions
+    suffer."""
     preference_weight: float = 1.0
     """Weight of the preference loss; 0 leaves it out, which is supervised training on the wins alone."""
     nll_weight: float = 1.0
     """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
-    replay_weight: float = 0.3
+    replay_weight: float = 5.0
     """Weight of the replay: questions about the pairs' real images, which keep the model from forgetting how to
     answer; 0 asks none."""
     replay_target: Literal["reference", "answers"] = "reference"
     """What is replayed: the reference's own probability of each choice, which the divergence KL(reference || policy)
     keeps; or the right answers, whose negative log-likelihood (mean over tokens) is lowered."""
-    replayed_questions: int = 4
+    replayed_questions: int = 8
     """Questions of each pair in one step, drawn from the record's; where it has fewer, all of them."""
     condition_dropout: float = 0.0
     """Share of image pairs that are trained with the empty prompt, win and lose alike; the published code has 0.1."""
@@ -272,10 +276,10 @@ class EvalConfig:
 
     split: Literal["train", "validation", "test"] = "test"
     """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""
-    num_prompts: int = 600
+    num_prompts: int = 300
     """Prompts that images are drawn for."""
-    images_per_prompt: int = 2
-    """Images drawn for each prompt."""
+    images_per_prompt: int = 4
+    """Images drawn for each prompt; with fewer than 4 the best of 4 is not measured."""
     num_steps: int = 0
     """Decoding steps of an image; 0 takes the model's own number."""
     temperature: float = -1.0

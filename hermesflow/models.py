@@ -37,7 +37,7 @@ from .worlds.shapes import CAPTION_QUESTION
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_PROMPTS = PromptFormat(caption_question=CAPTION_QUESTION)
-TINY_SAMPLING = ImageSamplingParams(num_steps=4, guidance_scale=0.5, mask_temperature=1.0)
+TINY_SAMPLING = ImageSamplingParams(num_steps=8, guidance_scale=0.5, mask_temperature=1.0, temperature=0.7)
 
 
 class Model:

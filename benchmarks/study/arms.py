@@ -24,7 +24,7 @@ class Arm(NamedTuple):
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
     "no-op": Arm(
-        "All steps on pair-dpo's pairs, whose loss counts zero times; right answers are replayed as in every arm.",
+        "All steps on pair-dpo's pairs, whose loss counts zero times; the replay stays.",
         {"train": {"preference_weight": 0.0, "nll_weight": 0.0}},
         same_pairs=True,
     ),

@@ -317,7 +317,8 @@ def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys,
     grey("a.png", 10)
     grey("mask.png", 255)
     common = ["-o", "out", "--num-images", "2", "--seed", "4"]
-    assert cli.main(["inpaint", "a.png", "mask.png", "a dog", *common, "--grid", "sheets/all.png"]) == 0
+    warm = ["--temperature", "0.25", "--grid", "sheets/all.png"]
+    assert cli.main(["inpaint", "a.png", "mask.png", "a dog", *common, *warm]) == 0
     assert capsys.readouterr().out.split() == [
         "out/a-dog-inpainted-seed4.png", "out/a-dog-inpainted-seed5.png", "sheets/all.png",
     ]  # fmt: skip
@@ -326,7 +327,7 @@ def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys,
         with Image.open(file) as image:
             assert image.text["prompt"] == "a dog"
             assert json.loads(image.text["settings"]) == drawing | {
-                "command": "inpaint", "image": "a.png", "mask": "mask.png"
+                "command": "inpaint", "image": "a.png", "mask": "mask.png", "temperature": 0.25
             }  # fmt: skip
     monkeypatch.setattr(tasks, "extrapolate_image", lambda *given, **options: iter([tasks.GeneratedImage(
         "a dog", options["seed"], np.zeros((8, 24, 3), np.uint8), torch.zeros(2, 6, dtype=torch.int64)

@@ -304,7 +304,7 @@ def test_images_of_another_size_are_measured_as_well():
 def test_run_evaluation_writes_and_prints(tiny_model, tmp_path, capsys):
     tiny_model.save(tmp_path / "model")
     settings = [f"model.name={tmp_path / 'model'}", f"run.folder={tmp_path}", "run.name=here", "eval.num_steps=2",
-                "eval.num_prompts=3", "eval.num_understanding=3"]  # fmt: skip
+                "eval.num_prompts=3", "eval.num_understanding=3", "eval.images_per_prompt=2"]  # fmt: skip
     result = run_evaluation(load_config(None, settings))
     assert read_json(tmp_path / "here" / "evaluation.json") == result
     out = capsys.readouterr().out

@@ -106,7 +106,7 @@ def test_2_captions_are_scored_on_their_own_rows_not_on_all(model, pairs):
 
 
 def test_3_the_sigmoid_is_of_each_pair_not_of_the_batch(model, pairs):
-    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, understanding_weight=0, **PAPER_OBJECTIVE), 0)
+    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, **PAPER_OBJECTIVE | {"understanding_weight": 0}), 0)
     generator = torch.Generator().manual_seed(0)
     ratios = 10 * torch.randn(len(pairs), 2, generator=generator)
 
@@ -262,7 +262,7 @@ def test_7_a_win_beats_its_lose_in_every_round():
 
 
 def test_8_a_hopeless_pair_has_a_loss_and_a_gradient(model, pairs):
-    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, understanding_weight=0, **PAPER_OBJECTIVE), 0)
+    packer = PairPacker(model, pairs, TrainConfig(beta=BETA, **PAPER_OBJECTIVE | {"understanding_weight": 0}), 0)
     batch = packer.pack([PairVisit(0, 0)])
     signs = torch.where(batch.sides["generation"].segment == 0, -1.0, 1.0)
 
