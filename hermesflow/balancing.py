@@ -7,52 +7,40 @@ Questions written about captions ask only for what the captions name, so that "y
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from .records import Question, Record
 
-_LOGGER = logging.getLogger(__name__)
-
 THINGS = ("object", "animal", "human", "food")
 """Element types (those of TIFA, arXiv 2303.11897) whose questions make sense where the thing is not there: whether the
 dog runs cannot be asked without a dog."""
-_LEAST_YES = 0.4
-"""Share of either answer below which the questions are said to be one-sided."""
 _TRIES = 64
-"""Questions of others that are looked at for those that fit."""
+"""How many of the others' questions are tried for each record."""
+_SINGULAR = {"children": "child", "people": "person", "men": "man", "women": "woman", "mice": "mouse", "feet": "foot"}
 
 
-def balance_questions(records: Sequence[Record], source: str) -> list[Record]:
+def balance_questions(records: Sequence[Record]) -> list[Record]:
     """Gives each record balanced questions: its own, and as many answered no as yes where others' questions allow it.
 
     A question counts as one of yes or no if its choices are those two words. Another record's fits if it asks for one
-    of THINGS, answered yes there, whose element this record's caption and questions name in no word. What is chosen
-    depends on the records alone. Where the answers still lean to one side, a warning says so.
+    of THINGS, answered yes there, and this record's caption and questions name its element in no word. A caption need
+    not name all that an image shows, so that some of these answers are wrong. What is chosen depends on the records
+    alone.
 
     Args:
         records: of one data set; those that have balanced questions keep them.
-        source: where they are from, for the warning.
     Returns: the records in their order.
     """
     every = (question for record in records for question in record.questions)
     things = [item for item in every if _answer(item) == "yes" and item.element and item.element_type in THINGS]
-    balanced = [record if record.balanced_questions else _balanced(record, things) for record in records]
-    share = yes_share(balanced)
-    if share is not None and not _LEAST_YES <= share <= 1 - _LEAST_YES:
-        _LOGGER.warning(
-            "%s: %.0f %% of the yes-or-no questions about its images are answered yes, so that what is measured and "
-            "replayed by them is one-sided; give questions that ask for things their element and element_type (%s)",
-            source, 100 * share, ", ".join(THINGS),
-        )  # fmt: skip
-    return balanced
+    return [record if record.balanced_questions else _balanced(record, things) for record in records]
 
 
-def yes_share(records: Sequence[Record]) -> float | None:
+def yes_share(records: Iterable[Record]) -> float | None:
     """The share of image questions of yes or no whose answer is yes; None where there are none."""
     answers = [_answer(question) for record in records for question in record.image_questions]
     known = [answer for answer in answers if answer is not None]
@@ -83,6 +71,16 @@ def _answer(question: Question) -> str | None:
 
 
 def _words(text: str) -> set[str]:
-    """Lower-case words without articles; those of more than three letters without a plural's s."""
-    words = set(re.findall(r"\w+", text.lower())) - {"a", "an", "the"}
-    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
+    """Lower-case words in the singular, without articles."""
+    return {_singular(word) for word in re.findall(r"\w+", text.lower())} - {"a", "an", "the"}
+
+
+def _singular(word: str) -> str:
+    """A noun's singular, or what is the same for both of its forms."""
+    if word in _SINGULAR:
+        return _SINGULAR[word]
+    if len(word) > 3 and word.endswith("ies"):
+        return f"{word[:-3]}y"
+    if len(word) > 3 and re.search(r"(s|x|z|ch|sh)es$", word):
+        return word[:-2]
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word

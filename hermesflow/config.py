@@ -183,7 +183,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """The gradient of all weights together is scaled down to this norm where it is larger."""
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
-    """Form of the preference loss; sigmoid is the paper's, simpo has no reference."""
+    """Form of the preference loss; sigmoid is the paper's, simpo's needs no reference."""
     beta: float = 0.2
     """Scale of the rewards, log-ratios of policy to reference: the larger, the nearer the policy stays to it."""
     label_smoothing: float = 0.0
@@ -203,12 +203,12 @@ class TrainConfig:
     """Weight of the win's negative log-likelihood (mean over its tokens), added to the loss; 0 adds none."""
     replay_weight: float = 5.0
     """Weight of the replay: questions about the pairs' real images, which keep the model from forgetting how to
-    answer; 0 asks none."""
+    answer; 0 asks none. Measured were 5 for the reference and 0.3 for answers."""
     replay_target: Literal["reference", "answers"] = "reference"
     """What is replayed: the reference's own probability of each choice, which the divergence KL(reference || policy)
     keeps; or the right answers, whose negative log-likelihood (mean over tokens) is lowered."""
     replayed_questions: int = 8
-    """Questions of each pair in one step, drawn from the record's; where it has fewer, all of them."""
+    """Questions of each pair in one step, drawn from those about its real image; where it has fewer, all of them."""
     condition_dropout: float = 0.0
     """Share of image pairs that are trained with the empty prompt, win and lose alike; the published code has 0.1."""
     masks_per_pair: int = 4

@@ -34,15 +34,12 @@ from .prompting import caption_prompt, image_prompt
 from .records import Record
 from .scoring import overlap_f1, self_vqa, token_f1
 from .stats import percentile_interval, rank_correlation, resample_ratios, roc_auc
-from .summaries import print_metrics
+from .summaries import MetricPath, print_metrics
 from .worlds import oracle, shapes
 
 BEST_OF = 4
 """Images of a prompt of which the model's own judge picks one, for best_of_4_strict."""
 _BATCH = 64
-
-Path = tuple[str, ...]
-"""Where a metric stands in nested results, such as ("samplers", "4/0.7", "generation")."""
 
 
 def run_evaluation(config: Config) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def right_of_asked(row: dict[str, Any]) -> dict[Path, tuple[float, float]]:
+def right_of_asked(row: dict[str, Any]) -> dict[MetricPath, tuple[float, float]]:
     """What was right in a record, of how many, by metric.
 
     Args:
@@ -404,7 +401,7 @@ def _judge(model: Model, codes: list[list[int]], questions: Sequence) -> tuple[n
     return np.array([mark[0] for mark in marks]), np.array([mark[1] for mark in marks], dtype=bool)
 
 
-Sums = dict[Path, tuple[np.ndarray, np.ndarray]]
+Sums = dict[MetricPath, tuple[np.ndarray, np.ndarray]]
 """By metric numerators and denominators float64 [n]: what was right in a record, of how many."""
 
 
@@ -419,14 +416,14 @@ def _nest_values(sums: Sums) -> dict[str, Any]:
     return result
 
 
-def _inside(result: dict[str, Any], path: Path) -> dict[str, Any]:
+def _inside(result: dict[str, Any], path: MetricPath) -> dict[str, Any]:
     """The dict that holds the last of a path's names."""
     for name in path[:-1]:
         result = result.setdefault(name, {})
     return result
 
 
-def _values_and_samples(sums: Sums) -> tuple[dict[Path, float], dict[Path, np.ndarray]]:
+def _values_and_samples(sums: Sums) -> tuple[dict[MetricPath, float], dict[MetricPath, np.ndarray]]:
     """Each metric's value, and its values over the resamples; NaN where there is nothing to measure."""
     numerators, denominators = (np.stack(half, axis=1) for half in zip(*sums.values(), strict=True))
     with np.errstate(invalid="ignore"):
@@ -435,7 +432,7 @@ def _values_and_samples(sums: Sums) -> tuple[dict[Path, float], dict[Path, np.nd
     return _with_gap(dict(zip(sums, totals, strict=True))), _with_gap(dict(zip(sums, samples.T, strict=True)))
 
 
-def _with_gap(values: dict[Path, Any]) -> dict[Path, Any]:
+def _with_gap(values: dict[MetricPath, Any]) -> dict[MetricPath, Any]:
     return values | {("gap",): values["understanding",] - values["generation",]}
 
 
@@ -469,7 +466,7 @@ def _judge_agreement(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _by_element_type(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Fractions right by what a question asks for."""
+    """Fractions right by what the record's questions ask for."""
     marks: dict[str, tuple[list[int], list[int]]] = {}
     for row in rows:
         for number, kind in enumerate(row["element_types"]):
@@ -477,7 +474,11 @@ def _by_element_type(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]
             understood += [int(row["answered"][number])] if row["answered"] else []
             drawn += [int(image[number]) for image in row["drawn"] or ()]
     return {
-        kind: {"understanding": _mean(understood), "generation": _mean(drawn), "count": len(understood)}
+        kind: {
+            "understanding_record_questions": _mean(understood),
+            "generation": _mean(drawn),
+            "count": len(understood),
+        }
         for kind, (understood, drawn) in sorted(marks.items())
     }
 

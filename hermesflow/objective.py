@@ -30,7 +30,7 @@ def pass_objective(
 
     Args:
         logprob: the policy's log-probabilities, fp32 [T], in the order of the batch's sides.
-        reference: the reference's, likewise; not read by simpo.
+        reference: the reference's, likewise; simpo's sides do not read it.
         batch: the pass.
         totals: pairs in the whole step, by side.
         config: loss and weights.

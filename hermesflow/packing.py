@@ -268,8 +268,8 @@ class PairPacker:
             builder.continue_text("understanding", index, 2 * index + lose, question, caption, targets)
 
     def _add_answers(self, builder: _ForestBuilder, index: int, visit: PairVisit, image: int) -> None:
-        """Next tokens of the answers, and eot; the shares of a visit's tokens or, with a reference, questions add up to
-        one."""
+        """Next tokens of the answers, and eot. An answer's weight is one over the visit's tokens; one over its
+        questions where the reference is kept."""
         replayed = self._replayed(visit)
         num_tokens = sum(len(answer) + 1 for _, answers in replayed for answer in answers)
         share = 1 / (len(replayed) if self.config.replay_target == "reference" else num_tokens)

@@ -156,9 +156,12 @@ def _rows(
     first: dict[int, PairVisit] = {}
     for visit in visits:
         first.setdefault(visit.pair, visit)
-    later = [visit for visit in visits if visit != first[visit.pair] and differing.num_tokens(visit)]
-    work = [(packer, planned) for planned in packer.passes(list(first.values()))]
-    work += [(differing, planned) for planned in differing.passes(later)]
+    later = [visit for visit in visits if visit != first[visit.pair]]
+    work = [
+        (chosen, planned)
+        for chosen, asked in ((packer, first.values()), (differing, later))
+        for planned in chosen.passes([visit for visit in asked if chosen.num_tokens(visit)])
+    ]
     for part, (chosen, counts) in track(work, "reference", "passes"):
         batch = part.pack(chosen, device)
         by_side = batch.split(logprobs(batch).cpu())

@@ -19,7 +19,8 @@ from .showcase import choose_shown, pairs_section
 from .summaries import (
     LABELS,
     ONE_SIDED,
-    describe_unusable,
+    MetricPath,
+    describe_data,
     find,
     format_change,
     format_interval,
@@ -161,10 +162,10 @@ def _header(config: Config, summary: dict[str, Any], missing: Sequence[str]) -> 
     lead = headline(summary) if summary["before"] is not None else "Nothing has been measured yet."
     waiting = ", ".join(missing)
     notice = f'<p class="notice">This run is not finished. Not there yet: {escape(waiting)}.</p>' if missing else ""
-    unusable = f'<p class="note">{escape(told)}</p>' if (told := describe_unusable(summary)) else ""
+    data = "".join(f'<p class="note">{escape(line)}</p>' for line in describe_data(summary))
     return (
         f'<header><p class="over">HermesFlow, run {escape(config.run.name)}</p>'
-        f"<h1>What self-play changed</h1>{notice}<p class='lead'>{escape(lead)}</p>{unusable}</header>"
+        f"<h1>What self-play changed</h1>{notice}<p class='lead'>{escape(lead)}</p>{data}</header>"
     )
 
 
@@ -206,7 +207,7 @@ scenes, prompts and seeds. Where an interval holds zero there is no significant 
 {f"<h2>Understanding by what is asked</h2>{kinds}" if kinds else ""}</section>"""
 
 
-def _metric_table(metrics: dict[tuple[str, ...], str], summary: dict[str, Any], name: str) -> str:
+def _metric_table(metrics: dict[MetricPath, str], summary: dict[str, Any], name: str) -> str:
     """A row for each metric with its values and changes by round; empty without metrics."""
     heads = "<th>%</th><th>before</th>"
     for number in range(1, len(summary["rounds"]) + 1):
@@ -216,7 +217,7 @@ def _metric_table(metrics: dict[tuple[str, ...], str], summary: dict[str, Any], 
     return scrolling(table, name) if metrics else ""
 
 
-def _metric_row(path: tuple[str, ...], label: str, summary: dict[str, Any]) -> str:
+def _metric_row(path: MetricPath, label: str, summary: dict[str, Any]) -> str:
     cells = []
     for _, metrics in _stages(summary):
         interval = format_interval(interval_of(metrics, path))
@@ -266,11 +267,13 @@ def _rounds(rounds: Sequence[dict[str, Any]]) -> str:
     kept = [{label: item.get(name) for name, label in _KEPT.items()} for item in pairs]
     percent = [{label: item.get(name) for name, label in _AGREEMENT.items()} for item in trust]
     ranks = [{label: item.get(name) for name, label in _RANKS.items()} for item in trust]
+    judges = [{_RANKS[name]: metrics.get("judge", {}).get(name) for name in ("spearman", "auc")} for metrics in rounds]
     tables = [
         _round_table("Records that gave pairs", kept, str),
         _round_table("Sides of records rejected", [item.get("rejected", {}) for item in pairs], str),
-        _round_table("Image scores and the oracle, %", percent, format_value),
-        _round_table("Image scores and oracle by rank", ranks, "{:.2f}".format),
+        _round_table("Scores and the oracle, %", percent, format_value),
+        _round_table("Candidates' scores and the oracle, by rank", ranks, "{:.2f}".format),
+        _round_table("Measured images' own scores and the oracle", judges, "{:.2f}".format),
         _round_table("End of training", [metrics.get("training", {}) for metrics in rounds], "{:.4g}".format),
         _round_table("Seconds", [metrics.get("seconds", {}) for metrics in rounds], "{:.0f}".format),
     ]

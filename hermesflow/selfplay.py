@@ -12,6 +12,7 @@ and ends with the same result. With torchrun, all processes curate and train; th
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from .balancing import balance_questions
+from .balancing import balance_questions, yes_share
 from .config import Config
 from .curation import curate
 from .distributed import barrier, is_main, on_main, world_size
@@ -47,10 +48,11 @@ from .published_pairs import read_published_pairs
 from .records import Record, RecordFile, write_records
 from .report import write_report
 from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
-from .summaries import print_summary
+from .summaries import describe_one_sided, is_balanced, print_summary
 from .trackers import check_tracker
 from .worlds import shapes
 
+_LOGGER = logging.getLogger(__name__)
 _SCENE_SEEDS = 2**32
 
 
@@ -129,6 +131,8 @@ class Run:
         def work() -> None:
             if not (path.exists() and (self.folder / "rejected.parquet").exists()):
                 write_records(path, self._make_records())
+                if told := describe_one_sided(yes_share(RecordFile(path))):
+                    _LOGGER.warning("%s: %s", self.config.data.source, told)
 
         on_main(work)
         return RecordFile(path)
@@ -145,7 +149,7 @@ class Run:
             records = (shapes.make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes))
         else:
             records, rejected = read_source(data.source, data.questions or None, data.root or None)
-            records = balance_questions(records, data.source)
+            records = balance_questions(records)
         num_usable = 0
         for record, reason in encode_records(self.model(0), records, count):
             if reason is None:
@@ -306,6 +310,11 @@ class Run:
         result = read_json(path)
         if not isinstance(result, dict) or not {"metrics", "records"} <= result.keys():
             raise damaged(path, "evaluation", ValueError("it has no metrics"))
+        if not is_balanced(result["metrics"]):
+            raise InputError(
+                f"{path}: was measured by record questions, as an older version did; `hermesflow report {self.folder}` "
+                "shows the run, and another run.name begins one that is measured by balanced questions"
+            )
         return result
 
     def _evaluate(self, number: int) -> dict[str, Any]:
@@ -338,7 +347,11 @@ class Run:
         return {
             "settings": settings,
             "seed": self.config.run.seed,
-            "data": {"records": num_records, "rejected": count_reasons(unusable)},
+            "data": {
+                "records": num_records,
+                "rejected": count_reasons(unusable),
+                "yes_share": yes_share(self.records),
+            },
             "before": before,
             "rounds": rounds,
         }

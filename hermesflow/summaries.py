@@ -28,7 +28,8 @@ ONE_SIDED = (
 SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "best_of_4_strict": "best of 4, strict"}
 """What is measured by each sampler, as tables call it."""
 
-Path = tuple[str, ...]
+MetricPath = tuple[str, ...]
+"""Where a metric stands in nested results, such as ("samplers", "4/0.7", "generation")."""
 
 
 def is_balanced(metrics: dict[str, Any]) -> bool:
@@ -36,12 +37,15 @@ def is_balanced(metrics: dict[str, Any]) -> bool:
     return metrics.get("understanding_record_questions") is not None
 
 
-def headline_metrics(metrics: dict[str, Any]) -> dict[Path, str]:
-    """The metrics of LABELS that there are, with their labels."""
-    return {(name,): label for name, label in LABELS.items() if name in metrics}
+def headline_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
+    """The metrics of LABELS that there are, with their labels; understanding by record questions alone says so."""
+    labels = {(name,): label for name, label in LABELS.items() if name in metrics}
+    if not is_balanced(metrics):
+        labels["understanding",] = LABELS["understanding_record_questions"]
+    return labels
 
 
-def sampler_metrics(metrics: dict[str, Any]) -> dict[Path, str]:
+def sampler_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
     """Generation by each sampler, with a label such as "8/0.7, strict"."""
     return {
         ("samplers", sampler, name): f"{sampler}, {label}"
@@ -50,13 +54,13 @@ def sampler_metrics(metrics: dict[str, Any]) -> dict[Path, str]:
     }
 
 
-def kind_metrics(metrics: dict[str, Any]) -> dict[Path, str]:
+def kind_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
     """Understanding by what the balanced questions ask for."""
     kinds = metrics.get("understanding_by_kind", {})
     return {("understanding_by_kind", kind): kind for kind in sorted(kinds) if not kind.endswith("_ci95")}
 
 
-def find(metrics: dict[str, Any], path: Path) -> Any:
+def find(metrics: dict[str, Any], path: MetricPath) -> Any:
     """What stands at a path of nested dicts; None where there is nothing."""
     value: Any = metrics
     for name in path:
@@ -64,7 +68,7 @@ def find(metrics: dict[str, Any], path: Path) -> Any:
     return value
 
 
-def interval_of(metrics: dict[str, Any], path: Path) -> list[float] | None:
+def interval_of(metrics: dict[str, Any], path: MetricPath) -> list[float] | None:
     """The interval of the metric at a path."""
     return find(metrics, (*path[:-1], f"{path[-1]}_ci95"))
 
@@ -92,6 +96,7 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
     for category, values in metrics["by_category"].items():
         categories.add_row(category.replace("_", " "), *(format_value(values[name]) for name in shown))
     console.print(f"{asked} real images asked about, {drawn} images drawn for {prompts} prompts")
+    console.print(*describe_judge(metrics), sep="\n")
     console.print(whole, "", categories, sep="\n")
 
 
@@ -124,11 +129,11 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             told = f"{format_change(change)} {tell_verdict(path[-1], change)}" if change else ""
             table.add_row(label, *(format_value(find(item, path)) for item in (summary["before"], last)), told)
         console.print("", table, sep="\n")
-    if unusable := describe_unusable(summary):
-        console.print(unusable, highlight=False, markup=False)
-    for number, metrics in enumerate(summary["rounds"], 1):
-        for line in describe_round(metrics):
-            console.print(f"round {number}: {line}", highlight=False)
+    for line in describe_data(summary):
+        console.print(line, highlight=False, markup=False)
+    for stage, metrics in stages:
+        for line in describe_round(metrics) + describe_judge(metrics):
+            console.print(f"{stage}: {line}", highlight=False)
     console.print(headline(summary), style="bold", highlight=False)
 
 
@@ -143,8 +148,9 @@ def headline(summary: dict[str, Any]) -> str:
     before, rounds = summary["before"], summary["rounds"]
     if not rounds:
         return (
-            f"Before self-play the model answers {_percent(before['understanding'])} % of the questions about real "
-            f"images, and its own images answer {_percent(before['generation'])} %: a gap of "
+            f"Before self-play the model answers {_percent(before['understanding'])} % of the "
+            f"{'balanced ' if is_balanced(before) else ''}questions about real images, and its own images answer "
+            f"{_percent(before['generation'])} % of theirs: a gap of "
             f"{_percent(before['gap'])} points."
         )
     asked = "balanced questions" if is_balanced(rounds[-1]) else "record questions, which ask only of what is there"
@@ -154,15 +160,43 @@ def headline(summary: dict[str, Any]) -> str:
     return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(told)}."
 
 
-def describe_unusable(summary: dict[str, Any]) -> str:
-    """The records of the data that could not be used, in a line; empty if there are none.
+def describe_judge(metrics: dict[str, Any]) -> list[str]:
+    """How well the model's own scores of its images agree with the oracle, in a line where it was measured."""
+    judge = metrics.get("judge") or {}
+    if judge.get("spearman") is None or judge.get("auc") is None:
+        return []
+    return [
+        f"the model's own scores of these images and the oracle: rank correlation {judge['spearman']:.2f}, "
+        f"AUC {judge['auc']:.2f}"
+    ]
+
+
+def describe_data(summary: dict[str, Any]) -> list[str]:
+    """What is wrong with a run's data: records that could not be used, one-sided questions; a line each.
 
     Args:
         summary: what summary.json holds.
     """
-    rejected = summary.get("data", {}).get("rejected", {})
+    data = summary.get("data", {})
+    rejected, one_sided = data.get("rejected", {}), describe_one_sided(data.get("yes_share"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-    return f"data: {sum(rejected.values())} records could not be used: {reasons}" if rejected else ""
+    lines = [f"data: {sum(rejected.values())} records could not be used: {reasons}"] if rejected else []
+    return lines + ([f"data: {one_sided}"] if one_sided else [])
+
+
+def describe_one_sided(yes_share: float | None) -> str:
+    """Says where questions of yes or no have mostly one answer; empty where they do not.
+
+    Args:
+        yes_share: of them the fraction that is answered yes; None without any.
+    """
+    if yes_share is None or 0.4 <= yes_share <= 0.6:
+        return ""
+    return (
+        f"{_percent(yes_share)} % of the yes-or-no questions about its images are answered yes, so that what is "
+        "replayed is one-sided; give questions that ask for things their element and element_type (object, animal, "
+        "human or food)"
+    )
 
 
 def describe_round(metrics: dict[str, Any]) -> list[str]:
@@ -182,12 +216,12 @@ def describe_round(metrics: dict[str, Any]) -> list[str]:
         )
     if trust.get("caption_win_truer") is not None:
         lines.append(
-            f"the oracle finds the win's caption truer in {_percent(trust['caption_win_truer'])} % of pairs, less true "
-            f"in {_percent(trust['caption_win_less_true'])} %; wrong or incomplete in "
+            f"the win's caption is truer in {_percent(trust['caption_win_truer'])} % of pairs, less true in "
+            f"{_percent(trust['caption_win_less_true'])} %; it is wrong or incomplete in "
             f"{_percent(1 - trust['caption_win_exact'])} %"
         )
     if trust.get("spearman") is not None:
-        line = f"rank correlation of the image scores with the oracle {trust['spearman']:.2f}"
+        line = f"rank correlation of the candidates' scores with the oracle {trust['spearman']:.2f}"
         lines.append(line + (f", AUC {trust['auc']:.2f}" if trust.get("auc") is not None else ""))
     if "seconds" in metrics:
         lines.append(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in metrics["seconds"].items()))
@@ -223,7 +257,7 @@ def tell_verdict(name: str, change: dict[str, Any]) -> str:
     return "better" if (change["change"] > 0) != (name == "gap") else "worse"
 
 
-def _told_value(metrics: dict[str, Any], path: Path) -> list[str]:
+def _told_value(metrics: dict[str, Any], path: MetricPath) -> list[str]:
     """A metric with its interval, and its change with the verdict where there is one."""
     change = find(metrics, ("change", *path))
     value = f"{format_value(find(metrics, path))} {format_interval(interval_of(metrics, path))}"

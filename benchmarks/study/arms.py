@@ -24,7 +24,7 @@ class Arm(NamedTuple):
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
     "no-op": Arm(
-        "All steps on pair-dpo's pairs, whose loss counts zero times; the replay stays.",
+        "All steps on pair-dpo's pairs, whose loss counts zero times: what is left to follow is the replay's rounding.",
         {"train": {"preference_weight": 0.0, "nll_weight": 0.0}},
         same_pairs=True,
     ),
@@ -37,7 +37,10 @@ ARMS = {
         {"train": {"preference_weight": 0.0, "nll_weight": 1.0}},
     ),
     "generation-only": Arm("The image side of each pair alone.", {"train": {"understanding_weight": 0.0}}),
-    "understanding-only": Arm("The caption side of each pair alone.", {"train": {"generation_weight": 0.0}}),
+    "understanding-only": Arm(
+        "The caption side of each pair alone, with the weight of the paper.",
+        {"train": {"generation_weight": 0.0, "understanding_weight": 1.0}},
+    ),
     "oracle-pairs": Arm(
         "Pair-DPO where the oracle scores the images: as well as any score could do.",
         {"curation": {"score": f"{_SCORERS}:oracle_images"}},

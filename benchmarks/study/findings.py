@@ -34,7 +34,9 @@ def metric_groups(effects: Effects) -> dict[str, list[str]]:
     """The metrics of a study's tables, by title: the headline, by sampler, and by what is asked for."""
     return {
         "measured": list(HEADLINE),
-        "drawn by steps/temperature": [name for name in effects.metrics if name.endswith("generation_strict")][1:],
+        "drawn by steps/temperature": [
+            name for name in effects.metrics if name.startswith("samplers ") and name.endswith(" generation_strict")
+        ],
         "understanding": [name for name in effects.metrics if name.startswith("understanding_")],
     }
 

@@ -95,6 +95,10 @@ def read_study(path: Path) -> list[Line]:
     named = all(arm in list(ARMS) and isinstance(seed, int) for arm, seed in keys[1:])
     if not keys or keys[0] != (BASE, None) or not named or "asked" not in lines[0]:
         raise InputError(f"{path}: is not of a study: expected a line of {BASE}, then lines of {', '.join(ARMS)}")
+    if isinstance(lines[0]["right"], list):
+        raise InputError(
+            f"{path}: was measured before balanced questions were asked; choose another run.name, or measure again"
+        )
     settings: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not all(map(_are_counts, (line["right"], line.get("asked", line["right"])))):

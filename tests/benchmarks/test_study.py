@@ -76,6 +76,17 @@ def test_values_are_ratios_of_sums():
     assert effects.value(BASE, "generation_strict") == pytest.approx(ratio("generation_strict", lines[:1]), abs=1e-12)
 
 
+def test_what_was_not_measured_is_no_metric():
+    """With fewer than four images a prompt there is no best of four."""
+    lines = make_lines(np.random.default_rng(1), {"pair-dpo": 0.05})
+    for line in lines:
+        line["right"]["samplers 8/0.7 best_of_4_strict"] = [0] * 200
+    lines[0]["asked"]["samplers 8/0.7 best_of_4_strict"] = [0] * 200
+    effects, without = Effects(lines), Effects(make_lines(np.random.default_rng(1), {"pair-dpo": 0.05}))
+    assert effects.metrics == without.metrics and "samplers 8/0.7 generation_strict" in effects.metrics
+    assert findings.markdown(effects) == findings.markdown(without)
+
+
 def test_what_two_arms_share_falls_out_of_their_difference():
     """Equal counts differ by nothing, though seeds and records spread widely."""
     lines = make_lines(np.random.default_rng(2), {"pair-dpo": 0.05}, seed_spread=0.05)
@@ -341,6 +352,7 @@ def with_counts(line, counts):
         (lambda lines: [{k: v for k, v in lines[0].items() if k != "asked"}], "is not of a study: expected a line of"),
         (lambda lines: [], "is not of a study"),
         (lambda lines: [lines[0] | {"seed": 0}], "is not of a study: expected a line of base"),
+        (lambda lines: [lines[0] | {"right": [1, 2], "asked": [3, 4]}], "was measured before balanced questions were"),
         (lambda lines: [lines[0], lines[1] | {"arm": ["no-op"]}], "is not of a study"),
         (lambda lines: [lines[0], lines[1] | {"right": 5}], "line 2 is damaged: expected lists of counts"),
         (lambda lines: [lines[0], with_counts(lines[1], 5)], "line 2 is damaged: expected lists of counts"),
@@ -349,7 +361,7 @@ def with_counts(line, counts):
         (lambda lines: [*lines, lines[1] | {"seed": 2, "settings": "b"}], "line 3 was measured under other settings"),
     ],
     ids=["no_base", "unknown_arm", "other_records", "other_metrics", "fields", "nothing_asked", "empty",
-         "base_with_a_seed", "arm_no_text", "no_metrics", "no_list", "no_number", "twice", "settings"],
+         "base_with_a_seed", "of_before", "arm_no_text", "no_metrics", "no_list", "no_number", "twice", "settings"],
 )
 def test_what_is_no_study_is_refused(change, message, tmp_path):
     lines = change(make_lines(np.random.default_rng(6), {"pair-dpo": 0.0}, size=8, seeds=(1,)))

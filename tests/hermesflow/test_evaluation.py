@@ -171,7 +171,9 @@ def test_measure_counts_by_question():
     assert metrics["caption_f1"] == 0.75 and metrics["caption_exact"] == 0.5
     assert (metrics["num_understanding"], metrics["num_prompts"], metrics["num_images"]) == (2, 2, 3)
     assert metrics["by_category"]["b"]["understanding"] == 0.5 and metrics["by_category"]["b"]["count"] == 2
-    assert metrics["by_element_type"] == {"color": {"understanding": 4 / 6, "generation": 7 / 11, "count": 6}}
+    assert metrics["by_element_type"] == {
+        "color": {"understanding_record_questions": 4 / 6, "generation": 7 / 11, "count": 6}
+    }
     names = set(summaries.LABELS) - {"understanding_record_questions"}
     assert all(metrics[f"{name}_ci95"][0] <= metrics[name] <= metrics[f"{name}_ci95"][1] for name in names)
 
@@ -378,8 +380,8 @@ def test_the_closing_table_says_what_changed():
     rounds[0] |= {"pairs": {"records": 9, "kept": 7}, "seconds": {"training": 3.2}}
     text = printed({"before": before, "rounds": rounds})
     lines = [line.strip() for line in text.splitlines()]
-    after = {name: lines[lines.index(name) + 2] for name in ("understanding", "generation", "gap")}
-    assert after["understanding"].endswith("no significant change")
+    after = {name: lines[lines.index(name) + 2] for name in ("by record questions", "generation", "gap")}
+    assert after["by record questions"].endswith("no significant change")
     assert after["generation"].endswith("better") and after["gap"].endswith("better")
     assert "7 of 9 records gave pairs" in text and "training 3 s" in text
     said = summaries.headline({"before": before, "rounds": rounds})
@@ -392,6 +394,9 @@ def test_the_closing_table_says_what_changed():
     said, text = summaries.headline({"before": before, "rounds": rounds}), printed({"before": before, "rounds": rounds})
     assert "understanding (balanced questions): down 3.8 points" in said and "better" not in said
     assert "8/0.7, best of 4, strict" in text and "yes" in text and "by record questions" in text
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[lines.index("understanding") + 2].endswith("worse")
+    assert "round 1: the model's own scores of these images and the oracle: rank correlation" in text
 
 
 def test_the_headline_before_any_round():

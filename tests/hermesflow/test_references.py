@@ -93,6 +93,21 @@ def test_sides_without_a_reference_get_zeros(shared_tiny_model, random_pairs, as
     assert {row["side"] for row in pq.read_table(tmp_path / "reference.parquet").to_pylist()} == sides
 
 
+@pytest.mark.parametrize("tokens_per_pass", [1, 10_000], ids=["visit by visit", "one pass"])
+@pytest.mark.parametrize("some", [True, False], ids=["some pairs have questions", "no pair has"])
+def test_visits_without_anything_to_compare_are_left_out(
+    shared_tiny_model, random_pairs, asked, tmp_path, some, tokens_per_pass
+):
+    """Of simpo the replay alone has a reference, and imported pairs have no questions."""
+    config = dataclasses.replace(CONFIG, loss_type="simpo", tokens_per_pass=tokens_per_pass)
+    pairs = random_pairs(shared_tiny_model, 4, asked=asked if some else ())
+    packer = PairPacker(shared_tiny_model, pairs, config, seed=1)
+    reference = cached(packer, tmp_path / "reference.parquet")
+    for step in range(CONFIG.num_steps):
+        batch = packer.pack(packer.visits(step))
+        assert reference.logprobs(batch).any() == some
+
+
 def test_captions_are_computed_once_a_pair(packer, tmp_path):
     computed = []
 

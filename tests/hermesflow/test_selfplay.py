@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from hermesflow.config import PretrainConfig, load_config
+from hermesflow.evaluation import measure
 from hermesflow.files import InputError, read_parquet
 from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training
 from hermesflow.worlds import shapes
@@ -72,7 +73,20 @@ def test_the_summary_has_what_it_promises(whole):
             assert low <= metrics[name] <= high
         assert metrics["gap"] == pytest.approx(metrics["understanding"] - metrics["generation"])
         assert metrics["by_category"] and metrics["seconds"]
+    assert summary["data"] == {"records": 16, "rejected": {}, "yes_share": 0.5}
+    for metrics in (summary["before"], *summary["rounds"]):
+        assert {"yes", "no", "color", "count", "place", "relation", "size"} <= metrics["understanding_by_kind"].keys()
+        low, high = metrics["understanding_record_questions_ci95"]
+        assert low <= metrics["understanding_record_questions"] <= high
+        assert metrics["judge"].keys() == {"spearman", "auc"}
+        for sampler in ("4/1", "4/0.7", "8/0.7"):
+            for name in ("generation", "generation_strict", "best_of_4_strict"):
+                low, high = metrics["samplers"][sampler][f"{name}_ci95"]
+                assert low <= metrics["samplers"][sampler][name] <= high
     for metrics in summary["rounds"]:
+        assert metrics["change"]["samplers"]["4/0.7"]["generation_strict"].keys() == {"change", "ci95", "significant"}
+        assert metrics["change"]["understanding_by_kind"]["no"]["ci95"]
+        assert metrics["agreement"]["caption_win_truer"] + metrics["agreement"]["caption_win_less_true"] <= 1
         assert set(metrics["change"]) >= {"understanding", "generation", "generation_strict", "gap"}
         assert {"pairs", "training", "agreement"} <= set(metrics)
         assert metrics["training"]["replay/kl"] > 0  # the records' balanced questions
@@ -192,6 +206,21 @@ def test_lost_candidates_are_made_again_before_they_are_judged(settings, whole, 
     assert comparable(tmp_path) == comparable(whole)
 
 
+def test_a_run_that_was_measured_by_record_questions_is_not_gone_on_with(settings, whole, tmp_path):
+    """Its rounds could not be compared; the report still shows it."""
+    shutil.copytree(whole / "t", tmp_path / "t")
+    path = tmp_path / "t/round-0/evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for row in evaluation["records"]:
+        for name in ("balanced", "kinds", "samplers"):
+            del row[name]
+    path.write_text(json.dumps(evaluation | {"metrics": measure(evaluation["records"])}))
+    (tmp_path / "t/summary.json").unlink()
+    with pytest.raises(InputError, match="evaluation.json: was measured by record questions, as an older version did; "
+                       "`hermesflow report .*/t` shows the run, and another run.name begins one"):  # fmt: skip
+        run_selfplay(config_for(settings, tmp_path))
+
+
 def test_other_weights_under_the_same_name_are_refused(settings, whole, tmp_path):
     shutil.copytree(whole / "t", tmp_path / "t")
     (tmp_path / "t/origin.json").write_text('{"model": "another"}')
@@ -242,17 +271,23 @@ def data(tmp_path):
 OWN = ("data.num_records=8", "selfplay.num_rounds=1", "eval.num_prompts=3", "eval.num_understanding=3")
 
 
-def test_a_run_on_records_of_a_users_own(settings, data, tmp_path, capsys):
+def test_a_run_on_records_of_a_users_own(settings, data, tmp_path, capsys, caplog):
     run_selfplay(config_for(settings, tmp_path, f"data.source={data}", *OWN))
     ids = read_parquet(tmp_path / "t/records.parquet")["id"].to_pylist()
     assert len(ids) == 8 and set(ids) <= {f"r{number}" for number in range(10)} - {"r8"}
     rejected = {row["record_id"]: row["reason"] for row in read_parquet(tmp_path / "t/rejected.parquet").to_pylist()}
     assert rejected["y"].startswith("path leaves its root: ") and rejected["x"].startswith("unknown word: ")
     summary = json.loads((tmp_path / "t/summary.json").read_text())
-    assert summary["data"] == {"records": 8, "rejected": {"path leaves its root": 2, "unknown word": 1}}
-    told = "data: 3 records could not be used: 2 path leaves its root, 1 unknown word"
-    assert told in " ".join(capsys.readouterr().out.split())
-    assert told in (tmp_path / "t/report/index.html").read_text()
+    share = summary["data"].pop("yes_share")
+    assert summary["data"] == {"records": 8, "rejected": {"path leaves its root": 2, "unknown word": 1}} and share > 0.6
+    said = " ".join(capsys.readouterr().out.split())
+    for told in (
+        "data: 3 records could not be used: 2 path leaves its root, 1 unknown word",
+        f"data: {100 * share:.1f} % of the yes-or-no questions about its images are answered yes",
+    ):
+        assert told in said
+        assert told in (tmp_path / "t/report/index.html").read_text()
+    assert f"{data}: {100 * share:.1f} % of the yes-or-no questions" in caplog.text
     assert read_parquet(tmp_path / "t/round-1/candidates/part-00000.parquet")["record_id"].to_pylist()[0] in ids
 
 
