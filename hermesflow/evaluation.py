@@ -241,8 +241,8 @@ def agreement(model: Model, parts: Iterable[tuple[Sequence[Record], pa.Table, pa
 
     Args:
         model: decodes the image codes.
-        parts: (records, their candidates, the pairs made of them), of which images are used; one part at a time is in
-            memory.
+        parts: (records, their candidates, the pairs made of them), of which images, and captions in pairs, are used;
+            one part at a time is in memory.
     Returns: "spearman" of score and the oracle's fraction right over all images and "spearman_within" a record (mean);
         "auc" of the score for images right in full; "mean_score" and "mean_oracle"; "best_strict", "mean_strict" and
         "worst_strict", the fraction of images right in full, chosen by score within each record; "win_better",

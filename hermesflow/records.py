@@ -83,8 +83,9 @@ class Record:
     image_path: Path | None = None
     """An image file, which is read where the image is used."""
     balanced_questions: tuple[Question, ...] = ()
-    """Questions about the record's own image, those of yes or no answered yes half of the time: what understanding is
-    measured by, and what is replayed in training. Empty: `questions` take their place."""
+    """Questions about the record's own image: what understanding is measured by, and what is replayed in training.
+    Those of yes or no are answered yes half of the time, in data sets as far as others' questions allow. Empty:
+    `questions` take their place."""
 
     @property
     def image_questions(self) -> tuple[Question, ...]:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 LABELS = {
     "understanding": "understanding",
-    "understanding_record_questions": "by record questions",
+    "understanding_record_questions": "record questions",
     "generation": "generation",
     "generation_strict": "strict generation",
     "gap": "gap",

@@ -122,8 +122,8 @@ def test_the_page_tells_what_was_measured(finished):
     assert f"{100 * summary['before']['understanding']:.1f}" in page.text
     assert len(page.all("svg")) == 4
     for words in ("Before and after", "By category", "margin of images too small", "win truly better", "0.6931",
-                  "By sampler", "8/0.7, strict", "Understanding by what is asked", "balanced questions", "by record",
-                  "win's caption less true"):  # fmt: skip
+                  "By sampler", "8/0.7, strict", "Understanding by what is asked", "balanced questions",
+                  "record questions", "win's caption less true"):  # fmt: skip
         assert words in page.text
     assert "num_images = 3" in page.text  # the settings
     assert "not finished" not in page.text
