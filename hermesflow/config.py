@@ -106,8 +106,9 @@ class CurationConfig:
     """Images drawn for each prompt."""
     num_steps: int = 0
     """Decoding steps of an image; 0 takes the model's own number."""
-    temperature: float = -1.0
-    """Sampling temperature of image tokens, 0 for the most likely ones; -1 takes the model's own."""
+    temperature: float = 1.0
+    """Sampling temperature of image tokens: candidates should differ. 0 takes the most likely ones, -1 the model's own
+    temperature."""
     guidance_scale: float = -1.0
     """Classifier-free guidance g in (1 + g) * conditional - g * unconditional; -1 takes the model's own."""
     mask_temperature: float = -1.0
@@ -123,7 +124,7 @@ class CurationConfig:
     "module:function" of your own."""
     threshold: float = 0.6
     """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
-    margin: float = 0.05
+    margin: float = 0.1
     """The best must score above the worst by at least this much."""
     caption_scorer: str = "token-f1"
     """How a caption is compared with the true one: bert-cls, sentence, exact, normalised, token-f1, attribute-f1, or
