@@ -90,7 +90,7 @@ def test_every_record_has_its_candidates(candidates: pa.Table, tiny_records: lis
         if row["kind"] == "image":
             assert len(row["token_ids"]) == 16 and row["text"] is None
             assert json.loads(row["settings"]) == asdict(replace(
-                TINY_SAMPLING, num_steps=3, guidance_scale=1.0, mask_temperature=3.0
+                TINY_SAMPLING, num_steps=3, guidance_scale=1.0, mask_temperature=3.0, temperature=1.0
             ))  # fmt: skip
         else:
             assert row["text"] is not None and row["answers"] == "[]"
