@@ -55,19 +55,23 @@ def gap_chart(stages: Sequence[Stage]) -> str:
         parts.append(_text("tick", left - 8, y(value) + 4, f"{100 * value:.0f} %", "end"))
     for x, stage in zip(xs, stages, strict=True):
         parts.append(_text("tick", x, height - 10, stage.label, "middle"))
-    upper = [(x, y(stage.understanding.value)) for x, stage in zip(xs, stages, strict=True)]
-    lower = [(x, y(stage.generation.value)) for x, stage in zip(xs, stages, strict=True)]
-    parts.append(f'<polygon class="gap" points="{_points(upper + lower[::-1])}"/>')
-    for name, points, side in (("understanding", upper, -1), ("generation", lower, 1)):
+    # A little apart, so that intervals that overlap can be told apart.
+    understood = [(x - 4, y(stage.understanding.value)) for x, stage in zip(xs, stages, strict=True)]
+    generated = [(x + 4, y(stage.generation.value)) for x, stage in zip(xs, stages, strict=True)]
+    parts.append(f'<polygon class="gap" points="{_points(understood + generated[::-1])}"/>')
+    names = ("understanding", "generation")
+    for name, other, points in zip(names, names[::-1], (understood, generated), strict=True):
         parts.append(f'<polyline class="line {name}" points="{_points(points)}"/>')
         for (x, point_y), stage in zip(points, stages, strict=True):
             measured: Measured = getattr(stage, name)
             parts.append(_whisker(name, x, y(measured.low), x, y(measured.high)))
             parts.append(f'<circle class="dot {name}" cx="{x:.1f}" cy="{point_y:.1f}" r="4.5"/>')
-            # Beyond the interval, so that neither covers the other.
-            beyond = y(measured.high) - 7 if side < 0 else y(measured.low) + 17
+            # Beyond both intervals, so that neither label covers the other's.
+            beside: Measured = getattr(stage, other)
+            is_upper = (measured.value, name) > (beside.value, other)
+            beyond = y(max(measured.high, beside.high)) - 7 if is_upper else y(min(measured.low, beside.low)) + 17
             parts.append(_text(f"label {name}", x, beyond, f"{100 * measured.value:.1f}", "middle"))
-    for (x, top_y), (_, bottom_y), stage in zip(upper, lower, stages, strict=True):
+    for (x, top_y), (_, bottom_y), stage in zip(understood, generated, stages, strict=True):
         if bottom_y - top_y > 60:
             gap = 100 * (stage.understanding.value - stage.generation.value)
             parts.append(_text("tick", x, (top_y + bottom_y) / 2 + 4, f"gap {gap:.1f}", "middle"))

@@ -118,16 +118,18 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             table.add_row(f"  {stage}", *_told_value(metrics, path))
     console.print("Self-play, measured on held-out scenes", table, sep="\n")
     last_stage, last = stages[-1]
-    for title, metrics in (("Drawn by (steps/temperature)", sampler_metrics), ("Understanding", kind_metrics)):
+    for title, metrics in (("Steps/temperature", sampler_metrics), ("Understanding", kind_metrics)):
         if not (rows := metrics(last)):
             continue
         table = _table()
-        for name, justify in ((title, "left"), ("before", "right"), (last_stage, "right"), ("change", "left")):
+        heads = (title, "left"), ("before", "right"), (last_stage, "right"), ("change in points", "left"), ("", "left")
+        for name, justify in heads:
             table.add_column(name, justify=justify)
         for path, label in rows.items():
             change = find(last, ("change", *path))
-            told = f"{format_change(change)} {tell_verdict(path[-1], change)}" if change else ""
-            table.add_row(label, *(format_value(find(item, path)) for item in (summary["before"], last)), told)
+            told = format_change(change) if change else ""
+            verdict = tell_verdict(path[-1], change) if change and change["significant"] else ""
+            table.add_row(label, *(format_value(find(item, path)) for item in (summary["before"], last)), told, verdict)
         console.print("", table, sep="\n")
     for line in describe_data(summary):
         console.print(line, highlight=False, markup=False)
@@ -251,10 +253,14 @@ def format_change(change: dict[str, Any]) -> str:
 
 
 def tell_verdict(name: str, change: dict[str, Any]) -> str:
-    """In a word: "better" or "worse", or "no significant change" where the interval holds zero; a gap is to shrink."""
+    """In a word: "better" or "worse", or "no significant change" where the interval holds zero.
+
+    A gap is "down" or "up": below zero, or closed by understanding that fell, a smaller one is no better.
+    """
     if not change["significant"]:
         return "no significant change"
-    return "better" if (change["change"] > 0) != (name == "gap") else "worse"
+    words = ("down", "up") if name == "gap" else ("worse", "better")
+    return words[change["change"] > 0]
 
 
 def _told_value(metrics: dict[str, Any], path: MetricPath) -> list[str]:
@@ -278,4 +284,4 @@ def _tell(change: dict[str, Any]) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+    return f"{100 * fraction:.1f}".replace("-", "\N{MINUS SIGN}")

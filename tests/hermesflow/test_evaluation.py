@@ -382,7 +382,7 @@ def test_the_closing_table_says_what_changed():
     lines = [line.strip() for line in text.splitlines()]
     after = {name: lines[lines.index(name) + 2] for name in ("record questions", "generation", "gap")}
     assert after["record questions"].endswith("no significant change")
-    assert after["generation"].endswith("better") and after["gap"].endswith("better")
+    assert after["generation"].endswith("better") and after["gap"].endswith("down")
     assert "7 of 9 records gave pairs" in text and "training 3 s" in text
     said = summaries.headline({"before": before, "rounds": rounds})
     assert said.startswith("After 1 round, on 300 held-out prompts: gap: down") and "generation: up" in said
