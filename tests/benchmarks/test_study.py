@@ -408,7 +408,7 @@ def test_the_readme_shows_the_study_in_benchmarks_results():
     effects = Effects(read_study(ROOT / "benchmarks/results/study-cpu-tiny.jsonl"))
     assert shown == findings.markdown(effects).strip()
     config = load_config(ROOT / "benchmarks/study/default.toml")
-    assert set(effects.seeds) <= set(config.study.seeds)
+    assert tuple(effects.seeds) == config.study.seeds
     assert {"pair-dpo", "no-op", "generation-only"} <= set(effects.arms)
 
 
