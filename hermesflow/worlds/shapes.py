@@ -567,9 +567,9 @@ def balanced_questions(scene: Scene, rng: np.random.Generator) -> tuple[Question
 
 
 def question_kind(question: Question) -> str:
-    """What a question asks for, as results are told apart: its template, or "yes" or "no" where that is the answer.
+    """The kind under which results report a question: "yes" or "no" by its answer, otherwise its template.
 
-    Questions of other origin are told apart by their element_type, or are "other".
+    A question of another origin has its element_type as its kind, or "other".
     """
     if question.answer in YES_NO and set(question.choices) <= set(YES_NO):
         return question.answer

@@ -1,4 +1,4 @@
-"""Data sets get a no for every yes from other records' things, and are told of where that cannot be."""
+"""Each yes in a data set gets a no from other records' things; one-sided data sets are reported."""
 
 import pytest
 
