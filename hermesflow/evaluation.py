@@ -298,10 +298,10 @@ def _judge_part(
     chosen = pairs.filter(pc.is_valid(pairs["win_codes"]))
     about = [questions[name] for name in chosen["record_id"].to_pylist()]
     win, lose = (_judge(model, chosen[f"{role}_codes"].to_pylist(), about)[0] for role in ("win", "lose"))
-    captions = pairs.filter(pc.is_valid(pairs["win_caption"]))
+    captions = pairs.filter(pc.is_valid(pairs["win_caption"])).select(["caption", "win_caption", "lose_caption"])
     win_caption, lose_caption = (
-        np.array([caption_truth(*texts) for texts in zip(*(captions[name].to_pylist() for name in names), strict=True)])
-        for names in (("win_caption", "caption"), ("lose_caption", "caption"))
+        np.array([caption_truth(row[f"{role}_caption"], row["caption"]) for row in captions.to_pylist()])
+        for role in ("win", "lose")
     )
     sizes = [len(list(group)) for _, group in itertools.groupby(ids)]
     return scores, fractions, strict, win, lose, win_caption, lose_caption, sizes

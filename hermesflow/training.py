@@ -29,7 +29,7 @@ from .metric_log import Meter, MetricLog
 from .models import Model
 from .objective import StepSums, pass_objective
 from .origins import model_digest
-from .packing import PairPacker, PairVisit, check_pairs, referenced_sides, trained_pairs
+from .packing import REPLAY, PairPacker, PairVisit, check_pairs, referenced_sides, trained_pairs
 from .progress import track
 from .references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
 from .trackers import open_tracker
@@ -60,6 +60,13 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     without = sum(not questions for questions in pairs["questions"].to_pylist())
     if config.replay_weight and without:
         _LOGGER.info("Pair-DPO: %d of %d pairs have no questions to replay", without, len(pairs))
+    asked = zip(pairs["questions"].to_pylist(), pairs["choices"].to_pylist(), strict=True)
+    bare = sum(bool(questions) and not choices for questions, choices in asked)
+    if REPLAY in referenced_sides(config) and bare:
+        _LOGGER.warning(
+            "Pair-DPO: %d of %d pairs have no choices, so that the replay keeps the probability of their right answers "
+            "alone; curate again for pairs that have them", bare, len(pairs),
+        )  # fmt: skip
     policy = Policy(model, config, seed)
     packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
     held_visits = [PairVisit(pair, 0) for pair in range(len(held_out))]

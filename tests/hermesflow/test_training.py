@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -154,6 +155,17 @@ def test_pairs_without_questions_are_told_of(model, random_pairs, asked, tmp_pat
         config = TrainConfig(num_steps=1, pairs_per_step=2)
         train_pairs(model, random_pairs(model, 6, asked=asked), config, seed=0, folder=tmp_path)
     assert "2 of 6 pairs have no questions to replay" in caplog.text  # pairs 0 and 5
+    assert "have no choices" not in caplog.text
+
+
+@pytest.mark.parametrize("target", ["reference", "answers"])
+def test_pairs_without_choices_are_told_of(model, random_pairs, asked, tmp_path, caplog, target):
+    pairs = random_pairs(model, 6, asked=asked)
+    bare = pairs.set_column(pairs.column_names.index("choices"), "choices", pa.nulls(6, pairs["choices"].type))
+    config = TrainConfig(num_steps=1, pairs_per_step=2, replay_target=target)
+    with caplog.at_level(logging.INFO, logger="hermesflow"):
+        train_pairs(model, bare, config, seed=0, folder=tmp_path)
+    assert ("4 of 6 pairs have no choices" in caplog.text) == (target == "reference")
 
 
 RESUMED = {
