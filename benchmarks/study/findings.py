@@ -111,11 +111,13 @@ def console_tables(effects: Effects) -> list[Table]:
 
 
 def markdown(effects: Effects) -> str:
-    """Of each group of metrics two tables, changes and pair-dpo minus each control, and the answers; bold leaves out
-    zero."""
+    """Of the first two groups of metrics two tables each, changes and pair-dpo minus each control, and the answers.
+
+    Bold leaves out zero. What is asked for stands on the page, whose tables may be wide.
+    """
     told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
     parts = [[describe_study(effects)]]
-    for title, metrics in metric_groups(effects).items():
+    for title, metrics in list(metric_groups(effects).items())[:2]:
         parts += _markdown_tables(effects, title, metrics) if metrics else []
     return "\n\n".join("\n".join(part) for part in [*parts, told] if part) + "\n"
 
