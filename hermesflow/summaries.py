@@ -284,4 +284,5 @@ def _tell(change: dict[str, Any]) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{100 * fraction:.1f}"
+    return "0.0" if text == "-0.0" else text.replace("-", "\N{MINUS SIGN}")

@@ -399,6 +399,11 @@ def test_the_closing_table_says_what_changed():
     assert "round 1: the model's own scores of these images and the oracle: rank correlation" in text
 
 
+def test_a_gap_below_zero_has_a_minus_and_none_at_zero():
+    found = [summaries.format_value(value) for value in (-0.012, -1e-5, 0.0, 0.5)]
+    assert found == ["\N{MINUS SIGN}1.2", "0.0", "0.0", "50.0"]
+
+
 def test_the_headline_before_any_round():
     metrics = measure([row("1110", ["1011", "0111"])])
     said = summaries.headline({"before": metrics, "rounds": []})
