@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from hermesflow.engine.transformer import Transformer
 
 from .files import InputError, atomic_folder
-
-if TYPE_CHECKING:
-    from .models import Model
 
 _Result = TypeVar("_Result")
 _PATIENCE = datetime.timedelta(days=1)
@@ -229,19 +226,17 @@ def reshard(transformer: Transformer) -> None:
         transformer.reshard()
 
 
-def unshard(model: Model) -> None:
-    """Puts a plain transformer in the place of the sharded one: whole in the first process, empty elsewhere."""
+def unshard(sharded: Transformer) -> Transformer:
+    """A plain transformer with the weights of a sharded one: whole in the first process, empty elsewhere."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model.transformer, options=options)
-    device = model.transformer.embed.weight.device
+    weights = get_model_state_dict(sharded, options=options)
     with torch.device("meta"):
-        transformer = Transformer(model.transformer.config)
+        whole = Transformer(sharded.config)
     if is_main():
-        transformer.load_state_dict(weights, assign=True)
-        if transformer.config.tie_embeddings:
-            transformer.head.weight = transformer.embed.weight
-        transformer.to(device)
-    model.transformer = transformer
-    model.__dict__.pop("engine", None)
+        whole.load_state_dict(weights, assign=True)
+        if whole.config.tie_embeddings:
+            whole.head.weight = whole.embed.weight
+        whole.to(sharded.embed.weight.device)
     if dist.group.WORLD is _own_group:
         dist.destroy_process_group()
+    return whole

@@ -160,7 +160,7 @@ class Policy:
             self.adapters.save(folder / "adapter")
             self.adapters.merge()
         if self.is_sharded:
-            unshard(self._model)
+            self._model.transformer = unshard(self.transformer)
         self._model.transformer.eval()
 
 
