@@ -30,16 +30,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from hermesflow.drop_in import accelerate
-from hermesflow.engine.model_work import ModelWork, Work
-from hermesflow.engine.token_layout import TokenLayout
-from hermesflow.engine.transformer import Transformer
-from hermesflow.families import SHOWO, transformer_config
-from hermesflow.files import InputError
-
-from . import e2e, showo_stand_in
-from .lines import Line, console_table, write_lines
-from .measuring import (
+from hermesflow.benchmarks import e2e, showo_stand_in
+from hermesflow.benchmarks.lines import Line, console_table, write_lines
+from hermesflow.benchmarks.measuring import (
     MIB,
     Effort,
     Roof,
@@ -51,7 +44,12 @@ from .measuring import (
     run_facts,
     time_rounds,
 )
-from .random_checkpoint import TINY, CheckpointShape, language_model_config
+from hermesflow.benchmarks.random_checkpoint import TINY, CheckpointShape, language_model_config
+from hermesflow.drop_in import accelerate
+from hermesflow.engine.model_work import ModelWork, Work
+from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.transformer import Transformer
+from hermesflow.runtime.files import InputError
 
 CASES = ("t2i_generate", "mmu_generate", "pair_dpo_step")
 DTYPES = ("float32", "bfloat16")
@@ -192,7 +190,7 @@ class Calls:
             accelerate(model)
         self._side = Calls.SIDES[0]
         self.config = showo_stand_in.published_config(self.layout, shape.max_seq_length)
-        config = transformer_config(SHOWO, language_model_config(sizes), self.layout.vocab_size)
+        config = showo.transformer_config(language_model_config(sizes), self.layout.vocab_size)
         self.work = ModelWork(config=config, layout=self.layout, dtype=dtype)
         self._make_inputs(torch.Generator().manual_seed(0))
 

@@ -34,20 +34,28 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hermesflow import load_model
+from hermesflow.benchmarks import naive_model
+from hermesflow.benchmarks.case import Call
+from hermesflow.benchmarks.lines import Line, console_table, write_lines
+from hermesflow.benchmarks.measuring import (
+    MIB,
+    Roof,
+    check_device,
+    check_names,
+    measure_roof,
+    peak_bytes,
+    percentiles,
+    run_facts,
+)
+from hermesflow.benchmarks.random_checkpoint import NUM_SPECIAL, CheckpointShape, language_model_config
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.model_work import ModelWork, Work
-from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer
-from hermesflow.families import SHOWO, transformer_config
-from hermesflow.files import atomic_write, make_folder, write_text
-
-from . import naive_model
-from .case import Call
-from .lines import Line, console_table, write_lines
-from .measuring import MIB, Roof, check_device, check_names, measure_roof, peak_bytes, percentiles, run_facts
-from .random_checkpoint import NUM_SPECIAL, CheckpointShape, language_model_config
+from hermesflow.models import showo
+from hermesflow.runtime.files import atomic_write, make_folder, write_text
 
 CASES = ("images", "captions", "answers", "score", "curation")
 DTYPES = ("float32", "bfloat16")
@@ -439,7 +447,7 @@ def make_model(
             text_vocab_size=text, codebook_size=codes, num_image_tokens=checkpoint.num_image_tokens, sot=0, eot=0
         )
         vocab_size = text + NUM_SPECIAL + codes + 1
-        config = transformer_config(SHOWO, language_model_config(checkpoint), vocab_size)
+        config = showo.transformer_config(language_model_config(checkpoint), vocab_size)
     with torch.device(device):
         transformer = Transformer(config).to(dtype)
     transformer.init_weights(torch.Generator(device).manual_seed(0))
@@ -583,7 +591,7 @@ def paper_flops(dtype: torch.dtype) -> dict[str, float]:
         text_vocab_size=shape.checkpoint.text_vocab_size, codebook_size=shape.checkpoint.vq.codebook_size,
         num_image_tokens=shape.checkpoint.num_image_tokens, sot=0, eot=0,
     )  # fmt: skip
-    config = transformer_config(SHOWO, language_model_config(shape.checkpoint), layout.vocab_size)
+    config = showo.transformer_config(language_model_config(shape.checkpoint), layout.vocab_size)
     work = ModelWork(config=config, layout=layout, dtype=dtype)
     samples, caption, answer = len(CAPTION_SAMPLING), CAPTION_SAMPLING[0], ANSWER_SAMPLING
     of_record = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hermesflow.files import InputError, read_bytes, write_text
+from hermesflow.runtime.files import InputError, read_bytes, write_text
 
 Line = dict[str, Any]
 FIELDS = (

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hermesflow.benchmarks.case import Call
 from hermesflow.engine.model_work import matmul_rate
-from hermesflow.files import InputError
-
-from .case import Call
+from hermesflow.runtime.files import InputError
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20

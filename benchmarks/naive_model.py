@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hermesflow.engine.image_decoder import ImageSamplingParams
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.engine.text_decoder import SamplingParams
+from hermesflow.algorithms.packing import PairBatch
+from hermesflow.benchmarks import naive
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import ACTIVATIONS, Block, Transformer, rotary_table, rotate
-from hermesflow.packing import PairBatch
-
-from . import naive
+from hermesflow.kernels.span_tree import SpanTree
 
 
 def all_logits(transformer: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def image_sequences(
 
     [pads, t2i, sot, text, eot, soi, masks, eoi]: num_text_tokens hold sot, text and eot, as in Show-o.
     """
-    image = layout.masked_image([-1] * layout.num_image_tokens)
+    image = layout.image([-1] * layout.num_image_tokens)
     rows = []
     for prompt in prompts:
         text = layout.text_prompt(prompt)

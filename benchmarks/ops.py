@@ -17,15 +17,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hermesflow.files import InputError
-from hermesflow.kernels import registry
-
-from . import peers, roofline
-from .attention_cases import SHAPES as ATTENTION_SHAPES
-from .attention_cases import span_cases
-from .case import Call, Case
-from .lines import MEASURED, Line, console_table, write_lines
-from .measuring import (
+from hermesflow.benchmarks import peers, roofline
+from hermesflow.benchmarks.attention_cases import SHAPES as ATTENTION_SHAPES
+from hermesflow.benchmarks.attention_cases import span_cases
+from hermesflow.benchmarks.case import Call, Case
+from hermesflow.benchmarks.lines import MEASURED, Line, console_table, write_lines
+from hermesflow.benchmarks.measuring import (
     MIB,
     ROOT,
     Effort,
@@ -38,8 +35,10 @@ from .measuring import (
     run_facts,
     time_rounds,
 )
-from .op_cases import BUILDERS
-from .op_cases import SHAPES as OP_SHAPES
+from hermesflow.benchmarks.op_cases import BUILDERS
+from hermesflow.benchmarks.op_cases import SHAPES as OP_SHAPES
+from hermesflow.kernels import registry
+from hermesflow.runtime.files import InputError
 
 SHAPES = tuple(OP_SHAPES)
 OPS = (*BUILDERS, "span_attention")

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .case import Call, with_gradients
+from hermesflow.benchmarks.case import Call, with_gradients
 
 if TYPE_CHECKING:
-    from hermesflow.engine.span_tree import SpanTree
+    from hermesflow.kernels.span_tree import SpanTree
 
 
 class Unavailable(Exception):

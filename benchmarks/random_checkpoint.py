@@ -24,15 +24,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hermesflow import load_model
+from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.transformer import Transformer
-from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import save_tensors
-from hermesflow.families import SHOWO, published_tensors, transformer_config
-from hermesflow.files import write_json
-from hermesflow.published import save_vq_tokenizer
+from hermesflow.models import showo
+from hermesflow.models.magvit import save_vq_tokenizer
+from hermesflow.runtime.files import write_json
 
 WEIGHTS = ("safetensors", "bin", "sharded-safetensors", "sharded-bin")
-NUM_SPECIAL = len(SHOWO.special_tokens)
+NUM_SPECIAL = len(showo.SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +86,12 @@ def write_checkpoint(
     })  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        transformer = Transformer(transformer_config(SHOWO, llm, vocab_size)).to(dtype)
-    tensors = published_tensors(SHOWO, transformer.to_empty(device="cpu"))
+        transformer = Transformer(showo.transformer_config(llm, vocab_size)).to(dtype)
+    tensors = showo.published_tensors(transformer.to_empty(device="cpu"))
     if shape.vision_size is not None:
         size = shape.hidden_size
         shapes = ((size, shape.vision_size), (size,), (size, size), (size,))
-        tensors |= {name: torch.empty(of, dtype=dtype) for name, of in zip(SHOWO.projector, shapes, strict=True)}
+        tensors |= {name: torch.empty(of, dtype=dtype) for name, of in zip(showo.PROJECTOR, shapes, strict=True)}
     for name, tensor in tensors.items():
         _fill(name, tensor, generator)
     _write_weights(folder, tensors, weights, num_shards)
@@ -165,22 +165,21 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[str, float | int | str]:
     """Opens a checkpoint, draws an image and captions it; one line of seconds and peak memory."""
-    from hermesflow.engine.text_decoder import SamplingParams
-    from hermesflow.prompting import caption_prompt, image_prompt
+    from hermesflow.engine.decoders.text import SamplingParams
 
     checkpoint_bytes = sum(path.stat().st_size for path in folder.glob("pytorch_model*"))
     before, began = _peak_mib(), time.perf_counter()
     model = load_model(str(folder))
     opened, opened_mib = time.perf_counter(), _peak_mib()
     codes = model.engine.generate(
-        [image_prompt(model, "a red circle above a blue square")], num_images=1, num_steps=num_steps,
+        [model.image_prompt("a red circle above a blue square")], num_images=1, num_steps=num_steps,
         guidance_scale=5.0, mask_temperature=1.0, mask_decay="showo", seeds=torch.zeros(1, 1, dtype=torch.int64),
     )[0]  # fmt: skip
     image = model.decode_images(codes)
     drawn = time.perf_counter()
     sampling = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
     seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
-    seen, question = model.view_images([Image.fromarray(image[0])]), caption_prompt(model)
+    seen, question = model.view_images([Image.fromarray(image[0])]), model.caption_prompt()
     (((ids,),),) = model.engine.extend(seen, [[question]], sampling=sampling, seeds=seeds)
     captioned = time.perf_counter()
     return {

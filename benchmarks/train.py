@@ -34,20 +34,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
-from hermesflow.engine.model_work import ModelWork, Work
-from hermesflow.engine.transformer import Transformer
-from hermesflow.models import Model
-from hermesflow.objective import pass_objective
-from hermesflow.packing import PairBatch, PairPacker, PairVisit
-from hermesflow.pairs import PAIRS_SCHEMA
-from hermesflow.prompting import PromptFormat
-from hermesflow.references import LiveReference, Reference, batch_logprobs, cached_reference
-
-from . import e2e, naive_model
-from .case import Call
-from .lines import Line, console_table, write_lines
-from .measuring import (
+from hermesflow.algorithms.packing import PairBatch, PairPacker, PairVisit
+from hermesflow.algorithms.pair_dpo import pass_objective
+from hermesflow.algorithms.references import LiveReference, Reference, batch_logprobs, cached_reference
+from hermesflow.benchmarks import e2e, naive_model
+from hermesflow.benchmarks.case import Call
+from hermesflow.benchmarks.lines import Line, console_table, write_lines
+from hermesflow.benchmarks.measuring import (
     MIB,
     Effort,
     Roof,
@@ -59,6 +52,11 @@ from .measuring import (
     run_facts,
     time_rounds,
 )
+from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
+from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.engine.model_work import ModelWork, Work
+from hermesflow.engine.transformer import Transformer
+from hermesflow.models.model import Model, PromptFormat
 
 CASES = ("step_live", "step_cached")
 DTYPES = ("float32", "bfloat16")
@@ -162,7 +160,7 @@ class Step:
             return " ".join(map(str, draw_ids(layout.text_vocab_size, length)))
 
         prompts = PromptFormat(caption_question=text(shape.question_len))
-        model = Model(self.transformer, None, _SpelledIds(), layout, 0, prompts)
+        model = Model(self.transformer, None, _SpelledIds(), layout, 0, prompts, None)
         codes, num_codes = layout.codebook_size, layout.num_image_tokens
         rows = [
             {

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hermesflow.engine.kv_cache import KVCache
+from hermesflow.engine.token_layout import Ids
+from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.kernels.token_sample import token_sample
-
-from .kv_cache import KVCache
-from .span_tree import SpanTree
-from .transformer import Transformer
 
 GOES_ON, ENDED, FAILED = range(3)
 """What became of an answer; failed: the model gave no distribution (NaN)."""
@@ -104,6 +104,8 @@ class AnswerSampler:
     backend: str | None
     project: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
     """Of the head; one whose rows do not depend on their number, if an answer must be the same in any batch."""
+    ids: Ids | None = None
+    """Token ids of the head's rows; None: their numbers."""
 
     def advance(self, tree: SpanTree, rows: Rows) -> None:
         """Feeds the last token of each row and draws the next one. Ended rows repeat their last step."""
@@ -121,7 +123,9 @@ class AnswerSampler:
             logits, temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p, key=key,
             backend=self.backend,
         )  # fmt: skip
-        goes_on, failed, is_end = rows.status == GOES_ON, token < 0, token == self.eot
+        goes_on, failed = rows.status == GOES_ON, token < 0
+        token = token if self.ids is None else self.ids.of(token.clamp(min=0))
+        is_end = ~failed & (token == self.eot)
         adds = goes_on & ~failed & ~is_end
         column = torch.where(adds, rows.length, rows.tokens.shape[1] - 1)
         rows.tokens.scatter_(1, column[:, None], token[:, None])

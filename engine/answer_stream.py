@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .answer_sampler import ENDED, FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
-from .device_graph import DeviceGraph, captures
-from .nan_cause import likely_cause
-from .prompt_spans import Pair, PromptSpans
-from .slot_allocator import SlotAllocator
-from .span_tree import SpanTree
+from hermesflow.engine.answer_sampler import ENDED, FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
+from hermesflow.engine.device_graph import DeviceGraph, captures
+from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.prompt_spans import Pair, PromptSpans
+from hermesflow.engine.slot_allocator import SlotAllocator
+from hermesflow.kernels.span_tree import SpanTree
 
 Key = tuple[int, ...]
 """Of a span: (image,), (image, question) or (image, question, sample); a key without its last entry is its parent's."""

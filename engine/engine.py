@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hermesflow.engine.decoders.masked import ImageDecoder, Watch
+from hermesflow.engine.decoders.text import QuestionIds, SamplingParams, TextDecoder
+from hermesflow.engine.memory_planner import MemoryPlanner
+from hermesflow.engine.sequence_logprob import span_logprobs
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.checks import triton_missing
-
-from .image_decoder import ImageDecoder, ImageSamplingParams, Watch
-from .memory_planner import MemoryPlanner
-from .sequence_logprob import span_logprobs
-from .span_tree import SpanTree
-from .text_decoder import QuestionIds, SamplingParams, TextDecoder
-from .token_layout import TokenLayout
-from .transformer import Transformer
+from hermesflow.kernels.span_tree import SpanTree
 
 # Where throughput stays level, if memory lasts. CUDA, not measured: 32 images of 1,026 tokens are 10 waves of matmul
 # tiles on 132 multiprocessors; in decoding each further answer is nearly free until 64 images with 10 captions each.
@@ -34,8 +34,8 @@ class Engine:
     """
 
     def __init__(
-        self, transformer: Transformer, layout: TokenLayout, *, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, backend: str | None = None,
+        self, transformer: Transformer, layout: Layout, *, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, backend: str | None = None, image_decoder: type = ImageDecoder,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -43,6 +43,8 @@ class Engine:
             layout: its vocabulary.
             device, dtype: where to move the model and what to convert it to; None leaves it.
             backend: of the sampling and log-probability ops; None takes the first that can run.
+            image_decoder: the kind of decoder that draws the model's images: a class with the constructor, `params` and
+                generate of ImageDecoder.
         Raises: ValueError if the model's vocabulary is not the layout's.
         """
         if transformer.config.vocab_size != layout.vocab_size:
@@ -53,7 +55,7 @@ class Engine:
         self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
         if self.device.type == "cuda" and triton_missing() is None:
             transformer.compile_blocks()
-        self.image_decoder = ImageDecoder(transformer, layout, backend)
+        self.image_decoder = image_decoder(transformer, layout, backend)
         self._text = TextDecoder(transformer, layout, backend)
         self._planner = MemoryPlanner(transformer)
 
@@ -70,7 +72,7 @@ class Engine:
     @property
     def max_sequences(self) -> int:
         """Image spans that one pass of generate computes: what free memory holds and speed asks for."""
-        return max(2, self._planner.max_tokens("images", _MOST_IMAGE_TOKENS) // (self.layout.num_image_tokens + 2))
+        return max(2, self._planner.max_tokens("images", _MOST_IMAGE_TOKENS) // self.layout.image_length)
 
     @property
     def max_tokens(self) -> int:
@@ -80,9 +82,8 @@ class Engine:
         )
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, num_steps: int, guidance_scale: float,
-        mask_temperature: float, seeds: Tensor, known_codes: Tensor | None = None, temperature: float = 1.0,
-        schedule: str = "cosine", mask_decay: str = "linear", max_sequences: int | None = None, watch: Watch = iter,
+        self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, seeds: Tensor, known_codes: Tensor | None = None,
+        max_sequences: int | None = None, watch: Watch = iter, **sampling: Any,
     ) -> Tensor:  # fmt: skip
         """Draw num_images images of each prompt. An image depends on its prompt, its known codes, its seed and the
         settings, on nothing else.
@@ -90,7 +91,6 @@ class Engine:
         Args:
             prompt_ids: P prompts of plain text ids.
             num_images: n, at least 1.
-            num_steps, guidance_scale, mask_temperature, temperature, schedule, mask_decay: see ImageSamplingParams.
             seeds: int64 [P, n].
             known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
                 None draws all.
@@ -98,6 +98,7 @@ class Engine:
                 property of that name.
             watch: is given the steps of each pass, on CUDA the passes, and gives them back one by one: where a progress
                 bar fits.
+            sampling: how images are drawn: fields of the decoder's params, such as ImageSamplingParams.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
@@ -107,10 +108,7 @@ class Engine:
         _check_bound("generate", "max_sequences", max_sequences)
         for index, ids in enumerate(prompt_ids):
             self._check_text("generate", f"prompt {index}", ids)
-        params = ImageSamplingParams(
-            num_steps=num_steps, guidance_scale=guidance_scale, mask_temperature=mask_temperature,
-            temperature=temperature, schedule=schedule, mask_decay=mask_decay,
-        )  # fmt: skip
+        params = self.image_decoder.params(**sampling)
         if known_codes is not None:
             shape = (len(prompt_ids), self.layout.num_image_tokens)
             if known_codes.dtype != torch.int64 or tuple(known_codes.shape) != shape:
@@ -244,10 +242,9 @@ class Engine:
                 self._check_text(function, f"question {question} of image {image}", ids)
 
     def _check_text(self, function: str, name: str, ids: Sequence[int]) -> None:
-        size = self.layout.text_vocab_size
-        if any(not 0 <= token < size for token in ids):
+        if any(token not in self.layout.text_ids for token in ids):
             raise ValueError(
-                f"Engine.{function}: expected text ids in [0, {size}) in {name}, got {list(ids)}; "
+                f"Engine.{function}: expected text ids in {self.layout.text_ids} in {name}, got {list(ids)}; "
                 "leave special tokens to the layout"
             )
 

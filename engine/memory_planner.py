@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .transformer import Transformer, TransformerConfig
+from hermesflow.engine.transformer import Transformer, TransformerConfig
 
 SHARE = 0.9
 """Of the free memory a batch may take; the rest is for the caller, and for what the arithmetic leaves out."""

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hermesflow.engine.mask_schedule import num_to_mask
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import TransformerConfig
 from hermesflow.kernels.matmul import logits_of
-
-from .mask_schedule import num_to_mask
-from .span_tree import SpanTree
-from .token_layout import TokenLayout
-from .transformer import TransformerConfig
+from hermesflow.kernels.span_tree import SpanTree
 
 Spans = tuple[int, int, int, bool]
 """(how many, tokens of each, tokens before it that it sees, whether it is causal)."""
@@ -46,17 +45,18 @@ class ModelWork:
     """The passes of each task for one model."""
 
     config: TransformerConfig
-    layout: TokenLayout
+    layout: Layout
     dtype: torch.dtype
 
     def images(self, num_prompts: int, num_images: int, num_steps: int, prompt_len: int) -> list[Work]:
         """Guided images by the cosine schedule, num_images of each prompt of prompt_len plain ids."""
-        num_tokens, prompt = self.layout.num_image_tokens, prompt_len + 3
-        span, drawn, codes = num_tokens + 2, num_prompts * num_images, self.layout.codebook_size
-        prefill = [(num_prompts, prompt, 0, True), (1, 3, 0, True)]
-        first = [(num_prompts, span, prompt, False), (1, span, 3, False)]
+        num_tokens, empty = self.layout.num_image_tokens, len(self.layout.text_prompt([]))
+        prompt, span = empty + prompt_len, self.layout.image_length
+        drawn, codes = num_prompts * num_images, self.layout.codebook_size
+        prefill = [(num_prompts, prompt, 0, True), (1, empty, 0, True)]
+        first = [(num_prompts, span, prompt, False), (1, span, empty, False)]
         passes = [self.one_pass([*prefill, *first], 0, num_prompts * num_tokens, codes)]
-        step, cached = [(drawn, span, prompt, False), (drawn, span, 3, False)], num_prompts * prompt + 3
+        step, cached = [(drawn, span, prompt, False), (drawn, span, empty, False)], num_prompts * prompt + empty
         counts = num_to_mask(num_tokens, num_steps)[:-1]
         return passes + [self.one_pass(step, cached, drawn * num_unknown, codes) for num_unknown in counts]
 
@@ -64,22 +64,22 @@ class ModelWork:
         self, num_images: int, num_questions: int, question_len: int, num_samples: int, num_tokens: int
     ) -> list[Work]:
         """num_samples answers of num_tokens to each of num_questions about each image: captions too."""
-        asked, image, question = num_images * num_questions, self.layout.num_image_tokens + 3, question_len + 1
-        passes = [self.one_pass(self._questions(num_images, asked, question), 0, asked, self.layout.text_vocab_size)]
+        asked, image, question = num_images * num_questions, self._image_prefix, self._question(question_len)
+        passes = [self.one_pass(self._questions(num_images, asked, question), 0, asked, len(self.layout.text_ids))]
         rows, prefix = asked * num_samples, num_images * image + asked * question
         for step in range(num_tokens - 1):
             spans = [(rows, 1, image + question + step, True)]
-            passes.append(self.one_pass(spans, prefix + rows * step, rows, self.layout.text_vocab_size))
+            passes.append(self.one_pass(spans, prefix + rows * step, rows, len(self.layout.text_ids)))
         return passes
 
     def choices(
         self, num_images: int, num_questions: int, question_len: int, num_choices: int, choice_len: int
     ) -> list[Work]:
         """The log-probability of num_choices answers to each question, and of the eot after each, in one pass."""
-        asked, question = num_images * num_questions, question_len + 1
-        seen = self.layout.num_image_tokens + 3 + question
+        asked, question = num_images * num_questions, self._question(question_len)
+        seen = self._image_prefix + question
         spans = [*self._questions(num_images, asked, question), (asked * num_choices, choice_len, seen, True)]
-        return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), self.layout.text_vocab_size)]
+        return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), len(self.layout.text_ids))]
 
     def tree(self, tree: SpanTree, head_rows: int) -> Work:
         """One forward pass over a tree whose spans are all new, the head on head_rows rows for the whole vocabulary.
@@ -118,8 +118,17 @@ class ModelWork:
         return out + config.hidden_size * config.mlp_size * (3 if config.gated else 2)
 
     def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
-        image = self.layout.num_image_tokens + 3
+        image = self._image_prefix
         return [(num_images, image, 0, False), (asked, question, image, True)]
+
+    @property
+    def _image_prefix(self) -> int:
+        """Tokens of an image that is asked about."""
+        return len(self.layout.image_prefix([0] * self.layout.num_image_tokens))
+
+    def _question(self, question_len: int) -> int:
+        """Tokens of a question of question_len plain ids."""
+        return len(self.layout.question([])) + question_len
 
 
 @functools.cache

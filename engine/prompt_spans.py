@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .span_tree import Span
-from .token_layout import TokenLayout
-from .transformer import Embeds
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Embeds
+from hermesflow.kernels.span_tree import Span
 
 QuestionIds = Sequence[Sequence[Sequence[int]]]
 """Plain text ids of each image's questions: [image][question][token]."""
@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 class PromptSpans:
     """Frames images (codes int64 [B, N], or features [B, F, D]) and questions as the layout has them."""
 
-    def __init__(self, layout: TokenLayout, images: Tensor, question_ids: QuestionIds) -> None:
+    def __init__(self, layout: Layout, images: Tensor, question_ids: QuestionIds) -> None:
         self._images, self._question_ids = images, question_ids
         self._codes: list[list[int]] | None = None
         if images.is_floating_point():

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_logprob import linear_logprob
-
-from .span_tree import SpanTree
-from .transformer import Transformer
+from hermesflow.kernels.span_tree import SpanTree
 
 
 def span_logprobs(

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hermesflow.engine.kv_cache import KVCache
+from hermesflow.engine.transformer import Embeds, Halves, Linear, Transformer, TransformerConfig
 from hermesflow.kernels.matmul import linear
-
-from .kv_cache import KVCache
-from .span_tree import SpanTree
-from .transformer import Embeds, Halves, Linear, Transformer, TransformerConfig
+from hermesflow.kernels.span_tree import SpanTree
 
 
 class Head(NamedTuple):

@@ -1,10 +1,21 @@
-"""Where the joint vocabulary keeps text, special tokens, image codes and the mask, and how sequences are framed."""
+"""Where a joint vocabulary keeps text, image codes and special tokens, and how sequences are framed.
+
+Layout is what the engine asks for; a family describes its own in a subclass. TokenLayout is Show-o's order, which the
+built-in model shares.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 """The nine special tokens in Show-o's published order; they follow [PAD]."""
@@ -12,12 +23,141 @@ SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 _LIMITS = {"text_vocab_size": 2**24, "codebook_size": 2**24, "num_image_tokens": 2**16}
 
 
+class Ids:
+    """Some ids of the joint vocabulary, in an order that numbers them from 0."""
+
+    def __init__(self, ids: range | Sequence[int]) -> None:
+        """
+        Args:
+            ids: distinct; a range of step 1 costs neither copies nor lookups.
+        """
+        self.range = ids if isinstance(ids, range) else None
+        self._ids = None if isinstance(ids, range) else np.array(ids, dtype=np.int64)
+        self._number = None if isinstance(ids, range) else {int(id): number for number, id in enumerate(ids)}
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._number if self.range is None else self.range)
+
+    def __contains__(self, id: int) -> bool:
+        return id in (self._number if self.range is None else self.range)
+
+    def __getitem__(self, number: int) -> int:
+        return int(self._ids[number]) if self.range is None else self.range[number]
+
+    def __str__(self) -> str:
+        return f"{len(self)} ids" if self.range is None else f"[{self.range.start}, {self.range.stop})"
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """The ids of numbers int64 of any shape."""
+        if self.range is None:
+            return self._table(numbers.device)[numbers]
+        return numbers + self.range.start if self.range.start else numbers
+
+    def numbers(self, ids: Tensor) -> Tensor:
+        """The numbers of ids int64 of any shape, all of them among these."""
+        if self.range is None:
+            table = self._table(ids.device)
+            order = table.argsort()
+            return order[torch.searchsorted(table[order], ids)]
+        return ids - self.range.start if self.range.start else ids
+
+    def rows(self, head: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight [n, D] and bias [n] of a head's rows for these ids; views of a range, else copies."""
+        rows = slice(self.range.start, self.range.stop) if self.range else self._table(head.weight.device)
+        return head.weight[rows], None if head.bias is None else head.bias[rows]
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Kept by device, since a captured graph may not copy from the host."""
+        if device not in self._tables:
+            self._tables[device] = torch.from_numpy(self._ids).to(device)
+        return self._tables[device]
+
+
+class Layout(ABC):
+    """What the engine asks of a model's vocabulary and sequences.
+
+    Text ids are ids of the joint vocabulary, wherever they lie there; image codes are counted from 0. An image that is
+    drawn is a child of its condition, a causal root, in the mode image_mode. One that is understood is a full root, its
+    question a causal child, and the answer a causal child of that, which ends with eot.
+    """
+
+    vocab_size: int
+    eot: int
+    """Ends an answer; one of text_ids."""
+    text_ids: Ids
+    """What text may hold."""
+    code_ids: Ids
+    """Of the image codes, in the code book's order."""
+    mask_id: int | None = None
+    """Stands for a code that is not drawn yet; None in a family that draws code by code."""
+    codebook_size: int
+    """How many image codes there are."""
+    num_image_tokens: int
+    """Codes of an image."""
+    image_grid: tuple[int, int]
+    """Rows and columns of an image's codes."""
+    image_mode: str = "full"
+    """Of an image that is drawn: "full", or "causal" where it is drawn code by code."""
+    before_image: tuple[int, ...]
+    row_end: tuple[int, ...] = ()
+    after_image: tuple[int, ...]
+    """Ids around an image's codes, and those that follow each row of them."""
+
+    @abstractmethod
+    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Condition of an image; without text the unconditional one."""
+
+    @abstractmethod
+    def image_prefix(self, codes: Sequence[int]) -> list[int]:
+        """An image to be understood."""
+
+    @abstractmethod
+    def question(self, text_ids: Sequence[int]) -> list[int]:
+        """What is asked of an image."""
+
+    def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
+        """An image to be understood by its features, a place for each, a root span.
+
+        Returns: the ids, and how many precede the features: the span's mode, for the features alone are seen by all.
+        Raises: ValueError in a family that sees codes alone.
+        """
+        raise ValueError(f"{type(self).__name__}: the model understands images by their codes, got features")
+
+    def feature_question(self, text_ids: Sequence[int]) -> list[int]:
+        """What is asked of an image given by features."""
+        return self.question(text_ids)
+
+    def image(self, codes: Sequence[int]) -> list[int]:
+        """An image that follows its prompt: its codes, of which -1 is masked, and the ids around them."""
+        columns, ids = self.image_grid[1], list(self.before_image)
+        for start in range(0, len(codes), columns):
+            row = codes[start : start + columns]
+            ids += [self.code_ids[code] if code >= 0 else self.mask_id for code in row]
+            ids += self.row_end
+        return ids + list(self.after_image)
+
+    @cached_property
+    def image_length(self) -> int:
+        """Tokens of an image that follows its prompt."""
+        rows, columns = self.image_grid
+        return len(self.before_image) + rows * (columns + len(self.row_end)) + len(self.after_image)
+
+    @cached_property
+    def code_positions(self) -> np.ndarray:
+        """Where in that span its codes stand, int64 [num_image_tokens]."""
+        rows, columns = self.image_grid
+        first = len(self.before_image) + np.arange(rows) * (columns + len(self.row_end))
+        return (first[:, None] + np.arange(columns)).ravel()
+
+
 @dataclass(frozen=True, kw_only=True)
-class TokenLayout:
-    """Joint vocabulary of a unified model: [text | pad, nine specials | (unused) | image codes | mask].
+class TokenLayout(Layout):
+    """Show-o's vocabulary, and the built-in model's: [text | pad, nine specials | image codes | mask].
 
     sot and eot are text tokens (Show-o uses the text tokenizer's bos and eos, which may be the same id). system_ids are
-    the text ids that stand before an image's features in a model that understands images by features.
+    the text ids that stand before an image's features in a model that understands images by features. image_rows 0: an
+    image has as many rows as columns.
     """
 
     text_vocab_size: int
@@ -26,6 +166,7 @@ class TokenLayout:
     sot: int
     eot: int
     system_ids: tuple[int, ...] = ()
+    image_rows: int = 0
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -35,6 +176,27 @@ class TokenLayout:
         for name, token in text_ids:
             if not 0 <= token < self.text_vocab_size:
                 raise ValueError(f"TokenLayout: {name} must be a text id in [0, {self.text_vocab_size}), got {token}")
+        if self.image_rows and self.num_image_tokens % self.image_rows:
+            raise ValueError(
+                f"TokenLayout: image_rows must divide num_image_tokens {self.num_image_tokens}, got {self.image_rows}"
+            )
+
+    @cached_property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's codes; a single row where they are no square and image_rows does not say."""
+        side = math.isqrt(self.num_image_tokens)
+        rows = self.image_rows or (side if side**2 == self.num_image_tokens else 1)
+        return rows, self.num_image_tokens // rows
+
+    @cached_property
+    def text_ids(self) -> Ids:
+        """The first of the vocabulary."""
+        return Ids(range(self.text_vocab_size))
+
+    @cached_property
+    def code_ids(self) -> Ids:
+        """Of the image codes."""
+        return Ids(range(self.code_offset, self.code_offset + self.codebook_size))
 
     @property
     def pad(self) -> int:
@@ -56,6 +218,16 @@ class TokenLayout:
         return self.special("eoi")
 
     @property
+    def before_image(self) -> tuple[int, ...]:
+        """soi."""
+        return (self.soi,)
+
+    @property
+    def after_image(self) -> tuple[int, ...]:
+        """eoi."""
+        return (self.eoi,)
+
+    @property
     def code_offset(self) -> int:
         """Id of image code 0."""
         return self.text_vocab_size + 1 + len(SPECIAL_TOKENS)
@@ -71,36 +243,27 @@ class TokenLayout:
         return self.mask_id + 1
 
     def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
-        """Condition of an image: [t2i, sot, text, eot], a causal root span."""
+        """Condition of an image: [t2i, sot, text, eot]."""
         return [self.special("t2i"), self.sot, *text_ids, self.eot]
 
-    def image(self, codes: Sequence[int]) -> list[int]:
-        """An image that follows its prompt: [soi, codes, eoi], a full span."""
-        return [self.soi, *(int(code) + self.code_offset for code in codes), self.eoi]
-
-    def masked_image(self, known_codes: Sequence[int]) -> list[int]:
-        """The same where generation starts: codes of -1 are masked."""
-        return [self.soi, *(code + self.code_offset if code >= 0 else self.mask_id for code in known_codes), self.eoi]
-
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
-        """An image to be understood: [mmu, soi, codes, eoi], a full root span."""
+        """An image to be understood: [mmu, soi, codes, eoi]."""
         return [self.special("mmu"), *self.image(codes)]
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
-        """What is asked of an image: [sot, text], a causal span; its answer ends with eot."""
+        """What is asked of an image: [sot, text]."""
         return [self.sot, *text_ids]
 
     def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
-        """An image to be understood by its features: [mmu, system ids, soi, a pad for each feature], a root span.
+        """An image to be understood by its features: [mmu, system ids, soi, a pad for each feature].
 
-        Returns: the ids, and how many precede the features: the span's mode, for the features alone are seen by all.
         Source: Show-o's variant with CLIP features, its attention mask for multimodal understanding.
         """
         before = [self.special("mmu"), *self.system_ids, self.soi]
         return [*before, *[self.pad] * num_features], len(before)
 
     def feature_question(self, text_ids: Sequence[int]) -> list[int]:
-        """What is asked of an image given by features: [eoi, text], a causal span; its answer ends with eot."""
+        """What is asked of an image given by features: [eoi, text]."""
         return [self.eoi, *text_ids]
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from hermesflow.engine.kv_cache import KVCache
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
-
-from .kv_cache import KVCache
-from .span_tree import SpanTree
+from hermesflow.kernels.span_tree import SpanTree
 
 Embeds = tuple[Tensor, Tensor]
 """(packed rows int64 [n] of a tree, vectors [n, D] in place of the embeddings of those tokens)."""

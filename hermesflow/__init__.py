@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Engine": "hermesflow.engine.engine",
-    "accelerate": "hermesflow.drop_in",
+    "accelerate": "hermesflow.drop_in.acceleration",
     "load_model": "hermesflow.models",
-    "read_pairs": "hermesflow.pairs",
-    "restore": "hermesflow.drop_in",
+    "read_pairs": "hermesflow.data.pairs",
+    "restore": "hermesflow.drop_in.acceleration",
     "train_pairs": "hermesflow.training",
 }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hermesflow import __version__
 from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, Config, load_config
-from hermesflow.files import InputError, read_bytes, write_problem
+from hermesflow.runtime.files import InputError, read_bytes, write_problem
 
 if TYPE_CHECKING:
     from hermesflow.models import Model
@@ -59,7 +59,7 @@ class _StderrHandler(logging.Handler):
     """Prints to what stderr is at the time: a progress bar stands in for it while it is on screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from hermesflow.distributed import is_main
+        from hermesflow.runtime.distributed import is_main
 
         if is_main():
             print(f"hermesflow: {record.getMessage()}", file=sys.stderr)
@@ -86,7 +86,7 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         path = error.filename or "output"
         return str(write_problem(path, error) or f"{path}: {error.strerror or error}")
-    distributed = sys.modules.get("hermesflow.distributed")
+    distributed = sys.modules.get("hermesflow.runtime.distributed")
     if distributed is not None and distributed.is_lost(error):
         return distributed.LOST
     registry = sys.modules.get("hermesflow.kernels.registry")  # loaded wherever its error can come from
@@ -99,13 +99,13 @@ def _may_tell() -> bool:
     """Of the processes that torchrun started, the first that ends tells why."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    from hermesflow.distributed import may_tell
+    from hermesflow.runtime.distributed import may_tell
 
     return may_tell()
 
 
 def _selfplay(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.distributed import process_group
+    from hermesflow.runtime.distributed import process_group
     from hermesflow.selfplay import run_selfplay
 
     with process_group(config.model.device):
@@ -113,13 +113,13 @@ def _selfplay(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.pretraining import run_pretraining
+    from hermesflow.worlds.pretraining import run_pretraining
 
     run_pretraining(config.pretrain)
 
 
 def _curate(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.distributed import process_group
+    from hermesflow.runtime.distributed import process_group
     from hermesflow.selfplay import run_curation
 
     with process_group(config.model.device):
@@ -127,7 +127,7 @@ def _curate(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _train(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.distributed import process_group
+    from hermesflow.runtime.distributed import process_group
 
     if arguments.pairs is None:
         for option in ("output", "root"):
@@ -147,7 +147,7 @@ def _train(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _pairs_export(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.published_pairs import export_pairs
+    from hermesflow.data.published_pairs import export_pairs
 
     print(export_pairs(arguments.run_folder, arguments.round, arguments.output))
 
@@ -159,7 +159,7 @@ def _pairs_import(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _eval(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.evaluation import run_evaluation
+    from hermesflow.evaluation.builtin import run_evaluation
 
     run_evaluation(config)
 
@@ -167,14 +167,14 @@ def _eval(arguments: argparse.Namespace, config: Config) -> None:
 def _export(arguments: argparse.Namespace, config: Config) -> None:
     import torch
 
-    from hermesflow.published import export_model
+    from hermesflow.runs import export_model
 
     export_model(arguments.source, arguments.output, arguments.dtype and getattr(torch, arguments.dtype))
     print(arguments.output)
 
 
 def _report(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.report import write_report
+    from hermesflow.report.page import write_report
 
     print(write_report(arguments.run_folder or config.run_folder))
 
@@ -333,7 +333,7 @@ def _answer(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _questions(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.question_generation import FILTER, GENERATOR, write_questions
+    from hermesflow.scoring.questions import FILTER, GENERATOR, write_questions
 
     qa_filter = FILTER if arguments.filter == "" else arguments.filter
     count = write_questions(arguments.captions, arguments.output, arguments.model or GENERATOR, qa_filter)
@@ -341,8 +341,8 @@ def _questions(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def _score(arguments: argparse.Namespace, config: Config) -> None:
-    from hermesflow.scoring import score_entries
-    from hermesflow.sources import read_entries
+    from hermesflow.data.sources import read_entries
+    from hermesflow.scoring.scorers import score_entries
 
     entries = read_entries(arguments.file)
     for line in score_entries(arguments.scorer, entries, config.curation, str(arguments.file)):

@@ -13,16 +13,14 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hermesflow.files import InputError, read_bytes
+from hermesflow.runtime.files import InputError, read_bytes
+from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS
 
-IMAGE_SCORES = ("soft", "hard")
-CAPTION_SCORERS = ("bert-cls", "sentence", "exact", "normalised", "token-f1", "attribute-f1")
-ANSWER_SCORERS = ("likelihood", "sentence", "exact", "normalised")
 PAPER_OBJECTIVE = {
     "understanding_weight": 1.0, "nll_weight": 0.0, "replay_weight": 0.0, "masks_per_pair": 1,
     "complementary_masks": False,
@@ -31,6 +29,10 @@ PAPER_OBJECTIVE = {
 STUDY_ARMS = (
     "pair-dpo", "no-op", "random-pairs", "sft-best", "generation-only", "understanding-only", "oracle-pairs",
 )  # fmt: skip
+
+
+DRAWING = ("num_steps", "temperature", "guidance_scale", "mask_temperature")
+"""The settings that say how images are drawn."""
 
 
 class ConfigError(ValueError):
@@ -68,6 +70,8 @@ class ModelConfig:
     """"tiny" for the model that ships with the package, the folder of a model, or a hub id."""
     device: str = "auto"
     """Where it runs: cpu, cuda or cuda:N; auto takes cuda where there is one."""
+    family: str = "auto"
+    """Its family, by name or "module:object" of your own; auto finds it by config.json."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights that draw and judge; auto keeps the checkpoint's. Training is in float32."""
 
@@ -99,20 +103,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CurationConfig:
+class DrawingConfig:
+    """How images are drawn; curation and eval take what they leave open from here."""
+
+    num_steps: int = 0
+    """Decoding steps of an image; 0 leaves the number open, at last to the model."""
+    temperature: float = -1.0
+    """Sampling temperature of image tokens, 0 for the most likely ones; -1 leaves it open."""
+    guidance_scale: float = -1.0
+    """Classifier-free guidance g in (1 + g) * conditional - g * unconditional; -1 leaves it open."""
+    mask_temperature: float = -1.0
+    """Noise on the confidence that decides which image tokens are masked again; -1 leaves it open."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_drawing(self)
+
+    def drawing(self) -> dict[str, float]:
+        """What is not left open, by name."""
+        values = {name: getattr(self, name) for name in DRAWING}
+        return {name: value for name, value in values.items() if value > 0 or (name != "num_steps" and value == 0)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurationConfig(DrawingConfig):
     """Candidates of a record, their scores, and which become a pair."""
 
     num_images: int = 8
     """Images drawn for each prompt."""
-    num_steps: int = 0
-    """Decoding steps of an image; 0 takes the model's own number."""
     temperature: float = 1.0
-    """Sampling temperature of image tokens: candidates should differ. 0 takes the most likely ones, -1 the model's own
-    temperature."""
-    guidance_scale: float = -1.0
-    """Classifier-free guidance g in (1 + g) * conditional - g * unconditional; -1 takes the model's own."""
-    mask_temperature: float = -1.0
-    """Noise on the confidence that decides which image tokens are masked again; -1 takes the model's own."""
+    """Sampling temperature of image tokens: candidates should differ. 0 takes the most likely ones, -1 what [drawing]
+    says."""
     caption_temperatures: tuple[float, ...] = (0.1, 0.7, 1.0)
     """Sampling temperatures of captions; each is combined with each top-k."""
     caption_top_k: tuple[int, ...] = (2, 4, 8)
@@ -152,9 +173,9 @@ class CurationConfig:
         else:
             _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
-        _check_scorer(self, "score", IMAGE_SCORES)
-        _check_scorer(self, "caption_scorer", CAPTION_SCORERS)
-        _check_scorer(self, "answer_scorer", ANSWER_SCORERS)
+        _check_name(self, "score", IMAGE_SCORERS)
+        _check_name(self, "caption_scorer", CAPTION_SCORERS)
+        _check_name(self, "answer_scorer", ANSWER_SCORERS)
         if self.num_captions < 2:
             reason = "expected at least 2 captions from include_greedy and temperatures x top-k, got "
             raise ConfigError("CurationConfig", "caption_temperatures", f"{reason}{self.num_captions}")
@@ -272,7 +293,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(DrawingConfig):
     """Measurement on prompts that training never sees."""
 
     split: Literal["train", "validation", "test"] = "test"
@@ -281,14 +302,6 @@ class EvalConfig:
     """Prompts that images are drawn for."""
     images_per_prompt: int = 4
     """Images drawn for each prompt; with fewer than 4 the best of 4 is not measured."""
-    num_steps: int = 0
-    """Decoding steps of an image; 0 takes the model's own number."""
-    temperature: float = -1.0
-    """Sampling temperature of image tokens, 0 for the most likely ones; -1 takes the model's own."""
-    guidance_scale: float = -1.0
-    """Classifier-free guidance; -1 takes the model's own."""
-    mask_temperature: float = -1.0
-    """Noise on the confidence that decides which image tokens are masked again; -1 takes the model's own."""
     samplers: tuple[str, ...] = ("4/1", "4/0.7", "8/0.7")
     """Further ways to draw that generation is measured by, "STEPS/TEMPERATURE" each: a gain should not hang on one."""
     num_understanding: int = 600
@@ -396,12 +409,18 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    drawing: DrawingConfig = field(default_factory=DrawingConfig)
     curation: CurationConfig = field(default_factory=CurationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     selfplay: SelfPlayConfig = field(default_factory=SelfPlayConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("curation", "eval"):
+            section = getattr(self, name)
+            object.__setattr__(self, name, replace(section, **self.drawing.drawing() | section.drawing()))
 
     @property
     def run_folder(self) -> Path:
@@ -554,7 +573,7 @@ def _describe(value: Any) -> str:
     return f"{value!r} ({kind})"
 
 
-def _check_scorer(section: Any, name: str, known: Sequence[str]) -> None:
+def _check_name(section: Any, name: str, known: Iterable[str]) -> None:
     expected = f'{", ".join(known)}, or "module:function"'
     _check(section, (name,), lambda value: value in known or re.fullmatch(r"[\w.]+:\w+", value), expected)
 
@@ -564,11 +583,8 @@ def _check_seed(section: Any) -> None:
 
 
 def _check_drawing(section: Any) -> None:
-    _check(section, ("num_steps",), lambda value: value >= 0, "at least 1, or 0 for the model's own")
-    _check(
-        section, ("temperature", "guidance_scale", "mask_temperature"), lambda value: value >= 0 or value == -1,
-        "at least 0, or -1 for the model's own",
-    )  # fmt: skip
+    _check(section, DRAWING[:1], lambda value: value >= 0, "at least 1, or 0 for the model's own")
+    _check(section, DRAWING[1:], lambda value: value >= 0 or value == -1, "at least 0, or -1 for the model's own")
 
 
 def _check_at_least(section: Any, low: float, *names: str) -> None:
@@ -602,9 +618,10 @@ def _toml_value(value: Any) -> str:
 
 @functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a section."""
+    """The docstring under each field of a section, and of those that it inherits."""
+    inherited = _field_docs(cls.__base__) if cls.__base__ is not object else {}
     body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
+    return inherited | {
         named.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
         for named, text in zip(body, body[1:], strict=False)
         if isinstance(named, ast.AnnAssign) and isinstance(text, ast.Expr)

@@ -6,23 +6,24 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from hermesflow.config import CurationConfig
-from hermesflow.distributed import rank, world_size
-from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError, ParquetRows, damaged, make_folder, read_parquet, write_parquet
-from hermesflow.models import Model
-from hermesflow.pairs import PairFile
-from hermesflow.progress import track
-from hermesflow.prompting import caption_prompt, choice_prompt, image_prompt
-from hermesflow.records import Record
-from hermesflow.scoring import ImageScore, Scorers
+from hermesflow.config import DRAWING, CurationConfig
+from hermesflow.data.pairs import PairFile
+from hermesflow.data.records import Record
+from hermesflow.engine.decoders.text import SamplingParams
+from hermesflow.models.model import Model
+from hermesflow.runtime.distributed import rank, world_size
+from hermesflow.runtime.files import InputError, ParquetRows, damaged, make_folder, read_parquet, write_parquet
+from hermesflow.runtime.progress import track
+from hermesflow.runtime.seeds import candidate_seeds
+from hermesflow.scoring.scorers import Scorers
+from hermesflow.scoring.self_vqa import Judged
 
 CANDIDATES_SCHEMA = pa.schema(
     [
@@ -44,18 +45,9 @@ an image a list of {"question", "answer", "expected", "probability"}, of a capti
 PreviousImages = dict[str, tuple[list[int], list[int]]]
 """Record id -> (win codes, lose codes) of the previous round."""
 
-# What candidates depend on; threshold, margin and keep only choose among them.
-_DRAWN_BY = (
-    "num_images",
-    "caption_temperatures",
-    "caption_top_k",
-    "include_greedy",
-    "score",
-    "caption_scorer",
-    "answer_scorer",
-    "bert_model",
-    "sentence_model",
-)
+# The settings that candidates do not depend on: those that choose among them, and the records of a part, which show
+# in the fingerprint as they are; how images are drawn stands there with the model's own way filled in.
+_NOT_DRAWN_BY = ("threshold", "margin", "keep", "batch_records", *DRAWING)
 _FINGERPRINT = b"hermesflow.fingerprint"
 
 
@@ -113,12 +105,6 @@ def curate(
     return parts()
 
 
-def candidate_seed(seed: int, record_id: str, kind: str, index: int) -> int:
-    """The seed of one candidate, 63 bits: a pure function of its arguments, whatever is drawn beside it."""
-    text = json.dumps([seed, record_id, kind, index])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
 def caption_sampling(config: CurationConfig, max_new_tokens: int) -> list[SamplingParams]:
     """How each caption of an image is drawn: greedy once, then every top-k with every temperature."""
     greedy = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)] if config.include_greedy else []
@@ -143,13 +129,13 @@ def _image_rows(
     model: Model, records: Sequence[Record], config: CurationConfig, seed: int, scorers: Scorers
 ) -> Iterator[dict]:
     settings = asdict(model.sampling_of(config))
-    seeds = _seeds(seed, records, "image", config.num_images)
-    prompts = [image_prompt(model, record.caption) for record in records]
+    seeds = candidate_seeds(seed, [record.id for record in records], "image", config.num_images)
+    prompts = [model.image_prompt(record.caption) for record in records]
     codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
     scores = scorers.score_images(model, codes, records)
     for record, record_codes, record_seeds, record_scores in zip(records, codes.cpu(), seeds, scores, strict=True):
         for index, score in enumerate(record_scores):
-            row = _image_row(record, "image", index, record_codes[index].tolist(), score, config)
+            row = _image_row(record, "image", index, record_codes[index].tolist(), score)
             yield row | {"seed": int(record_seeds[index]), "settings": json.dumps(settings)}
 
 
@@ -157,9 +143,9 @@ def _caption_rows(
     model: Model, records: Sequence[Record], config: CurationConfig, seed: int, scorers: Scorers
 ) -> Iterator[dict]:
     sampling = caption_sampling(config, model.prompts.max_caption_tokens)
-    seeds = _seeds(seed, records, "caption", len(sampling))
+    seeds = candidate_seeds(seed, [record.id for record in records], "caption", len(sampling))
     codes = torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
-    question = caption_prompt(model)
+    question = model.caption_prompt()
     answers = model.engine.extend(
         codes, [[question]] * len(records), sampling=sampling, seeds=torch.from_numpy(seeds[:, None])
     )
@@ -192,26 +178,20 @@ def _previous_rows(
     scores = scorers.score_images(model, images, kept)
     for record, record_scores in zip(kept, scores, strict=True):
         for kind, codes, score in zip(("previous_win", "previous_lose"), old[record.id], record_scores, strict=True):
-            yield _image_row(record, kind, 0, codes, score, config) | {"settings": "{}"}
+            yield _image_row(record, kind, 0, codes, score) | {"settings": "{}"}
 
 
 def _image_row(
-    record: Record, kind: str, index: int, codes: list[int], score: ImageScore, config: CurationConfig
+    record: Record, kind: str, index: int, codes: list[int], judged: Judged
 ) -> dict:
     return {
         "record_id": record.id,
         "kind": kind,
         "index": index,
         "token_ids": codes,
-        "score": score.hard if config.score == "hard" else score.soft,
-        "answers": json.dumps([answer._asdict() for answer in score.answers]),
+        "score": judged.score,
+        "answers": json.dumps([answer._asdict() for answer in judged.answers]),
     }
-
-
-def _seeds(seed: int, records: Sequence[Record], kind: str, count: int) -> np.ndarray:
-    """Seeds int64 [len(records), count]."""
-    rows = [[candidate_seed(seed, record.id, kind, index) for index in range(count)] for record in records]
-    return np.array(rows, dtype=np.int64)
 
 
 def _batches(records: Sequence[Record], config: CurationConfig) -> Iterator[list[Record]]:
@@ -241,9 +221,9 @@ def _check_record(model: Model, record: Record) -> None:
         raise InputError(f"record {record.id}: has no questions to judge its images by; add some or leave it out")
     if record.codes is None:
         raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
-    image_prompt(model, record.caption)
+    model.image_prompt(record.caption)
     for question in record.questions:
-        choice_prompt(model, question)
+        model.choice_prompt(question.question, question.choices)
 
 
 def _previous_images(records: Sequence[Record], previous: PairFile | None) -> PreviousImages:
@@ -261,7 +241,7 @@ def _fingerprint(
     """What a part was made from, the model's weights aside."""
     made_from = [
         seed,
-        [getattr(config, name) for name in _DRAWN_BY],
+        [getattr(config, item.name) for item in fields(config) if item.name not in _NOT_DRAWN_BY],
         [asdict(model.sampling_of(config)), asdict(model.prompts)],
         [
             [record.id, record.caption, record.codes.tolist(), repr(record.questions), old.get(record.id)]

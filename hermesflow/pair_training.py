@@ -16,17 +16,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from .config import Config, TrainConfig
-from .distributed import on_main
-from .files import InputError, atomic_folder, write_json
-from .models import Model, open_model
-from .origins import check_origin, check_views_codes, claim_folder, model_digest
-from .packing import check_pairs
-from .pairs import SIDES, each_row, read_pairs
-from .published_pairs import read_published_pairs
-from .sources import describe_rejected
-from .trackers import check_tracker
-from .training import train_pairs
+from hermesflow.algorithms.packing import check_pairs
+from hermesflow.config import Config, TrainConfig
+from hermesflow.data.pairs import SIDES, each_row, read_pairs
+from hermesflow.data.published_pairs import read_published_pairs
+from hermesflow.data.sources import describe_rejected
+from hermesflow.models.family import open_model
+from hermesflow.models.model import Model, model_digest
+from hermesflow.runs import check_origin, check_views_codes, claim_folder
+from hermesflow.runtime.distributed import on_main
+from hermesflow.runtime.files import InputError, atomic_folder, write_json
+from hermesflow.runtime.trackers import check_tracker
+from hermesflow.training import train_pairs
 
 _ELSEWHERE = "output folder (-o)"
 _LOGGER = logging.getLogger(__name__)

@@ -26,12 +26,22 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from .balancing import balance_questions, yes_share
-from .config import Config
-from .curation import curate
-from .distributed import barrier, is_main, on_main, world_size
-from .evaluation import agreement, evaluate, summarise
-from .files import (
+from hermesflow.config import Config
+from hermesflow.curation import curate
+from hermesflow.data.balancing import balance_questions, yes_share
+from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs, pair_statistics, read_pairs
+from hermesflow.data.published_pairs import read_published_pairs
+from hermesflow.data.records import Record, RecordFile, write_records
+from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
+from hermesflow.evaluation.builtin import agreement, evaluate, summarise
+from hermesflow.models.family import open_model
+from hermesflow.models.model import Model, model_digest
+from hermesflow.pair_training import train_and_save
+from hermesflow.report.page import write_report
+from hermesflow.report.tables import describe_one_sided, is_balanced, print_summary
+from hermesflow.runs import check_origin, check_views_codes, claim_folder
+from hermesflow.runtime.distributed import barrier, is_main, on_main, world_size
+from hermesflow.runtime.files import (
     InputError,
     damaged,
     parquet_writer,
@@ -40,17 +50,8 @@ from .files import (
     write_json,
     write_parquet,
 )
-from .models import Model, open_model
-from .origins import check_origin, check_views_codes, claim_folder, model_digest
-from .pair_training import train_and_save
-from .pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs, pair_statistics, read_pairs
-from .published_pairs import read_published_pairs
-from .records import Record, RecordFile, write_records
-from .report import write_report
-from .sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
-from .summaries import describe_one_sided, is_balanced, print_summary
-from .trackers import check_tracker
-from .worlds import shapes
+from hermesflow.runtime.trackers import check_tracker
+from hermesflow.worlds import shapes
 
 _LOGGER = logging.getLogger(__name__)
 _SCENE_SEEDS = 2**32

@@ -19,15 +19,14 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from hermesflow import __version__
-from hermesflow.contact_sheet import draw_contact_sheet
-from hermesflow.curation import candidate_seed
-from hermesflow.engine.image_decoder import ImageSamplingParams
-from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError, atomic_write
-from hermesflow.images import fit_image, open_image, read_image
-from hermesflow.models import Model
-from hermesflow.progress import track
-from hermesflow.prompting import answer_ids, caption_prompt, image_prompt, question_prompt
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.text import SamplingParams
+from hermesflow.models.contact_sheet import draw_contact_sheet
+from hermesflow.models.images import fit_image, open_image, read_image
+from hermesflow.models.model import Model
+from hermesflow.runtime.files import InputError, atomic_write
+from hermesflow.runtime.progress import track
+from hermesflow.runtime.seeds import candidate_seed
 
 DIRECTIONS = ("left", "right", "up", "down")
 _BATCH_VIEWS = 16
@@ -109,9 +108,9 @@ def extrapolate_image(
 ) -> Iterator[GeneratedImage]:  # fmt: skip
     """Draw more of an image beyond its borders. The tokens of the image itself are kept.
 
-    With W x W the model's tokens, each extension adds about half an image on one side: the window that is drawn holds
-    W // 2 - offset rows or columns of the picture's border, and new ones. Where the picture is longer than W along that
-    side, windows slide along it by W // 2, so that each sees what the last one drew.
+    With W the model's tokens in that direction, each extension adds about half an image on one side: the window that is
+    drawn holds W // 2 - offset rows or columns of the picture's border, and new ones. Where the picture's side is
+    longer than the window, windows slide along it by half of themselves, so that each sees what the last one drew.
 
     Args:
         model: the model that draws.
@@ -128,15 +127,15 @@ def extrapolate_image(
     Source: HermesFlow's published inference_t2i.py, mode "extrapolation".
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    side = math.isqrt(model.layout.num_image_tokens)
-    _check_extensions(prompts, directions, steps, offset, side)
+    grid = model.layout.image_grid
+    _check_extensions(prompts, directions, steps, offset, grid)
     prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     codes = model.encode_images(read_image(image, model.image_size)[None])
-    canvas = codes.view(1, side, side).repeat(num_images, 1, 1)
+    canvas = codes.view(1, *grid).repeat(num_images, 1, 1)
     seeds = [seed + index for index in range(num_images)]
     for step, direction in enumerate(track(list(directions) * steps, "extrapolate", "extensions")):
         step_ids = prompt_ids[step if len(prompts) > 1 else 0]
-        canvas, windows = _extended(canvas, direction, side, side - (side // 2 - offset))
+        canvas, windows = _extended(canvas, direction, grid, offset)
         for number, (rows, columns) in enumerate(windows):
             known = canvas[:, rows, columns]
             window_seeds = [[candidate_seed(own, f"step-{step}", "extrapolate", number)] for own in seeds]
@@ -191,7 +190,7 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[s
     Yields: {"image": path, "caption": text} for each, in order; the caption is the greedy one.
     Raises: InputError if a file is missing, before the first is described, or is no image.
     """
-    question = caption_prompt(model)
+    question = model.caption_prompt()
     for batch, seen in _view(model, paths, "caption"):
         texts = _say(model, seen, question, model.prompts.max_caption_tokens)
         for path, text in zip(batch, texts, strict=True):
@@ -218,8 +217,8 @@ def answer_question(
             f"choices {','.join(choices)}: expected two or more distinct answers, none empty, such as yes,no"
         )
     _check_words(question, "question")
-    question_ids = question_prompt(model, question)
-    choice_ids = [answer_ids(model, choice) for choice in choices]
+    question_ids = model.question_prompt(question)
+    choice_ids = [model.answer_ids(choice) for choice in choices]
     for batch, seen in _view(model, paths, "answer"):
         if choices:
             scores = model.engine.score_choices(seen, [[question_ids]] * len(batch), [[choice_ids]] * len(batch))
@@ -233,7 +232,7 @@ def answer_question(
 
 def _prompt_ids(model: Model, prompt: str, name: str) -> list[int]:
     _check_words(prompt, name)
-    return image_prompt(model, prompt)
+    return model.image_prompt(prompt)
 
 
 def _check_words(text: str, name: str) -> None:
@@ -261,9 +260,8 @@ def _images_per_batch(model: Model) -> int:
 def _show(
     model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Tensor
 ) -> Iterator[GeneratedImage]:
-    """The images of codes [n, N] or, if not square, [n, h, w]."""
-    side = math.isqrt(model.layout.num_image_tokens)
-    codes = codes if codes.dim() == 3 else codes.view(-1, side, side)
+    """The images of codes [n, N] or, in another shape than the model's own, [n, h, w]."""
+    codes = codes if codes.dim() == 3 else codes.view(-1, *model.layout.image_grid)
     images = model.decode_images(codes.flatten(1), *codes.shape[1:])
     yield from map(GeneratedImage, prompts, seeds, images, codes.cpu())
 
@@ -282,10 +280,10 @@ def _masked_tokens(model: Model, mask: Image.Image) -> Tensor:
     """Whether each token is to be drawn anew, bool [1, N]."""
     if mask.has_transparency_data and not mask.mode.startswith("I"):
         mask = _without_transparency(mask)
-    side = math.isqrt(model.layout.num_image_tokens)
+    rows, columns = model.layout.image_grid
     levels = fit_image(mask, model.image_size).mean(2)
-    patch = model.image_size // side
-    means = levels.reshape(side, patch, side, patch).mean((1, 3))
+    height, width = levels.shape[0] // rows, levels.shape[1] // columns
+    means = levels.reshape(rows, height, columns, width).mean((1, 3))
     return torch.from_numpy(means >= 127.5).view(1, -1)
 
 
@@ -300,7 +298,9 @@ def _without_transparency(mask: Image.Image) -> Image.Image:
     return Image.fromarray(grey.round().astype(np.uint8))
 
 
-def _check_extensions(prompts: list[str], directions: Sequence[str], steps: int, offset: int, side: int) -> None:
+def _check_extensions(
+    prompts: list[str], directions: Sequence[str], steps: int, offset: int, grid: tuple[int, int]
+) -> None:
     if not directions:
         raise InputError(f"direction: expected at least one of {', '.join(DIRECTIONS)}, got none; name one")
     for direction in directions:
@@ -308,8 +308,10 @@ def _check_extensions(prompts: list[str], directions: Sequence[str], steps: int,
             raise InputError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}; name one of them")
     if steps < 1:
         raise InputError(f"steps: expected at least 1, got {steps}; say how often the directions are gone through")
-    if not 0 <= offset < side // 2:
-        raise InputError(f"offset: expected 0 to {side // 2 - 1} for this model's {side} x {side} tokens, got {offset}")
+    rows, columns = grid
+    most = min(columns if direction in ("left", "right") else rows for direction in directions) // 2 - 1
+    if not 0 <= offset <= most:
+        raise InputError(f"offset: expected 0 to {most} for this model's {rows} x {columns} tokens, got {offset}")
     if len(prompts) not in (1, len(directions) * steps):
         raise InputError(
             f"prompts: expected one, or one for each of {len(directions) * steps} extensions, got {len(prompts)}; "
@@ -317,16 +319,19 @@ def _check_extensions(prompts: list[str], directions: Sequence[str], steps: int,
         )
 
 
-def _extended(canvas: Tensor, direction: str, side: int, num_new: int) -> tuple[Tensor, list[tuple[slice, slice]]]:
-    """The canvas [n, h, w] with num_new rows or columns of -1 more, and the windows, side x side, that cover them."""
-    padding = [num_new if direction == edge else 0 for edge in DIRECTIONS]
-    canvas = F.pad(canvas, padding, value=-1)
+def _extended(
+    canvas: Tensor, direction: str, grid: tuple[int, int], offset: int
+) -> tuple[Tensor, list[tuple[slice, slice]]]:
+    """The canvas [n, h, w] with new rows or columns of -1, and the windows of the grid's shape that cover them."""
     sideways = direction in ("left", "right")
+    window_along, window_across = grid if sideways else grid[::-1]
+    num_new = window_across - (window_across // 2 - offset)
+    canvas = F.pad(canvas, [num_new if direction == edge else 0 for edge in DIRECTIONS], value=-1)
     height, width = canvas.shape[1:]
     across, along = (width, height) if sideways else (height, width)
-    edge = slice(0, side) if direction in ("left", "up") else slice(across - side, across)
-    starts = [*range(0, along - side, side // 2), along - side]
-    strips = [slice(start, start + side) for start in starts]
+    edge = slice(0, window_across) if direction in ("left", "up") else slice(across - window_across, across)
+    starts = [*range(0, along - window_along, window_along // 2), along - window_along]
+    strips = [slice(start, start + window_along) for start in starts]
     return canvas, [(strip, edge) if sideways else (edge, strip) for strip in strips]
 
 

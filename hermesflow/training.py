@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,20 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from hermesflow.algorithms.packing import REPLAY, PairPacker, PairVisit, check_pairs, referenced_sides, trained_pairs
+from hermesflow.algorithms.pair_dpo import StepSums, pass_objective
+from hermesflow.algorithms.references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
+from hermesflow.config import TrainConfig
 from hermesflow.engine.model_work import ModelWork
 from hermesflow.engine.transformer import Transformer
-
-from .adapters import Adapters
-from .checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
-from .config import TrainConfig
-from .distributed import reshard, shard, unshard, world_size
-from .files import InputError
-from .metric_log import Meter, MetricLog
-from .models import Model
-from .objective import StepSums, pass_objective
-from .origins import model_digest
-from .packing import REPLAY, PairPacker, PairVisit, check_pairs, referenced_sides, trained_pairs
-from .progress import track
-from .references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
-from .trackers import open_tracker
+from hermesflow.models.lora import Adapters
+from hermesflow.models.model import Model, model_digest
+from hermesflow.runtime.checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
+from hermesflow.runtime.distributed import reshard, shard, unshard, world_size
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.metric_log import Meter, MetricLog
+from hermesflow.runtime.progress import track
+from hermesflow.runtime.trackers import open_tracker
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     Args:
         model: the policy, in float32; it must hold the round's starting weights, a checkpoint in the folder is loaded
             over them.
-        pairs: a table of hermesflow.pairs.
+        pairs: a table of hermesflow.data.pairs.
         config: steps, rates and loss.
         seed: seeds the order of pairs, the masks, which pairs are held out, and torch's generators.
         folder: receives metrics.jsonl, one line a step, step-*/ checkpoints, reference*.parquet and, with LoRA,
@@ -80,7 +79,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     progress |= load_checkpoint(folder, policy.transformer, optimizer)
     start, log = progress["step"], MetricLog(folder / "metrics.jsonl", progress["step"])
     bar = track(range(start, config.num_steps), "Pair-DPO", "steps", completed=start)
-    with open_tracker(config, folder, start) as send:
+    with open_tracker(config.tracker, asdict(config), folder, start) as send:
         for step in bar:
             began, meter = time.perf_counter(), Meter(policy.work, policy.device, isinstance(reference, LiveReference))
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
@@ -95,7 +94,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
                 (loss * (world_size() if counts else 0)).backward()
                 if counts:
                     sums.add(loss, shares)
-                    meter.add(batch)
+                    meter.add(batch.tree, len(batch.rows))
             norm = clip_gradients(policy.transformer, config.max_grad_norm)
             metrics = sums.metrics() | {"grad_norm": norm, "lr": lr}
             _check_finite(metrics, step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .philox import RandomKey
+    from hermesflow.kernels.philox import RandomKey
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALL_HINT = "pip install --no-build-isolation -e ."

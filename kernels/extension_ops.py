@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import (
+from hermesflow.kernels import (
     _C,  # noqa: F401 - loading it registers torch.ops.hermesflow
     linear_logprob_blocked,
 )
-from .philox import RandomKey
+from hermesflow.kernels.philox import RandomKey
 
 
 @torch.no_grad()

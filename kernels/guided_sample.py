@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import registry
-from .checks import (
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import (
     FLOAT_DTYPES,
     check_key,
     check_number,
@@ -16,8 +16,8 @@ from .checks import (
     not_on_cuda_device,
     not_on_triton_device,
 )  # fmt: skip
-from .philox import RandomKey
-from .sampling import sample_rows
+from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.sampling import sample_rows
 
 OP = "guided_sample"
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import registry
-from .checks import check_tensor, not_on, not_on_cuda_device, not_on_triton_device
-from .token_logprob import LOGPROB_DTYPES, check_target, token_logprob_reference
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import check_tensor, not_on, not_on_cuda_device, not_on_triton_device
+from hermesflow.kernels.token_logprob import LOGPROB_DTYPES, check_target, token_logprob_reference
 
 OP = "linear_logprob"
 # The reference's logits at one time: small beside the weights of a large model, large enough for an efficient matmul.

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import logits_of, multiply, new_block
+from hermesflow.kernels.matmul import logits_of, multiply, new_block
 
 # A GPU's matmuls want thousands of rows and ids (a guess, unmeasured). A CPU's block of logits, 16 MiB, should stay in
 # its last cache. On a Zen 5, T 2048, D 512, V 58498, blocks of 512, 1024 and 2048 ids take the same time on one core;

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear_logprob_blocked as driver
+from hermesflow.kernels import linear_logprob_blocked as driver
 
 MAX_BLOCK_V = 4096
 GROUP_T = 8

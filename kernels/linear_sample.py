@@ -8,11 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import registry
-from .checks import FLOAT_DTYPES, check_key, check_temperature, not_on, not_on_cuda_device, not_on_triton_device
-from .linear_logprob import check_linear, linear_wide, row_blocks
-from .philox import RandomKey
-from .sampling import sample_rows
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import (
+    FLOAT_DTYPES,
+    check_key,
+    check_temperature,
+    not_on,
+    not_on_cuda_device,
+    not_on_triton_device,
+)
+from hermesflow.kernels.linear_logprob import check_linear, linear_wide, row_blocks
+from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.sampling import sample_rows
 
 OP = "linear_sample"
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .extension_ops import guided_sample
-from .matmul import logits_of
-from .philox import RandomKey
+from hermesflow.kernels.extension_ops import guided_sample
+from hermesflow.kernels.matmul import logits_of
+from hermesflow.kernels.philox import RandomKey
 
 # A block's fp32 logits. CPU, [2048, 512] x [8192, 512] on 2 cores: 4 to 16 MiB take 55 ms, 64 MiB 69 ms. CUDA: not
 # measured; large enough for the matmul, in reach of an H100's L2 cache.

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import TOKEN_STREAM, RandomKey
-from .sampling import SAMPLE_TILE
-from .tile_sampling_triton import uniform
+from hermesflow.kernels.philox import TOKEN_STREAM, RandomKey
+from hermesflow.kernels.sampling import SAMPLE_TILE
+from hermesflow.kernels.tile_sampling_triton import uniform
 
 BLOCK_D, CHUNKS = 64, 8
 OPTIONS = {"num_warps": 8, "num_stages": 3}

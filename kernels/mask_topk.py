@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import registry
-from .checks import check_key, check_number, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
-from .philox import MASK_STREAM, RandomKey, gumbel, random_words
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import (
+    check_key,
+    check_number,
+    check_tensor,
+    not_on,
+    not_on_cuda_device,
+    not_on_triton_device,
+)
+from hermesflow.kernels.philox import MASK_STREAM, RandomKey, gumbel, random_words
 
 OP = "mask_topk"
 MAX_TRITON_TOKENS = 16384

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import MASK_STREAM, RandomKey
-from .tile_sampling_triton import uniform
+from hermesflow.kernels.philox import MASK_STREAM, RandomKey
+from hermesflow.kernels.tile_sampling_triton import uniform
 
 KEYS_A_WARP = 1024  # 32 registers of keys a thread
 KNOWN_KEY = tl.constexpr(0xFFFFFFFF)  # above every score's key, +inf's included

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import registry
-from .checks import can_read_values, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import can_read_values, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
 
 OP = "pair_dpo"
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]

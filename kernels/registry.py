@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import OPS, checks
+from hermesflow.kernels import OPS, checks
 
 ENVIRONMENT_VARIABLE = "HERMESFLOW_BACKEND"
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .philox import TOKEN_STREAM, RandomKey, gumbel, random_words, uniform
+from hermesflow.kernels.philox import TOKEN_STREAM, RandomKey, gumbel, random_words, uniform
 
 SAMPLE_TILE = 128
 

@@ -10,8 +10,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import registry
-from .checks import (
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import (
     FLOAT_DTYPES,
     can_read_values,
     check_tensor,

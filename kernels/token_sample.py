@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import registry
-from .checks import (
+from hermesflow.kernels import registry
+from hermesflow.kernels.checks import (
     FLOAT_DTYPES,
     can_read_values,
     check_key,
@@ -16,8 +16,8 @@ from .checks import (
     not_on_cuda_device,
     not_on_triton_device,
 )  # fmt: skip
-from .philox import RandomKey
-from .sampling import argmax_rows, sample_tiles
+from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.sampling import argmax_rows, sample_tiles
 
 OP = "token_sample"
 

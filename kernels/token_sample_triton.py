@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import TOKEN_STREAM, RandomKey
-from .sampling import SAMPLE_TILE
-from .tile_sampling_triton import add_tiles, draw_in_tile
+from hermesflow.kernels.philox import TOKEN_STREAM, RandomKey
+from hermesflow.kernels.sampling import SAMPLE_TILE
+from hermesflow.kernels.tile_sampling_triton import add_tiles, draw_in_tile
 
 BLOCK = 1024
 NUM_THRESHOLDS = 8

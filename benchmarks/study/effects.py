@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from hermesflow.files import InputError
-from hermesflow.stats import percentile_interval
-
-from ..lines import Line
-from .arms import ARMS
-from .runner import BASE, PAIR_DPO
+from hermesflow.benchmarks.lines import Line
+from hermesflow.benchmarks.study.arms import ARMS
+from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO
+from hermesflow.evaluation.stats import percentile_interval
+from hermesflow.runtime.files import InputError
 
 HEADLINE = ("understanding", "generation", "generation_strict", "gap")
-"""As hermesflow.evaluation has them: fractions of sums over records; gap is understanding less generation."""
+"""As hermesflow.evaluation.builtin has them: fractions of sums over records; gap is understanding less generation."""
 NUM_RESAMPLES = 4000
 SEED = 20250218
 

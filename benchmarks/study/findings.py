@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from hermesflow.summaries import LABELS, SAMPLER_LABELS, format_change, format_points, format_value, tell_verdict
-
-from .arms import ARMS
-from .effects import HEADLINE, Change, Effects
-from .runner import BASE, PAIR_DPO
+from hermesflow.benchmarks.study.arms import ARMS
+from hermesflow.benchmarks.study.effects import HEADLINE, Change, Effects
+from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO
+from hermesflow.report.tables import LABELS, SAMPLER_LABELS, format_change, format_points, format_value, tell_verdict
 
 NAMES = {BASE: "before self-play"} | {arm: arm for arm in ARMS}
 """Of the arms in tables."""

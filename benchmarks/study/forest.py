@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hermesflow.files import atomic_write
-from hermesflow.summaries import tell_verdict
-
-from ..roofline import check_matplotlib
-from .effects import HEADLINE, Effects
-from .findings import NAMES, describe_study, metric_groups, metric_label
+from hermesflow.benchmarks.roofline import check_matplotlib
+from hermesflow.benchmarks.study.effects import HEADLINE, Effects
+from hermesflow.benchmarks.study.findings import NAMES, describe_study, metric_groups, metric_label
+from hermesflow.report.tables import tell_verdict
+from hermesflow.runtime.files import atomic_write
 
 _COLORS = {"better": "#17734a", "worse": "#b3302a"}
 _NO_CHANGE = "#777777"

@@ -7,18 +7,24 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from hermesflow.charts import Measured, forest_chart
+from hermesflow.benchmarks.study.arms import ARMS, arm_config
+from hermesflow.benchmarks.study.effects import HEADLINE, Change, Effects
+from hermesflow.benchmarks.study.findings import (
+    NAMES,
+    answer_claims,
+    describe_study,
+    metric_groups,
+    metric_label,
+    tell_difference,
+)
+from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO
 from hermesflow.config import Config
-from hermesflow.evaluation import draw_images, held_out
-from hermesflow.files import write_text
-from hermesflow.markup import document, picture, scrolling
+from hermesflow.evaluation.builtin import draw_images, held_out
 from hermesflow.models import open_model
-from hermesflow.summaries import LABELS, format_change, format_value, tell_verdict
-
-from .arms import ARMS, arm_config
-from .effects import HEADLINE, Change, Effects
-from .findings import NAMES, answer_claims, describe_study, metric_groups, metric_label, tell_difference
-from .runner import BASE, PAIR_DPO
+from hermesflow.report.charts import Measured, forest_chart
+from hermesflow.report.markup import document, picture, scrolling
+from hermesflow.report.tables import LABELS, format_change, format_value, tell_verdict
+from hermesflow.runtime.files import write_text
 
 _NUM_SHOWN = 6  # prompts
 

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hermesflow.benchmarks.lines import Line, replace_marked
+from hermesflow.benchmarks.roofline import check_matplotlib
+from hermesflow.benchmarks.study.effects import Effects
+from hermesflow.benchmarks.study.findings import answer_claims, console_tables, describe_study, markdown
+from hermesflow.benchmarks.study.forest import plot_effects
+from hermesflow.benchmarks.study.page import write_page
+from hermesflow.benchmarks.study.runner import BASE, read_study, run_study
 from hermesflow.config import Config
-
-from ..lines import Line, replace_marked
-from ..roofline import check_matplotlib
-from .effects import Effects
-from .findings import answer_claims, console_tables, describe_study, markdown
-from .forest import plot_effects
-from .page import write_page
-from .runner import BASE, read_study, run_study
 
 
 def publish_study(

@@ -25,19 +25,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hermesflow.benchmarks.lines import Line, read_objects, write_lines
+from hermesflow.benchmarks.measuring import run_facts
+from hermesflow.benchmarks.study.arms import ARMS, arm_config
 from hermesflow.config import STUDY_ARMS, Config, ConfigError
-from hermesflow.distributed import local_device
-from hermesflow.evaluation import evaluate, right_of_asked
-from hermesflow.files import InputError, atomic_write
+from hermesflow.evaluation.builtin import evaluate, right_of_asked
 from hermesflow.models import Model, open_model
-from hermesflow.origins import check_origin, claim_folder, model_digest
+from hermesflow.models.model import model_digest
+from hermesflow.report.tables import LABELS, format_value
+from hermesflow.runs import check_origin, claim_folder
+from hermesflow.runtime.distributed import local_device
+from hermesflow.runtime.files import InputError, atomic_write
+from hermesflow.runtime.trackers import check_tracker
 from hermesflow.selfplay import Run
-from hermesflow.summaries import LABELS, format_value
-from hermesflow.trackers import check_tracker
-
-from ..lines import Line, read_objects, write_lines
-from ..measuring import run_facts
-from .arms import ARMS, arm_config
 
 BASE, PAIR_DPO = "base", STUDY_ARMS[0]
 COUNTS = ("right", "asked")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hermesflow.images import resize_images
-from hermesflow.records import Record
+from hermesflow.data.records import Record
+from hermesflow.models.images import resize_images
 from hermesflow.worlds import oracle, shapes
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hermesflow.records import Question
+from hermesflow.data.records import Question
 from hermesflow.worlds.shapes import (
     BACKGROUND_RGB,
     CELL_SIZE,

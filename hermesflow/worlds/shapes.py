@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 
 import numpy as np
 
-from hermesflow.records import Question, Record
+from hermesflow.data.records import Question, Record
+from hermesflow.runtime.files import InputError
+from hermesflow.scoring.captions import each, overlap_f1
 
 IMAGE_SIZE = 64
 CELL_SIZE = 32
@@ -703,3 +706,28 @@ def make_record(scene: Scene, id: str, rng: np.random.Generator) -> Record:
         balanced_questions=balanced_questions(scene, np.random.default_rng([scene.seed, 1])),
         image=render([scene])[0],
     )
+
+
+def attribute_f1(caption: str, truth: str) -> float:
+    """F1 over what two captions of the built-in world state: its facts (see parse_caption), and each colour and
+    shape that they name, so that a wrong colour does not cost the shape.
+
+    Raises: InputError if the true caption states nothing of that world.
+    """
+    wanted = _attributes(truth)
+    if not wanted:
+        raise InputError(
+            f"caption {truth!r}: states no fact of the built-in world; choose another curation.caption_scorer than "
+            "attribute-f1"
+        )
+    return overlap_f1(_attributes(caption), wanted)
+
+
+ATTRIBUTE_F1 = each(attribute_f1)
+
+
+def _attributes(caption: str) -> Counter:
+    facts = parse_caption(caption)
+    kinds = [kind for name, kind, *_ in facts if name != "background"]
+    kinds += [fact[2] for fact in facts if fact[0] in ("left", "above")]
+    return Counter(facts | {("named", word) for kind in kinds for word in kind.split()})

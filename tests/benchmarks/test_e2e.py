@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hermesflow import cli
 from hermesflow.benchmarks import e2e, lines, naive_model
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.model_work import ModelWork
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.engine.text_decoder import SamplingParams
+from hermesflow.kernels.span_tree import SpanTree
 
 KINDS = ("sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied", "relu2-no-rotary")
 PROMPTS = ([5, 9, 7], [11], [])

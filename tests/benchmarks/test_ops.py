@@ -10,8 +10,8 @@ import torch
 
 from hermesflow import cli
 from hermesflow.benchmarks import case, lines, measuring, op_cases, ops, peers, roofline
-from hermesflow.files import InputError
 from hermesflow.kernels import registry
+from hermesflow.runtime.files import InputError
 
 PARTS = ("images", "questions", "answers", "pairs")
 CASES = {*op_cases.BUILDERS, *(f"span_attention/{part}" for part in PARTS)}

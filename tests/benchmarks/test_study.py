@@ -17,7 +17,7 @@ from hermesflow.benchmarks.study.arms import ARMS, arm_config
 from hermesflow.benchmarks.study.effects import HEADLINE, Effects
 from hermesflow.benchmarks.study.runner import BASE, read_study, run_study
 from hermesflow.config import STUDY_ARMS, load_config
-from hermesflow.files import InputError
+from hermesflow.runtime.files import InputError
 from hermesflow.worlds import oracle, shapes
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import torch
 
 from hermesflow.engine import answer_stream
 from hermesflow.engine.answer_stream import Pace
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.engine.text_decoder import SamplingParams, TextDecoder
+from hermesflow.engine.decoders.text import SamplingParams, TextDecoder
+from hermesflow.kernels.span_tree import SpanTree
 
 MIXED = [
     SamplingParams(temperature=0.0, max_new_tokens=9),

@@ -8,8 +8,8 @@ from torch._dynamo.utils import counters
 
 from hermesflow.engine import engine as engine_module
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.transformer import Transformer
+from hermesflow.kernels.span_tree import SpanTree
 
 WIDTHS = [32, 4, 8, 48]
 """Of a tiny model: hidden_size, num_heads, head_dim, mlp_size."""

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from hermesflow.engine import memory_planner
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.sequence_logprob import span_logprobs
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.kernels.registry import BackendError
+from hermesflow.kernels.span_tree import SpanTree
 
 GENERATE = {"num_images": 2, "num_steps": 4, "guidance_scale": 1.0, "mask_temperature": 1.0}
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)

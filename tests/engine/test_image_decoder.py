@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from hermesflow.engine.image_decoder import ImageDecoder, ImageSamplingParams
+from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams
 from hermesflow.engine.kv_cache import KVCache
 from hermesflow.engine.transformer import Transformer
 
@@ -295,7 +295,7 @@ def test_out_of_memory_halves_the_batch(naive, forward_calls, caplog, request, g
     spans = 32 if guidance_scale else 16
     halvings = [f"with {count} image spans in a pass; going on with {count // 2}" for count in (32, 16, 8)
                 if count <= spans]  # fmt: skip
-    with caplog.at_level(logging.WARNING, "hermesflow.engine.image_decoder"), torch.inference_mode():
+    with caplog.at_level(logging.WARNING, "hermesflow.engine.decoders.masked"), torch.inference_mode():
         assert torch.equal(decoder.generate(prompts, seeds, params), expected)
         assert [record.message.partition("memory ")[2] for record in caplog.records] == halvings
         forward_calls.clear()

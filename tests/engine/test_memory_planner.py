@@ -8,8 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hermesflow.engine import memory_planner
 from hermesflow.engine.memory_planner import activation_bytes, host_free_bytes, is_out_of_memory, kv_bytes
-from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.kernels.span_tree import SpanTree
 
 SHAPE = {"vocab_size": 100, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 256}
 MODELS = {

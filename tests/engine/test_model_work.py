@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hermesflow.engine import model_work
 from hermesflow.engine.model_work import ModelWork, matmul_rate
-from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.kernels import matmul
+from hermesflow.kernels.span_tree import SpanTree
 
 LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, sot=0, eot=1)
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "mlp_size": 48}

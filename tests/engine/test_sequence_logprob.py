@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hermesflow.engine.sequence_logprob import next_token_targets, span_logprobs
-from hermesflow.engine.span_tree import SpanTree
+from hermesflow.kernels.span_tree import SpanTree
 
 
 @pytest.fixture(params=["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied"])

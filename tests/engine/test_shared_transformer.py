@@ -8,7 +8,7 @@ from torch import nn
 
 from hermesflow.engine.sequence_logprob import span_logprobs
 from hermesflow.engine.shared_transformer import SharedTransformer, is_hooked
-from hermesflow.engine.span_tree import SpanTree
+from hermesflow.kernels.span_tree import SpanTree
 
 SPANS = [([3, 4, 5], -1, "causal"), ([6, 7, 8, 9], 0, "full"), ([6, 3], 0, "causal")]
 

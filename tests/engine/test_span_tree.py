@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermesflow.engine.device_graph import DeviceGraph
-from hermesflow.engine.span_tree import SpanTree
 from hermesflow.kernels.span_attention import span_attention
-from hermesflow.kernels.span_attention_plan import depth_first
+from hermesflow.kernels.span_attention.plan import depth_first
+from hermesflow.kernels.span_tree import SpanTree
 
 
 @st.composite

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from hermesflow.engine.text_decoder import SamplingParams, TextDecoder
+from hermesflow.engine.decoders.text import SamplingParams, TextDecoder
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=9)
 # One sampling setting a sample, as captions are drawn: filters, lengths and temperatures differ by row.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.kernels.span_tree import SpanTree
 
 TEXT, IMAGE, QUESTION = [3, 4, 5, 6], list(range(50, 68)), [7, 8, 9]
 SPANS = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 
 TINY = VQTokenizerConfig(
     code_bits=6, channels=8, channel_multipliers=(1, 2), num_res_blocks=(1, 1), num_groups=4, patch_size=2

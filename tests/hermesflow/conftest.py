@@ -9,16 +9,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hermesflow import published_pairs, sources
+from hermesflow.data import published_pairs, sources
+from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.data.records import Record
+from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
-from hermesflow.engine.vq_tokenizer import VQTokenizer, VQTokenizerConfig
-from hermesflow.images import read_image
 from hermesflow.models import Model
-from hermesflow.pairs import PAIRS_SCHEMA
-from hermesflow.records import Record
-from hermesflow.text_tokenizers import WordTokenizer
-from hermesflow.worlds import shapes
+from hermesflow.models.images import read_image
+from hermesflow.models.text_tokenizers import WordTokenizer
+from hermesflow.models.tiny import TinyModel
+from hermesflow.worlds import pretraining, shapes
 
 
 def make_tiny_model() -> Model:
@@ -39,7 +40,7 @@ def make_tiny_model() -> Model:
         vq_tokenizer = VQTokenizer(vq_config).eval()
         # Wider than the usual 0.02: the model's answers and samples then differ from image to image.
         transformer = Transformer(config).init_weights(torch.Generator().manual_seed(0), std=0.2).eval()
-    return Model(transformer, vq_tokenizer, text_tokenizer, layout, image_size=64)
+    return TinyModel(transformer, vq_tokenizer, text_tokenizer, layout, 64, pretraining.PROMPTS, pretraining.SAMPLING)
 
 
 @pytest.fixture(autouse=True)

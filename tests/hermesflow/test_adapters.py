@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hermesflow import load_model
-from hermesflow.adapters import Adapters, load_adapter
-from hermesflow.checkpointing import load_state, save_state
 from hermesflow.config import TrainConfig
-from hermesflow.distributed import shard, unshard
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.transformer import Linear
-from hermesflow.files import InputError
+from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.models.lora import Adapters, load_adapter
+from hermesflow.runtime.checkpointing import load_state, save_state
+from hermesflow.runtime.distributed import shard, unshard
+from hermesflow.runtime.files import InputError
 
 TREE = SpanTree.build([([2, 5, 6, 7], -1, "causal"), (list(range(50, 66)), 0, "full"), ([9, 8], 0, "causal")])
 CONFIG = TrainConfig(lora_rank=3, lora_alpha=6.0)

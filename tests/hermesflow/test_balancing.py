@@ -2,9 +2,9 @@
 
 import pytest
 
-from hermesflow.balancing import THINGS, balance_questions, yes_share
-from hermesflow.records import Question, Record
-from hermesflow.summaries import describe_one_sided
+from hermesflow.data.balancing import THINGS, balance_questions, yes_share
+from hermesflow.data.records import Question, Record
+from hermesflow.report.tables import describe_one_sided
 
 YES_NO = ("yes", "no")
 THINGS_SHOWN = ("dog", "red car", "two cats", "tree", "child", "pizza", "boat", "horse")

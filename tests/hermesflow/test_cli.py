@@ -16,12 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hermesflow import cli, models, tasks
+from hermesflow import cli, tasks
 from hermesflow.config import load_config
-from hermesflow.files import InputError
-from hermesflow.images import fit_image
 from hermesflow.kernels.registry import BackendError
-from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
+from hermesflow.models.images import fit_image
+from hermesflow.runtime.files import InputError
+from hermesflow.models import family
+from hermesflow.models.model import Model
+from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
+from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "score",
@@ -57,10 +60,10 @@ class StandInEngine:
                 for level, of_image in zip(levels, choice_ids, strict=True)]  # fmt: skip
 
 
-class StandInModel:
-    image_size = SIZE
+class StandInModel(Model):
+    image_size, engine = SIZE, None
     prompts, sampling = TINY_PROMPTS, TINY_SAMPLING
-    layout = types.SimpleNamespace(sot=-1, num_image_tokens=4)
+    layout = types.SimpleNamespace(image_grid=(2, 2), num_image_tokens=4)
 
     def __init__(self):
         self.engine = StandInEngine()
@@ -87,7 +90,7 @@ class StandInModel:
 @pytest.fixture
 def model(monkeypatch):
     model = StandInModel()
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: model)
+    monkeypatch.setattr(family, "load_model", lambda name, device, dtype, family: model)
     return model
 
 
@@ -285,7 +288,7 @@ def test_generate_writes_what_is_needed_to_draw_again(model, tmp_path, capsys):
 def test_options_win_over_settings(monkeypatch, tmp_path):
     asked = []
     model = StandInModel()
-    monkeypatch.setattr(models, "load_model", lambda *given, **options: asked.append((given, options)) or model)
+    monkeypatch.setattr(family, "load_model", lambda *given, **options: asked.append((given, options)) or model)
     settings = ["--set", "model.name=other"]
     options = ["--model", "mine", "--device", "cpu", "--dtype", "bfloat16", "--num-steps", "2"]
     assert cli.main(["generate", "x", *options, *settings, "-o", str(tmp_path)]) == 0
@@ -353,7 +356,7 @@ def test_generate_draws_the_same_whatever_the_batch(model):
 
 
 def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys, recwarn):
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: tiny_model)
+    monkeypatch.setattr(family, "load_model", lambda name, device, dtype, family: tiny_model)
     monkeypatch.chdir(tmp_path)
     prompts = ["a small red circle", "a blue square"]
     assert cli.main(["generate", *prompts, "--num-images", "2", "-o", "all", "--set", "eval.num_steps=3"]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hermesflow.config import PAPER_OBJECTIVE, Config, CurationConfig, RunConfig, TrainConfig, load_config, to_toml
-from hermesflow.files import InputError
+from hermesflow.runtime.files import InputError
 
 
 def settings_file(tmp_path, text):

@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, CurationConfig
-from hermesflow.curation import CANDIDATES_SCHEMA, candidate_seed, caption_sampling, curate
-from hermesflow.files import InputError, read_parquet, write_parquet
-from hermesflow.models import TINY_SAMPLING, Model
-from hermesflow.pairs import PAIRS_SCHEMA, PairFile, make_pairs
-from hermesflow.prompting import PromptFormat, caption_prompt
-from hermesflow.records import Record
-from hermesflow.scoring import Scorers, self_vqa, token_f1
+from hermesflow.curation import CANDIDATES_SCHEMA, caption_sampling, curate
+from hermesflow.data.pairs import PAIRS_SCHEMA, PairFile, make_pairs
+from hermesflow.data.records import Record
+from hermesflow.models.model import Model, PromptFormat
+from hermesflow.runtime.files import InputError, read_parquet, write_parquet
+from hermesflow.runtime.seeds import candidate_seed
+from hermesflow.scoring.captions import token_f1
+from hermesflow.scoring.scorers import Scorers
+from hermesflow.scoring.self_vqa import self_vqa
+from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
 CONFIG = CurationConfig(
     guidance_scale=1.0,
@@ -169,7 +172,7 @@ def test_a_scorer_that_is_not_there_is_told_before_any_work(
 
 
 def test_captions_are_of_the_records_image(candidates: pa.Table, tiny_model: Model, tiny_records: list[Record]) -> None:
-    question, greedy = caption_prompt(tiny_model), caption_sampling(CONFIG, 6)[:1]
+    question, greedy = tiny_model.caption_prompt(), caption_sampling(CONFIG, 6)[:1]
     for record in tiny_records:
         codes = torch.from_numpy(record.codes.astype(np.int64))[None]
         seeds = torch.zeros(1, 1, 1, dtype=torch.int64)

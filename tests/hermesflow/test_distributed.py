@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hermesflow import distributed
-from hermesflow.checkpointing import load_checkpoint, save_checkpoint
+from hermesflow.algorithms.packing import PairPacker, PairVisit
+from hermesflow.algorithms.pair_dpo import StepSums, pass_objective
+from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
-from hermesflow.distributed import (
+from hermesflow.models import load_model, open_model
+from hermesflow.runtime import distributed
+from hermesflow.runtime.checkpointing import load_checkpoint, save_checkpoint
+from hermesflow.runtime.distributed import (
     gather,
     is_main,
     local_device,
@@ -26,11 +30,7 @@ from hermesflow.distributed import (
     unshard,
     world_size,
 )
-from hermesflow.files import InputError
-from hermesflow.models import load_model, open_model
-from hermesflow.objective import StepSums, pass_objective
-from hermesflow.packing import PairPacker, PairVisit
-from hermesflow.references import batch_logprobs
+from hermesflow.runtime.files import InputError
 from hermesflow.selfplay import run_selfplay
 from hermesflow.training import Policy, make_optimizer
 

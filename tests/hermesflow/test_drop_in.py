@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 import hermesflow
-from hermesflow import label_scoring, mask_reading
 from hermesflow.benchmarks import showo_stand_in
 from hermesflow.benchmarks.accelerated import load_class
 from hermesflow.benchmarks.random_checkpoint import CheckpointShape, language_model_config
@@ -35,9 +34,11 @@ from hermesflow.benchmarks.showo_stand_in import (
     understanding_attention_mask,
     understanding_ids,
 )
-from hermesflow.engine.image_decoder import ImageDecoder
-from hermesflow.engine.span_tree import SpanTree
+from hermesflow.drop_in import attention_masks as mask_reading
+from hermesflow.drop_in import label_scoring
+from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.kernels.span_tree import SpanTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Read here, since a fixture of all tests hides the variable.

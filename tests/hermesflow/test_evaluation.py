@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from hermesflow import stats, summaries
 from hermesflow.config import EvalConfig, load_config
 from hermesflow.curation import CANDIDATES_SCHEMA
-from hermesflow.evaluation import (
+from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.evaluation import stats
+from hermesflow.evaluation.builtin import (
     agreement,
     caption_truth,
     evaluate,
@@ -24,22 +25,24 @@ from hermesflow.evaluation import (
     sampler_name,
     summarise,
 )
-from hermesflow.files import read_json
-from hermesflow.models import TINY_PROMPTS, TINY_SAMPLING
-from hermesflow.pairs import PAIRS_SCHEMA
+from hermesflow.models.model import Model
+from hermesflow.report import tables as summaries
+from hermesflow.runtime.files import read_json
 from hermesflow.worlds import oracle, shapes
+from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
+from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
 SMALL = EvalConfig(num_prompts=5, num_understanding=4, images_per_prompt=2, num_steps=2)
 
 
-class KnowingModel:
+class KnowingModel(Model):
     """Stands in for a model that knows the truth: a code is the number of a known picture.
 
     It answers rightly, except about the pictures in `blind`, and draws each prompt's own picture, except that the image
     number 1 of each prompt is empty where `careless`.
     """
 
-    image_size = shapes.IMAGE_SIZE
+    image_size, engine = shapes.IMAGE_SIZE, None
 
     def __init__(self, config, blind=(), careless=False):
         scenes = shapes.sample_scenes(config.split, max(config.num_prompts, config.num_understanding), config.seed)

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hermesflow import files
-from hermesflow.files import InputError, ParquetRows, parquet_writer, read_parquet, write_parquet
+from hermesflow.runtime import files
+from hermesflow.runtime.files import InputError, ParquetRows, parquet_writer, read_parquet, write_parquet
 
 
 @pytest.fixture

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hermesflow.functional import dpo_loss, draw_seeds, gumbel_sample, mask_by_random_topk, selective_log_softmax
+from hermesflow.drop_in.functional import (
+    dpo_loss,
+    draw_seeds,
+    gumbel_sample,
+    mask_by_random_topk,
+    selective_log_softmax,
+)
 from hermesflow.kernels import checks
 from hermesflow.kernels.philox import MASK_STREAM, RandomKey, gumbel, random_words
 

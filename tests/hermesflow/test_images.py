@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hermesflow import images
-from hermesflow.files import InputError
-from hermesflow.images import MAX_PIXELS, decode_image, fit_image, open_image, read_image, resize_images
+from hermesflow.models import images
+from hermesflow.models.images import MAX_PIXELS, decode_image, fit_image, open_image, read_image, resize_images
+from hermesflow.runtime.files import InputError
 
 SIZE = 16
 RED = (200, 40, 90)

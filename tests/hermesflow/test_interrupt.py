@@ -7,7 +7,7 @@ import time
 
 from PIL import Image
 
-from hermesflow.files import read_parquet
+from hermesflow.runtime.files import read_parquet
 
 CURATION = (
     "data.num_records=60", "curation.num_images=2", "curation.num_steps=2", "curation.batch_records=2",

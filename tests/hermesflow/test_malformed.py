@@ -37,15 +37,15 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from hermesflow import tasks
 from hermesflow.benchmarks.random_checkpoint import TINY, write_checkpoint
 from hermesflow.config import load_config
-from hermesflow.files import InputError, read_json
-from hermesflow.images import MAX_PIXELS, read_image
+from hermesflow.data.pairs import PAIRS_SCHEMA, read_pairs
+from hermesflow.data.published_pairs import read_published_pairs
+from hermesflow.data.records import RecordFile
+from hermesflow.data.sources import encode_records, read_source
 from hermesflow.models import load_model
-from hermesflow.pairs import PAIRS_SCHEMA, read_pairs
-from hermesflow.published import load_vq_tokenizer
-from hermesflow.published_pairs import read_published_pairs
-from hermesflow.records import RecordFile
-from hermesflow.sources import encode_records, read_source
-from hermesflow.vision import load_clip_encoder
+from hermesflow.models.images import MAX_PIXELS, read_image
+from hermesflow.models.magvit import load_vq_tokenizer
+from hermesflow.models.vision import load_clip_encoder
+from hermesflow.runtime.files import InputError, read_json
 
 TIME_LIMIT_S = 10
 MEMORY_LIMIT_BYTES = 768 << 20

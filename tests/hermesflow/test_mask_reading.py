@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from hermesflow.mask_reading import ImageFirst, ImageLast, UnknownMaskError, read_masks
+from hermesflow.drop_in.attention_masks import ImageFirst, ImageLast, UnknownMaskError, read_masks
 
 FAR = float(torch.iinfo(torch.int64).min)
 

@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 import torch
 
-from hermesflow.files import read_parquet
+from hermesflow.runtime.files import read_parquet
 
 BATCH = 100
 SETTINGS = (

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hermesflow.files import InputError
 from hermesflow.models import load_model
-from hermesflow.text_tokenizers import WordTokenizer
+from hermesflow.models.text_tokenizers import WordTokenizer
+from hermesflow.runtime.files import InputError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from hermesflow.algorithms.packing import PairPacker, PairVisit
+from hermesflow.algorithms.pair_dpo import StepSums, pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
-from hermesflow.objective import StepSums, pass_objective
-from hermesflow.packing import PairPacker, PairVisit
 
 VISITS = [PairVisit(pair, visit) for pair, visit in ((3, 0), (0, 1), (1, 0), (2, 2), (4, 0))]
 

@@ -9,10 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hermesflow import packing
-from hermesflow.config import TrainConfig
-from hermesflow.files import InputError
-from hermesflow.packing import (
+from hermesflow.algorithms import packing
+from hermesflow.algorithms.packing import (
     PairPacker,
     PairVisit,
     check_pairs,
@@ -21,9 +19,10 @@ from hermesflow.packing import (
     plan_passes,
     trained_pairs,
 )
-from hermesflow.pairs import PAIRS_SCHEMA
-from hermesflow.prompting import caption_prompt, image_prompt
-from hermesflow.references import batch_logprobs
+from hermesflow.algorithms.references import batch_logprobs
+from hermesflow.config import TrainConfig
+from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.runtime.files import InputError
 
 SIDES = ("both", "generation", "understanding")
 ONE_MASK = {"masks_per_pair": 1, "complementary_masks": False}
@@ -94,7 +93,7 @@ def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, rand
         row = pairs.slice(visit.pair, 1).to_pylist()[0]
         condition = prompt[2:-1]
         if not config.condition_dropout:
-            assert condition == image_prompt(model, row["caption"])
+            assert condition == model.image_prompt(row["caption"])
         for lose, role in enumerate(("win", "lose")):
             expected = 0.0
             for hidden, weight in draw_masks(16, config, np.random.default_rng([5, 1, *visit])):
@@ -105,7 +104,7 @@ def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, rand
             mine = batch.sides["generation"].segment == 2 * index + lose
             assert weighted["generation"][mine].sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-3)
             expected = answer_sum(
-                naive, model, row["record_codes"], caption_prompt(model), row[f"{role}_caption_ids"]
+                naive, model, row["record_codes"], model.caption_prompt(), row[f"{role}_caption_ids"]
             )
             mine = batch.sides["understanding"].segment == 2 * index + lose
             assert weighted["understanding"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
@@ -148,7 +147,7 @@ def test_captions_are_conditioned_on_the_record_s_own_image(shared_tiny_model, r
     codes, wins, loses = (pairs[name].to_pylist() for name in ("record_codes", "win_caption_ids", "lose_caption_ids"))
     assert spans_of(tree, -1) == [model.layout.image_prefix(codes[pair]) for pair in (2, 0)]
     for image, pair in ((0, 2), (4, 0)):
-        assert spans_of(tree, image) == [model.layout.question(caption_prompt(model))]
+        assert spans_of(tree, image) == [model.layout.question(model.caption_prompt())]
         assert spans_of(tree, image + 1) == [wins[pair], loses[pair]]
 
 
@@ -265,7 +264,7 @@ def test_condition_dropout_is_the_share_of_empty_prompts(shared_tiny_model, rand
         return [packer.pack([visit]).tree for visit in visits]
 
     prompts = {share: [spans_of(tree, -1)[0] for tree in trees(share)] for share in (0.0, 0.1, 1.0)}
-    empty, full = model.layout.text_prompt([]), model.layout.text_prompt(image_prompt(model, "a red circle"))
+    empty, full = model.layout.text_prompt([]), model.layout.text_prompt(model.image_prompt("a red circle"))
     assert prompts[0.0] == [full] * 1000 and prompts[1.0] == [empty] * 1000
     dropped = prompts[0.1].count(empty)
     assert abs(dropped - 100) < 4 * math.sqrt(1000 * 0.1 * 0.9) and prompts[0.1].count(full) == 1000 - dropped
@@ -369,7 +368,7 @@ def test_elbo_weighting_is_unbiased(naive, tiny_model, random_pairs, monkeypatch
         for count, (start, end) in times_by_count(num_codes).items():
             subsets = list(itertools.combinations(range(num_codes), count))
             for hidden in subsets:
-                condition = image_prompt(model, row["caption"])
+                condition = model.image_prompt(row["caption"])
                 logprobs = image_logprobs(naive, model, condition, row[f"{role}_codes"], hidden)
                 # Counts are uniform in the bound: (1 / N) * (N / k).
                 bound += logprobs[1 + np.array(hidden)].sum().item() / count / len(subsets)

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from hermesflow import cli, pair_training, read_pairs, train_pairs, training
 from hermesflow.config import TrainConfig, load_config
-from hermesflow.files import InputError, write_parquet
-from hermesflow.metric_log import TIMINGS
+from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.data.published_pairs import write_published_pairs
 from hermesflow.models import load_model
-from hermesflow.origins import claim_folder
 from hermesflow.pair_training import train_on_pairs
-from hermesflow.pairs import PAIRS_SCHEMA
-from hermesflow.published_pairs import write_published_pairs
+from hermesflow.runs import claim_folder
+from hermesflow.runtime.files import InputError, write_parquet
+from hermesflow.runtime.metric_log import TIMINGS
 
 STEPS = 6
 

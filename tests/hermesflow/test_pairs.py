@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermesflow.config import CurationConfig
-from hermesflow.files import InputError, write_parquet
-from hermesflow.pairs import PAIRS_SCHEMA, PREVIOUS, SIDES, PairFile, make_pairs, pair_statistics, read_pairs
-from hermesflow.records import Question, Record
+from hermesflow.data.pairs import PAIRS_SCHEMA, PREVIOUS, SIDES, PairFile, make_pairs, pair_statistics, read_pairs
+from hermesflow.data.records import Question, Record
+from hermesflow.runtime.files import InputError, write_parquet
 
 GOOD_IMAGES, GOOD_CAPTIONS = [0.2, 0.9, 0.5], [0.3, 1.0, 0.6]
 

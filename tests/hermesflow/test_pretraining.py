@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-import hermesflow.pretraining as pretraining
+import hermesflow.worlds.pretraining as pretraining
 from hermesflow.config import PretrainConfig
-from hermesflow.files import InputError
-from hermesflow.models import ASSETS, load_model
-from hermesflow.pretraining import SceneBatches, run_pretraining
+from hermesflow.models.family import ASSETS, load_model
+from hermesflow.runtime.files import InputError
 from hermesflow.worlds import oracle, shapes
+from hermesflow.worlds.pretraining import SceneBatches, run_pretraining
 
 SMALL = {
     "num_scenes": 64,
@@ -41,9 +42,13 @@ def test_it_leaves_a_model_that_loads(made):
     folder, model_folder = made
     model = load_model(str(model_folder))
     assert model.decode_text(model.encode_text("a small red circle")) == "a small red circle"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"tokenizer", "transformer", "validation"}
-    assert all(math.isfinite(line["image"]) for line in lines if line["stage"] != "tokenizer")
+    tokenizer, lines = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("tokenizer.jsonl", "metrics.jsonl")
+    )
+    assert [line["step"] for line in tokenizer] == [0, 1, 2] and all(math.isfinite(line["fit"]) for line in tokenizer)
+    assert [line["step"] for line in lines] == list(range(6)) and all(math.isfinite(line["image"]) for line in lines)
+    assert [line["step"] for line in lines if "validation/image" in line] == [5]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
@@ -60,16 +65,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
         run_pretraining(config)
     monkeypatch.setattr(pretraining, "batch_losses", original)
     run_pretraining(config)
-    whole, resumed = (
-        torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (made[0], tmp_path)
-    )
+    assert (made[0] / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text()
+    whole, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (made[0], tmp_path))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_damaged_checkpoint_is_named(made, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("step-000002/manifest.json", "no checkpoint can be used .*manifest.json"),
+        ("checkpoint.pt", "checkpoint.pt: was written by an older version; delete .* to start over"),
+    ],
+    ids=["damaged", "older version"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_named(made, tmp_path, path, told):
     (tmp_path / "vq_tokenizer.safetensors").write_bytes((made[0] / "vq_tokenizer.safetensors").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match="checkpoint.pt: damaged checkpoint"):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match=told):
         run_pretraining(PretrainConfig(folder=str(tmp_path), **SMALL))
 
 
@@ -147,7 +160,7 @@ import os, sys, torch
 import torch.distributed as dist
 from hermesflow.config import PretrainConfig
 from hermesflow.models import load_model
-from hermesflow.pretraining import SceneBatches, add_gradients
+from hermesflow.worlds.pretraining import SceneBatches, add_gradients
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
 model = load_model(sys.argv[1])

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from hermesflow import progress
-from hermesflow.progress import track
+from hermesflow.runtime import progress
+from hermesflow.runtime.progress import track
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from hermesflow import cli
 from hermesflow.benchmarks.random_checkpoint import TINY, WEIGHTS, write_checkpoint, write_tokenizer
 from hermesflow.config import CurationConfig, EvalConfig, load_config
-from hermesflow.engine.image_decoder import ImageSamplingParams
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.files import InputError
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.models import load_model
-from hermesflow.prompting import answer_ids, caption_prompt, choices_prompt, image_prompt
-from hermesflow.published import export_model, load_vq_tokenizer
+from hermesflow.models.magvit import load_vq_tokenizer
+from hermesflow.runs import export_model
+from hermesflow.runtime.files import InputError
 from hermesflow.selfplay import Run, run_selfplay
 
 
@@ -67,10 +67,10 @@ def logits(model):
     """Of one prompt with a masked image and of one image with a question."""
     layout = model.layout
     tree = SpanTree.build([
-        (layout.text_prompt(image_prompt(model, "a red circle")), -1, "causal"),
-        (layout.masked_image([-1] * layout.num_image_tokens), 0, "full"),
+        (layout.text_prompt(model.image_prompt("a red circle")), -1, "causal"),
+        (layout.image([-1] * layout.num_image_tokens), 0, "full"),
         (layout.image_prefix(range(layout.num_image_tokens)), -1, "full"),
-        (layout.question(caption_prompt(model)), 2, "causal"),
+        (layout.question(model.caption_prompt()), 2, "causal"),
     ])  # fmt: skip
     with torch.no_grad():
         return model.transformer.head(model.transformer(tree))
@@ -128,7 +128,7 @@ def test_images_are_drawn_as_published_unless_settings_say_otherwise(model):
 
 
 def test_answers_follow_a_question_after_a_blank(model):
-    assert answer_ids(model, "red") == model.encode_text(" red")
+    assert model.answer_ids("red") == model.encode_text(" red")
 
 
 @pytest.mark.parametrize("as_path", [lambda folder: str(folder), lambda folder: "phi"], ids=["folder", "other-name"])
@@ -503,18 +503,18 @@ def test_passes_of_the_image_tokenizer_are_bounded(model, monkeypatch):
 @pytest.mark.parametrize(("length", "kept"), [(0, 0), (125, 125), (126, 126), (127, 126), (500, 126)])
 def test_prompts_are_cut_as_published(model, length, kept):
     """The original cuts [t2i, sot, text] at 128 ids and sets eot behind them."""
-    ids = image_prompt(model, "x" * length)
+    ids = model.image_prompt("x" * length)
     assert ids == model.encode_text("x" * kept)
     assert len(model.layout.text_prompt(ids)) == kept + 3 <= 129
 
 
 def test_a_prompt_that_starts_with_the_start_of_text_has_one(model):
-    assert image_prompt(model, "<|endoftext|>red") == model.encode_text("red")
+    assert model.image_prompt("<|endoftext|>red") == model.encode_text("red")
 
 
 def test_questions_stand_in_the_chat_form(model):
-    assert model.decode_text(caption_prompt(model)) == "USER: \nGive a caption for this image. ASSISTANT:"
-    asked = choices_prompt(model, "what {colour} is it?", ["red", "b'lue"])
+    assert model.decode_text(model.caption_prompt()) == "USER: \nGive a caption for this image. ASSISTANT:"
+    asked = model.choices_prompt("what {colour} is it?", ["red", "b'lue"])
     assert model.decode_text(asked) == "USER: \nQuestion:what {colour} is it? Choice:['red', \"b'lue\"] ASSISTANT:"
 
 

@@ -13,18 +13,18 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from hermesflow import training
+from hermesflow.algorithms.packing import PairPacker, PairVisit
+from hermesflow.algorithms.pair_dpo import pass_objective
+from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, CurationConfig, TrainConfig
-from hermesflow.engine import image_decoder, sequence_logprob
+from hermesflow.data.pairs import PAIRS_SCHEMA, make_pairs, read_pairs
+from hermesflow.data.published_pairs import write_published_pairs
+from hermesflow.data.records import Question, Record
+from hermesflow.engine import sequence_logprob
+from hermesflow.engine.decoders import masked as image_decoder
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.mask_schedule import mask_temperatures, num_to_mask
-from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import write_parquet
-from hermesflow.objective import pass_objective
-from hermesflow.packing import PairPacker, PairVisit
-from hermesflow.pairs import PAIRS_SCHEMA, make_pairs, read_pairs
-from hermesflow.prompting import caption_prompt, image_prompt
-from hermesflow.published_pairs import write_published_pairs
-from hermesflow.records import Question, Record
-from hermesflow.references import batch_logprobs
+from hermesflow.runtime.files import write_parquet
 
 BETA = 0.2
 
@@ -160,7 +160,7 @@ def test_4_a_step_s_sides_are_of_the_same_records(model, pairs):
 
 def test_5_win_and_lose_are_drawn_for_one_condition(model, pairs):
     packer = PairPacker(model, pairs, TrainConfig(condition_dropout=0.1, **PAPER_OBJECTIVE), 0)
-    empty, full = (model.layout.text_prompt(image_prompt(model, text)) for text in ("", "a red circle"))
+    empty, full = (model.layout.text_prompt(model.image_prompt(text)) for text in ("", "a red circle"))
 
     def check(conditions):
         assert all(win == lose for win, lose in conditions)
@@ -309,7 +309,7 @@ def test_8_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(model, pairs, 
 
 @torch.inference_mode()
 def test_9_captions_compute_each_token_once(naive, model, pairs, monkeypatch):
-    codes, question = pairs["record_codes"][0].as_py(), caption_prompt(model)
+    codes, question = pairs["record_codes"][0].as_py(), model.caption_prompt()
     model.transformer.head.bias = torch.nn.Parameter(torch.zeros(model.layout.vocab_size))
     model.transformer.head.bias[model.layout.eot] = -100.0
     sampling = [SamplingParams(temperature=1.0, max_new_tokens=8)] * 3
@@ -399,7 +399,7 @@ def test_11_images_are_drawn_from_codes_at_masked_positions(naive, model, monkey
 
     def published():
         conditions = [layout.text_prompt(prompt), layout.text_prompt([])]
-        spans = [((ids, "causal"), (layout.masked_image([-1] * layout.num_image_tokens), "full")) for ids in conditions]
+        spans = [((ids, "causal"), (layout.image([-1] * layout.num_image_tokens), "full")) for ids in conditions]
         halves = [naive.chain_logits(model.transformer, *pair) for pair in spans]
         return [(sum(map(len, halves)), halves[0].shape[1])] * num_steps
 

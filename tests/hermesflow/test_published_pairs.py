@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hermesflow import cli, sources
+from hermesflow import cli
 from hermesflow.config import load_config
-from hermesflow.files import InputError, read_parquet
-from hermesflow.images import read_image
-from hermesflow.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, read_pairs
-from hermesflow.published_pairs import read_published_pairs, write_published_pairs
+from hermesflow.data import sources
+from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, read_pairs
+from hermesflow.data.published_pairs import read_published_pairs, write_published_pairs
+from hermesflow.models.images import read_image
+from hermesflow.runtime.files import InputError, read_parquet
 from hermesflow.selfplay import import_pairs, run_curation, run_selfplay, run_training
 
 KEYS = [

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hermesflow import question_generation
-from hermesflow.files import InputError
-from hermesflow.question_generation import (
+from hermesflow.data.records import Question
+from hermesflow.data.sources import read_source
+from hermesflow.runtime.files import InputError
+from hermesflow.scoring import questions as question_generation
+from hermesflow.scoring.questions import (
     QuestionFilter,
     QuestionGenerator,
     answers_freely,
@@ -17,8 +19,6 @@ from hermesflow.question_generation import (
     parse_questions,
     write_questions,
 )
-from hermesflow.records import Question
-from hermesflow.sources import read_source
 
 WRITTEN = """ rabbit, plane
 Activities:

@@ -5,9 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hermesflow.files import InputError
-from hermesflow.images import decode_image
-from hermesflow.records import (
+from hermesflow.data.records import (
     Question,
     Record,
     RecordFile,
@@ -15,6 +13,8 @@ from hermesflow.records import (
     records_to_table,
     write_records,
 )
+from hermesflow.models.images import decode_image
+from hermesflow.runtime.files import InputError
 
 ABSENT = Question("is there a square ?", ("yes", "no"), "no", "object", "square")
 QUESTION = Question("what color is the circle ?", ("red", "blue"), "red", "color", "red")

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hermesflow.algorithms.packing import PairPacker, referenced_sides
+from hermesflow.algorithms.references import LiveReference, NoReference, batch_logprobs, cached_reference
 from hermesflow.config import TrainConfig
-from hermesflow.files import InputError
-from hermesflow.packing import PairPacker, referenced_sides
-from hermesflow.references import LiveReference, NoReference, batch_logprobs, cached_reference
+from hermesflow.runtime.files import InputError
 
 CONFIG = TrainConfig(pairs_per_step=3, num_steps=5, condition_dropout=0.3, tokens_per_pass=150)
 

@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 import pyarrow as pa
 import pytest
 
-from hermesflow.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.config import load_config, to_toml
 from hermesflow.curation import CANDIDATES_SCHEMA, curate
-from hermesflow.evaluation import agreement, evaluate, measure, summarise
-from hermesflow.files import InputError, read_json, read_parquet, write_json, write_parquet, write_text
-from hermesflow.pairs import PAIRS_SCHEMA, make_pairs, pair_statistics
-from hermesflow.report import write_report
-from hermesflow.summaries import ONE_SIDED
+from hermesflow.data.pairs import PAIRS_SCHEMA, make_pairs, pair_statistics
+from hermesflow.evaluation.builtin import agreement, evaluate, measure, summarise
+from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
+from hermesflow.report.page import write_report
+from hermesflow.report.tables import ONE_SIDED
+from hermesflow.runtime.files import InputError, read_json, read_parquet, write_json, write_parquet, write_text
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 SETTINGS = (

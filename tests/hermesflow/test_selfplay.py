@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from hermesflow.config import PretrainConfig, load_config
-from hermesflow.evaluation import measure
-from hermesflow.files import InputError, read_parquet
+from hermesflow.evaluation.builtin import measure
+from hermesflow.runtime.files import InputError, read_parquet
 from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training
 from hermesflow.worlds import shapes
 

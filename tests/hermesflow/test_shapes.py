@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hermesflow.records import Question
+from hermesflow.data.records import Question
 from hermesflow.worlds import oracle, shapes
 
 NUM_SCENES = 1500

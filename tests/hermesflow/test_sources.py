@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hermesflow import sources
-from hermesflow.files import InputError
-from hermesflow.records import Record
-from hermesflow.sources import describe_rejected, encode_records, read_entries, read_source
+from hermesflow.data import sources
+from hermesflow.data.records import Record
+from hermesflow.data.sources import describe_rejected, encode_records, read_entries, read_source
+from hermesflow.runtime.files import InputError
 from hermesflow.worlds import shapes
 
 COLOR = {

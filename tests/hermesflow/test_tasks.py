@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 from hermesflow import tasks
-from hermesflow.contact_sheet import draw_contact_sheet
-from hermesflow.curation import candidate_seed
+from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.image_decoder import ImageSamplingParams
-from hermesflow.files import InputError
-from hermesflow.prompting import image_prompt
+from hermesflow.models.contact_sheet import draw_contact_sheet
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.seeds import candidate_seed
 
 SIZE = 64  # of the tiny model, 4 x 4 tokens of 16 pixels
 PROMPT = "a small red circle"
@@ -220,7 +219,7 @@ def test_one_extension_is_the_published_one(shared_tiny_model, square, direction
     axis, order = (1 if direction in ("left", "right") else 0), (1 if direction in ("left", "up") else -1)
     known = torch.cat([torch.full_like(original[border], -1), original[border]][::order], axis)
     window = shared_tiny_model.engine.generate(
-        [image_prompt(shared_tiny_model, PROMPT)], num_images=1, num_steps=3, guidance_scale=0.5, mask_temperature=1.0,
+        [shared_tiny_model.image_prompt(PROMPT)], num_images=1, num_steps=3, guidance_scale=0.5, mask_temperature=1.0,
         seeds=torch.tensor([[candidate_seed(7, "step-0", "extrapolate", 0)]]), known_codes=known.view(1, 16),
     ).view(4, 4)  # fmt: skip
     drawn = extrapolate(shared_tiny_model, square, [direction], seed=7)[0]
@@ -259,7 +258,7 @@ def test_an_extrapolated_picture_does_not_depend_on_the_others(shared_tiny_model
 def test_a_prompt_for_each_extension(shared_tiny_model, square, monkeypatch):
     prompts = ["a red circle", "two blue squares", "one green triangle", "a circle"]
     calls = windows_of(monkeypatch, shared_tiny_model, square, ["left", "right"], steps=2, prompts=prompts)
-    assert [prompt for (prompt,), _, _ in calls] == [tuple(image_prompt(shared_tiny_model, text)) for text in prompts]
+    assert [prompt for (prompt,), _, _ in calls] == [tuple(shared_tiny_model.image_prompt(text)) for text in prompts]
     drawn = extrapolate(shared_tiny_model, square, ["left"], prompts=["a circle"])[0]
     assert drawn.prompt == "a circle"
 

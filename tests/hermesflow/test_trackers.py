@@ -3,17 +3,18 @@
 import importlib.machinery
 import sys
 import types
+from dataclasses import asdict
 
 import pytest
 
-from hermesflow import trackers
 from hermesflow.config import TrainConfig
-from hermesflow.files import InputError
-from hermesflow.trackers import check_tracker, open_tracker
+from hermesflow.runtime import trackers
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.trackers import check_tracker, open_tracker
 
 
 def test_none_takes_metrics_and_keeps_nothing(tmp_path):
-    with open_tracker(TrainConfig(), tmp_path, 0) as log:
+    with open_tracker("none", {}, tmp_path, 0) as log:
         log({"loss": 1.0}, 0)
     assert not list(tmp_path.iterdir())
 
@@ -22,7 +23,7 @@ def test_tensorboard_goes_on_without_the_steps_that_are_done_again(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = TrainConfig(tracker="tensorboard")
     for start, stop, value in ((0, 5, 1.0), (3, 6, 2.0)):  # the second goes on from a checkpoint after three steps
-        with open_tracker(config, tmp_path, start) as log:
+        with open_tracker(config.tracker, asdict(config), tmp_path, start) as log:
             for step in range(start, stop):
                 log({"loss": value, "generation/margin": value}, step)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -33,7 +34,7 @@ def test_tensorboard_goes_on_without_the_steps_that_are_done_again(tmp_path):
 
 def test_tensorboard_loses_nothing_to_a_kill(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with open_tracker(TrainConfig(tracker="tensorboard"), tmp_path, 0) as log:
+    with open_tracker("tensorboard", asdict(TrainConfig(tracker="tensorboard")), tmp_path, 0) as log:
         log({"loss": 1.0}, 0)
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # the writer is still open
         assert [event.value for event in events.Scalars("loss")] == [1.0]
@@ -58,7 +59,7 @@ def service(monkeypatch):
 def test_a_service_goes_on_in_the_same_run(service, tmp_path, name):
     calls, config = service(name), TrainConfig(tracker=name, num_steps=7)
     for start in (0, 2):
-        with open_tracker(config, tmp_path, start) as log:
+        with open_tracker(config.tracker, asdict(config), tmp_path, start) as log:
             log({"loss": 1.0}, start)
     assert [call[0] for call in calls] == ["init", "log", "finish"] * 2
     (_, _, first), (_, _, again) = calls[0], calls[3]
@@ -71,14 +72,14 @@ def test_a_service_goes_on_in_the_same_run(service, tmp_path, name):
 def test_another_folder_is_another_run(service, tmp_path):
     calls = service("wandb")
     for number in (1, 2):
-        with open_tracker(TrainConfig(tracker="wandb"), tmp_path / f"round-{number}", 0):
+        with open_tracker("wandb", asdict(TrainConfig(tracker="wandb")), tmp_path / f"round-{number}", 0):
             pass
     assert calls[0][2]["id"] != calls[2][2]["id"]
 
 
 def test_a_service_is_finished_when_training_fails(service, tmp_path):
     calls = service("trackio")
-    with pytest.raises(ZeroDivisionError), open_tracker(TrainConfig(tracker="trackio"), tmp_path, 0):
+    with pytest.raises(ZeroDivisionError), open_tracker("trackio", asdict(TrainConfig(tracker="trackio")), tmp_path, 0):
         _ = 1 / 0
     assert calls[-1][0] == "finish"
 
@@ -87,7 +88,7 @@ def test_a_service_is_finished_when_training_fails(service, tmp_path):
 def test_only_the_first_process_opens_one(service, tmp_path, monkeypatch, name):
     calls = service(name)
     monkeypatch.setattr(trackers, "is_main", lambda: False)
-    with open_tracker(TrainConfig(tracker=name), tmp_path, 0) as log:
+    with open_tracker(name, asdict(TrainConfig(tracker=name)), tmp_path, 0) as log:
         log({"loss": 1.0}, 0)
     assert not calls and not list(tmp_path.iterdir())
 
@@ -96,7 +97,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path):
     with pytest.raises(InputError, match="train.tracker wandb: it is not installed; run: pip install wandb, or set it"):
         check_tracker("wandb")
     with pytest.raises(InputError, match="train.tracker wandb"):
-        with open_tracker(TrainConfig(tracker="wandb"), tmp_path, 0):
+        with open_tracker("wandb", asdict(TrainConfig(tracker="wandb")), tmp_path, 0):
             pass
     assert not list(tmp_path.iterdir())
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from hermesflow import training
-from hermesflow.checkpointing import checkpoints
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.engine.transformer import Linear, Transformer
-from hermesflow.files import InputError
-from hermesflow.metric_log import TIMINGS, MetricLog
+from hermesflow.runtime.checkpointing import checkpoints
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.metric_log import TIMINGS, MetricLog
 from hermesflow.training import learning_rate, train_pairs
 
 

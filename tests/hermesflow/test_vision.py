@@ -15,12 +15,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 from hermesflow import tasks
 from hermesflow.benchmarks.random_checkpoint import TINY, write_checkpoint
 from hermesflow.config import load_config
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError
 from hermesflow.models import load_model
+from hermesflow.models.vision import load_clip_encoder
+from hermesflow.runtime.files import InputError
 from hermesflow.selfplay import run_selfplay
-from hermesflow.vision import load_clip_encoder
 
 WIDTH, INNER, HIDDEN = 24, 20, 32
 VISION = CLIPVisionConfig(

@@ -11,10 +11,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._pytree import tree_leaves
 
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.kernels import registry, span_attention_cascade, span_attention_flex, span_attention_varlen
+from hermesflow.kernels import registry
 from hermesflow.kernels.registry import BackendError
+from hermesflow.kernels.span_attention import cascade as span_attention_cascade
+from hermesflow.kernels.span_attention import flex as span_attention_flex
 from hermesflow.kernels.span_attention import span_attention
+from hermesflow.kernels.span_attention import varlen as span_attention_varlen
+from hermesflow.kernels.span_tree import SpanTree
 
 OP = "span_attention"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

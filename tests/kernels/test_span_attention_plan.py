@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.kernels.span_attention_plan import depth_first, tile_plan
+from hermesflow.kernels.span_attention.plan import depth_first, tile_plan
+from hermesflow.kernels.span_tree import SpanTree
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hermesflow.published import load_vq_tokenizer, save_vq_tokenizer
+from hermesflow.models.magvit import load_vq_tokenizer, save_vq_tokenizer
 
 GIVEN = [Path(folder) for folder in os.environ.get("HERMESFLOW_GOLDEN", "").split(os.pathsep) if folder]
 FOLDERS = [

@@ -17,18 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hermesflow import load_model, packing
+from hermesflow import load_model
+from hermesflow.algorithms import packing
+from hermesflow.algorithms.packing import ImageMask, PairPacker, PairVisit
+from hermesflow.algorithms.pair_dpo import pass_objective
+from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
-from hermesflow.engine.span_tree import SpanTree
-from hermesflow.engine.text_decoder import SamplingParams
+from hermesflow.data.pairs import PAIRS_SCHEMA, SIDES
+from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.weights import load_weights
-from hermesflow.families import SHOWO, published_tensors
-from hermesflow.objective import pass_objective
-from hermesflow.packing import ImageMask, PairPacker, PairVisit
-from hermesflow.pairs import PAIRS_SCHEMA, SIDES
-from hermesflow.prompting import image_prompt
-from hermesflow.references import batch_logprobs
+from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.models import showo
 
 DATA = Path(__file__).parents[1] / "data"
 GIVEN = [Path(folder) for folder in os.environ.get("HERMESFLOW_GOLDEN", "").split(os.pathsep) if folder]
@@ -100,7 +100,7 @@ def test_special_ids(original):
 def test_prompts(original):
     layout, rows = original.layout, original.golden["t2i.input_ids"].tolist()
     for text, row in zip(original.meta["prompts"], rows, strict=True):
-        prompt = layout.text_prompt(image_prompt(original.model, text))
+        prompt = layout.text_prompt(original.model.image_prompt(text))
         image = original.image(row)
         assert [layout.pad] * (len(row) - len(prompt) - len(image)) + [*prompt, *image] == row
         codes = [token - layout.code_offset for token in image[1:-1] if token != layout.mask_id]
@@ -167,7 +167,7 @@ def test_greedy_answers(original):
 def test_parallel_decoding(original):
     """Per position, code frequencies of as many samples of ours as of the original are of one distribution."""
     model, num_samples = original.model, original.meta["maskgit_samples"]
-    prompt = image_prompt(model, original.meta["prompts"][0])
+    prompt = model.image_prompt(original.meta["prompts"][0])
     seeds = torch.arange(num_samples)[None]
     found = [re.fullmatch(r"maskgit\.steps(\d+)\.w([\d.]+)\.marginal", name) for name in original.golden]
     cases = [match for match in found if match]
@@ -203,7 +203,7 @@ def pair_dpo_step(original):
     prefix = ids["mmu_win"][: num_image + 1]
     assert original.prompt(ids["lose"].tolist()) == prompt
     assert torch.equal(ids["mmu_lose"][: len(prefix)], prefix)
-    text = next(each for each in original.meta["prompts"] if layout.text_prompt(image_prompt(model, each)) == prompt)
+    text = next(each for each in original.meta["prompts"] if layout.text_prompt(model.image_prompt(each)) == prompt)
     row = dict.fromkeys(PAIRS_SCHEMA.names) | {"caption": text, "sides": "both"}
     row["record_codes"] = (prefix[2:-1] - layout.code_offset).tolist()
     is_hidden, given = {}, {}
@@ -232,7 +232,7 @@ def pair_dpo_step(original):
         for role, packer.question_ids in given.items():
             batches[role] = packer.pack(visits)
     batch, reference = batches["win"], copy.deepcopy(model).transformer
-    load_weights(reference, original.folder / "reference.safetensors", functools.partial(published_tensors, SHOWO))
+    load_weights(reference, original.folder / "reference.safetensors", showo.published_tensors)
     sides = {name: side.segment for name, side in batch.sides.items()}
     is_lose_caption = torch.cat([(segment == 1) & (name == "understanding") for name, segment in sides.items()])
 
@@ -253,7 +253,7 @@ def pair_dpo_step(original):
         {side: torch.zeros(2).index_add(0, sides[side], values).tolist() for side, values in batch.split(each).items()}
         for each in (now.detach(), before)
     ]
-    return sums, {"loss": loss.item()} | shares, published_tensors(SHOWO, gradients)
+    return sums, {"loss": loss.item()} | shares, showo.published_tensors(gradients)
 
 
 def test_pair_dpo_sums_and_losses(original, pair_dpo_step):

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from hermesflow.metric_log import TIMINGS
 from hermesflow.models import load_model
+from hermesflow.runtime.metric_log import TIMINGS
 
 NUM_KILLS, LIMIT_SECONDS, SEED = 20, 600, 0
 SETTINGS = (

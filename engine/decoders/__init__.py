@@ -1,0 +1,1 @@
+"""How images and text are drawn, one file a kind."""

@@ -1,0 +1,335 @@
+"""Images from prompts by parallel decoding (MaskGIT): a step draws all masked tokens and keeps the most confident.
+
+Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and
+the unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and
+the head runs on the masked positions and on the image codes only. Codes that are known from the start are kept
+(inpainting); they stand in both branches.
+
+All steps after the first work on tensors that stay where they are and never wait for the device, so that on CUDA they
+are one graph, which the next batches of the same shapes replay.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hermesflow.engine import device_graph
+from hermesflow.engine.mask_schedule import Schedule, mask_temperatures, num_to_mask
+from hermesflow.engine.memory_planner import is_out_of_memory
+from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Transformer
+from hermesflow.kernels.linear_sample import linear_sample
+from hermesflow.kernels.mask_topk import mask_topk
+from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.span_tree import SpanTree
+
+Prompt = tuple[int, ...]
+Watch = Callable[[list], Iterable]
+"""Gives back the items of a list, in order and all of them."""
+Start = tuple[Prompt, tuple[int, ...]]
+"""What an image starts from: its prompt, and its codes, -1 where one is to be drawn."""
+Step = tuple[int, int, int, float]
+"""(step, tokens masked before it, tokens masked after it, temperature of the re-masking noise)."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSamplingParams:
+    """How images are drawn.
+
+    guidance_scale g: logits (1 + g) * conditional - g * unconditional; 0 needs no unconditional half.
+    temperature divides the logits (0: argmax); mask_temperature scales the noise on the confidences and decays by
+    mask_decay; schedule says how many tokens stay masked. Both are explained in mask_schedule.py.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    mask_temperature: float
+    temperature: float = 1.0
+    schedule: Schedule = "cosine"
+    mask_decay: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "mask_temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"ImageSamplingParams: expected {name} of at least 0, got {getattr(self, name)}")
+        if not abs(self.guidance_scale) < float("inf"):
+            raise ValueError(f"ImageSamplingParams: expected a finite guidance_scale, got {self.guidance_scale}")
+        num_to_mask(1, self.num_steps, self.schedule)
+        mask_temperatures(self.mask_temperature, self.num_steps, self.mask_decay)
+
+
+class ImageDecoder:
+    """Draws images. A candidate's tokens are a function of the model, its prompt, its seed and the parameters alone."""
+
+    params = ImageSamplingParams
+
+    def __init__(self, transformer: Transformer, layout: Layout, backend: str | None = None) -> None:
+        self.transformer, self.layout, self.backend = transformer, layout, backend
+        self._session: _Session | None = None
+        self._last_key: Hashable = None
+        self._max_sequences: int | None = None
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
+        unguided_ids: Sequence[Sequence[int]] | None = None, known_codes: Tensor | None = None,
+        max_sequences: int = 256, watch: Watch = iter,
+    ) -> Tensor:  # fmt: skip
+        """Draw the candidates of each prompt.
+
+        Args:
+            prompt_ids: P prompts of plain text ids; they may be equal or empty.
+            seeds: int64 [P, n], one a candidate.
+            params: how to draw.
+            unguided_ids: P prompts of the unconditional half, likewise; None: empty ones. Not read without guidance.
+            known_codes: int64 [P, num_image_tokens], codes that each prompt's images keep, -1 where one is drawn; None
+                draws all.
+            max_sequences: image spans that one pass may compute; a guided candidate is two. Where memory runs out it
+                is halved, for later calls too.
+            watch: is given the steps of each pass, on CUDA the passes, and gives them back one by one: where a progress
+                bar fits.
+        Returns: codes int64 [P, n, num_image_tokens] on the model's device.
+        Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
+        """
+        num_prompts, num_images = seeds.shape
+        if known_codes is None:
+            known_codes = torch.full((num_prompts, self.layout.num_image_tokens), -1)
+        known = [tuple(codes) for codes in known_codes.tolist()]
+        unguided_ids = [()] * num_prompts if unguided_ids is None else unguided_ids
+        starts, unguided = (
+            [(tuple(ids), known[row]) for row, ids in enumerate(prompts) for _ in range(num_images)]
+            for prompts in (prompt_ids, unguided_ids if params.guidance_scale else ())
+        )
+        flat_seeds = seeds.to(self.transformer.embed.weight.device).flatten()
+        codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
+        failed_steps = torch.full_like(flat_seeds, params.num_steps)
+        graphs = device_graph.captures(flat_seeds.device)
+
+        def draw(rows: list[int]) -> None:
+            of_rows = ([of_all[row] for row in rows] if of_all else [] for of_all in (starts, unguided))
+            batch = _Batch(self.transformer, self.layout, *of_rows)
+            session = self._session_of(batch, params)
+            # Indexed by a tensor: a list would wait for the device in between.
+            index = torch.tensor(rows, device=codes.device)
+            drawn = session.draw(batch, codes[index], flat_seeds[index], iter if graphs else watch)
+            codes[index], failed_steps[index] = drawn
+            self._keep(session)
+
+        batches = self._batches(starts, max_sequences, params)
+        for rows in watch(batches) if graphs else batches:
+            self._draw_within_memory(rows, draw, 2 if params.guidance_scale else 1)
+        if not graphs:
+            self.release()
+        for row, step in enumerate(failed_steps.tolist()):
+            if step < params.num_steps:
+                raise RuntimeError(
+                    f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
+                    f"image {row % num_images}, step {step}; {likely_cause(self.transformer)}"
+                )
+        return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
+
+    def release(self) -> None:
+        """Gives back the memory that is kept for the next batch."""
+        self._session = None
+        if self.transformer.embed.weight.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _batches(self, starts: list[Start], max_sequences: int, params: ImageSamplingParams) -> list[list[int]]:
+        """Rows that are drawn together: all of them have as many tokens to draw, so that shapes agree."""
+        batch = max(1, max_sequences // (2 if params.guidance_scale else 1))
+        rows_of: dict[int, list[int]] = {}
+        for row, (_, known) in enumerate(starts):
+            rows_of.setdefault(known.count(-1), []).append(row)
+        rows_of.pop(0, None)  # nothing to draw
+        return [rows[start : start + batch] for rows in rows_of.values() for start in range(0, len(rows), batch)]
+
+    def _draw_within_memory(self, rows: list[int], draw: Callable[[list[int]], None], halves: int) -> None:
+        """draw(rows), cut into parts that fit in memory; what is drawn again comes out the same."""
+        pending = [rows]
+        while pending:
+            rows = pending.pop(0)
+            most = len(rows) if self._max_sequences is None else max(1, self._max_sequences // halves)
+            if len(rows) > most:
+                pending[:0] = [rows[start : start + most] for start in range(0, len(rows), most)]
+                continue
+            try:
+                draw(rows)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                kept = self._session is not None
+                if not is_out_of_memory(error) or (len(rows) == 1 and not kept):
+                    raise
+            # Only here, after the error and what its frames held are gone.
+            self.release()
+            if not kept:
+                self._max_sequences = len(rows) // 2 * halves
+                logger.warning(
+                    "ImageDecoder: out of memory with %d image spans in a pass; going on with %d",
+                    len(rows) * halves, self._max_sequences,
+                )  # fmt: skip
+            pending.insert(0, rows)
+
+    def _session_of(self, batch: _Batch, params: ImageSamplingParams) -> _Session:
+        """The kept session if its shapes are the batch's, otherwise a new one."""
+        weights = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in self.transformer.parameters())
+        key = (len(batch.starts), batch.num_unknown, params, weights)
+        if self._session is not None and self._session.key == key and self._session.takes(batch):
+            return self._session
+        return _Session(self, batch, params, key)
+
+    def _keep(self, session: _Session) -> None:
+        """For the next batch; a shape that comes once, as a last batch does, does not replace one that comes again."""
+        if self._session is None or not self._session.was_reused or session.key == self._last_key:
+            self._session = session
+        self._last_key = session.key
+
+
+class _Batch:
+    """What a batch of images starts from: its prompts, to be prefilled, and the tree of its image spans.
+
+    Equal starts share a span, of either half.
+    """
+
+    def __init__(
+        self, transformer: Transformer, layout: Layout, starts: list[Start], unguided: list[Start]
+    ) -> None:
+        """
+        Args:
+            transformer, layout: the model.
+            starts: of B images.
+            unguided: those of their unconditional halves, with the same codes; empty without guidance.
+        """
+        device = transformer.embed.weight.device
+        self.starts, self.num_unknown = starts, starts[0][1].count(-1)
+        of_start = _indices(starts + unguided)
+        of_prompt = _indices([prompt for prompt, _ in of_start])
+
+        spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
+        images = {start: (layout.image(start[1]), of_prompt[start[0]], layout.image_mode) for start in of_start}
+        self.prefill = SpanTree.build([*spans, *images.values()], device)
+        # Prompts differ from batch to batch; a captured graph must find tensors of the same sizes.
+        fixed = device_graph.captures(device)
+        self.tree = SpanTree.build(spans, device, fixed=fixed).extend([images[start] for start in starts + unguided])
+        self.num_shared = len(images)
+        self.rows = torch.tensor([of_start[start] for start in starts], device=device)
+        self.unguided = torch.tensor([of_start[start] for start in unguided], device=device)
+
+
+class _Session:
+    """The state of images under way, in tensors that stay where they are from batch to batch.
+
+    codes int64 [B, N], -1 where none is known; masked bool [B, N]; seeds and failed_steps int64 [B]; the prompts are in
+    the cache, the image spans are computed anew at each step.
+    """
+
+    def __init__(self, decoder: ImageDecoder, batch: _Batch, params: ImageSamplingParams, key: Hashable) -> None:
+        self.transformer, self.layout, self.backend = decoder.transformer, decoder.layout, decoder.backend
+        self.params, self.key, self.tree = params, key, batch.tree
+        self.was_reused = False
+        device = self.transformer.embed.weight.device
+        num_rows, num_tokens = len(batch.starts), self.layout.num_image_tokens
+        self.codes = torch.empty(num_rows, num_tokens, dtype=torch.int64, device=device)
+        self.masked = torch.empty(num_rows, num_tokens, dtype=torch.bool, device=device)
+        self.seeds, self.failed_steps = (torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(2))
+        self.code_positions = torch.from_numpy(self.layout.code_positions).to(device)
+        self.frame = torch.tensor(self.layout.image([0] * num_tokens), device=device).repeat(num_rows, 1)
+        self.halves = 2 if params.guidance_scale else 1
+        self.first_rows = torch.arange(self.halves * num_rows, device=device)[:, None] * self.layout.image_length
+        self.step_numbers = torch.arange(params.num_steps, device=device)
+        self.steps = _changing_steps(num_tokens, batch.num_unknown, params)
+        # Room for longer prompts than this batch's.
+        self.cache = self.transformer.new_cache(-(-batch.tree.capacity // 1024) * 1024)
+        # By a weak reference, since memory must be free as soon as the session is dropped, not after a collection.
+        later_steps = weakref.WeakMethod(self._later_steps)
+        self.graph = device_graph.DeviceGraph(lambda: later_steps()(), device)
+
+    def takes(self, batch: _Batch) -> bool:
+        """Whether the batch fits in here; its tree then stands in place of the last one's."""
+        self.was_reused = batch.tree.capacity <= self.cache.capacity and self.tree.load_(batch.tree)
+        return self.was_reused
+
+    def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
+        """Codes [B, N], and the first step [B] at which an image had no distribution, or num_steps."""
+        self.codes.copy_(codes)
+        self.masked.copy_(codes < 0)
+        self.seeds.copy_(seeds)
+        self.failed_steps.fill_(self.params.num_steps)
+        steps = iter(watch(self.steps))
+        self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
+        self._later = steps
+        self.graph()
+        return self.codes.clone(), self.failed_steps.clone()
+
+    def _later_steps(self) -> None:
+        for step in self._later:
+            self._step(step, self._hidden)
+
+    def _step(self, step: Step, hidden_of: Callable[[Tensor], Tensor]) -> None:
+        """Draws the masked tokens and masks the least confident of them again; hidden_of [B, U] gives [B * U, D]."""
+        number, num_unknown, num_masked, mask_temperature = step
+        # As many tokens are masked in every row, so the host knows the shape of positions [B, num_unknown].
+        positions = (~self.masked).byte().argsort(dim=1, stable=True)[:, :num_unknown]
+        step_number = self.step_numbers[number]
+        weight, bias = self.layout.code_ids.rows(self.transformer.head)
+        drawn = linear_sample(
+            hidden_of(positions), weight, bias, temperature=self.params.temperature, backend=self.backend,
+            key=RandomKey(self.seeds.repeat_interleave(num_unknown), step_number, positions.flatten()),
+        )  # fmt: skip
+        token, logprob = (values.view(positions.shape) for values in drawn)
+        self.codes.scatter_(1, positions, token)
+        failed = (token < 0).any(1)
+        self.failed_steps.copy_(torch.where(failed, self.failed_steps.clamp(max=number), self.failed_steps))
+        if num_masked:
+            masked = mask_topk(
+                torch.zeros_like(self.codes, dtype=torch.float32).scatter(1, positions, logprob),
+                ~self.masked,
+                torch.full_like(self.seeds, num_masked),
+                temperature=mask_temperature,
+                key=RandomKey(self.seeds, step_number, torch.zeros_like(self.seeds)),
+                backend=self.backend,
+            )
+            self.masked.copy_(masked)
+
+    def _hidden(self, positions: Tensor) -> Tensor:
+        """Guided hidden states [B * U, D] of positions [B, U]."""
+        # A masked code may be -1, which is no number of an id.
+        image = torch.where(self.masked, self.layout.mask_id, self.layout.code_ids.of(self.codes.clamp(min=0)))
+        tokens = self.frame.index_copy(1, self.code_positions, image).flatten()
+        rows = (self.first_rows + self.code_positions[positions].repeat(self.halves, 1)).flatten()
+        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache, rows=rows)
+        if self.halves == 1:
+            return hidden
+        guided, unguided = hidden.chunk(2)
+        return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
+
+    def _first_hidden(self, batch: _Batch, positions: Tensor) -> Tensor:
+        """Before the first draw the images of one start are equal, so each start has one, which its images share."""
+        length = self.layout.image_length
+        hidden = self.transformer(batch.prefill, self.cache)
+        hidden = hidden[-batch.num_shared * length :].view(batch.num_shared, length, -1)[:, self.code_positions]
+        guided = hidden[batch.rows[:, None], positions].flatten(0, 1)
+        if self.halves == 1:
+            return guided
+        unguided = hidden[batch.unguided[:, None], positions].flatten(0, 1)
+        return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
+
+
+def _changing_steps(num_tokens: int, num_unknown: int, params: ImageSamplingParams) -> list[Step]:
+    """The steps without those that would draw the one unknown token and mask it again."""
+    counts = num_to_mask(num_tokens, params.num_steps, params.schedule, num_unknown)
+    temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
+    steps = zip(range(params.num_steps), [num_unknown, *counts], counts, temperatures, strict=False)
+    return [step for step in steps if step[1] != step[2]]
+
+
+def _indices(items: Iterable[Hashable]) -> dict[Hashable, int]:
+    """Number of each distinct item, in order of appearance."""
+    return {item: index for index, item in enumerate(dict.fromkeys(items))}

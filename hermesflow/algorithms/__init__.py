@@ -1,0 +1,1 @@
+"""Preference training: pairs as span trees, the frozen reference, and the losses."""

@@ -1,0 +1,131 @@
+"""The objective of a Pair-DPO step, and what it says about the policy.
+
+    L = sum over the sides of weight * mean over the side's pairs of (preference_weight * l(h) + nll_weight * nll)
+        + replay_weight * mean over the replay's pairs of kl or nll
+
+A step may take several passes: each gives its share of the step's means, so that the shares add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hermesflow.algorithms.packing import REPLAY, PairBatch, Side
+from hermesflow.config import TrainConfig
+from hermesflow.kernels.pair_dpo import pair_dpo
+from hermesflow.runtime.distributed import sum_over_ranks
+
+_METRICS = ("loss", "win_reward", "lose_reward", "margin", "accuracy", "nll")
+_REFERENCE_METRICS = ("win_logprob_drift", "kl")
+
+
+def pass_objective(
+    logprob: Tensor, reference: Tensor, batch: PairBatch, totals: Mapping[str, int], config: TrainConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A pass's share of the step's loss, with its gradient, and of its metrics.
+
+    Args:
+        logprob: the policy's log-probabilities, fp32 [T], in the order of the batch's sides.
+        reference: the reference's, likewise; simpo's sides do not read it.
+        batch: the pass.
+        totals: pairs in the whole step, by side.
+        config: loss and weights.
+    Returns: (loss, 0-dim; {"side/metric": 0-dim}, shares of means over the step's pairs):
+        loss: the side's l(h).
+        win_reward, lose_reward, margin: beta times the sum (or mean) of policy less reference, and their difference;
+            of simpo, beta times the mean of the policy alone.
+        accuracy: the share of pairs with a margin above 0.
+        nll: the negative log-likelihood a token of the win; of replay, of the right answers, and its only metric where
+            those are its target. Where the reference is, it is kl: the mean over questions of the divergence
+            sum over choices of p log(p / q) - p + q, with p and q the probabilities of the whole choice by reference
+            and by policy: 0 and without gradient where the two agree, and sound though choices need not add up to 1
+            (the generalized Kullback-Leibler divergence; Lee and Seung, Nature 401, 1999).
+        win_logprob_drift: how far the win's log-probability has moved from the reference's. Not with simpo.
+        kl: an estimate, a token, of the divergence KL(reference || policy) on the pairs' tokens, which the reference
+            drew: the mean of r - 1 - log r with r the ratio of policy to reference (J. Schulman, "Approximating KL
+            divergence"). Not with simpo.
+    """
+    loss, shares, before = torch.zeros((), device=logprob.device), {}, batch.split(reference)
+    for name, policy in batch.split(logprob).items():
+        if name == REPLAY:
+            metric, kept = _replay_metric(config), _replay_loss(policy, before[name], batch.sides[name], config)
+            kept = kept / totals[name]
+            loss, shares = loss + config.replay_weight * kept, shares | {f"{name}/{metric}": kept.detach()}
+            continue
+        values = _pair_values(policy, before[name], batch.sides[name], config)
+        means = {metric: value.sum() / totals[name] for metric, value in values.items()}
+        preferred = config.preference_weight * means["loss"]
+        loss = loss + getattr(config, f"{name}_weight") * (preferred + config.nll_weight * means["nll"])
+        shares |= {f"{name}/{metric}": mean.detach() for metric, mean in means.items()}
+    return loss, shares
+
+
+def _replay_metric(config: TrainConfig) -> str:
+    return "kl" if config.replay_target == "reference" else "nll"
+
+
+def _replay_loss(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> Tensor:
+    """Of the replay's visits, added up."""
+    ours, theirs = (
+        values.new_zeros(len(side.pair_weight)).index_add(0, side.segment, values) for values in (policy, reference)
+    )
+    if config.replay_target == "answers":
+        return -(ours * side.pair_weight).sum()
+    chance = theirs.exp()
+    return ((chance * (theirs - ours) - chance + ours.exp()) * side.pair_weight).sum()
+
+
+def _pair_values(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> dict[str, Tensor]:
+    """By metric: one value a pair [P], 0 where it lacks the side, or their sum; loss and nll carry the gradient."""
+    weight, beta, is_simpo = side.pair_weight, config.beta, config.loss_type == "simpo"
+    if is_simpo:
+        # The op takes a mean of (policy - reference): a reference of margin / beta on the win subtracts the margin.
+        reference = torch.where(side.segment % 2 == 0, config.simpo_margin / beta, 0.0)
+    result = pair_dpo(
+        policy * side.token_weight, reference * side.token_weight, side.segment, len(weight), beta=beta,
+        loss_type="sigmoid" if is_simpo else config.loss_type, label_smoothing=config.label_smoothing,
+        length_normalize=config.length_normalize or is_simpo, pair_weight=weight,
+    )  # fmt: skip
+    win_reward = result.win_reward + (config.simpo_margin if is_simpo else 0.0) * weight
+    margin = win_reward - result.lose_reward
+    # The op's loss is a mean over this pass's pairs.
+    values = {"loss": result.loss * weight.sum(), "win_reward": win_reward, "lose_reward": result.lose_reward}
+    values |= {"margin": margin, "accuracy": (margin > 0).to(margin), "nll": -_token_means(policy, side)[:, 0]}
+    if not is_simpo:
+        moved = policy.detach() - reference
+        # Of a ratio of exp(20) is enough told: the policy has left the reference.
+        divergence = moved.clamp(max=20).expm1() - moved
+        values |= {"win_logprob_drift": win_reward / beta, "kl": _token_means(divergence, side).mean(1)}
+    return values
+
+
+def _token_means(values: Tensor, side: Side) -> Tensor:
+    """Mean over the tokens of win and lose of each pair [P, 2]; 0 where there are none."""
+    sums, counts = (
+        values.new_zeros(2 * len(side.pair_weight)).index_add(0, side.segment, each)
+        for each in (values, torch.ones_like(values))
+    )
+    return (sums / counts.clamp(min=1)).view(-1, 2)
+
+
+class StepSums:
+    """Adds up the passes' shares, and those of all processes."""
+
+    def __init__(self, totals: Mapping[str, int], config: TrainConfig, device: torch.device) -> None:
+        metrics = _METRICS if config.loss_type == "simpo" else _METRICS + _REFERENCE_METRICS
+        of_side = {side: (_replay_metric(config),) if side == REPLAY else metrics for side in totals}
+        self._names = [f"{side}/{metric}" for side, names in of_side.items() for metric in names]
+        self._sums = torch.zeros(1 + len(self._names), dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, shares: Mapping[str, Tensor]) -> None:
+        """One pass's; nothing waits for the device."""
+        zero = self._sums.new_zeros(())
+        values = [loss.detach(), *(shares.get(name, zero) for name in self._names)]
+        self._sums += torch.stack([value.double() for value in values])
+
+    def metrics(self) -> dict[str, float]:
+        """{"loss", "side/metric"} of the whole step; all processes must ask."""
+        return dict(zip(["loss", *self._names], sum_over_ranks(self._sums).tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Records and pairs, and the files that they come from."""

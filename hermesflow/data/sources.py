@@ -1,0 +1,344 @@
+"""Image-caption pairs of a user's own: read from JSON or Parquet record by record, their images encoded batch by batch.
+
+What cannot be used is rejected with its reason, in the form "kind: detail", and stops nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from hermesflow.data.records import Question, Record
+from hermesflow.models.images import decode_image, fit_image, read_image
+from hermesflow.models.model import Model
+from hermesflow.runtime.files import InputError, damaged, read_bytes, read_parquet, shown
+from hermesflow.runtime.progress import track
+
+UNUSABLE_SCHEMA = pa.schema([("record_id", pa.string()), ("reason", pa.string())])
+"""record_id is "entry N of FILE" where an entry has no id."""
+
+_BATCH_PIXELS = 2**22
+_SPACE, _SEPARATOR = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
+_Item = TypeVar("_Item")
+
+
+def read_source(
+    path: str | os.PathLike,
+    questions: str | os.PathLike | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    need_questions: bool = True,
+) -> tuple[list[Record], list[dict[str, str]]]:
+    """Reads records from JSON or Parquet; images given as paths are checked to be there and are not opened.
+
+    Keys of an entry: id (text or whole number), caption, image or img_path (a path; in Parquet also the file's bytes)
+    or codes, questions (a list, keys as Question has them), and category. Of a question element_type and element may
+    be missing. An entry that is itself a question, with the key "question", belongs to the record of its id; so the
+    published initial_data.json can be given with vqa_data.json as its questions, or vqa_data.json alone.
+
+    Args:
+        path: a .parquet file, or JSON in any form that read_entries takes.
+        questions: a file of such questions, joined to the records by id.
+        root: the folder that image paths start from and may not leave; None is the folder of `path`.
+        need_questions: reject a record that has none.
+    Returns: (records, rejected), both in the file's order; rejected are rows of UNUSABLE_SCHEMA.
+    Raises: InputError if a file is missing or damaged, or no record can be used.
+    """
+    root, rejected = Path(path).parent if root is None else Path(root), []
+    rows = _join_questions(path, _read_rows(path), rejected)
+    asked = {} if questions is None else _join_questions(questions, _read_rows(questions), rejected)
+    records: dict[str, Record] = {}
+    for id, (row, *others) in rows.items():
+        try:
+            records[id] = _record(id, row, asked.get(id, [{}])[0], root, need_questions)
+        except ValueError as error:
+            rejected.append({"record_id": id, "reason": str(error)})
+        rejected += [{"record_id": id, "reason": "duplicate id: an earlier entry has it"} for _ in others]
+    if not records:
+        raise InputError(f"{path}: no record can be used ({describe_rejected(rejected)}); mend the file")
+    return list(records.values()), rejected
+
+
+def encode_records(
+    model: Model, records: Iterable[Record], count: int
+) -> Iterator[tuple[Record, str | None]]:
+    """Adds the codes of their images to records; images are opened a batch at a time and dropped.
+
+    Args:
+        model: encodes the images, and must know the words of captions and questions.
+        records: with codes, images or image paths; images of other sizes are fitted to the model's (see fit_image).
+        count: how many usable records are wanted; later ones are not looked at.
+    Yields: in order (a usable record with its codes and without its image, None), or (a record, why it is unusable).
+    """
+    num_done, waiting, at_end = 0, iter(records), False
+    while num_done < count and not at_end:
+        wanted, at_end = count - num_done, True
+        for record, codes in encode_lazily(
+            model, itertools.islice(waiting, wanted), lambda record: _check_and_open(model, record), wanted
+        ):
+            at_end = False
+            if isinstance(codes, str):
+                yield record, codes
+            else:
+                [codes] = codes or [record.codes]
+                num_done += 1
+                asked = tuple(question for question in record.balanced_questions if _knows(model, question))
+                yield replace(record, codes=codes, image=None, image_path=None, balanced_questions=asked), None
+
+
+def encode_lazily(
+    model: Model, items: Iterable[_Item], read: Callable[[_Item], list[np.ndarray]], total: int
+) -> Iterator[tuple[_Item, list[np.ndarray] | str]]:
+    """Encodes the images of each item, with no more than one batch of images in memory.
+
+    Args:
+        model: encodes them.
+        items: what has images.
+        read: the images of an item, uint8 [size, size, 3] each; raises ValueError where it cannot.
+        total: how many items there are at most, for the progress bar.
+    Yields: (item, codes int32 [N] of each of its images) in order, or (item, the reason) where read raised.
+    """
+    batch: list[tuple[_Item, list[np.ndarray] | str]] = []
+    num_images = 0
+    for item in track(items, "encode images", "records", total=total):
+        try:
+            images = read(item)
+            batch.append((item, images))
+            num_images += len(images)
+        except ValueError as error:
+            batch.append((item, str(error)))
+        if num_images * model.image_size**2 >= _BATCH_PIXELS:
+            yield from _encode(model, batch)
+            batch, num_images = [], 0
+    yield from _encode(model, batch)
+
+
+def read_entries(path: str | os.PathLike) -> list[Any]:
+    """The entries of a JSON file: a list, one object a line, or objects one after the other.
+
+    Commas between entries may be missing and one may follow the last, as the published scripts write them.
+
+    Args:
+        path: the file, UTF-8.
+    Returns: the entries, of any type.
+    Raises: InputError if it is missing or no JSON; it names the line and column, of the start where an entry is cut.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    entries, decoder, position, end = [], json.JSONDecoder(), 0, len(text)
+    is_list = text.startswith("[")
+    if is_list:
+        position, end = _SPACE.match(text, 1).end(), end - text.endswith("]")
+    while position < end:
+        try:
+            entry, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+            reason = getattr(error, "msg", None) or str(error)
+            raise InputError(
+                f"{path}: damaged JSON: the entry at line {line} column {column} cannot be read ({reason}); mend or "
+                "remove it"
+            ) from error
+        entries.append(entry)
+        position = _SEPARATOR.match(text, position).end()
+    if is_list and (position > end or not text.endswith("]")):
+        raise InputError(f"{path}: damaged JSON: the list that begins at its start has no end; add what is cut off")
+    return entries
+
+
+def path_inside(root: Path, name: str) -> Path:
+    """The file that a path from a data set means.
+
+    Args:
+        root: the folder that it starts from.
+        name: the path.
+    Returns: the file, symbolic links followed.
+    Raises: ValueError if it lies outside the root or is no file.
+    """
+    try:
+        path = (root / name).resolve()
+        inside, there = path.is_relative_to(root.resolve()), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null byte
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"missing image: {shown(name)} is no path ({why})") from error
+    if not inside:
+        raise ValueError(f"path leaves its root: {shown(name)} is outside {root}")
+    if not there:
+        raise ValueError(f"missing image: there is no file {shown(name)} in {root}")
+    return path
+
+
+def text_of(row: dict, key: str) -> str:
+    """The text under a key of an entry. Raises: ValueError if it is missing, empty or no text."""
+    value = row.get(key)
+    if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"no {key}: the entry has none")
+    if not isinstance(value, str):
+        raise ValueError(f"wrong type: {key} is {shown(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates
+        raise ValueError(f"wrong type: {key} is {shown(value)}, which is no Unicode text") from error
+    return value
+
+
+def id_of(row: Any) -> str:
+    """The id of an entry, as text. Raises: ValueError if it has none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"wrong type: {shown(row)} is no object with keys")
+    return str(row["id"]) if type(row.get("id")) is int else text_of(row, "id")
+
+
+def count_reasons(rejected: Iterable[dict[str, str]]) -> dict[str, int]:
+    """How often each kind of reason occurs, the most frequent first."""
+    counts = Counter(row["reason"].partition(":")[0] for row in rejected)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
+    """The three most frequent reasons with their counts, and the first rejected record; for an error's message."""
+    if not rejected:
+        return "it has no entries"
+    counts = count_reasons(rejected)
+    told = [f"{count} {kind}" for kind, count in list(counts.items())[:3]]
+    if len(counts) > 3:
+        told.append(f"{sum(list(counts.values())[3:])} of other kinds")
+    return f"{', '.join(told)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
+
+
+def _read_rows(path: str | os.PathLike) -> list[Any]:
+    if Path(path).suffix != ".parquet":
+        return read_entries(path)
+    try:
+        return read_parquet(path).to_pylist()
+    except (pa.ArrowException, ArithmeticError, UnicodeDecodeError) as error:  # no UTF-8, dates out of range
+        raise damaged(path, "Parquet", error) from error
+
+
+def _join_questions(
+    path: str | os.PathLike, rows: Iterable[Any], rejected: list[dict[str, str]]
+) -> dict[str, list[dict]]:
+    """Rows by id; of those that are questions the first carries the list of all with its id."""
+    found: dict[str, list[dict]] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            id = id_of(row)
+        except ValueError as error:
+            rejected.append({"record_id": f"entry {number} of {Path(path).name}", "reason": str(error)})
+            continue
+        of_id = found.setdefault(id, [])
+        if row.get("question") is None:
+            of_id.append(row)
+        elif of_id and of_id[0].get("question") is not None:
+            of_id[0]["questions"].append(row)
+        else:
+            of_id.append(row | {"questions": [row]})
+    return found
+
+
+def _record(id: str, row: dict, joined: dict, root: Path, need_questions: bool) -> Record:
+    """Raises: ValueError with the reason why the entry, with the questions joined to it, cannot be used."""
+    caption = text_of(row, "caption")
+    questions = [_question(question) for source in (row, joined) for question in _list(source, "questions")]
+    if need_questions and not questions:
+        raise ValueError("no questions: there is nothing to judge its images by")
+    category = "other" if row.get("category") is None else text_of(row, "category")
+    record = Record(id, caption, category, tuple(questions))
+    if row.get("codes") is not None:
+        codes = _list(row, "codes")
+        if not all(type(code) is int and 0 <= code < 2**31 for code in codes):
+            raise ValueError(f"wrong type: codes is {shown(codes)}, expected whole numbers from 0")
+        return replace(record, codes=np.array(codes, dtype=np.int32))
+    key = "image" if row.get("image") is not None else "img_path"
+    if isinstance(row.get(key), bytes):
+        return replace(record, image=row[key])
+    if row.get(key) is None:
+        raise ValueError("no image: the entry has neither image, img_path nor codes")
+    return replace(record, image_path=path_inside(root, text_of(row, key)))
+
+
+def _question(row: Any) -> Question:
+    if not isinstance(row, dict):
+        raise ValueError(f"wrong type: question {shown(row)} is no object with keys")
+    question, answer = text_of(row, "question"), text_of(row, "answer")
+    choices = tuple(text_of({"choice": choice}, "choice") for choice in _list(row, "choices"))
+    if answer not in choices:
+        told = [shown(value) for value in (answer, list(choices), question)]
+        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*told))
+    kind, element = ("" if row.get(key) is None else text_of(row, key) for key in ("element_type", "element"))
+    return Question(question, choices, answer, kind, element)
+
+
+def _list(row: dict, key: str) -> list:
+    value = row.get(key)
+    if not isinstance(value, list | None):
+        raise ValueError(f"wrong type: {key} is {shown(value)}, expected a list")
+    return value or []
+
+
+def _check_and_open(model: Model, record: Record) -> list[np.ndarray]:
+    """The record's image if it is to be encoded, after a look at all the rest."""
+    try:
+        model.image_prompt(record.caption)
+        for question in record.questions:
+            model.choice_prompt(question.question, question.choices)
+    except InputError as error:
+        raise ValueError(f"unknown word: {str(error).partition('; ')[0]}") from error
+    if record.codes is not None:
+        _check_codes(model, record.codes)
+        return []
+    return [_open_image(record, model.image_size)]
+
+
+def _knows(model: Model, question: Question) -> bool:
+    """Whether the model knows a question's words: it may be of another record, which is rejected for them."""
+    try:
+        model.choice_prompt(question.question, question.choices)
+    except InputError:
+        return False
+    return True
+
+
+def _open_image(record: Record, size: int) -> np.ndarray:
+    """A record's image, uint8 [size, size, 3]. Raises: ValueError if there is none or it is damaged."""
+    try:
+        if record.image_path is not None:
+            return read_image(record.image_path, size)
+        if isinstance(record.image, bytes):
+            return decode_image(record.image, size, "its image")
+    except InputError as error:
+        raise ValueError(f"damaged image: {error}") from error
+    if record.image is None:
+        raise ValueError("no image: the record has neither an image nor codes")
+    return fit_image(Image.fromarray(record.image), size)
+
+
+def _check_codes(model: Model, codes: np.ndarray) -> None:
+    num_tokens, size = model.layout.num_image_tokens, model.layout.codebook_size
+    if len(codes) != num_tokens or not 0 <= codes.min() <= codes.max() < size:
+        raise ValueError(
+            f"wrong codes: expected {num_tokens} image codes in [0, {size}), got {len(codes)} from "
+            f"{codes.min(initial=0)} to {codes.max(initial=0)}; give codes of this model's tokenizer, or the image"
+        )
+
+
+def _encode(
+    model: Model, batch: Sequence[tuple[_Item, list[np.ndarray] | str]]
+) -> Iterator[tuple[_Item, list[np.ndarray] | str]]:
+    images = [image for _, found in batch if not isinstance(found, str) for image in found]
+    codes = iter(model.encode_images(np.stack(images)).cpu().numpy().astype(np.int32) if images else ())
+    for item, found in batch:
+        yield item, found if isinstance(found, str) else [next(codes) for _ in found]

@@ -1,0 +1,102 @@
+"""The seam of model families: what a file of models/ gives, and how a checkpoint finds its file.
+
+A family is one file with an object of the class below, and one line in FAMILIES of runtime/registry.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hermesflow.config import ModelConfig
+from hermesflow.models.hub import find_folder
+from hermesflow.models.model import Model
+from hermesflow.runtime.distributed import local_device
+from hermesflow.runtime.files import InputError, read_json, shown
+from hermesflow.runtime.registry import FAMILIES, load
+
+ASSETS = Path(__file__).parents[1] / "assets"
+CONFIG = "config.json"
+
+
+class Family(Protocol):
+    """One kind of checkpoint."""
+
+    files: tuple[str, ...]
+    """Patterns of the files that are fetched from the hub, no code among them."""
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this config.json is of the family."""
+
+    def load(
+        self, folder: Path, config: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None,
+        **options: Any,
+    ) -> Model:  # fmt: skip
+        """Opens a checkpoint, whose save writes the same layout.
+
+        Args:
+            folder: of the checkpoint.
+            config: its config.json.
+            device: where the weights go; None is the CPU.
+            dtype: of the backbone; None takes the checkpoint's.
+            options: of load_model, those that are given.
+        Raises: InputError on a file that is missing, damaged or does not fit the others.
+        """
+
+
+def open_model(config: ModelConfig) -> Model:
+    """The model of a run's settings, where and in the dtype that they say. Raises: InputError as load_model does."""
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    return load_model(config.name, local_device(config.device), dtype, family=config.family)
+
+
+def load_model(
+    name_or_path: str = "tiny", device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+    vq_tokenizer: str | None = None, family: str = "auto",
+) -> Model:  # fmt: skip
+    """Opens the built-in model "tiny", a folder that Model.save wrote, or a published checkpoint.
+
+    Args:
+        name_or_path: "tiny", a folder, or a hub id such as "showlab/show-o-512x512" or "Gen-Verse/HermesFlow".
+        device: where the weights go; None is the CPU.
+        dtype: of the backbone; None takes the checkpoint's, and fp32 for the built-in model's folders.
+        vq_tokenizer: for published checkpoints: folder or hub id of the image tokenizer; None takes the one beside the
+            checkpoint (magvitv2/), else the family's own. It is opened when it is first needed.
+        family: a name of FAMILIES or "module:object" of your own; "auto" finds it by config.json.
+    Raises:
+        InputError: no such model, the hub cannot be reached, or a file of it is missing, damaged or does not fit the
+            others; what does not fit is listed.
+    """
+    names = list(FAMILIES) if family == "auto" else [family]
+    families = {name: load(FAMILIES, name, "model.family") for name in names}
+    folder = _find(name_or_path, tuple(dict.fromkeys(file for item in families.values() for file in item.files)))
+    config = read_json(folder / CONFIG)
+    options = {} if vq_tokenizer is None else {"vq_tokenizer": vq_tokenizer}
+    if family == "auto":
+        families = {name: item for name, item in families.items() if item.claims(config)}
+        if not families:
+            named = {name: config[name] for name in ("_class_name", "model_type", "architectures") if name in config}
+            told = ", ".join(f"{name} {shown(value)}" for name, value in named.items()) or "no family"
+            raise InputError(
+                f"{folder / CONFIG}: unknown {told}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
+                "model.family"
+            )
+    return next(iter(families.values())).load(folder, config, device, dtype, **options)
+
+
+def _find(name: str, files: tuple[str, ...]) -> Path:
+    """The folder of a model."""
+    is_name = name == Path(name).name  # "./tiny" is a folder of the user's
+    folder = ASSETS / name if is_name and os.path.isfile(ASSETS / name / CONFIG) else None
+    if folder is None and ("/" in name or os.path.isdir(name)):
+        folder = find_folder(name, files, "model")
+    if folder is None or not (folder / CONFIG).is_file():
+        raise InputError(
+            f"no model {shown(name)}: give 'tiny', a folder that holds config.json, or a hub id such as "
+            "showlab/show-o-512x512"
+        )
+    return folder

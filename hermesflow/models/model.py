@@ -1,0 +1,203 @@
+"""A unified model as users hold it: backbone, image tokenizer, text tokenizer and their common token layout."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hermesflow.config import DrawingConfig
+from hermesflow.engine.decoders.masked import ImageDecoder
+from hermesflow.engine.engine import Engine
+from hermesflow.engine.image_tokenizers.magvit import VQTokenizer
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Transformer
+from hermesflow.models.images import fit_image
+from hermesflow.models.text_tokenizers import PretrainedTokenizer, WordTokenizer
+from hermesflow.runtime.files import InputError
+
+_REMEMBERED_TEXTS = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """Prompt templates of a model family."""
+
+    caption_question: str
+    """Asks for a caption (HermesFlow, arXiv 2502.12148, section 3)."""
+    question: str = "{question}"
+    """What stands around each question that the model reads."""
+    choices: str = "{question}"
+    """A question whose answer is one of {choices}, for an answer in the model's own words."""
+    answer: str = "{answer}"
+    """An answer as it follows a question: tokenizers tell words after a blank from words that begin a text."""
+    max_prompt_tokens: int | None = None
+    """Text ids of an image's prompt; longer ones are cut. None: no limit."""
+    max_caption_tokens: int = 64
+    """Captions are cut here."""
+    max_answer_tokens: int = 32
+    """Answers in the model's own words are cut here."""
+
+
+class ChoicePrompt(NamedTuple):
+    """A question and its choices as text ids."""
+
+    question: list[int]
+    choices: list[list[int]]
+
+
+class Model:
+    """Backbone, image tokenizer and text tokenizer with one token layout; a family adds how it is saved."""
+
+    image_decoder: type = ImageDecoder
+    """Draws the images; takes (transformer, layout, backend), and says in `params` what settings it takes."""
+    is_published = True
+    """Whether save writes a layout that others read too."""
+
+    def __init__(
+        self, transformer: Transformer, vq_tokenizer: VQTokenizer | None,
+        text_tokenizer: WordTokenizer | PretrainedTokenizer, layout: Layout, image_size: int,
+        prompts: PromptFormat, sampling: Any,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            transformer, text_tokenizer, layout: the parts.
+            vq_tokenizer: likewise; None in a subclass that opens its own when it is needed.
+            image_size: side of an image in pixels.
+            prompts: how the family's models are asked.
+            sampling: how images are drawn unless the settings say otherwise, of image_decoder.params.
+        """
+        self.transformer, self.text_tokenizer, self.layout = transformer, text_tokenizer, layout
+        self.image_size, self.prompts, self.sampling = image_size, prompts, sampling
+        if vq_tokenizer is not None:
+            self.vq_tokenizer = vq_tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The engine over this model's backbone; it shares the weights, so training shows in it at once."""
+        engine = self.__dict__.get("_engine")
+        if engine is None or engine.transformer is not self.transformer:
+            engine = Engine(self.transformer, self.layout, image_decoder=self.image_decoder)
+            self.__dict__["_engine"] = engine
+        return engine
+
+    def encode_text(self, text: str) -> list[int]:
+        """Text ids without special tokens.
+
+        Raises:
+            InputError: a word that the model's closed vocabulary does not have.
+        """
+        return list(self._encode(text))
+
+    @functools.cached_property
+    def _encode(self) -> Any:
+        """Remembers what it encoded: curation, scoring and training ask for the same prompts."""
+        return functools.lru_cache(_REMEMBERED_TEXTS)(lambda text: tuple(self.text_tokenizer.encode(text)))
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text of ids; ids that are no words of the text vocabulary (special tokens, image codes) are left out."""
+        return self.text_tokenizer.decode([token for token in ids if int(token) in self.layout.text_ids])
+
+    def image_prompt(self, text: str) -> list[int]:
+        """Text ids of an image's prompt, cut at the length that the model was trained with."""
+        return self.encode_text(text)[: self.prompts.max_prompt_tokens]
+
+    def question_prompt(self, question: str) -> list[int]:
+        """Text ids of a question, with what the model expects around it."""
+        return self.encode_text(self.prompts.question.format(question=question))
+
+    def caption_prompt(self) -> list[int]:
+        """Text ids of the question that asks for a caption."""
+        return self.question_prompt(self.prompts.caption_question)
+
+    def choices_prompt(self, question: str, choices: Sequence[str]) -> list[int]:
+        """Text ids of a question together with its choices, to be answered in the model's own words."""
+        return self.question_prompt(self.prompts.choices.format(question=question, choices=list(choices)))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Text ids of an answer that follows a question."""
+        return self.encode_text(self.prompts.answer.format(answer=answer))
+
+    def choice_prompt(self, question: str, choices: Sequence[str]) -> ChoicePrompt:
+        """Text ids of a question and of each of its choices, which are scored, so they are not part of the question.
+
+        Raises: InputError on a word that the model does not know.
+        """
+        return ChoicePrompt(self.question_prompt(question), [self.answer_ids(choice) for choice in choices])
+
+    def sampling_of(self, settings: DrawingConfig) -> Any:
+        """How images are drawn under these settings: the model's own way where they leave it open.
+
+        Raises: InputError on a setting that the family's way of drawing does not have.
+        """
+        known = {item.name for item in fields(self.sampling)}
+        given = {name: value for name, value in settings.drawing().items() if value is not None}
+        for name in given:
+            if name not in known:
+                raise InputError(f"{name}: the model's images are drawn by {', '.join(sorted(known))}; leave it out")
+        return replace(self.sampling, **given)
+
+    @property
+    def views_codes(self) -> bool:
+        """Whether it sees images as their codes, and not as features of a vision encoder."""
+        return True
+
+    def view_images(self, images: Iterable[Image.Image]) -> Tensor:
+        """What the model sees of images of any size, ready for the engine: codes int64 [n, N]."""
+        return self.encode_images(np.stack([fit_image(image, self.image_size) for image in images]))
+
+    @torch.no_grad()
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """uint8 [n, H, W, 3] with H and W multiples of a token's pixels -> codes int64 [n, h * w]."""
+        if not len(images):
+            return torch.zeros(0, self.layout.num_image_tokens, dtype=torch.int64)
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        weight = self.vq_tokenizer.encoder.conv_in.weight
+        batches = pixels.split(self.vq_tokenizer.images_per_pass(*pixels.shape[2:]))
+        return torch.cat(
+            [self.vq_tokenizer.encode(batch.to(weight.device, weight.dtype) / 127.5 - 1) for batch in batches]
+        )
+
+    @torch.no_grad()
+    def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """codes int64 [n, h * w] -> uint8 [n, H, W, 3]; height and width in tokens, else the layout's.
+
+        Rounding by batch may move a pixel by a level.
+        """
+        rows, columns = self.layout.image_grid
+        height, width = height or rows, width or columns
+        device, factor = self.vq_tokenizer.encoder.conv_in.weight.device, self.vq_tokenizer.config.downsampling
+        if not len(codes):
+            return np.zeros((0, height * factor, width * factor, 3), dtype=np.uint8)
+        batches = codes.split(self.vq_tokenizer.images_per_pass(codes.shape[1] * factor, factor))
+        images = torch.cat(
+            [to_pixels(self.vq_tokenizer.decode(batch.to(device), height, width)).cpu() for batch in batches]
+        )
+        return images.permute(0, 2, 3, 1).numpy()
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the folder that load_model opens; dtype converts the weights (None keeps theirs)."""
+        raise NotImplementedError(f"{type(self).__name__}: its family does not say how it is saved")
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 of the same shape."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def model_digest(model: Model) -> str:
+    """A fingerprint of a model's weights, backbone and image tokenizer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in (model.transformer, model.vq_tokenizer):
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""Text <-> ids of the text vocabulary: the built-in closed vocabulary, and published tokenizers of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from hermesflow.runtime.files import InputError, read_bytes, reason_of
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "[UNK]"
+
+
+class WordTokenizer:
+    """A closed vocabulary of lower-case words; id 0 begins and ends texts, as in GPT-2."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.bos = self.eos = tokenizer.token_to_id(END_OF_TEXT)
+        self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    @classmethod
+    def of_words(cls, words: Sequence[str]) -> WordTokenizer:
+        """A tokenizer of these words."""
+        vocabulary = {word: index for index, word in enumerate([END_OF_TEXT, UNKNOWN, *words])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        return cls(tokenizer)
+
+    @classmethod
+    def from_file(cls, path: Path) -> WordTokenizer:
+        """Reads what save wrote. Raises: InputError if the file is missing or damaged."""
+        data = read_bytes(path)
+        try:
+            return cls(Tokenizer.from_buffer(data))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{path}: not a tokenizer ({reason_of(error)}); restore it from its source") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens. Raises: InputError on a word that the vocabulary does not have."""
+        encoding = self._tokenizer.encode(text.lower(), add_special_tokens=False)
+        unknown = self._tokenizer.token_to_id(UNKNOWN)
+        if unknown in encoding.ids:
+            start, end = encoding.offsets[encoding.ids.index(unknown)]
+            words = sorted(word for word in self._tokenizer.get_vocab() if not word.startswith(("[", "<")))
+            raise InputError(
+                f"the model does not know the word {text[start:end]!r} in {text!r}; it knows: {', '.join(words)}"
+            )
+        return encoding.ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, side by side on all cores; unknown words become the unknown token."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens; ids outside the vocabulary are left out."""
+        words = (self._tokenizer.id_to_token(int(token)) for token in ids)
+        return " ".join(word for word in words if word and word != END_OF_TEXT)
+
+    def save(self, folder: Path) -> None:
+        """Writes folder/tokenizer.json."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class PretrainedTokenizer:
+    """A published tokenizer of transformers, with a family's special tokens behind its vocabulary."""
+
+    def __init__(self, folder: Path, special_tokens: Sequence[str]) -> None:
+        """
+        Args:
+            folder: holds the tokenizer's files.
+            special_tokens: [PAD] and the others, in order; they get the ids that follow the vocabulary.
+        Raises: InputError if the folder holds no tokenizer, or one without a start and an end of text.
+        """
+        from transformers import AutoTokenizer
+
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+            raise InputError(f"{folder}: holds no tokenizer; restore it from its source")  # transformers makes one up
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer.add_special_tokens({"pad_token": special_tokens[0]})
+            tokenizer.add_tokens(list(special_tokens[1:]))
+            self._special_ids = tokenizer.convert_tokens_to_ids(list(special_tokens))
+        except Exception as error:  # transformers and tokenizers raise many kinds
+            reason = reason_of(error)
+            raise InputError(f"{folder}: holds no tokenizer ({reason}); restore it from its source") from error
+        self._tokenizer, self._special_tokens, self.folder = tokenizer, special_tokens, folder
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if self.bos is None or self.eos is None:
+            raise InputError(f"{folder}: the tokenizer has no start or no end of text; restore it from its source")
+        self.size = len(tokenizer) - len(special_tokens)
+
+    def check(self, text_vocab_size: int) -> None:
+        """Raises InputError unless the special tokens follow a text vocabulary of that size."""
+        expected = list(range(text_vocab_size, text_vocab_size + len(self._special_ids)))
+        # An id too high, with another left out, would read as a special token or as a piece of an image.
+        text_ids = [id for token, id in self._tokenizer.get_vocab().items() if token not in self._special_tokens]
+        if self._special_ids != expected or max(text_ids) >= text_vocab_size:
+            raise InputError(
+                f"{self.folder}: the vocabulary does not add up: the tokenizer has {self.size} text ids up to "
+                f"{max(text_ids)} and special tokens {self._special_ids[0]} to {self._special_ids[-1]}, config.json's "
+                f"llm_vocab_size is {text_vocab_size}; give the tokenizer that belongs to the checkpoint"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises: InputError if it spells one of the special tokens."""
+        ids = self._tokenizer(text)["input_ids"]
+        special = next((token for token in ids if token in self._special_ids), None)
+        if special is not None:
+            name = self._tokenizer.convert_ids_to_tokens(special)
+            raise InputError(f"{name} in {text!r} is a special token of the model; leave it out")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens and the blanks around it."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()

@@ -1,0 +1,122 @@
+"""The built-in model's family: a folder of our own.
+
+    FOLDER/  config.json  model.safetensors  vq_tokenizer.safetensors  tokenizer.json
+
+config.json holds the shapes, the layout, the prompts and how images are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
+from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.weights import load_weights, save_weights
+from hermesflow.models.family import ASSETS, CONFIG
+from hermesflow.models.loading import make_config
+from hermesflow.models.model import Model, PromptFormat
+from hermesflow.models.text_tokenizers import WordTokenizer
+from hermesflow.runtime.files import InputError, read_json, reason_of
+
+_WEIGHTS, _VQ_WEIGHTS, _TOKENIZER = "model.safetensors", "vq_tokenizer.safetensors", "tokenizer.json"
+
+
+class TinyModel(Model):
+    """A model of this family."""
+
+    is_published = False
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the four files; dtype converts the weights (None keeps theirs).
+
+        Raises: InputError while adapters stand around the transformer's layers, for no one could read the weights.
+        """
+        if any(".lora_" in name for name, _ in self.transformer.named_parameters()):
+            raise InputError(f"{folder}: the model still has adapters around its layers; merge them before saving")
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "image_size": self.image_size,
+            "transformer": self.transformer.config.to_dict(),
+            "vq_tokenizer": self.vq_tokenizer.config.to_dict(),
+            "layout": self.layout.to_dict(),
+            "prompts": asdict(self.prompts),
+            "sampling": asdict(self.sampling),
+        }
+        save_weights(self.transformer, folder / _WEIGHTS, dtype)
+        save_weights(self.vq_tokenizer, folder / _VQ_WEIGHTS, dtype)
+        self.text_tokenizer.save(folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+class TinyFamily:
+    """Opens what TinyModel.save wrote."""
+
+    files = (CONFIG, _WEIGHTS, _VQ_WEIGHTS, _TOKENIZER)
+
+    def claims(self, config: Any) -> bool:
+        """Published layouts name a class or a type; a configuration that names none is refused by load."""
+        return not isinstance(config, dict) or not {"_class_name", "model_type", "architectures"} & config.keys()
+
+    def load(
+        self, folder: Path, config: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None,
+        **_: Any,
+    ) -> TinyModel:  # fmt: skip
+        """Opens a folder; see Family.load. Its image tokenizer lies in it."""
+        try:
+            with torch.device("meta"):
+                transformer = Transformer(make_config(TransformerConfig, config["transformer"]))
+                vq_tokenizer = VQTokenizer(make_config(VQTokenizerConfig, config["vq_tokenizer"]))
+            layout, image_size = make_config(TokenLayout, config["layout"]), int(config["image_size"])
+            _check_sizes(transformer.config, vq_tokenizer.config, layout, image_size)
+            prompts, sampling = _manners(config)
+        except Exception as error:  # wrong values raise many types: ArithmeticError, RuntimeError ...
+            raise InputError(
+                f"{folder / CONFIG}: not a model configuration ({reason_of(error)}); restore it from its source"
+            ) from error
+        try:
+            load_weights(transformer, folder / _WEIGHTS, dtype=dtype or torch.float32, device=device)
+            load_weights(vq_tokenizer, folder / _VQ_WEIGHTS, dtype=torch.float32, device=device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        text_tokenizer = WordTokenizer.from_file(folder / _TOKENIZER)
+        if text_tokenizer.size > len(layout.text_ids):
+            raise InputError(
+                f"{folder / _TOKENIZER}: has {text_tokenizer.size} text ids, the model {len(layout.text_ids)}; "
+                "restore it from its source"
+            )
+        return TinyModel(
+            transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size, prompts, sampling
+        )
+
+
+FAMILY = TinyFamily()
+
+
+def _manners(config: Mapping[str, Any]) -> tuple[PromptFormat, ImageSamplingParams]:
+    """Prompts and sampling; folders of before have neither, for all of them were the built-in model's descendants."""
+    if "prompts" not in config:
+        config = read_json(ASSETS / "tiny" / CONFIG)
+    return make_config(PromptFormat, config["prompts"]), make_config(ImageSamplingParams, config["sampling"])
+
+
+def _check_sizes(
+    transformer: TransformerConfig, vq_tokenizer: VQTokenizerConfig, layout: TokenLayout, image_size: int
+) -> None:
+    """Refuses, with ValueError, parts that each are well but do not fit one another."""
+    side = image_size // vq_tokenizer.downsampling
+    for name, value, expected in (
+        ("image_size", image_size, max(side, 1) * vq_tokenizer.downsampling),
+        ("layout.num_image_tokens", layout.num_image_tokens, side**2),
+        ("layout.codebook_size", layout.codebook_size, vq_tokenizer.codebook_size),
+        ("transformer.vocab_size", transformer.vocab_size, layout.vocab_size),
+    ):
+        if value != expected:
+            raise ValueError(f"{name} is {value}, the other sizes make it {expected}")

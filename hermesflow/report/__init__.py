@@ -1,0 +1,1 @@
+"""What a run measured, as tables in the terminal and as a page."""

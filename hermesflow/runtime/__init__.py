@@ -1,0 +1,1 @@
+"""What every room stands on: whole files, processes, checkpoints, logs, progress, seeds. Knows no model."""

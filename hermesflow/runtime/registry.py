@@ -1,0 +1,62 @@
+"""What users choose by name, and the file that holds it: one more line registers one more.
+
+A setting takes such a name, or "module:attribute" of a module that Python can import. A name's module is imported when
+it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from hermesflow.runtime.files import InputError, reason_of, shown
+
+FAMILIES = {
+    "showo": "hermesflow.models.showo:FAMILY",
+    "tiny": "hermesflow.models.tiny:FAMILY",
+}
+"""Of models (models/family.py); a checkpoint finds its own by config.json."""
+
+IMAGE_SCORERS = {"soft": "hermesflow.scoring.self_vqa:soft", "hard": "hermesflow.scoring.self_vqa:hard"}
+"""curation.score: (model, codes, records, match_answers) -> Judged [B][n]; "module:function" is simpler (Scorers)."""
+CAPTION_SCORERS = {
+    "bert-cls": "hermesflow.scoring.captions:bert_cls",
+    "sentence": "hermesflow.scoring.captions:sentence",
+    "exact": "hermesflow.scoring.captions:EXACT",
+    "normalised": "hermesflow.scoring.captions:NORMALIZED",
+    "token-f1": "hermesflow.scoring.captions:TOKEN_F1",
+    "attribute-f1": "hermesflow.worlds.shapes:ATTRIBUTE_F1",
+}
+"""curation.caption_scorer: (config) -> CaptionScorer; "module:function" is simpler."""
+ANSWER_SCORERS = {
+    "likelihood": "hermesflow.scoring.captions:likelihood",
+    "sentence": "hermesflow.scoring.captions:sentence_answers",
+    "exact": "hermesflow.scoring.captions:exact_answers",
+    "normalised": "hermesflow.scoring.captions:normalized_answers",
+}
+"""curation.answer_scorer: (config) -> AnswerMatcher, None to score choices; "module:function" is simpler."""
+
+
+def load(table: Mapping[str, str], name: str, key: str) -> Any:
+    """What a name means.
+
+    Args:
+        table: one of the tables above.
+        name: of the table, or "module:attribute".
+        key: the setting that says so, for messages.
+    Raises: InputError if there is no such name, module or attribute.
+    """
+    if ":" not in name and name not in table:
+        raise InputError(f'{key} {shown(name)}: expected {", ".join(table)}, or "module:attribute"')
+    module_name, _, attribute = table.get(name, name).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module of the user's may raise anything
+        raise InputError(
+            f"{key} {name}: the module {module_name} cannot be imported ({reason_of(error)}); install it, or set "
+            "PYTHONPATH to its folder"
+        ) from error
+    if not hasattr(module, attribute):
+        raise InputError(f"{key} {name}: the module {module_name} has no {attribute}; check the name")
+    return getattr(module, attribute)

@@ -1,0 +1,1 @@
+"""How good candidates are: images by answers about them, captions by likeness to the true one."""

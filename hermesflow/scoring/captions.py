@@ -1,0 +1,128 @@
+"""Likeness of captions to the true one, and the choice that a free answer means.
+
+A named scorer is made of the curation settings; see CAPTION_SCORERS and ANSWER_SCORERS in runtime/registry.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hermesflow.config import CurationConfig
+from hermesflow.scoring.self_vqa import AnswerMatcher
+from hermesflow.scoring.text_models import TextEncoder
+
+CaptionScorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[list[float]]]
+"""Captions [B][n of the record] and the true ones [B] -> scores [B][n], the higher the better."""
+
+
+def each(score: Callable[[str, str], float]) -> Callable[[CurationConfig], CaptionScorer]:
+    """Makes a scorer of captions of a function (caption, truth) -> score that needs no settings."""
+
+    def scorer(captions: Sequence[Sequence[str]], truths: Sequence[str]) -> list[list[float]]:
+        return [[score(text, truth) for text in texts] for texts, truth in zip(captions, truths, strict=True)]
+
+    return lambda config: scorer
+
+
+def bert_cls(config: CurationConfig) -> CaptionScorer:
+    """Cosine of the last layer's [CLS], as HermesFlow (arXiv 2502.12148) and its code have it."""
+    told = "set curation.bert_model to a folder, or curation.caption_scorer to token-f1"
+    return _by_cosine(TextEncoder(config.bert_model, "cls", told))
+
+
+def sentence(config: CurationConfig) -> CaptionScorer:
+    """Cosine of mean-pooled states: Sentence-BERT (arXiv 1908.10084)."""
+    return _by_cosine(_sentence_encoder(config))
+
+
+def sentence_answers(config: CurationConfig) -> AnswerMatcher:
+    """The choice whose sentence embedding is the nearest to the answer's."""
+    encoder = _sentence_encoder(config)
+
+    def match(answers: Sequence[str], choices: Sequence[Sequence[str]]) -> list[int]:
+        return [max(range(len(row)), key=row.__getitem__) for row in _cosines(encoder, choices, answers)]
+
+    return match
+
+
+def exact_answers(config: CurationConfig) -> AnswerMatcher:
+    """The choice that is the answer."""
+    return lambda answers, choices: [_find_exact(*pair) for pair in zip(answers, choices, strict=True)]
+
+
+def normalized_answers(config: CurationConfig) -> AnswerMatcher:
+    """The choice that is the answer but for case, punctuation and articles."""
+    return lambda answers, choices: [_find_normalized(*pair) for pair in zip(answers, choices, strict=True)]
+
+
+def likelihood(config: CurationConfig) -> None:
+    """No free answer: choices are scored by their likelihood."""
+    return None
+
+
+def token_f1(caption: str, truth: str) -> float:
+    """F1 over the multiset of words and pairs of neighbouring words; the pairs make the order count mildly.
+
+    Args:
+        caption: what was written.
+        truth: what it is held against.
+    Returns: 0 to 1; 1 for the same words in the same order (case and punctuation aside), 0 where either has no words.
+    """
+    return overlap_f1(_grams(caption), _grams(truth))
+
+
+def overlap_f1(found: Counter, wanted: Counter) -> float:
+    """F1 of one multiset against another, 0 to 1; 0 where either is empty."""
+    return 2 * (found & wanted).total() / max(found.total() + wanted.total(), 1)
+
+
+def normalize_text(text: str) -> str:
+    """Lower-case words split by single blanks, without punctuation and articles.
+
+    Source: the matching of answers of SQuAD (arXiv 1606.05250).
+    """
+    text = re.sub(r"[^\w\s]|_", "", text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+EXACT = each(lambda caption, truth: float(caption == truth))
+NORMALIZED = each(lambda caption, truth: float(normalize_text(caption) == normalize_text(truth)))
+TOKEN_F1 = each(token_f1)
+
+
+def _find_exact(answer: str, choices: Sequence[str]) -> int:
+    return choices.index(answer) if answer in choices else -1
+
+
+def _find_normalized(answer: str, choices: Sequence[str]) -> int:
+    """Choices that differ only in what is normalized away are told apart where the answer is exact."""
+    if answer in choices or not normalize_text(answer):
+        return _find_exact(answer, choices)
+    return _find_exact(normalize_text(answer), [normalize_text(choice) for choice in choices])
+
+
+def _sentence_encoder(config: CurationConfig) -> TextEncoder:
+    told = "set curation.sentence_model to a folder, or choose another scorer"
+    return TextEncoder(config.sentence_model, "mean", told)
+
+
+def _by_cosine(encoder: TextEncoder) -> CaptionScorer:
+    return lambda captions, truths: _cosines(encoder, captions, truths)
+
+
+def _cosines(encoder: TextEncoder, texts: Sequence[Sequence[str]], anchors: Sequence[str]) -> list[list[float]]:
+    """Cosine [B][n of the anchor] of texts with their anchor."""
+    counts = [len(of_anchor) for of_anchor in texts]
+    states = encoder.encode([*anchors, *(text for of_anchor in texts for text in of_anchor)])
+    anchor_states = states[: len(anchors)].repeat_interleave(torch.tensor(counts, dtype=torch.int64), dim=0)
+    scores = (states[len(anchors) :] * anchor_states).sum(1).clamp(-1, 1)
+    return [of_anchor.tolist() for of_anchor in scores.split(counts)]
+
+
+def _grams(text: str) -> Counter:
+    words = re.findall(r"\w+", text.lower())
+    return Counter(words) + Counter(zip(words, words[1:], strict=False))

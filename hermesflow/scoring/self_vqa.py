@@ -1,0 +1,166 @@
+"""Self-VQA: how well images show what their record says, by the model's own answers about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hermesflow.data.records import Record
+from hermesflow.engine.decoders.text import SamplingParams
+from hermesflow.models.model import Model
+
+AnswerMatcher = Callable[[Sequence[str], Sequence[Sequence[str]]], list[int]]
+"""Free answers [Q] and the choices of each -> the index of the choice that each means, -1 for none."""
+
+
+class SelfAnswer(NamedTuple):
+    """What the model answers to one question about one image."""
+
+    question: str
+    answer: str
+    """The choice it finds most likely, of equally likely ones the first; or the choice that its free answer means, or
+    the free answer itself where it means none."""
+    expected: str
+    """The right answer."""
+    probability: float
+    """Its probability of the right answer among the question's choices; of a free answer 1 if right, else 0."""
+
+
+class ImageScore(NamedTuple):
+    """How well an image shows what its record says, in the eyes of the model."""
+
+    soft: float
+    """Mean over the questions of the probability of the right answer."""
+    hard: float
+    """Fraction of the questions answered rightly."""
+    answers: tuple[SelfAnswer, ...]
+
+
+class Judged(NamedTuple):
+    """What a scorer of images gives an image."""
+
+    score: float
+    answers: tuple[SelfAnswer, ...] = ()
+
+
+def soft(
+    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None
+) -> list[list[Judged]]:
+    """Images scored by the mean probability of the right answers, [B][n]; see self_vqa."""
+    scores = self_vqa(model, codes, records, match_answers)
+    return [[Judged(score.soft, score.answers) for score in of_record] for of_record in scores]
+
+
+def hard(
+    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None
+) -> list[list[Judged]]:
+    """Images scored by the fraction of questions answered rightly, [B][n]; see self_vqa."""
+    scores = self_vqa(model, codes, records, match_answers)
+    return [[Judged(score.hard, score.answers) for score in of_record] for of_record in scores]
+
+
+def self_vqa(
+    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None = None
+) -> list[list[ImageScore]]:
+    """Has the model answer each record's questions about images of it.
+
+    By default every choice is scored: its probability is the softmax over the question's choices of the log-probability
+    of its tokens with the end of text. With match_answers the model is told the choices, answers in its own words
+    (greedily), and the answer counts as the choice it means. An image's questions share its prefix, and all are asked
+    in one call.
+
+    Args:
+        model: the judge.
+        codes: int64 [B, n, N], n images of each record.
+        records: B records with at least one question each.
+        match_answers: finds the choices that free answers mean.
+    Returns: the scores, [B][n].
+    Raises: ValueError on codes of another shape or a record without questions; InputError on a word that the model does
+        not know; RuntimeError where the model's log-probabilities are not finite.
+    Source: self-VQA of HermesFlow (arXiv 2502.12148), section 3, whose code lets the model answer freely; "soft" with
+        likelihoods keeps what counting right answers rounds away.
+    """
+    if codes.dim() != 3 or len(codes) != len(records):
+        raise ValueError(
+            f"self_vqa: expected codes [B, n, N] for {len(records)} records, got {list(codes.shape)}; "
+            "stack the images of each record"
+        )
+    for record in records:
+        if not record.questions:
+            raise ValueError(f"self_vqa: expected questions in record {record.id!r}, got none; leave the record out")
+    num_images = codes.shape[1]
+    asked = [record for record in records for _ in range(num_images)]
+    if match_answers is None:
+        scores = _answer_by_likelihood(model, codes.flatten(0, 1), asked)
+    else:
+        scores = _answer_freely(model, codes.flatten(0, 1), asked, match_answers)
+    scores = iter(scores)
+    return [[next(scores) for _ in range(num_images)] for _ in records]
+
+
+def _answer_by_likelihood(model: Model, codes: Tensor, records: Sequence[Record]) -> list[ImageScore]:
+    """Scores of images int64 [B, N], each of its record."""
+    prompts = [
+        [model.choice_prompt(question.question, question.choices) for question in record.questions]
+        for record in records
+    ]
+    logprobs = model.engine.score_choices(
+        codes,
+        [[prompt.question for prompt in asked] for asked in prompts],
+        [[prompt.choices for prompt in asked] for asked in prompts],
+    )
+    return [_likelihood_score(record, rows) for record, rows in zip(records, logprobs, strict=True)]
+
+
+def _likelihood_score(record: Record, logprobs: Sequence[Any]) -> ImageScore:
+    answers = []
+    for question, row in zip(record.questions, logprobs, strict=True):
+        chances = torch.as_tensor(row, dtype=torch.float64).softmax(0)
+        if not chances.isfinite().all():
+            raise RuntimeError(
+                f"self_vqa: the model's log-probabilities of {list(question.choices)} are not finite for record "
+                f"{record.id!r}, question {question.question!r}; its weights may be damaged"
+            )
+        chances = chances.tolist()
+        best = max(range(len(chances)), key=chances.__getitem__)
+        right = chances[question.choices.index(question.answer)]
+        answers.append(SelfAnswer(question.question, question.choices[best], question.answer, right))
+    return ImageScore(
+        soft=sum(item.probability for item in answers) / len(answers),
+        hard=sum(item.answer == item.expected for item in answers) / len(answers),
+        answers=tuple(answers),
+    )
+
+
+def _answer_freely(
+    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher
+) -> list[ImageScore]:
+    """Scores of images int64 [B, N], each of its record."""
+    questions = [question for record in records for question in record.questions]
+    prompts = [
+        [model.choices_prompt(question.question, question.choices) for question in record.questions]
+        for record in records
+    ]
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_answer_tokens)
+    seeds = torch.zeros(len(records), max(map(len, prompts), default=0), 1, dtype=torch.int64)
+    said = model.engine.extend(codes, prompts, sampling=[greedy], seeds=seeds)
+    texts = [model.decode_text(ids) for of_image in said for [ids] in of_image]
+    found = match_answers(texts, [question.choices for question in questions])
+    answers = iter(
+        SelfAnswer(
+            question.question,
+            question.choices[index] if index >= 0 else text,
+            question.answer,
+            float(index >= 0 and question.choices[index] == question.answer),
+        )
+        for question, text, index in zip(questions, texts, found, strict=True)
+    )
+    scores = []
+    for record in records:
+        of_image = tuple(next(answers) for _ in record.questions)
+        right = sum(answer.probability for answer in of_image) / len(of_image)
+        scores.append(ImageScore(soft=right, hard=right, answers=of_image))
+    return scores
