@@ -6,7 +6,7 @@
                     the backward pass; called as train_pairdpo.py calls it, without batch_size_mmu, so that every label
                     of every sequence counts as a caption's too
 
-The model is a stand-in of the class (showo_stand_in.py), or with --code the class of a checkout of Show-o or
+The model is a stand-in of the class (tests/showo_stand_in), or with --code the class of a checkout of Show-o or
 HermesFlow, at random weights. Both sides have the same weights and read the same ids and masks, made before the clock
 starts. What they give is compared before anything is timed; images by a single step with a head so sharp that nothing
 is random.
@@ -37,10 +37,11 @@ from hermesflow.engine.transformer import Transformer
 from hermesflow.families import SHOWO, transformer_config
 from hermesflow.files import InputError
 
-from . import e2e, showo_stand_in
+from . import e2e, published_inputs
 from .lines import Line, console_table, write_lines
 from .measuring import (
     MIB,
+    ROOT,
     Effort,
     Roof,
     Times,
@@ -60,6 +61,7 @@ LEAST_EQUAL = {torch.float32: 0.98, torch.bfloat16: 0.1}
 """Share of tokens that must be equal: where rounding turns a near-tie, all that follows may differ."""
 LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.2)}
 """Largest relative error of the loss and of a weight's gradient."""
+STAND_IN = ROOT / "tests" / "showo_stand_in"
 BETA = 0.2
 SHARPENED = 1e4
 
@@ -112,6 +114,11 @@ class Settings:
         check_names("--dtype", [self.dtype], DTYPES)
         check_names("--case", self.cases, CASES)
         check_device(self.device)
+        if self.code is None and not STAND_IN.exists():
+            raise InputError(
+                "drop-in: the stand-in of the published class is not installed; give --code FOLDER, a checkout of "
+                "Show-o or HermesFlow, or run it in a checkout of this repository, which has tests/showo_stand_in"
+            )
 
 
 def run_accelerated(settings: Settings) -> int:
@@ -127,8 +134,7 @@ def run_accelerated(settings: Settings) -> int:
     facts = run_facts(device)  # before the file is written, which may make the checkout dirty
     if settings.out:
         write_lines(settings.out, [])  # a path that cannot be written shows now
-    showo = load_class(settings.code) if settings.code else showo_stand_in.Showo
-    calls = Calls(showo, SHAPES[settings.shape], device, dtype)
+    calls = Calls(load_class(settings.code or STAND_IN), SHAPES[settings.shape], device, dtype)
     names = [name for name in settings.cases or CASES if calls.has(name)]
     for name in settings.cases or CASES:
         if name not in names:
@@ -191,7 +197,7 @@ class Calls:
         for model in (self.policy, self.reference):
             accelerate(model)
         self._side = Calls.SIDES[0]
-        self.config = showo_stand_in.published_config(self.layout, shape.max_seq_length)
+        self.config = published_inputs.published_config(self.layout, shape.max_seq_length)
         config = transformer_config(SHOWO, language_model_config(sizes), self.layout.vocab_size)
         self.work = ModelWork(config=config, layout=self.layout, dtype=dtype)
         self._make_inputs(torch.Generator().manual_seed(0))
@@ -273,15 +279,15 @@ class Calls:
             return torch.randint(layout.codebook_size, size, generator=generator) + layout.code_offset
 
         length, prompts = shape.max_seq_length, texts(shape.num_prompts, shape.prompt_len)
-        ids = showo_stand_in.generation_ids(layout, prompts, length)
-        uncond = showo_stand_in.generation_ids(layout, [[]] * len(prompts), length)
+        ids = published_inputs.generation_ids(layout, prompts, length)
+        uncond = published_inputs.generation_ids(layout, [[]] * len(prompts), length)
         image_mask = partial(
-            showo_stand_in.image_attention_mask, pad_id=layout.pad, soi_id=layout.soi, eoi_id=layout.eoi
+            published_inputs.image_attention_mask, pad_id=layout.pad, soi_id=layout.soi, eoi_id=layout.eoi
         )
-        understanding_mask = partial(showo_stand_in.understanding_attention_mask, eoi_id=layout.eoi)
+        understanding_mask = partial(published_inputs.understanding_attention_mask, eoi_id=layout.eoi)
         dtype = self.work.dtype
         self._t2i = [ids.to(device), uncond.to(device), image_mask(torch.cat([ids, uncond])).to(device, dtype)]
-        asked = showo_stand_in.understanding_ids(layout, images(1), texts(1, shape.question_len))
+        asked = published_inputs.understanding_ids(layout, images(1), texts(1, shape.question_len))
         self._mmu = [asked.to(device), understanding_mask(asked).to(device, dtype)]
 
         captions, viewed = texts(shape.num_pairs, shape.prompt_len), images(shape.num_pairs)
@@ -289,17 +295,17 @@ class Calls:
         self._roles = []
         for _ in ("win", "lose"):
             codes = images(shape.num_pairs)
-            ids = showo_stand_in.generation_ids(layout, captions, length, codes.masked_fill(masked, layout.mask_id))
-            labels = showo_stand_in.generation_labels(
-                layout, ids, codes.masked_fill(~masked, showo_stand_in.IGNORED)
+            ids = published_inputs.generation_ids(layout, captions, length, codes.masked_fill(masked, layout.mask_id))
+            labels = published_inputs.generation_labels(
+                layout, ids, codes.masked_fill(~masked, published_inputs.IGNORED)
             )
-            about, of_caption = showo_stand_in.caption_ids(
+            about, of_caption = published_inputs.caption_ids(
                 layout, viewed, texts(shape.num_pairs, shape.caption_len), length
             )
             # Image sequences are two tokens longer where both texts have room for as many.
             about, of_caption = (
                 nn.functional.pad(part, (0, ids.shape[1] - part.shape[1]), value=value)
-                for part, value in ((about, layout.pad), (of_caption, showo_stand_in.IGNORED))
+                for part, value in ((about, layout.pad), (of_caption, published_inputs.IGNORED))
             )
             mask = torch.cat([image_mask(ids), understanding_mask(about)]).to(device, dtype)
             both = torch.cat([ids, about]).to(device), torch.cat([labels, of_caption]).to(device)

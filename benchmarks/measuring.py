@@ -31,7 +31,7 @@ from hermesflow.files import InputError
 
 from .case import Call
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 
 
