@@ -19,7 +19,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +27,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
+from hermesflow.benchmarks import e2e, published_inputs
+from hermesflow.benchmarks.measuring import ROOT, Effort, Part
+from hermesflow.benchmarks.random_checkpoint import TINY, CheckpointShape, language_model_config
+from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
 from hermesflow.drop_in import accelerate
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.token_layout import TokenLayout
@@ -37,25 +40,7 @@ from hermesflow.engine.transformer import Transformer
 from hermesflow.families import SHOWO, transformer_config
 from hermesflow.files import InputError
 
-from . import e2e, published_inputs
-from .lines import Line, console_table, write_lines
-from .measuring import (
-    MIB,
-    ROOT,
-    Effort,
-    Roof,
-    Times,
-    check_device,
-    check_names,
-    measure_roof,
-    peak_bytes,
-    run_facts,
-    time_rounds,
-)
-from .random_checkpoint import TINY, CheckpointShape, language_model_config
-
 CASES = ("t2i_generate", "mmu_generate", "pair_dpo_step")
-DTYPES = ("float32", "bfloat16")
 EFFORT = Effort(seconds=20.0, min_rounds=3, max_rounds=50)
 LEAST_EQUAL = {torch.float32: 0.98, torch.bfloat16: 0.1}
 """Share of tokens that must be equal: where rounding turns a near-tie, all that follows may differ."""
@@ -94,26 +79,14 @@ SHAPES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(ModelSettings):
     """What to measure."""
 
-    device: str = "cpu"
-    shape: str = "small"
-    """One of SHAPES."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
-    cases: Sequence[str] = ()
-    """Empty is all."""
     code: Path | None = None
     """Checkout of Show-o or HermesFlow; None is the stand-in."""
-    out: Path | None = None
-    """File of JSON lines."""
 
     def __post_init__(self) -> None:
-        check_names("--shape", [self.shape], SHAPES)
-        check_names("--dtype", [self.dtype], DTYPES)
-        check_names("--case", self.cases, CASES)
-        check_device(self.device)
+        self.check(SHAPES, CASES)
         if self.code is None and not STAND_IN.exists():
             raise InputError(
                 "drop-in: the stand-in of the published class is not installed; give --code FOLDER, a checkout of "
@@ -129,31 +102,16 @@ def run_accelerated(settings: Settings) -> int:
     Returns: 0, or 1 if the fast methods do not give what the original ones give.
     Raises: InputError if a file cannot be written, or the checkout has no such class.
     """
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    facts = run_facts(device)  # before the file is written, which may make the checkout dirty
-    if settings.out:
-        write_lines(settings.out, [])  # a path that cannot be written shows now
-    calls = Calls(load_class(settings.code or STAND_IN), SHAPES[settings.shape], device, dtype)
-    names = [name for name in settings.cases or CASES if calls.has(name)]
-    for name in settings.cases or CASES:
-        if name not in names:
-            console.print(f"not measured: {name}: the class has no loss_for_unidpo")
+    showo, asked = load_class(settings.code or STAND_IN), settings.cases or CASES
+    run = Run("drop_in", settings, EFFORT, settings.torch_dtype)
+    calls = Calls(showo, SHAPES[settings.shape], run.device, settings.torch_dtype)
+    names = [name for name in asked if calls.has(name)]
+    run.notes += [f"{name}: the class has no loss_for_unidpo" for name in asked if name not in names]
+    if not run.is_right(f"{name}: {wrong}" for name in names if (wrong := calls.compare(name))):
+        return 1
     for name in names:
-        wrong = calls.compare(name)
-        if wrong:
-            console.print(f"not measured: {name}: {wrong}")
-            return 1
-    roof, lines = measure_roof(device), []
-    for name in names:
-        both = {side: partial(calls.run, name, side) for side in Calls.SIDES}
-        peaks = {side: peak_bytes(call, device) / MIB for side, call in both.items()}
-        times = time_rounds(both, device, EFFORT)
-        lines.append(_line(name, settings, calls, times, peaks, roof) | facts)
-    if settings.out:
-        write_lines(settings.out, lines)
-    told = "median ms; times as fast as the original method (its ms and peak MiB)"
-    console.print(console_table(lines, f"drop-in, {settings.shape}, {facts['device']}: {told}"))
+        run.measure(_contest(name, settings, calls))
+    run.print_table("the original method")
     return 0
 
 
@@ -399,21 +357,10 @@ def _recorded(seen: list[Work], work: ModelWork) -> Iterator[None]:
         Transformer.forward = forward
 
 
-def _line(
-    name: str, settings: Settings, calls: Calls, times: Mapping[str, Times], peaks: Mapping[str, float], roof: Roof
-) -> Line:
-    """The case's line, without what all lines of a run share."""
-    mine, passes, dtype = times["accelerated"], calls.passes(name), calls.work.dtype
-    seconds, original_ms = mine.ms_p50 / 1e3, times["original"].ms_p50
-    num_flops = sum(work.num_flops for work in passes)
-    return {
-        "bench": "drop_in", "case": name, "shape": f"{settings.shape}: {calls.told(name)}", "dtype": settings.dtype,
-        "backend": "engine", "baseline": "stand-in" if settings.code is None else "published",
-        "ms_p20": mine.ms_p20, "ms_p50": mine.ms_p50, "ms_p80": mine.ms_p80,
-        "baseline_ms_p50": original_ms, "speedup": original_ms / mine.ms_p50,
-        "peak_mib": peaks["accelerated"], "baseline_peak_mib": peaks["original"],
-        "gb_s": sum(work.num_bytes for work in passes) / seconds / 1e9, "tflop_s": num_flops / seconds / 1e12,
-        "roof_fraction": sum(roof.seconds(work.num_bytes, work.num_flops, dtype) for work in passes) / seconds,
-        "mfu": num_flops / seconds / roof.flops_per_s(dtype),
-        "items_per_s": {item: count / seconds for item, count in calls.items(name).items()},
-    }  # fmt: skip
+def _contest(name: str, settings: Settings, calls: Calls) -> Contest:
+    fast, original = (Part(run=partial(calls.run, name, side)) for side in Calls.SIDES)
+    return Contest(
+        case=name, shape=f"{settings.shape}: {calls.told(name)}", dtype=settings.torch_dtype, ours={"engine": fast},
+        baselines={"published" if settings.code else "stand-in": [original]}, passes=calls.passes(name),
+        items=calls.items(name),
+    )  # fmt: skip

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hermesflow.benchmarks import naive, peers
+from hermesflow.benchmarks.case import Case, graded, with_gradients, wrong_values
+from hermesflow.benchmarks.measuring import Call
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.kernels.span_attention import span_attention, span_attention_reference
-
-from . import naive, peers
-from .case import Call, Case, graded, with_gradients, wrong_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

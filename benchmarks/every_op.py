@@ -12,11 +12,10 @@ from dataclasses import replace
 
 import torch
 
+from hermesflow.benchmarks import attention_cases, op_cases
+from hermesflow.benchmarks.case import Case
 from hermesflow.kernels import registry
 from hermesflow.kernels.checks import FLOAT_DTYPES
-
-from . import attention_cases, op_cases
-from .case import Case
 
 SHAPE = "tiny"
 

@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hermesflow.benchmarks import naive
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.text_decoder import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import ACTIVATIONS, Block, Transformer, rotary_table, rotate
 from hermesflow.packing import PairBatch
-
-from . import naive
 
 
 def all_logits(transformer: Transformer, ids: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hermesflow.benchmarks import naive, peers
+from hermesflow.benchmarks.case import (
+    Case,
+    agrees_with,
+    draws_tokens,
+    graded,
+    some_rows,
+    with_gradients,
+    wrong_draws,
+    wrong_values,
+)
+from hermesflow.benchmarks.measuring import Call
 from hermesflow.kernels.guided_sample import guided_sample, guided_sample_reference
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.linear_sample import linear_sample, linear_sample_reference
@@ -17,9 +29,6 @@ from hermesflow.kernels.pair_dpo import pair_dpo, pair_dpo_reference
 from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.token_logprob import token_logprob
 from hermesflow.kernels.token_sample import token_sample, token_sample_reference
-
-from . import naive, peers
-from .case import Call, Case, agrees_with, draws_tokens, graded, some_rows, with_gradients, wrong_draws, wrong_values
 
 GUIDANCE_SCALE = 5.0  # of HermesFlow's published generation
 BETA = 0.2  # of its Pair-DPO

@@ -6,9 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from hermesflow.benchmarks.lines import Line
 from hermesflow.files import InputError, atomic_write
-
-from .lines import Line
 
 COLORS = ("#1f6f8b", "#d1603d", "#5a8f3c", "#8a5aa8", "#b8860b", "#555555")
 

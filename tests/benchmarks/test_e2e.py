@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,8 +180,7 @@ def test_the_papers_images_take_seven_hours_at_the_matmul_rate_of_an_h100():
 @pytest.fixture
 def quick(monkeypatch):
     """Short answers and one round."""
-    monkeypatch.setattr(e2e, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(e2e, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(e2e, "EFFORT", replace(e2e.EFFORT, seconds=0.0, min_rounds=1))
     sampling = SamplingParams(temperature=1.0, top_k=2, max_new_tokens=4)
     monkeypatch.setattr(e2e, "CAPTION_SAMPLING", (sampling, sampling))
     monkeypatch.setattr(e2e, "ANSWER_SAMPLING", SamplingParams(temperature=0.0, max_new_tokens=2))
