@@ -102,9 +102,9 @@ def run_accelerated(settings: Settings) -> int:
     Returns: 0, or 1 if the fast methods do not give what the original ones give.
     Raises: InputError if a file cannot be written, or the checkout has no such class.
     """
-    showo, asked = load_class(settings.code or STAND_IN), settings.cases or CASES
+    showo_class, asked = load_class(settings.code or STAND_IN), settings.cases or CASES
     run = Run("drop_in", settings, EFFORT, settings.torch_dtype)
-    calls = Calls(showo, SHAPES[settings.shape], run.device, settings.torch_dtype)
+    calls = Calls(showo_class, SHAPES[settings.shape], run.device, settings.torch_dtype)
     names = [name for name in asked if calls.has(name)]
     run.notes += [f"{name}: the class has no loss_for_unidpo" for name in asked if name not in names]
     if not run.is_right(f"{name}: {wrong}" for name in names if (wrong := calls.compare(name))):
@@ -139,13 +139,13 @@ class Calls:
 
     SIDES = ("accelerated", "original")
 
-    def __init__(self, showo: type[nn.Module], shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, showo_class: type[nn.Module], shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, sizes = shape, device, shape.checkpoint
         self.layout = TokenLayout(
             text_vocab_size=sizes.text_vocab_size, codebook_size=sizes.vq.codebook_size,
             num_image_tokens=sizes.num_image_tokens, sot=0, eot=0,
         )  # fmt: skip
-        self.policy = self._model(showo).to(device, dtype)
+        self.policy = self._model(showo_class).to(device, dtype)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -214,12 +214,12 @@ class Calls:
             "pair_dpo_step": f"{shape.num_pairs} pairs, {tokens} tokens an image",
         }[name]
 
-    def _model(self, showo: type[nn.Module]) -> nn.Module:
+    def _model(self, showo_class: type[nn.Module]) -> nn.Module:
         layout = self.layout
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             Path(folder, "config.json").write_text(json.dumps(language_model_config(self.shape.checkpoint)))
             torch.manual_seed(0)
-            model = showo(
+            model = showo_class(
                 False, layout.vocab_size, layout.text_vocab_size, folder, layout.codebook_size, layout.num_image_tokens
             ).eval()
         with torch.no_grad():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hermesflow import cli, models, tasks
+from hermesflow import arguments, cli, models, tasks
 from hermesflow.config import load_config
 from hermesflow.files import InputError
 from hermesflow.images import fit_image
@@ -131,8 +131,12 @@ def example(command, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_that_parses(command, capsys):
-    arguments = cli._parser().parse_args(example(command, capsys))
+    arguments = cli.make_parser().parse_args(example(command, capsys))
     load_config(arguments.config, arguments.set)
+
+
+def test_every_command_is_run_by_a_function():
+    assert {*cli._RUN, "pairs", "bench"} == {command.name for command in arguments.COMMANDS} == set(COMMANDS)
 
 
 def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """accelerate() and restore() on the published class's interface: every method against the class's own.
 
-The class is the stand-in in tests/showo_stand_in and, for each checkout of the published code in HERMESFLOW_PUBLISHED_CODE
-(separated as in PATH), its models.modeling_showo.Showo. That code needs transformers 4.41.1 and diffusers 0.30.1.
+The class is the stand-in, tests/showo_stand_in, and models.modeling_showo.Showo of each checkout of the published code
+in HERMESFLOW_PUBLISHED_CODE (separated as in PATH). That code needs transformers 4.41.1 and diffusers 0.30.1.
 """
 
 import copy

@@ -1,9 +1,9 @@
 """A stand-in of Show-o's published class: what tests and benchmarks accelerate where its code is not at hand.
 
-It lies as in a checkout of Show-o or HermesFlow, so that both are loaded alike. The interface, the names of the weights and the results are the published ones, oddities included; so is the work that
-is done: eager torch over whole sequences under dense masks, logits of the whole vocabulary at all positions, and
-nothing kept from one step or token to the next. The code is our own. Attention is torch's own operation, as the
-published class chooses it with any torch that has it.
+It lies as in a checkout of Show-o or HermesFlow, so that both are loaded alike. The interface, the names of the weights
+and the results are the published ones, oddities included; so is the work that is done: eager torch over whole sequences
+under dense masks, logits of the whole vocabulary at all positions, and nothing kept from one step or token to the next.
+The code is our own. Attention is torch's own operation, as the published class chooses it with any torch that has it.
 Source: Show-o (arXiv 2408.12528) and HermesFlow (arXiv 2502.12148) with their code.
 """
 
