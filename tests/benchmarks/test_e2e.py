@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hermesflow import cli
-from hermesflow.benchmarks import e2e, lines, naive_model
+from hermesflow.benchmarks import e2e, lines, naive_model, published_inputs
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_decoder import ImageSamplingParams
 from hermesflow.engine.model_work import ModelWork
@@ -51,7 +51,7 @@ def assert_same_logits(transformer, tree, naive_logits, make_truth):
 def test_logits_of_images_equal_the_engines(model):
     transformer, layout = model
     prompts = [list(prompt) for prompt in PROMPTS]
-    ids = naive_model.image_sequences(layout, prompts, 8, "cpu")
+    ids = published_inputs.generation_ids(layout, prompts, 8)
     generator = torch.Generator().manual_seed(1)
     ids[:, -10:-1] = layout.code_offset + torch.randint(layout.codebook_size, (len(ids), 9), generator=generator)
     mask, text = naive_model.image_mask(layout, ids), [layout.text_prompt(prompt) for prompt in prompts]
