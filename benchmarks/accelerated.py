@@ -6,7 +6,7 @@
                     the backward pass; called as train_pairdpo.py calls it, without batch_size_mmu, so that every label
                     of every sequence counts as a caption's too
 
-The model is a stand-in of the class (showo_stand_in.py), or with --code the class of a checkout of Show-o or
+The model is a stand-in of the class (tests/showo_stand_in), or with --code the class of a checkout of Show-o or
 HermesFlow, at random weights. Both sides have the same weights and read the same ids and masks, made before the clock
 starts. What they give is compared before anything is timed; images by a single step with a head so sharp that nothing
 is random.
@@ -19,7 +19,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,37 +27,26 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from hermesflow.benchmarks import e2e, showo_stand_in
-from hermesflow.benchmarks.lines import Line, console_table, write_lines
-from hermesflow.benchmarks.measuring import (
-    MIB,
-    Effort,
-    Roof,
-    Times,
-    check_device,
-    check_names,
-    measure_roof,
-    peak_bytes,
-    run_facts,
-    time_rounds,
-)
+from hermesflow.benchmarks import e2e, published_inputs
+from hermesflow.benchmarks.measuring import ROOT, Effort, Part
 from hermesflow.benchmarks.random_checkpoint import TINY, CheckpointShape, language_model_config
+from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
 from hermesflow.drop_in import accelerate
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer
+from hermesflow.models import showo
 from hermesflow.runtime.files import InputError
 
 CASES = ("t2i_generate", "mmu_generate", "pair_dpo_step")
-DTYPES = ("float32", "bfloat16")
 EFFORT = Effort(seconds=20.0, min_rounds=3, max_rounds=50)
 LEAST_EQUAL = {torch.float32: 0.98, torch.bfloat16: 0.1}
 """Share of tokens that must be equal: where rounding turns a near-tie, all that follows may differ."""
 LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.2)}
 """Largest relative error of the loss and of a weight's gradient."""
+STAND_IN = ROOT / "tests" / "showo_stand_in"
 BETA = 0.2
 SHARPENED = 1e4
 
@@ -90,26 +79,19 @@ SHAPES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(ModelSettings):
     """What to measure."""
 
-    device: str = "cpu"
-    shape: str = "small"
-    """One of SHAPES."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
-    cases: Sequence[str] = ()
-    """Empty is all."""
     code: Path | None = None
     """Checkout of Show-o or HermesFlow; None is the stand-in."""
-    out: Path | None = None
-    """File of JSON lines."""
 
     def __post_init__(self) -> None:
-        check_names("--shape", [self.shape], SHAPES)
-        check_names("--dtype", [self.dtype], DTYPES)
-        check_names("--case", self.cases, CASES)
-        check_device(self.device)
+        self.check(SHAPES, CASES)
+        if self.code is None and not STAND_IN.exists():
+            raise InputError(
+                "drop-in: the stand-in of the published class is not installed; give --code FOLDER, a checkout of "
+                "Show-o or HermesFlow, or run it in a checkout of this repository, which has tests/showo_stand_in"
+            )
 
 
 def run_accelerated(settings: Settings) -> int:
@@ -120,32 +102,16 @@ def run_accelerated(settings: Settings) -> int:
     Returns: 0, or 1 if the fast methods do not give what the original ones give.
     Raises: InputError if a file cannot be written, or the checkout has no such class.
     """
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    facts = run_facts(device)  # before the file is written, which may make the checkout dirty
-    if settings.out:
-        write_lines(settings.out, [])  # a path that cannot be written shows now
-    showo = load_class(settings.code) if settings.code else showo_stand_in.Showo
-    calls = Calls(showo, SHAPES[settings.shape], device, dtype)
-    names = [name for name in settings.cases or CASES if calls.has(name)]
-    for name in settings.cases or CASES:
-        if name not in names:
-            console.print(f"not measured: {name}: the class has no loss_for_unidpo")
+    showo_class, asked = load_class(settings.code or STAND_IN), settings.cases or CASES
+    run = Run("drop_in", settings, EFFORT, settings.torch_dtype)
+    calls = Calls(showo_class, SHAPES[settings.shape], run.device, settings.torch_dtype)
+    names = [name for name in asked if calls.has(name)]
+    run.notes += [f"{name}: the class has no loss_for_unidpo" for name in asked if name not in names]
+    if not run.is_right(f"{name}: {wrong}" for name in names if (wrong := calls.compare(name))):
+        return 1
     for name in names:
-        wrong = calls.compare(name)
-        if wrong:
-            console.print(f"not measured: {name}: {wrong}")
-            return 1
-    roof, lines = measure_roof(device), []
-    for name in names:
-        both = {side: partial(calls.run, name, side) for side in Calls.SIDES}
-        peaks = {side: peak_bytes(call, device) / MIB for side, call in both.items()}
-        times = time_rounds(both, device, EFFORT)
-        lines.append(_line(name, settings, calls, times, peaks, roof) | facts)
-    if settings.out:
-        write_lines(settings.out, lines)
-    told = "median ms; times as fast as the original method (its ms and peak MiB)"
-    console.print(console_table(lines, f"drop-in, {settings.shape}, {facts['device']}: {told}"))
+        run.measure(_contest(name, settings, calls))
+    run.print_table("the original method")
     return 0
 
 
@@ -173,13 +139,13 @@ class Calls:
 
     SIDES = ("accelerated", "original")
 
-    def __init__(self, showo: type[nn.Module], shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, showo_class: type[nn.Module], shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, sizes = shape, device, shape.checkpoint
         self.layout = TokenLayout(
             text_vocab_size=sizes.text_vocab_size, codebook_size=sizes.vq.codebook_size,
             num_image_tokens=sizes.num_image_tokens, sot=0, eot=0,
         )  # fmt: skip
-        self.policy = self._model(showo).to(device, dtype)
+        self.policy = self._model(showo_class).to(device, dtype)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -189,7 +155,7 @@ class Calls:
         for model in (self.policy, self.reference):
             accelerate(model)
         self._side = Calls.SIDES[0]
-        self.config = showo_stand_in.published_config(self.layout, shape.max_seq_length)
+        self.config = published_inputs.published_config(self.layout, shape.max_seq_length)
         config = showo.transformer_config(language_model_config(sizes), self.layout.vocab_size)
         self.work = ModelWork(config=config, layout=self.layout, dtype=dtype)
         self._make_inputs(torch.Generator().manual_seed(0))
@@ -248,12 +214,12 @@ class Calls:
             "pair_dpo_step": f"{shape.num_pairs} pairs, {tokens} tokens an image",
         }[name]
 
-    def _model(self, showo: type[nn.Module]) -> nn.Module:
+    def _model(self, showo_class: type[nn.Module]) -> nn.Module:
         layout = self.layout
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             Path(folder, "config.json").write_text(json.dumps(language_model_config(self.shape.checkpoint)))
             torch.manual_seed(0)
-            model = showo(
+            model = showo_class(
                 False, layout.vocab_size, layout.text_vocab_size, folder, layout.codebook_size, layout.num_image_tokens
             ).eval()
         with torch.no_grad():
@@ -271,15 +237,15 @@ class Calls:
             return torch.randint(layout.codebook_size, size, generator=generator) + layout.code_offset
 
         length, prompts = shape.max_seq_length, texts(shape.num_prompts, shape.prompt_len)
-        ids = showo_stand_in.generation_ids(layout, prompts, length)
-        uncond = showo_stand_in.generation_ids(layout, [[]] * len(prompts), length)
+        ids = published_inputs.generation_ids(layout, prompts, length)
+        uncond = published_inputs.generation_ids(layout, [[]] * len(prompts), length)
         image_mask = partial(
-            showo_stand_in.image_attention_mask, pad_id=layout.pad, soi_id=layout.soi, eoi_id=layout.eoi
+            published_inputs.image_attention_mask, pad_id=layout.pad, soi_id=layout.soi, eoi_id=layout.eoi
         )
-        understanding_mask = partial(showo_stand_in.understanding_attention_mask, eoi_id=layout.eoi)
+        understanding_mask = partial(published_inputs.understanding_attention_mask, eoi_id=layout.eoi)
         dtype = self.work.dtype
         self._t2i = [ids.to(device), uncond.to(device), image_mask(torch.cat([ids, uncond])).to(device, dtype)]
-        asked = showo_stand_in.understanding_ids(layout, images(1), texts(1, shape.question_len))
+        asked = published_inputs.understanding_ids(layout, images(1), texts(1, shape.question_len))
         self._mmu = [asked.to(device), understanding_mask(asked).to(device, dtype)]
 
         captions, viewed = texts(shape.num_pairs, shape.prompt_len), images(shape.num_pairs)
@@ -287,17 +253,17 @@ class Calls:
         self._roles = []
         for _ in ("win", "lose"):
             codes = images(shape.num_pairs)
-            ids = showo_stand_in.generation_ids(layout, captions, length, codes.masked_fill(masked, layout.mask_id))
-            labels = showo_stand_in.generation_labels(
-                layout, ids, codes.masked_fill(~masked, showo_stand_in.IGNORED)
+            ids = published_inputs.generation_ids(layout, captions, length, codes.masked_fill(masked, layout.mask_id))
+            labels = published_inputs.generation_labels(
+                layout, ids, codes.masked_fill(~masked, published_inputs.IGNORED)
             )
-            about, of_caption = showo_stand_in.caption_ids(
+            about, of_caption = published_inputs.caption_ids(
                 layout, viewed, texts(shape.num_pairs, shape.caption_len), length
             )
             # Image sequences are two tokens longer where both texts have room for as many.
             about, of_caption = (
                 nn.functional.pad(part, (0, ids.shape[1] - part.shape[1]), value=value)
-                for part, value in ((about, layout.pad), (of_caption, showo_stand_in.IGNORED))
+                for part, value in ((about, layout.pad), (of_caption, published_inputs.IGNORED))
             )
             mask = torch.cat([image_mask(ids), understanding_mask(about)]).to(device, dtype)
             both = torch.cat([ids, about]).to(device), torch.cat([labels, of_caption]).to(device)
@@ -391,21 +357,10 @@ def _recorded(seen: list[Work], work: ModelWork) -> Iterator[None]:
         Transformer.forward = forward
 
 
-def _line(
-    name: str, settings: Settings, calls: Calls, times: Mapping[str, Times], peaks: Mapping[str, float], roof: Roof
-) -> Line:
-    """The case's line, without what all lines of a run share."""
-    mine, passes, dtype = times["accelerated"], calls.passes(name), calls.work.dtype
-    seconds, original_ms = mine.ms_p50 / 1e3, times["original"].ms_p50
-    num_flops = sum(work.num_flops for work in passes)
-    return {
-        "bench": "drop_in", "case": name, "shape": f"{settings.shape}: {calls.told(name)}", "dtype": settings.dtype,
-        "backend": "engine", "baseline": "stand-in" if settings.code is None else "published",
-        "ms_p20": mine.ms_p20, "ms_p50": mine.ms_p50, "ms_p80": mine.ms_p80,
-        "baseline_ms_p50": original_ms, "speedup": original_ms / mine.ms_p50,
-        "peak_mib": peaks["accelerated"], "baseline_peak_mib": peaks["original"],
-        "gb_s": sum(work.num_bytes for work in passes) / seconds / 1e9, "tflop_s": num_flops / seconds / 1e12,
-        "roof_fraction": sum(roof.seconds(work.num_bytes, work.num_flops, dtype) for work in passes) / seconds,
-        "mfu": num_flops / seconds / roof.flops_per_s(dtype),
-        "items_per_s": {item: count / seconds for item, count in calls.items(name).items()},
-    }  # fmt: skip
+def _contest(name: str, settings: Settings, calls: Calls) -> Contest:
+    fast, original = (Part(run=partial(calls.run, name, side)) for side in Calls.SIDES)
+    return Contest(
+        case=name, shape=f"{settings.shape}: {calls.told(name)}", dtype=settings.torch_dtype, ours={"engine": fast},
+        baselines={"published" if settings.code else "stand-in": [original]}, passes=calls.passes(name),
+        items=calls.items(name),
+    )  # fmt: skip

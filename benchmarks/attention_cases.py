@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hermesflow.benchmarks import naive, peers
-from hermesflow.benchmarks.case import Call, Case, graded, with_gradients, wrong_values
+from hermesflow.benchmarks.case import Case, graded, with_gradients, wrong_values
+from hermesflow.benchmarks.measuring import Call
 from hermesflow.kernels.span_attention import span_attention, span_attention_reference
 from hermesflow.kernels.span_tree import SpanTree
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Call = Callable[[], Any]
+from hermesflow.benchmarks.measuring import Call
+
 NUM_CHECKED_ROWS = 256
 
 

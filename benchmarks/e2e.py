@@ -5,49 +5,34 @@ that every answer has its full length. Both sides run in turn on the same weight
 published ways. The published algorithm (naive_model.py) works at batch 1 for text and prompt by prompt for images, so
 where there are several its time is that of one times their number, and the line's baseline_scaled says so.
 
-From the passes of engine/model_work.py, which say what the exact algorithms need:
-
-    mfu             FLOPs of all passes / time / matmul rate of this device in this dtype, measured in the same run
-    roof_fraction   sum over the passes of max(FLOPs / matmul rate, bytes / copy bandwidth) / time
-    projection      hours of the paper's protocol: for images, captions and answers each its FLOPs at the shape of
-                    Show-o 1.3B / (FLOPs / time) of that case. At that shape itself this scales by the number of items.
+The passes of engine/model_work.py say what the exact algorithms need. The run ends with a projection, hours of the
+paper's protocol: for images, captions and answers each its FLOPs at the shape of Show-o 1.3B / (FLOPs / time) of that
+case. At that shape itself this scales by the number of items.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hermesflow import load_model
 from hermesflow.benchmarks import naive_model
-from hermesflow.benchmarks.case import Call
-from hermesflow.benchmarks.lines import Line, console_table, write_lines
-from hermesflow.benchmarks.measuring import (
-    MIB,
-    Roof,
-    check_device,
-    check_names,
-    measure_roof,
-    peak_bytes,
-    percentiles,
-    run_facts,
-)
+from hermesflow.benchmarks.lines import Line
+from hermesflow.benchmarks.measuring import Call, Effort, Part
 from hermesflow.benchmarks.random_checkpoint import NUM_SPECIAL, CheckpointShape, language_model_config
+from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
@@ -58,7 +43,6 @@ from hermesflow.models import showo
 from hermesflow.runtime.files import atomic_write, make_folder, write_text
 
 CASES = ("images", "captions", "answers", "score", "curation")
-DTYPES = ("float32", "bfloat16")
 # Greedy once, then each top-k with each temperature: HermesFlow's inference_mmu_caption.py.
 CAPTION_SAMPLING = (
     SamplingParams(temperature=0.0, max_new_tokens=30),
@@ -69,7 +53,7 @@ NUM_CHECKED = 2
 """Questions whose answers are compared before anything is timed."""
 LEAST_EQUAL = {torch.float32: 0.9, torch.bfloat16: 0.1}
 """Share of greedy tokens that must be equal: where rounding turns a near-tie, all that follows may differ."""
-MIN_ROUNDS, MAX_ROUNDS, MIN_SECONDS = 3, 50, 3.0
+EFFORT = Effort(seconds=3.0, min_rounds=3, max_rounds=50, baselines_once=True)
 PARTS = ("transformer", "attention", "mlp")
 """Of the transformer, marked in profiles; attention and mlp lie in the first."""
 NUM_PROFILED = 15
@@ -119,58 +103,16 @@ PAPER_SHAPE = SHAPES["showo-1.3b"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(ModelSettings):
     """What to measure."""
 
-    device: str = "cpu"
-    shape: str = "small"
-    """One of SHAPES."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
-    cases: Sequence[str] = ()
-    """Empty is all."""
     naive: bool = True
     """Measure the published algorithm too."""
-    out: Path | None = None
-    """File of JSON lines."""
     profile: Path | None = None
     """Folder of a trace and a table for each case."""
 
     def __post_init__(self) -> None:
-        check_names("--shape", [self.shape], SHAPES)
-        check_names("--dtype", [self.dtype], DTYPES)
-        check_names("--case", self.cases, CASES)
-        check_device(self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NaivePart:
-    """A part of the published algorithm's work, and how many times the case holds it."""
-
-    name: str
-    run: Call
-    peak: Call
-    """A shorter call that needs as much memory at its worst moment."""
-    times: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One task."""
-
-    name: str
-    shape: str
-    """Its sizes in words."""
-    run: Call
-    """Ours."""
-    passes: list[Work]
-    items: dict[str, int] = field(default_factory=dict)
-    """What one call makes."""
-    naive: list[NaivePart] = field(default_factory=list)
-
-    @property
-    def num_flops(self) -> int:
-        return sum(work.num_flops for work in self.passes)
+        self.check(SHAPES, CASES)
 
 
 def run_e2e(settings: Settings) -> int:
@@ -181,34 +123,20 @@ def run_e2e(settings: Settings) -> int:
     Returns: 0, or 1 if the engine's results are not those of the published algorithm.
     Raises: InputError if a file cannot be written.
     """
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    device, dtype, lines = torch.device(settings.device), getattr(torch, settings.dtype), []
-    facts = run_facts(device)  # before the file is written, which may make the checkout dirty
-    if settings.out:
-        write_lines(settings.out, lines)  # a path that cannot be written shows now
+    run = Run("e2e", settings, EFFORT, settings.torch_dtype)
     if settings.profile:
         make_folder(settings.profile)
-    roof = measure_roof(device)
-    console.print(
-        f"{facts['device']}: copy {roof.bytes_per_s / 1e9:.3g} GB/s, matmul {settings.dtype} "
-        f"{roof.flops_per_s(dtype) / 1e12:.3g} TFLOP/s"
-    )
-    tasks = Tasks(SHAPES[settings.shape], device, dtype)
-    wrong = tasks.check()
-    if wrong:
-        console.print(f"not measured: {wrong}")
+    tasks = Tasks(SHAPES[settings.shape], run.device, settings.torch_dtype)
+    if not run.is_right([tasks.check()]):
         return 1
     for name in settings.cases or CASES:
-        case = getattr(tasks, name)()
-        console.print(f"{case.name} [{settings.shape}: {case.shape}, {settings.dtype}]")
-        lines.append(_measure(case, settings, roof, dtype) | facts)
-        if settings.out:
-            write_lines(settings.out, lines)
+        contest: Contest = getattr(tasks, name)()
+        baselines = contest.baselines if settings.naive else {}
+        run.measure(replace(contest, shape=f"{settings.shape}: {contest.shape}", baselines=baselines))
         if settings.profile:
-            console.print(_profile(case, tasks.engine.transformer, settings.profile, device))
-    title = f"e2e, {settings.shape}, {facts['device']}: median ms; times as fast as the baseline (its ms and peak MiB)"
-    console.print(console_table(lines, title))
-    console.print(_projection(lines, dtype))
+            run.console.print(_profile(contest, tasks.engine.transformer, settings.profile, run.device))
+    run.print_table("the baseline")
+    run.console.print(_projection(run.lines, settings.torch_dtype))
     return 0
 
 
@@ -267,65 +195,60 @@ class Tasks:
                 return f"{name} have {share:.0%} of the tokens of the published algorithm"
         return None
 
-    def images(self) -> Case:
+    def images(self) -> Contest:
         """Guided images of each prompt."""
         shape, tokens = self.shape, self.engine.layout.num_image_tokens
         num_images = shape.num_prompts * shape.num_images
-        return Case(
-            name="images",
-            shape=f"{num_images} of {tokens} tokens, {shape.num_steps} steps, guidance {shape.guidance_scale:g}",
+        return self._contest(
+            "images",
+            f"{num_images} of {tokens} tokens, {shape.num_steps} steps, guidance {shape.guidance_scale:g}",
             run=self._draw,
             passes=self._image_work(),
             items={"images": num_images, "image tokens": num_images * tokens},
             naive=[self._naive_images()],
         )
 
-    def captions(self) -> Case:
+    def captions(self) -> Contest:
         """Ten captions of each image."""
         shape, samples, tokens = self.shape, len(CAPTION_SAMPLING), CAPTION_SAMPLING[0].max_new_tokens
         num_captions = shape.num_viewed * samples
-        return Case(
-            name="captions",
-            shape=f"{samples} of {tokens} tokens for {_count(shape.num_viewed, 'image')}",
+        return self._contest(
+            "captions",
+            f"{samples} of {tokens} tokens for {_count(shape.num_viewed, 'image')}",
             run=partial(self._caption, self.viewed),
             passes=self.work.answers(shape.num_viewed, 1, shape.caption_question_len, samples, tokens),
             items={"captions": num_captions, "caption tokens": num_captions * tokens},
             naive=[self._naive_captions(shape.num_viewed)],
         )
 
-    def answers(self) -> Case:
+    def answers(self) -> Contest:
         """Greedy answers to the questions about each image."""
         shape = self.shape
-        return Case(
-            name="answers",
-            shape=f"{shape.num_questions} of {ANSWER_SAMPLING.max_new_tokens} tokens "
-            f"for {_count(shape.num_viewed, 'image')}",
+        return self._contest(
+            "answers",
+            f"{shape.num_questions} of {ANSWER_SAMPLING.max_new_tokens} tokens for {_count(shape.num_viewed, 'image')}",
             run=partial(self._answer, self.viewed),
             passes=self._answer_work(shape.num_viewed),
             items={"answers": shape.num_viewed * shape.num_questions},
             naive=[self._naive_answers(shape.num_viewed)],
         )
 
-    def score(self) -> Case:
+    def score(self) -> Contest:
         """The log-probability of each choice of the questions about each image."""
         shape, viewed = self.shape, self.shape.num_viewed
         questions = self.questions
-        return Case(
-            name="score",
-            shape=f"{shape.num_questions} questions of {shape.num_choices} choices for {_count(viewed, 'image')}",
+        return self._contest(
+            "score",
+            f"{shape.num_questions} questions of {shape.num_choices} choices for {_count(viewed, 'image')}",
             run=lambda: self.engine.score_choices(self.viewed, [questions] * viewed, [self.choices] * viewed),
             passes=self.work.choices(
                 viewed, shape.num_questions, shape.question_len, shape.num_choices, shape.choice_len
             ),
             items={"answers": viewed * shape.num_questions},
-            naive=[
-                NaivePart(
-                    name="one image", run=self._naive_score, peak=partial(self._naive_score, 1), times=viewed
-                )
-            ],
-        )  # fmt: skip
+            naive=[Part(name="one image", run=self._naive_score, peak=partial(self._naive_score, 1), times=viewed)],
+        )
 
-    def curation(self) -> Case:
+    def curation(self) -> Contest:
         """Whole records: images of the prompt with answers about each, captions of the record's own image."""
         shape = self.shape
         records, num_images = shape.num_prompts, shape.num_prompts * shape.num_images
@@ -337,9 +260,9 @@ class Tasks:
             self._caption(own)
             self._answer(codes.flatten(0, 1))
 
-        return Case(
-            name="curation",
-            shape=f"{_count(records, 'record')} of {shape.num_images} images, {samples} captions, "
+        return self._contest(
+            "curation",
+            f"{_count(records, 'record')} of {shape.num_images} images, {samples} captions, "
             f"{shape.num_questions} answers an image",
             run=run,
             passes=[
@@ -350,6 +273,14 @@ class Tasks:
             items={"records": records},
             naive=[self._naive_images(), self._naive_captions(records), self._naive_answers(num_images)],
         )
+
+    def _contest(
+        self, case: str, shape: str, run: Call, passes: list[Work], items: dict[str, int], naive: list[Part]
+    ) -> Contest:
+        return Contest(
+            case=case, shape=shape, dtype=self.work.dtype, ours={"engine": Part(run=run)}, baselines={"naive": naive},
+            passes=passes, items=items,
+        )  # fmt: skip
 
     def _image_work(self) -> list[Work]:
         shape = self.shape
@@ -380,7 +311,7 @@ class Tasks:
         seeds = torch.zeros(len(images), len(self.questions), 1, dtype=torch.int64)
         return self.engine.extend(images, [self.questions] * len(images), sampling=[ANSWER_SAMPLING], seeds=seeds)
 
-    def _naive_images(self) -> NaivePart:
+    def _naive_images(self) -> Part:
         shape = self.shape
         prompts = [self.prompts[0]] * shape.num_images
 
@@ -390,26 +321,26 @@ class Tasks:
             )
 
         short = replace(self.params, num_steps=1)
-        return NaivePart(
+        return Part(
             name=f"{shape.num_images} images", run=partial(run, self.params), peak=partial(run, short),
             times=shape.num_prompts,
         )  # fmt: skip
 
-    def _naive_captions(self, num_images: int) -> NaivePart:
+    def _naive_captions(self, num_images: int) -> Part:
         def run() -> None:
             for params in CAPTION_SAMPLING:
                 self._naive_answer(self.caption_question, params)
 
         peak = partial(self._naive_last_token, self.caption_question, CAPTION_SAMPLING[-1])
-        return NaivePart(name="captions of one image", run=run, peak=peak, times=num_images)
+        return Part(name="captions of one image", run=run, peak=peak, times=num_images)
 
-    def _naive_answers(self, num_images: int) -> NaivePart:
+    def _naive_answers(self, num_images: int) -> Part:
         def run() -> None:
             for question in self.questions:
                 self._naive_answer(question, ANSWER_SAMPLING)
 
         peak = partial(self._naive_last_token, self.questions[0], ANSWER_SAMPLING)
-        return NaivePart(name="answers about one image", run=run, peak=peak, times=num_images)
+        return Part(name="answers about one image", run=run, peak=peak, times=num_images)
 
     def _naive_answer(self, question: list[int], params: SamplingParams) -> list[int]:
         codes = self.viewed[0].tolist()
@@ -456,56 +387,12 @@ def make_model(
     return transformer.eval().requires_grad_(False), layout
 
 
-def _measure(case: Case, settings: Settings, roof: Roof, dtype: torch.dtype) -> Line:
-    """The case's line, without what all lines of a run share."""
-    device, parts = roof.device, case.naive if settings.naive else []
-    peak = peak_bytes(case.run, device) / MIB
-    naive_peak = max((peak_bytes(part.peak, device) / MIB for part in parts), default=None)
-    ours, theirs = _time_in_turn(case.run, [(part.run, part.times) for part in parts], device)
-    mine = percentiles(ours)
-    naive_ms, seconds = statistics.median(theirs) if parts else None, mine.ms_p50 / 1e3
-    scaled = ", ".join(f"{part.name} x {part.times}" for part in parts if part.times > 1)
-    return {
-        "bench": "e2e", "case": case.name, "shape": f"{settings.shape}: {case.shape}", "dtype": settings.dtype,
-        "backend": "engine", "baseline": "naive" if parts else None, "ms_p20": mine.ms_p20, "ms_p50": mine.ms_p50,
-        "ms_p80": mine.ms_p80, "baseline_ms_p50": naive_ms, "speedup": naive_ms and naive_ms / mine.ms_p50,
-        "peak_mib": peak, "baseline_peak_mib": naive_peak,
-        "gb_s": sum(work.num_bytes for work in case.passes) / seconds / 1e9,
-        "tflop_s": case.num_flops / seconds / 1e12,
-        "roof_fraction": sum(roof.seconds(work.num_bytes, work.num_flops, dtype) for work in case.passes) / seconds,
-        "mfu": case.num_flops / seconds / roof.flops_per_s(dtype),
-        "items_per_s": {name: count / seconds for name, count in case.items.items()},
-        "num_rounds": len(ours), "baseline_rounds": len(theirs), "baseline_scaled": scaled or None,
-    }  # fmt: skip
-
-
-def _time_in_turn(run: Call, naive: list[tuple[Call, int]], device: torch.device) -> tuple[list[float], list[float]]:
-    """Milliseconds of each round of ours and of the published algorithm, which come in turn.
-
-    At least MIN_ROUNDS of ours and one of theirs, more of both while they take less than MIN_SECONDS.
-    """
-
-    def time_one(call: Call) -> float:
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        return (time.perf_counter() - start) * 1e3
-
-    ours, theirs, start = [], [], time.perf_counter()
-    while len(ours) < MIN_ROUNDS or (time.perf_counter() - start < MIN_SECONDS and len(ours) < MAX_ROUNDS):
-        ours.append(time_one(run))
-        if naive and (not theirs or time.perf_counter() - start < MIN_SECONDS):
-            theirs.append(sum(times * time_one(call) for call, times in naive))
-    return ours, theirs
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _profile(case: Case, transformer: Transformer, folder: Path, device: torch.device) -> str:
+def _profile(contest: Contest, transformer: Transformer, folder: Path, device: torch.device) -> str:
     """Write a trace of one run and the table of its operations, which is returned.
 
     The trace opens in Perfetto or chrome://tracing. On the CPU the parts of the transformer are marked in it and summed
@@ -519,10 +406,10 @@ def _profile(case: Case, transformer: Transformer, folder: Path, device: torch.d
             stack.enter_context(_marked_parts(transformer))
         recorded = stack.enter_context(profile(activities=activities))
         start = time.perf_counter()
-        case.run()
+        contest.ours["engine"].run()
         _wait(device)
         seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as outside, atomic_write(folder / f"{case.name}.json.gz") as temporary:
+    with tempfile.TemporaryDirectory() as outside, atomic_write(folder / f"{contest.case}.json.gz") as temporary:
         trace = Path(outside) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         temporary.write_bytes(gzip.compress(trace.read_bytes()))
@@ -532,7 +419,7 @@ def _profile(case: Case, transformer: Transformer, folder: Path, device: torch.d
     here = [event for event in averages if (event.device_type == DeviceType.CUDA) == on_cuda]
     rows = [(event.key, getattr(event, spent) / 1e6, event.count) for event in here if event.key not in PARTS]
     rows = sorted(rows, key=lambda row: -row[1])[:NUM_PROFILED]
-    lines = [f"{case.name}: {seconds:.3g} s under the profiler; own time of each operation"]
+    lines = [f"{contest.case}: {seconds:.3g} s under the profiler; own time of each operation"]
     lines += [
         f"  {spent_s:9.4f} s  {spent_s / seconds:6.1%}  {count:7d} x  {name[:90]}" for name, spent_s, count in rows
     ]
@@ -541,7 +428,7 @@ def _profile(case: Case, transformer: Transformer, folder: Path, device: torch.d
         total["elsewhere"] = seconds - total["transformer"]
         lines += ["parts", *(f"  {total[name]:9.4f} s  {total[name] / seconds:6.1%}  {name}" for name in total)]
     text = "\n".join(lines) + "\n"
-    write_text(folder / f"{case.name}.txt", text)
+    write_text(folder / f"{contest.case}.txt", text)
     return text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hermesflow.runtime.files import InputError, read_bytes, write_text
+from hermesflow.runtime.files import InputError, read_bytes, read_text, write_text
 
 Line = dict[str, Any]
 FIELDS = (
@@ -85,13 +85,9 @@ def replace_marked(path: Path, name: str, content: Callable[[str], str], example
         example: what an opening marker may say, for the message.
     Raises: InputError if the file has no markers, or it cannot be read or written.
     """
-    try:
-        text = read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
     marked = re.compile(rf"<!-- ({name}(?: .+?)?) -->\n.*?<!-- /{name} -->", re.DOTALL)
     updated, count = marked.subn(
-        lambda found: f"<!-- {found[1]} -->\n\n{content(found[1])}\n<!-- /{name} -->", text
+        lambda found: f"<!-- {found[1]} -->\n\n{content(found[1])}\n<!-- /{name} -->", read_text(path)
     )
     if count == 0:
         raise InputError(f"{path}: has no markers; add <!-- {example} --> and <!-- /{name} --> where tables belong")

@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,21 +26,33 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hermesflow.benchmarks.case import Call
 from hermesflow.engine.model_work import matmul_rate
-from hermesflow.runtime.files import InputError
 
-ROOT = Path(__file__).parents[1]
+Call = Callable[[], Any]
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout, or where the package is installed."""
 MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A call, and how many times what is timed holds it."""
+
+    run: Call
+    times: int = 1
+    name: str = ""
+    peak: Call | None = None
+    """A shorter call that needs as much memory at its worst moment; None is run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Times:
-    """Percentiles of one contender's times over the rounds."""
+    """Percentiles of one contender's times over its rounds."""
 
     ms_p20: float
     ms_p50: float
     ms_p80: float
+    num_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,36 +65,43 @@ class Effort:
     """Rounds, however long they take."""
     max_rounds: int = 200
     """Rounds, however short they are."""
+    baselines_once: bool = False
+    """Of baselines one round, and further ones only in the seconds left: they are slow."""
 
 
-def time_rounds(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> dict[str, Times]:
-    """Time the calls in turn, round by round, each round starting with another one.
+def time_rounds(
+    calls: Mapping[Hashable, Sequence[Part]], device: torch.device, effort: Effort, once: Collection[Hashable] = ()
+) -> dict[Hashable, Times]:
+    """Time calls in turn, round by round, each round starting with another one.
 
     Args:
-        calls: name -> call; each has run before.
+        calls: key -> the parts whose times add up; each has run before.
         device: where they run.
         effort: rounds.
-    Returns: name -> its times.
+        once: keys that need one round alone; further ones are timed while there is time.
+    Returns: key -> its times.
     """
     time_one = _cuda_timer(device) if device.type == "cuda" else _cpu_ms
-    samples: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
-    names, start, num_rounds = list(calls), time.perf_counter(), 0
-    while num_rounds < effort.min_rounds or (
-        num_rounds < effort.max_rounds and time.perf_counter() - start < effort.seconds
-    ):
-        first = num_rounds % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(time_one(calls[name]))
+    samples: dict[Hashable, list[list[tuple[int, Callable[[], float]]]]] = {key: [] for key in calls}
+    keys, end, num_rounds = list(calls), time.perf_counter() + effort.seconds, 0
+    while num_rounds < effort.min_rounds or (num_rounds < effort.max_rounds and time.perf_counter() < end):
+        first = num_rounds % len(keys)
+        for key in keys[first:] + keys[:first]:
+            if key not in once or num_rounds == 0 or time.perf_counter() < end:
+                samples[key].append([(part.times, time_one(part.run)) for part in calls[key]])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         num_rounds += 1
-    return {name: percentiles([read() for read in reads]) for name, reads in samples.items()}
+    return {
+        key: _percentiles([sum(times * read() for times, read in parts) for parts in rounds])
+        for key, rounds in samples.items()
+    }
 
 
-def percentiles(samples: Sequence[float]) -> Times:
+def _percentiles(samples: Sequence[float]) -> Times:
     """Of milliseconds."""
     p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return Times(ms_p20=p20, ms_p50=p50, ms_p80=p80)
+    return Times(ms_p20=p20, ms_p50=p50, ms_p80=p80, num_rounds=len(samples))
 
 
 def _cpu_ms(call: Call) -> Callable[[], float]:
@@ -199,18 +218,3 @@ def _cpu_name() -> str:
     names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     return f"{names[0] if names else platform.machine()}, {threads} threads, {capability}"
-
-
-def check_names(option: str, names: Sequence[str], known: Collection[str]) -> None:
-    """Raise InputError unless the option's names are known."""
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(f"{option}: expected {', '.join(sorted(known))}, got {unknown[0]!r}")
-
-
-def check_device(name: str) -> None:
-    """Raise InputError unless the device can be measured."""
-    if name not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; `hermesflow doctor` says why")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hermesflow.algorithms.packing import PairBatch
 from hermesflow.benchmarks import naive
+from hermesflow.benchmarks.published_inputs import IGNORED, generation_ids
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.token_layout import TokenLayout
@@ -68,21 +69,6 @@ def _mlp(block: Block, x: Tensor) -> Tensor:
     return F.linear(x, mlp.down.weight, mlp.down.bias)
 
 
-def image_sequences(
-    layout: TokenLayout, prompts: Sequence[Sequence[int]], num_text_tokens: int, device: torch.device
-) -> Tensor:
-    """Sequences [B, num_text_tokens + 1 + num_image_tokens + 2] with all of the image masked, text padded on the left.
-
-    [pads, t2i, sot, text, eot, soi, masks, eoi]: num_text_tokens hold sot, text and eot, as in Show-o.
-    """
-    image = layout.image([-1] * layout.num_image_tokens)
-    rows = []
-    for prompt in prompts:
-        text = layout.text_prompt(prompt)
-        rows.append([layout.pad] * (num_text_tokens + 1 - len(text)) + text + image)
-    return torch.tensor(rows, device=device)
-
-
 def image_mask(layout: TokenLayout, ids: Tensor) -> Tensor:
     """Dense mask bool [B, 1, L, L]: text sees the text before it, the image all text and all of itself, none a pad."""
     length = ids.shape[1]
@@ -109,9 +95,9 @@ def draw_images(
     Returns: codes int64 [B, num_image_tokens]; random draws are torch's own.
     """
     device, num_tokens = transformer.embed.weight.device, layout.num_image_tokens
-    ids = image_sequences(layout, prompts, num_text_tokens, device)
+    ids = generation_ids(layout, prompts, num_text_tokens).to(device)
     guided = params.guidance_scale != 0
-    unguided = image_sequences(layout, [[]] * len(prompts), num_text_tokens, device)
+    unguided = generation_ids(layout, [[]] * len(prompts), num_text_tokens).to(device)
     mask = image_mask(layout, torch.cat([ids, unguided]) if guided else ids)
     image, codes_at = slice(-num_tokens - 1, -1), slice(layout.code_offset, layout.code_offset + layout.codebook_size)
     mask_temperature = params.mask_temperature
@@ -208,9 +194,6 @@ class PaddedPairs:
 
     ids: Tensor
     labels: Tensor
-
-
-IGNORED = -100
 
 
 def pad_pairs(layout: TokenLayout, batch: PairBatch, num_text_tokens: int) -> PaddedPairs:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hermesflow.benchmarks import naive, peers
 from hermesflow.benchmarks.case import (
-    Call,
     Case,
     agrees_with,
     draws_tokens,
@@ -21,6 +20,7 @@ from hermesflow.benchmarks.case import (
     wrong_draws,
     wrong_values,
 )
+from hermesflow.benchmarks.measuring import Call
 from hermesflow.kernels.guided_sample import guided_sample, guided_sample_reference
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.linear_sample import linear_sample, linear_sample_reference

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from hermesflow.benchmarks.case import Call, with_gradients
+from hermesflow.benchmarks.case import with_gradients
+from hermesflow.benchmarks.measuring import Call
 
 if TYPE_CHECKING:
     from hermesflow.kernels.span_tree import SpanTree

@@ -10,11 +10,8 @@ position. It has no cached reference, so that it computes one in both cases; wha
 starts, what ours reads is packed while it runs. Weights are random (e2e.make_model), those of the policy a little
 beside the reference's. Loss and gradients of both are compared before anything is timed.
 
-Peak memory holds gradients and what the passes keep, no weights. From ModelWork.tree, of which a backward pass needs
-twice what a forward pass does:
-
-    mfu             FLOPs of all passes / time / matmul rate of this device in this dtype, measured in the same run
-    roof_fraction   the passes' max(FLOPs / matmul rate, bytes / copy bandwidth) / time
+Peak memory holds gradients and what the passes keep, no weights. A backward pass needs twice what a forward pass does
+by ModelWork.tree.
 
 Peers for the loss by itself (Liger, cut cross-entropy, TRL) are in `bench ops --op linear_logprob`.
 """
@@ -22,36 +19,22 @@ Peers for the loss by itself (Liger, cut cross-entropy, TRL) are in `bench ops -
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from hermesflow.algorithms.packing import PairBatch, PairPacker, PairVisit
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import LiveReference, Reference, batch_logprobs, cached_reference
 from hermesflow.benchmarks import e2e, naive_model
-from hermesflow.benchmarks.case import Call
-from hermesflow.benchmarks.lines import Line, console_table, write_lines
-from hermesflow.benchmarks.measuring import (
-    MIB,
-    Effort,
-    Roof,
-    Times,
-    check_device,
-    check_names,
-    measure_roof,
-    peak_bytes,
-    run_facts,
-    time_rounds,
-)
+from hermesflow.benchmarks.measuring import Call, Effort, Part
+from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.engine.model_work import ModelWork, Work
@@ -59,7 +42,6 @@ from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model, PromptFormat
 
 CASES = ("step_live", "step_cached")
-DTYPES = ("float32", "bfloat16")
 EFFORT = Effort(seconds=20.0, min_rounds=5, max_rounds=50)
 # Largest relative error of the loss and of a weight's gradient. In bfloat16 the roundings of both sides count: an
 # image's log-probability is a sum over hundreds of tokens.
@@ -88,24 +70,11 @@ SHAPES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(ModelSettings):
     """What to measure."""
 
-    device: str = "cpu"
-    shape: str = "small"
-    """One of SHAPES."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
-    cases: Sequence[str] = ()
-    """Empty is all."""
-    out: Path | None = None
-    """File of JSON lines."""
-
     def __post_init__(self) -> None:
-        check_names("--shape", [self.shape], SHAPES)
-        check_names("--dtype", [self.dtype], DTYPES)
-        check_names("--case", self.cases, CASES)
-        check_device(self.device)
+        self.check(SHAPES, CASES)
 
 
 def run_train(settings: Settings) -> int:
@@ -116,32 +85,12 @@ def run_train(settings: Settings) -> int:
     Returns: 0, or 1 if loss or gradients are not those of the published algorithm.
     Raises: InputError if a file cannot be written.
     """
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    facts = run_facts(device)  # before the file is written, which may make the checkout dirty
-    if settings.out:
-        write_lines(settings.out, [])  # a path that cannot be written shows now
-    roof, step = measure_roof(device), Step(settings.shape, device, dtype)
-    console.print(
-        f"{facts['device']}: copy {roof.bytes_per_s / 1e9:.3g} GB/s, matmul {settings.dtype} "
-        f"{roof.flops_per_s(dtype) / 1e12:.3g} TFLOP/s"
-    )
-    calls = {name: partial(step.run, name) for name in settings.cases or CASES} | {"naive": step.run_naive}
-    naive_results = step.results(step.run_naive)
-    for name in settings.cases or CASES:
-        wrong = step.compare(step.results(calls[name]), naive_results)
-        if wrong:
-            console.print(f"not measured: {name}: {wrong}")
-            return 1
-    del naive_results
-    calls = {name: step.without_gradients(call) for name, call in calls.items()}
-    peaks = {name: peak_bytes(call, device) / MIB for name, call in calls.items()}
-    times = time_rounds(calls, device, EFFORT)
-    lines = [_line(name, settings, step, times, peaks, roof) | facts for name in settings.cases or CASES]
-    if settings.out:
-        write_lines(settings.out, lines)
-    told = "median ms; times as fast as the baseline (its ms and peak MiB)"
-    console.print(console_table(lines, f"train, {settings.shape}, {facts['device']}: {told}"))
+    run, names = Run("train", settings, EFFORT, settings.torch_dtype), settings.cases or CASES
+    step = Step(settings.shape, run.device, settings.torch_dtype)
+    if not run.is_right(step.comparisons(names)):
+        return 1
+    run.measure(*map(step.contest, names))
+    run.print_table("the baseline")
     return 0
 
 
@@ -149,7 +98,7 @@ class Step:
     """One step of Pair-DPO by our packed passes and by the published algorithm, over the same pairs."""
 
     def __init__(self, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
-        shape, model_shape = SHAPES[shape_name], e2e.SHAPES[shape_name]
+        self.shape_name, shape, model_shape = shape_name, SHAPES[shape_name], e2e.SHAPES[shape_name]
         self.transformer, layout = e2e.make_model(model_shape.checkpoint, device, dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -199,6 +148,21 @@ class Step:
         """The published algorithm's, likewise."""
         return naive_model.train_step(self.transformer, self.reference, self.layout, self._padded, self.config.beta)
 
+    def contest(self, case: str) -> Contest:
+        """Our step against the published algorithm's."""
+        num_pairs, num_tokens = len(self.visits), sum(map(self.packer.num_tokens, self.visits))
+        return Contest(
+            case=case,
+            shape=f"{self.shape_name}: {num_pairs} pairs, {self.layout.num_image_tokens} tokens an image, "
+            f"{num_tokens} packed",
+            dtype=self.work.dtype,
+            ours={"engine": Part(run=self.without_gradients(partial(self.run, case)))},
+            baselines={"naive": [Part(run=self.without_gradients(self.run_naive))]},
+            passes=self.passes(case),
+            items={"tokens": num_tokens, "pairs": num_pairs},
+            more={"baseline_reference": "computed in the step"},
+        )
+
     def without_gradients(self, call: Call) -> Call:
         """The call; then the gradients are let go, as a training loop does after its optimizer."""
 
@@ -214,6 +178,14 @@ class Step:
         gradients = {name: parameter.grad for name, parameter in self.transformer.named_parameters()}
         self.transformer.zero_grad(set_to_none=True)
         return loss, gradients
+
+    def comparisons(self, cases: Sequence[str]) -> Iterator[str]:
+        """How cases differ from the published algorithm, of those that do."""
+        expected = self.results(self.run_naive)
+        for case in cases:
+            wrong = self.compare(self.results(partial(self.run, case)), expected)
+            if wrong:
+                yield f"{case}: {wrong}"
 
     def compare(
         self, got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
@@ -235,11 +207,6 @@ class Step:
         num_forwards = 4 if case == "step_live" else 3
         batches = [self.packer.pack(chosen) for chosen in self._passes()]
         return [self.work.tree(batch.tree, len(batch.rows)) for batch in batches for _ in range(num_forwards)]
-
-    @property
-    def num_tokens(self) -> int:
-        """Packed tokens."""
-        return sum(map(self.packer.num_tokens, self.visits))
 
     def _passes(self) -> list[list[PairVisit]]:
         return [chosen for chosen, counts in self.packer.passes(self.visits) if counts]
@@ -267,27 +234,3 @@ def _move(transformer: Transformer, generator: torch.Generator) -> None:
         weight += MOVED * weight.abs().float().mean() * torch.randn(
             weight.shape, generator=generator, device=weight.device
         ).to(weight)  # fmt: skip
-
-
-def _line(
-    name: str, settings: Settings, step: Step, times: Mapping[str, Times], peaks: Mapping[str, float], roof: Roof
-) -> Line:
-    """The case's line, without what all lines of a run share."""
-    mine, passes, dtype = times[name], step.passes(name), step.work.dtype
-    seconds, naive_ms = mine.ms_p50 / 1e3, times["naive"].ms_p50
-    num_flops, num_pairs = sum(work.num_flops for work in passes), len(step.visits)
-    items = {"tokens": step.num_tokens, "pairs": num_pairs}
-    return {
-        "bench": "train", "case": name,
-        "shape": f"{settings.shape}: {num_pairs} pairs, {step.layout.num_image_tokens} tokens an image, "
-        f"{step.num_tokens} packed",
-        "dtype": settings.dtype, "backend": "engine", "baseline": "naive",
-        "ms_p20": mine.ms_p20, "ms_p50": mine.ms_p50, "ms_p80": mine.ms_p80,
-        "baseline_ms_p50": naive_ms, "speedup": naive_ms / mine.ms_p50,
-        "peak_mib": peaks[name], "baseline_peak_mib": peaks["naive"],
-        "gb_s": sum(work.num_bytes for work in passes) / seconds / 1e9, "tflop_s": num_flops / seconds / 1e12,
-        "roof_fraction": sum(roof.seconds(work.num_bytes, work.num_flops, dtype) for work in passes) / seconds,
-        "mfu": num_flops / seconds / roof.flops_per_s(dtype),
-        "items_per_s": {item: count / seconds for item, count in items.items()},
-        "baseline_reference": "computed in the step",
-    }  # fmt: skip

@@ -273,6 +273,14 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         return Path(path).read_bytes()
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """Read a text file whole. Raises: InputError as read_bytes, and if it is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+
+
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike) -> Iterator[None]:
     """Tells what goes wrong in the block, which opens or reads a file, as an InputError."""

@@ -1,13 +1,14 @@
 """The benchmark of the published class's methods before and after: its gate, its lines, its options."""
 
 import re
+import shutil
 import sys
 
 import pytest
 import torch
 
 from hermesflow import cli
-from hermesflow.benchmarks import accelerated, lines, showo_stand_in
+from hermesflow.benchmarks import accelerated, lines
 from hermesflow.benchmarks.measuring import Effort
 from hermesflow.drop_in import _FAST, AcceleratedMethod
 
@@ -42,11 +43,12 @@ def test_every_case(tmp_path, capsys):
 
 
 def test_both_sides_run_what_they_say():
-    calls = accelerated.Calls(showo_stand_in.Showo, accelerated.SHAPES["tiny"], torch.device("cpu"), torch.float32)
+    showo = accelerated.load_class(accelerated.STAND_IN)
+    calls = accelerated.Calls(showo, accelerated.SHAPES["tiny"], torch.device("cpu"), torch.float32)
     calls._side = "accelerated"
     assert isinstance(calls._method(calls.policy, "t2i_generate"), AcceleratedMethod)
     calls._side = "original"
-    assert calls._method(calls.policy, "t2i_generate").__func__ is showo_stand_in.Showo.t2i_generate
+    assert calls._method(calls.policy, "t2i_generate").__func__ is showo.t2i_generate
 
 
 @pytest.mark.parametrize("case", accelerated.CASES)
@@ -67,13 +69,17 @@ def test_a_wrong_result_is_not_measured(case, monkeypatch, capsys, tmp_path):
 
 
 def test_the_class_of_a_checkout(tmp_path):
-    models = tmp_path / "models"
-    models.mkdir()
-    (models / "__init__.py").write_text("")
-    (models / "modeling_showo.py").write_text("from hermesflow.benchmarks.showo_stand_in import Showo\n")
+    shutil.copytree(accelerated.STAND_IN, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models" / "__init__.py").write_text("raise ImportError('a package that is not at hand')\n")
     out = tmp_path / "lines.jsonl"
     assert bench("--code", tmp_path, "--case", "mmu_generate", "--out", out) == 0
     assert lines.read_lines(out)[0]["baseline"] == "published"
+
+
+def test_an_installed_package_asks_for_a_checkout(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accelerated, "STAND_IN", tmp_path / "showo_stand_in")
+    assert bench() == 2
+    assert "drop-in: the stand-in of the published class is not installed; give --code" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hermesflow import cli
-from hermesflow.benchmarks import e2e, lines, naive_model
+from hermesflow.benchmarks import e2e, lines, naive_model, published_inputs
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
@@ -50,7 +51,7 @@ def assert_same_logits(transformer, tree, naive_logits, make_truth):
 def test_logits_of_images_equal_the_engines(model):
     transformer, layout = model
     prompts = [list(prompt) for prompt in PROMPTS]
-    ids = naive_model.image_sequences(layout, prompts, 8, "cpu")
+    ids = published_inputs.generation_ids(layout, prompts, 8)
     generator = torch.Generator().manual_seed(1)
     ids[:, -10:-1] = layout.code_offset + torch.randint(layout.codebook_size, (len(ids), 9), generator=generator)
     mask, text = naive_model.image_mask(layout, ids), [layout.text_prompt(prompt) for prompt in prompts]
@@ -179,8 +180,7 @@ def test_the_papers_images_take_seven_hours_at_the_matmul_rate_of_an_h100():
 @pytest.fixture
 def quick(monkeypatch):
     """Short answers and one round."""
-    monkeypatch.setattr(e2e, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(e2e, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(e2e, "EFFORT", replace(e2e.EFFORT, seconds=0.0, min_rounds=1))
     sampling = SamplingParams(temperature=1.0, top_k=2, max_new_tokens=4)
     monkeypatch.setattr(e2e, "CAPTION_SAMPLING", (sampling, sampling))
     monkeypatch.setattr(e2e, "ANSWER_SAMPLING", SamplingParams(temperature=0.0, max_new_tokens=2))

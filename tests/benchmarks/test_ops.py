@@ -208,5 +208,5 @@ def test_roofline_without_matplotlib(monkeypatch, capsys):
 
 
 def test_the_command_line_loads_no_benchmark_for_its_help():
-    code = "import sys; from hermesflow import cli; cli._parser(); sys.exit('hermesflow.benchmarks' in sys.modules)"
+    code = "import sys; from hermesflow import cli; cli.make_parser(); sys.exit('hermesflow.benchmarks' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

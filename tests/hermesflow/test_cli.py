@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hermesflow import cli, tasks
+from hermesflow import arguments, cli, tasks
 from hermesflow.config import load_config
 from hermesflow.kernels.registry import BackendError
-from hermesflow.models.images import fit_image
-from hermesflow.runtime.files import InputError
 from hermesflow.models import family
+from hermesflow.models.images import fit_image
 from hermesflow.models.model import Model
+from hermesflow.runtime.files import InputError
 from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
 from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
@@ -134,8 +134,12 @@ def example(command, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_that_parses(command, capsys):
-    arguments = cli._parser().parse_args(example(command, capsys))
+    arguments = cli.make_parser().parse_args(example(command, capsys))
     load_config(arguments.config, arguments.set)
+
+
+def test_every_command_is_run_by_a_function():
+    assert {*cli._RUN, "pairs", "bench"} == {command.name for command in arguments.COMMANDS} == set(COMMANDS)
 
 
 def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """accelerate() and restore() on the published class's interface: every method against the class's own.
 
-The class is the stand-in of benchmarks/ and, for each checkout of the published code in HERMESFLOW_PUBLISHED_CODE
-(separated as in PATH), its models.modeling_showo.Showo. That code needs transformers 4.41.1 and diffusers 0.30.1.
+The class is the stand-in, tests/showo_stand_in, and models.modeling_showo.Showo of each checkout of the published code
+in HERMESFLOW_PUBLISHED_CODE (separated as in PATH). That code needs transformers 4.41.1 and diffusers 0.30.1.
 """
 
 import copy
@@ -20,10 +20,8 @@ import torch
 from torch import nn
 
 import hermesflow
-from hermesflow.benchmarks import showo_stand_in
 from hermesflow.benchmarks.accelerated import load_class
-from hermesflow.benchmarks.random_checkpoint import CheckpointShape, language_model_config
-from hermesflow.benchmarks.showo_stand_in import (
+from hermesflow.benchmarks.published_inputs import (
     IGNORED,
     caption_ids,
     clip_attention_mask,
@@ -34,6 +32,7 @@ from hermesflow.benchmarks.showo_stand_in import (
     understanding_attention_mask,
     understanding_ids,
 )
+from hermesflow.benchmarks.random_checkpoint import CheckpointShape, language_model_config
 from hermesflow.drop_in import attention_masks as mask_reading
 from hermesflow.drop_in import label_scoring
 from hermesflow.engine.decoders.masked import ImageDecoder
@@ -41,6 +40,7 @@ from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.kernels.span_tree import SpanTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+STAND_IN = str(Path(__file__).parents[1] / "showo_stand_in")
 # Read here, since a fixture of all tests hides the variable.
 CHECKOUTS = [folder for folder in os.environ.get("HERMESFLOW_PUBLISHED_CODE", "").split(os.pathsep) if folder]
 LAYOUT = TokenLayout(text_vocab_size=299, codebook_size=64, num_image_tokens=16, sot=0, eot=0)
@@ -65,12 +65,9 @@ def published_modules(folder):
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "models"}
 
 
-@pytest.fixture(scope="module", params=["stand-in", *CHECKOUTS], ids=lambda folder: os.path.basename(folder))
+@pytest.fixture(scope="module", params=[STAND_IN, *CHECKOUTS], ids=os.path.basename)
 def showo_class(request):
     """The class under test, importable by its name, as pickle needs it."""
-    if request.param == "stand-in":
-        yield showo_stand_in.Showo
-        return
     with pytest.MonkeyPatch.context() as patch:
         for name, module in published_modules(request.param).items():
             patch.setitem(sys.modules, name, module)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid, one_hot
 
 import hermesflow
-from hermesflow.benchmarks import showo_stand_in
+from hermesflow.benchmarks import published_inputs
+from hermesflow.benchmarks.accelerated import load_class
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.weights import read_tensors
 
@@ -31,7 +32,7 @@ def golden():
 
 
 def accelerated(weights):
-    model = showo_stand_in.Showo(
+    model = load_class(FOLDER.parents[1] / "showo_stand_in")(
         CONFIG["w_clip_vit"], CONFIG["vocab_size"], CONFIG["llm_vocab_size"], FOLDER / "llm", CONFIG["codebook_size"],
         CONFIG["num_vq_tokens"],
     )  # fmt: skip
@@ -56,13 +57,13 @@ def no_original(caplog):
 
 
 def image_mask(ids):
-    return showo_stand_in.image_attention_mask(ids, LAYOUT.pad, LAYOUT.soi, LAYOUT.eoi)
+    return published_inputs.image_attention_mask(ids, LAYOUT.pad, LAYOUT.soi, LAYOUT.eoi)
 
 
 @pytest.mark.parametrize("number", range(len(META["mmu_questions"])))
 def test_greedy_answers(policy, golden, number):
     ids, wanted = golden[f"mmu{number}.input_ids"], golden[f"mmu{number}.greedy"]
-    mask = showo_stand_in.understanding_attention_mask(ids, LAYOUT.eoi)
+    mask = published_inputs.understanding_attention_mask(ids, LAYOUT.eoi)
     found = policy.mmu_generate(ids, attention_mask=mask, max_new_tokens=len(wanted), top_k=1)
     assert torch.equal(torch.stack(found), wanted)
 
@@ -74,14 +75,14 @@ def test_marginals(policy, golden, case):
     num_samples, length = META["maskgit_samples"], META["max_seq_length"]
     first = golden["t2i.input_ids"][0].tolist()
     prompt = [token for token in first[: first.index(LAYOUT.soi)] if token != LAYOUT.pad][2:-1]
-    ids = showo_stand_in.generation_ids(LAYOUT, [prompt], length)
-    unguided = showo_stand_in.generation_ids(LAYOUT, [[]], length)
+    ids = published_inputs.generation_ids(LAYOUT, [prompt], length)
+    unguided = published_inputs.generation_ids(LAYOUT, [[]], length)
     both = [part.expand(num_samples, -1) for part in (ids, unguided)]
     mask = torch.cat([image_mask(part).expand(num_samples, -1, -1, -1) for part in (ids, unguided)])
     torch.manual_seed(0)
     codes = policy.t2i_generate(
         both[0], both[1], mask if float(guidance_scale) else mask[:num_samples], timesteps=int(num_steps),
-        guidance_scale=float(guidance_scale), config=showo_stand_in.published_config(LAYOUT, length),
+        guidance_scale=float(guidance_scale), config=published_inputs.published_config(LAYOUT, length),
     )  # fmt: skip
     ours = one_hot(codes, LAYOUT.codebook_size).double().mean(0)
     assert ((ours - golden[name]).abs().sum(1) / 2).max() <= TOTAL_VARIATION
@@ -90,7 +91,7 @@ def test_marginals(policy, golden, case):
 def sums(model, golden, role):
     """Of the pair's image and caption sequence, as the published training calls it with the sizes given."""
     images, captions = (golden[f"pairdpo.{kind}_input_ids"] for kind in (role, f"mmu_{role}"))
-    mask = torch.cat([image_mask(images), showo_stand_in.understanding_attention_mask(captions, LAYOUT.eoi)])
+    mask = torch.cat([image_mask(images), published_inputs.understanding_attention_mask(captions, LAYOUT.eoi)])
     labels = torch.cat([golden[f"pairdpo.{kind}_labels"] for kind in (role, f"mmu_{role}")])
     return model.loss_for_unidpo(
         torch.cat([images, captions]), attention_mask=mask, labels=labels, batch_size_t2i=1, batch_size_mmu=1,

@@ -1,0 +1,295 @@
+"""What the `hermesflow` command reads: its commands, their options, and how each is explained."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hermesflow import __version__
+from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS
+
+Arguments = argparse.Namespace
+Option = tuple[list[str], dict[str, Any]]
+"""Names, and how argparse reads the option."""
+
+
+class Command(NamedTuple):
+    """A command, or a group of commands."""
+
+    name: str
+    """After that of its group, if it is in one."""
+    told: str
+    example: str
+    """What follows the name."""
+    options: tuple[Option, ...]
+    continues: bool
+    """The same command goes on where it was stopped."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    It gives command (a name in COMMANDS), continues, config (a Path or None), set and shortcuts (lists of KEY=VALUE)
+    and what the command's own options say.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hermesflow",
+        description="Narrow the gap between what a unified multimodal model understands and what it can draw.",
+        epilog="example: hermesflow selfplay --set run.name=demo",
+    )
+    parser.add_argument("--version", action="version", version=f"hermesflow {__version__}")
+    groups = {"": _group(parser, "")}
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        added = groups[group].add_parser(
+            name,
+            help=command.told,
+            description=f"{command.told[0].upper()}{command.told[1:]}.",
+            epilog=f"example:\n  hermesflow {command.name} {command.example}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line, to be copied
+        )
+        added.set_defaults(command=command.name, continues=command.continues, config=None, set=[], shortcuts=[])
+        for names, how in command.options:
+            added.add_argument(*names, **how)
+        if name in _GROUPS:
+            groups[name] = _group(added, name)
+    return parser
+
+
+_GROUPS = {"": ("commands", "COMMAND"), "pairs": ("directions", "DIRECTION"), "bench": ("benchmarks", "BENCHMARK")}
+"""How help calls the commands of a group."""
+
+
+def _group(parser: argparse.ArgumentParser, name: str) -> argparse._SubParsersAction:
+    title, metavar = _GROUPS[name]
+    return parser.add_subparsers(title=title, metavar=metavar, required=True)
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a file name that ends with .png, got {text!r}")
+    return Path(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**62 - 1, got {text!r}")
+    return int(text)
+
+
+def _option(spelled: str, told: str, kind: Callable[[str], Any] = str, **how: Any) -> Option:
+    """An option as help shows it, such as "-o --output FOLDER", with its explanation and the type of its value."""
+    names = spelled.split()
+    if names[-1][0].isupper():
+        how["metavar"] = names.pop()
+    return names, how | {"help": told} | ({} if kind is str else {"type": kind})
+
+
+def _shortcut(spelled: str, key: str, told: str) -> Option:
+    """An option that sets a key, and wins over --set."""
+    return _option(spelled, f"{told} ({key})", lambda text: f"{key}={text}", dest="shortcuts", action="append")
+
+
+def _command(
+    name: str, told: str, example: str, *options: Option, configured: bool = True, continues: bool = False
+) -> Command:  # fmt: skip
+    return Command(name, told, example, (*(_CONFIG if configured else ()), *options), continues)
+
+
+# What several commands take.
+_repeated = partial(_option, action="append", default=[])
+_CONFIG = (
+    _option("--config FILE", "settings in TOML, one table a section", Path),
+    _repeated("--set KEY=VALUE", "one setting, such as train.lr=1e-5; may be repeated; wins over the file"),
+)
+_MODEL = (
+    _shortcut("--model NAME", "model.name", 'a folder or hub id; without it, the built-in "tiny"'),
+    _shortcut("--device D", "model.device", "cpu, cuda or cuda:N; without it, cuda if there is one"),
+    _shortcut("--dtype T", "model.dtype", "float32, bfloat16 or float16; without it, the checkpoint's own"),
+)
+_SCORERS = tuple(
+    _shortcut(f"--{kind}-scorer NAME", f"curation.{kind}_scorer", f"how {kind}s are scored: {', '.join(names)} or "
+              "module:function")
+    for kind, names in (("caption", CAPTION_SCORERS), ("answer", ANSWER_SCORERS))
+)  # fmt: skip
+_ROUND = _option("--round N", "the round, from 1 [1]", _positive)
+_output = partial(_option, "-o --output FOLDER", kind=Path)
+_root = partial(_option, "--root FOLDER", kind=Path)
+_readme = partial(_option, "--readme FILE.md", kind=Path)
+_IMAGE = _option("image IMAGE", "an image file of any size")
+_IMAGES = _option("images IMAGE", "image files of any size", nargs="+")
+_DRAWING = (
+    _output("where they go; files of the same prompt and seed are replaced [images]", default=Path("images")),
+    _option("--grid FILE.png", "also write all images on one, with their prompts", _png),
+    _option("--num-images N", "images of each prompt [1]", _positive, default=1),
+    _option("--seed N", "seed of the first image [0]", _seed, default=0),
+    _option("--num-steps N", "decoding steps [the model's own number]", _positive),
+    _option("--temperature T", "sampling temperature of image tokens [the model's own]", _number),
+    _option("--guidance-scale G", "classifier-free guidance [the model's own]", _number),
+    _option("--mask-temperature T", "noise on which tokens are masked again [the model's own]", _number),
+)  # fmt: skip
+
+# Of benchmarks; their destinations are the fields of the benchmark's settings.
+_SHAPES = ("tiny", "small", "showo-1.3b-256", "showo-1.3b")
+_shape = partial(_option, default="small")
+_DEVICE = _option("--device", "[cpu]", choices=("cpu", "cuda"), default="cpu")
+_DTYPE = _option("--dtype", "of the weights [float32]", choices=("float32", "bfloat16"), default="float32")
+_CASES = _repeated("--case NAME", "may be repeated [all]", dest="cases")
+_OUT = _option("--out FILE.jsonl", "where to write the lines", Path)
+_OF_MODELS = (_DEVICE, _shape("--shape NAME", f"one of {', '.join(_SHAPES)} [small]"), _DTYPE, _CASES, _OUT)
+
+_DRAWN = "pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-seed0.png"
+COMMANDS = (
+    _command(
+        "selfplay", "run rounds of curation, Pair-DPO and evaluation, and write the report",
+        "--set run.name=demo --set selfplay.num_rounds=1", *_MODEL, *_SCORERS, continues=True,
+    ),
+    _command(
+        "pretrain", "make the tiny model from a seed", "--set pretrain.folder=runs/pretrain --set pretrain.seed=0",
+        continues=True,
+    ),
+    _command(
+        "generate", "draw images for prompts",
+        '"a large green triangle in the top left on a white background" -o pictures --num-images 4',
+        _option("prompts PROMPT", "what to draw", nargs="*"),
+        _option("--prompts-file FILE", "more prompts, one a line", Path), *_DRAWING, *_MODEL,
+    ),
+    _command(
+        "inpaint", "draw the white part of a mask anew",
+        f'{_DRAWN} docs/mask.png "a large red square in the top left on a white background" -o pictures', _IMAGE,
+        _option("mask MASK", "a picture of the same shape: white is drawn anew, black is kept"),
+        _option("prompt PROMPT", "what the image shows in the end"), *_DRAWING, *_MODEL,
+    ),
+    _command(
+        "extrapolate", "draw more of an image beyond its borders",
+        f'{_DRAWN} "a large green triangle in the top left on a white background" --direction right --direction down '
+        "-o pictures", _IMAGE,
+        _option("prompts PROMPT", "what the picture shows: one text, or one for each extension", nargs="+"),
+        _option("--direction SIDE", "left, right, up or down; may be repeated, and is followed in this order",
+                dest="directions", action="append", required=True),
+        _option("--steps N", "rounds of the directions [1]", int, default=1),
+        _option("--offset N", "draw N tokens more, and see N less, at each extension [0]", int, default=0),
+        *_DRAWING, *_MODEL,
+    ),
+    _command("caption", "describe images, as JSON lines", "pictures/*.png", _IMAGES, *_MODEL),
+    _command(
+        "answer", "answer a question about each of some images, as JSON lines",
+        f'{_DRAWN} "what color is the triangle ?" --choices red,green,blue,yellow', _IMAGES,
+        _option("question QUESTION", "the question, after the images"),
+        _option("--choices A,B,C", "answers to choose from; without, it answers freely"), *_MODEL,
+    ),
+    _command(
+        "curate", "make and score candidates, and pick the pairs of one round", "--set run.name=demo --round 1",
+        *_MODEL, *_SCORERS, _ROUND, continues=True,
+    ),
+    _command(
+        "train", "train on the pairs of one round, or of a file",
+        "--pairs runs/demo/round-1/pairs.parquet -o trained --set train.beta=0.1",
+        _option("--pairs FILE", "pairs.parquet or pair_dpo_data.json, without a run", Path),
+        _output("where training on --pairs goes [run.folder/run.name]"),
+        _root("where image paths start [the folder of --pairs]"), *_MODEL, _ROUND, continues=True,
+    ),
+    _command("pairs", "exchange pairs with the published code", "export runs/demo -o pairs", configured=False),
+    _command(
+        "pairs export", "write a round's pairs as pair_dpo_data.json with images", "runs/demo --round 1 -o pairs",
+        _option("run_folder RUN", "the run's folder", Path),
+        _output("[pairs]", default=Path("pairs")), _ROUND, configured=False,
+    ),
+    _command(
+        "pairs import", "make a pair_dpo_data.json the pairs of a run's round, ready for train",
+        "pairs/pair_dpo_data.json --set run.name=mine --round 1",
+        _option("file FILE.json", "pair_dpo_data.json", Path),
+        _root("where image paths start [the file's folder]"), _ROUND,
+    ),
+    _command(
+        "score", "score captions or answers of a file, as JSON lines", "captions.jsonl --scorer token-f1",
+        _option("file FILE", 'lines {"caption", "truth"} or {"answer", "choices"}', Path),
+        _option("--scorer NAME", "as hermesflow curate --help lists them", required=True),
+    ),
+    _command(
+        "questions", "write questions about captions with a text model, in TIFA's form",
+        "captions.jsonl -o questions.json --filter",
+        _option("captions CAPTIONS", "JSON with id and caption, or text lines", Path),
+        _option("-o --output FILE.json", "[questions.json]", Path, default=Path("questions.json")),
+        _option("--model NAME", "a text model's hub id or folder [TIFA's LLaMA 2]"),
+        _option("--filter NAME", "keep what a question-answering model finds in the caption [off; without a NAME "
+                "UnifiedQA]", nargs="?", const=""), configured=False,
+    ),
+    _command("eval", "measure understanding and generation", "--model tiny --set eval.num_prompts=200", *_MODEL),
+    _command(
+        "export", "write a trained model in the published layout, which the original code can load",
+        "runs/mine -o exported --dtype bfloat16",
+        _option("source MODEL", "a run's folder (its last trained round), or a model's"),
+        _output("where it goes", required=True),
+        _option("--dtype", "of the weights [as they are kept]", choices=("float32", "bfloat16", "float16")),
+        configured=False,
+    ),
+    _command(
+        "report", "write the page that shows a run", "runs/demo",
+        _option("run_folder RUN", "the run's folder [as configured]", Path, nargs="?"),
+    ),
+    _command(
+        "study", "run self-play and its controls over several seeds, and tell what they show",
+        "--config benchmarks/study/default.toml --set study.workers=2",
+        _option("--lines FILE.jsonl", "tell of this study.jsonl, and measure nothing", Path),
+        _readme("write the table into this file, between <!-- study --> and <!-- /study -->"),
+        _option("--plot FILE.png", "where to draw the effects (needs matplotlib)", _png), continues=True,
+    ),
+    _command("doctor", "show what this machine can run, and for the rest why not", "", configured=False),
+    _command(
+        "bench", "measure speed and memory against the published algorithms and public peers",
+        "ops --shape small --op guided_sample --out results.jsonl", configured=False,
+    ),
+    _command(
+        "bench ops", "every op on every backend that can run; its tests run first",
+        "--shape small --op mask_topk --out results.jsonl --plot roofline.png",
+        _DEVICE, _shape("--shape", "sizes [small]", choices=("tiny", "small", "showo-1.3b")),
+        *(_repeated(f"--{name} NAME", "may be repeated [all that can run]", dest=f"{name}s")
+          for name in ("op", "backend", "baseline")), _OUT,
+        _option("--plot FILE.png", "where to draw the roofline (needs matplotlib)", Path),
+        _option("--no-test", "do not run the op's tests first", dest="test", action="store_false"), configured=False,
+    ),
+    _command(
+        "bench e2e", "images, captions, answers and whole records, against the published algorithm",
+        "--shape tiny --out results.jsonl --profile traces",
+        _DEVICE, _shape("--shape", "of the model, and how much is drawn [small]", choices=_SHAPES), _DTYPE, _CASES,
+        _option("--naive", "measure the published algorithm too [yes]", action=argparse.BooleanOptionalAction,
+                default=True),
+        _OUT, _option("--profile FOLDER", "where to write a trace and a table of each case", Path), configured=False,
+    ),
+    _command(
+        "bench train", "a Pair-DPO step, forward and backward, against the published algorithm",
+        "--shape small --out results.jsonl", *_OF_MODELS, configured=False,
+    ),
+    _command(
+        "bench drop-in", "the published class's methods before and after hermesflow.accelerate",
+        "--shape small --out results.jsonl", *_OF_MODELS,
+        _option("--code FOLDER", "a checkout of Show-o or HermesFlow [a stand-in of its class]", Path),
+        configured=False,
+    ),
+    _command(
+        "bench table", "print lines of a benchmark as a Markdown table",
+        "benchmarks/results/ops-cpu-small.jsonl --backend cpu",
+        _option("files FILE.jsonl", "files that a benchmark wrote", Path, nargs="+"),
+        _repeated("--backend NAME", "may be repeated [all]", dest="backends"),
+        _readme("write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->"),
+        configured=False,
+    ),
+)  # fmt: skip
