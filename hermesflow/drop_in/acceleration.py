@@ -61,7 +61,7 @@ _PARAMETERS = {
 }  # fmt: skip
 """Names of the published parameters; forward's are not looked at."""
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hermesflow.drop_in")
 
 
 def accelerate(model: nn.Module) -> nn.Module:
