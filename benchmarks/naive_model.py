@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hermesflow.algorithms.packing import PairBatch
+from hermesflow.algorithms.batch import PairBatch
 from hermesflow.benchmarks import naive
 from hermesflow.benchmarks.published_inputs import IGNORED, generation_ids
 from hermesflow.engine.decoders.masked import ImageSamplingParams

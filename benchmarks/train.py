@@ -29,7 +29,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hermesflow.algorithms.packing import PairBatch, PairPacker, PairVisit
+from hermesflow.algorithms.batch import PairBatch, PairVisit
+from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import LiveReference, Reference, batch_logprobs, cached_reference
 from hermesflow.benchmarks import e2e, naive_model

@@ -173,11 +173,10 @@ inline PairLossSettings check_pair_dpo(const at::Tensor& policy, const at::Tenso
                       "pair_dpo: expected pair_weight [", num_pairs, "] ", type, ", got ", pair_weight->sizes(), " ",
                       pair_weight->scalar_type());
   }
-  constexpr const char* kNames[] = {"sigmoid", "ipo", "hinge", "robust"};  // in PairLoss's order
-  const auto* name = std::find(std::begin(kNames), std::end(kNames), loss_type);
-  TORCH_CHECK_VALUE(name != std::end(kNames), "pair_dpo: expected loss_type to be sigmoid, ipo, hinge or robust, got ",
-                    loss_type);
-  return {static_cast<PairLoss>(name - kNames), beta, label_smoothing, length_normalize};
+  const auto* name = std::find(std::begin(kPairLossNames), std::end(kPairLossNames), loss_type);
+  TORCH_CHECK_VALUE(name != std::end(kPairLossNames), 
+                    "pair_dpo: expected loss_type to be one of" HERMESFLOW_PAIR_LOSSES(HERMESFLOW_PAIR_LOSS_TOLD) ", got ", loss_type);
+  return {static_cast<PairLoss>(name - kPairLossNames), beta, label_smoothing, length_normalize};
 }
 
 // A block of linear_logprob: fp32 logits [R, C] with unit column stride, fp32 bias [C], target [R].

@@ -8,7 +8,13 @@
 
 namespace hermesflow {
 
-enum class PairLoss { kSigmoid, kIpo, kHinge, kRobust };
+// In the order of LOSS_TYPES in kernels/pair_dpo.py.
+#define HERMESFLOW_PAIR_LOSSES(DO) DO(kSigmoid, "sigmoid") DO(kIpo, "ipo") DO(kHinge, "hinge") DO(kRobust, "robust")
+#define HERMESFLOW_PAIR_LOSS_NUMBER(number, name) number,
+#define HERMESFLOW_PAIR_LOSS_NAME(number, name) name,
+#define HERMESFLOW_PAIR_LOSS_TOLD(number, name) " " name
+enum class PairLoss { HERMESFLOW_PAIR_LOSSES(HERMESFLOW_PAIR_LOSS_NUMBER) };
+constexpr const char* kPairLossNames[] = {HERMESFLOW_PAIR_LOSSES(HERMESFLOW_PAIR_LOSS_NAME)};
 
 struct PairLossSettings {
   PairLoss type;

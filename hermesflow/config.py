@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from hermesflow.kernels.pair_dpo import LOSS_TYPES
 from hermesflow.runtime.files import InputError, read_bytes
-from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS
+from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, LOSSES
 
 PAPER_OBJECTIVE = {
     "understanding_weight": 1.0, "nll_weight": 0.0, "replay_weight": 0.0, "masks_per_pair": 1,
@@ -204,8 +205,9 @@ class TrainConfig:
     """Steps in which the learning rate rises to its peak; then it falls by a cosine to 0 at num_steps."""
     max_grad_norm: float = 1.0
     """The gradient of all weights together is scaled down to this norm where it is larger."""
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
-    """Form of the preference loss; sigmoid is the paper's, simpo's needs no reference."""
+    loss_type: str = "sigmoid"
+    """Form of the preference loss: sigmoid (the paper's), ipo, hinge, robust, simpo, which needs no reference, or
+    "module:object" of your own."""
     beta: float = 0.2
     """Scale of the rewards, log-ratios of policy to reference: the larger, the nearer the policy stays to it."""
     label_smoothing: float = 0.0
@@ -226,11 +228,6 @@ class TrainConfig:
     replay_weight: float = 5.0
     """Weight of the replay: questions about the pairs' real images, which keep the model from forgetting how to
     answer; 0 asks none. Measured were 5 for the reference and 0.3 for answers."""
-    replay_target: Literal["reference", "answers"] = "reference"
-    """What is replayed: the reference's own probability of each choice, which the divergence KL(reference || policy)
-    keeps; or the right answers, whose negative log-likelihood (mean over tokens) is lowered."""
-    replayed_questions: int = 8
-    """Questions of each pair in one step, drawn from those about its real image; where it has fewer, all of them."""
     condition_dropout: float = 0.0
     """Share of image pairs that are trained with the empty prompt, win and lose alike; the published code has 0.1."""
     masks_per_pair: int = 4
@@ -241,6 +238,11 @@ class TrainConfig:
     """Weigh each mask so that the sum is an unbiased estimate of the image's evidence lower bound."""
     boundary_labels: bool = False
     """Count the tokens before and after an image as labels too, as the published code does."""
+    replay_target: Literal["reference", "answers"] = "reference"
+    """What is replayed: the reference's own probability of each choice, which the divergence KL(reference || policy)
+    keeps; or the right answers, whose negative log-likelihood (mean over tokens) is lowered."""
+    replayed_questions: int = 8
+    """Questions of each pair in one step, drawn from those about its real image; where it has fewer, all of them."""
     reference: Literal["cached", "live"] = "cached"
     """When the reference computes: once, before the first step, or in each step (float32, one process, or adapters)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -278,15 +280,10 @@ class TrainConfig:
         _check_at_least(self, 0, "replay_weight")
         _check_at_least(self, 1, "replayed_questions")
         _check_between(self, 0, 1, "condition_dropout")
+        _check_name(self, "loss_type", (*LOSS_TYPES, *LOSSES))
         _check(self, ("label_smoothing",), lambda value: 0 <= value < 0.5, "0 to below 0.5")
         if not self.generation_weight and not self.understanding_weight:
             raise ConfigError("TrainConfig", "generation_weight", "expected a side of weight above 0, got 0 for both")
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
-            reason = f"expected 0 with loss_type {self.loss_type}, got {self.label_smoothing}; take sigmoid or robust"
-            raise ConfigError("TrainConfig", "label_smoothing", reason)
-        if self.elbo_weighting and (self.length_normalize or self.loss_type == "simpo"):
-            reason = "expected false where log-probabilities are means over tokens, got true; it bounds their sum"
-            raise ConfigError("TrainConfig", "elbo_weighting", reason)
         if self.complementary_masks and self.masks_per_pair % 2:
             reason = f"expected an even masks_per_pair with it, got {self.masks_per_pair}"
             raise ConfigError("TrainConfig", "complementary_masks", reason)

@@ -1,8 +1,7 @@
-"""Pair-DPO over packed homologous pairs, against a frozen reference (HermesFlow, arXiv 2502.12148, section 4).
+"""Preference training over packed span trees (HermesFlow, arXiv 2502.12148, section 4): forward, backward, step.
 
-Every pair of a step brings both its sides, as two span trees (packing.py). All draws are pure functions of the seed, so
-that a run resumes to the same weights, bit by bit. With torchrun the passes of a step are shared out among the
-processes, and the weights are sharded.
+All draws are pure functions of the seed, so that a run resumes to the same weights, bit by bit. With torchrun the
+passes of a step are shared out among the processes, and the weights are sharded.
 """
 
 from __future__ import annotations
@@ -10,33 +9,39 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
-from hermesflow.algorithms.packing import REPLAY, PairPacker, PairVisit, check_pairs, referenced_sides, trained_pairs
-from hermesflow.algorithms.pair_dpo import StepSums, pass_objective
-from hermesflow.algorithms.references import LiveReference, NoReference, Reference, batch_logprobs, cached_reference
+from hermesflow.algorithms.algorithm import Algorithm, Reference, StepSums
+from hermesflow.algorithms.batch import REPLAY, PairVisit
+from hermesflow.algorithms.losses import check_loss
+from hermesflow.algorithms.packing import check_pairs, referenced_sides, trained_pairs
+from hermesflow.algorithms.policy import Policy
+from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import TrainConfig
-from hermesflow.engine.model_work import ModelWork
 from hermesflow.engine.transformer import Transformer
-from hermesflow.models.lora import Adapters
-from hermesflow.models.model import Model, model_digest
+from hermesflow.models.model import Model
 from hermesflow.runtime.checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
-from hermesflow.runtime.distributed import reshard, shard, unshard, world_size
+from hermesflow.runtime.distributed import reshard, world_size
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.metric_log import Meter, MetricLog
 from hermesflow.runtime.progress import track
+from hermesflow.runtime.registry import ALGORITHMS, load
 from hermesflow.runtime.trackers import open_tracker
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path) -> dict[str, float]:
+def train_pairs(
+    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
+) -> dict[str, float]:
     """Trains model.transformer in place on one round's pairs; the weights at the start are the reference.
 
     Args:
@@ -47,6 +52,7 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
         seed: seeds the order of pairs, the masks, which pairs are held out, and torch's generators.
         folder: receives metrics.jsonl, one line a step, step-*/ checkpoints, reference*.parquet and, with LoRA,
             adapter/.
+        algorithm: a name of ALGORITHMS or "module:class" of your own.
     Returns: means over the last tenth of the steps of every metric.
     Raises: InputError on an empty table, pairs of another model, an unwritable folder, checkpoints that cannot be used,
         or a metric that is not finite; the last names it and the step.
@@ -54,113 +60,128 @@ def train_pairs(model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves. After an error the model is of no more use: open it anew to go on.
     """
+    check_loss(config)
     check_pairs(pairs, model)
-    pairs, held_out = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
-    without = sum(not questions for questions in pairs["questions"].to_pylist())
-    if config.replay_weight and without:
-        _LOGGER.info("Pair-DPO: %d of %d pairs have no questions to replay", without, len(pairs))
-    asked = zip(pairs["questions"].to_pylist(), pairs["choices"].to_pylist(), strict=True)
-    bare = sum(bool(questions) and not choices for questions, choices in asked)
-    if REPLAY in referenced_sides(config) and bare:
-        _LOGGER.warning(
-            "Pair-DPO: %d of %d pairs have no choices, so that the replay keeps the probability of their right answers "
-            "alone; curate again for pairs that have them", bare, len(pairs),
-        )  # fmt: skip
+    make = load(ALGORITHMS, algorithm, "selfplay.algorithm")
+    pairs, held = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
+    _tell_what_is_replayed(pairs, config)
     policy = Policy(model, config, seed)
-    packer, held_packer = (PairPacker(model, table, config, seed) for table in (pairs, held_out))
-    held_visits = [PairVisit(pair, 0) for pair in range(len(held_out))]
-    all_visits = [visit for step in range(config.num_steps) for visit in packer.visits(step)]
-    reference = _make_reference(policy, packer, all_visits, folder / "reference.parquet")
-    held_reference = _make_reference(policy, held_packer, held_visits, folder / "reference-holdout.parquet")
+    learner, held_learner = (make(model, table, config, seed) for table in (pairs, held))
+    reference = learner.reference(policy, _all_visits(learner, config), folder / "reference.parquet")
+    hold_out = HoldOut(policy, held_learner, len(held), folder)
     optimizer = make_optimizer(policy.transformer, config)
-    torch.manual_seed(seed)  # whatever was drawn before: what a model draws in training is the same after a restart
-    # Least held-out loss so far, and the number of steps after which it was measured.
-    progress = {"step": 0, "best_loss": None, "best_step": 0}
-    progress |= load_checkpoint(folder, policy.transformer, optimizer)
+    torch.manual_seed(seed)  # a resumed run draws the same numbers, whatever was drawn before
+    progress = {"step": 0} | hold_out.progress() | load_checkpoint(folder, policy.transformer, optimizer)
+    hold_out.resume(progress)
     start, log = progress["step"], MetricLog(folder / "metrics.jsonl", progress["step"])
     bar = track(range(start, config.num_steps), "Pair-DPO", "steps", completed=start)
     with open_tracker(config.tracker, asdict(config), folder, start) as send:
         for step in bar:
-            began, meter = time.perf_counter(), Meter(policy.work, policy.device, isinstance(reference, LiveReference))
+            began, meter = time.perf_counter(), Meter(policy.work, policy.device, reference.is_live)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-            visits = packer.visits(step)
-            totals = packer.num_pairs(visits)
-            sums = StepSums(totals, config, policy.device)
-            for chosen, counts in packer.passes(visits):
-                batch = packer.pack(chosen, policy.device)
-                logprob = batch_logprobs(policy.transformer, batch)
-                loss, shares = pass_objective(logprob, reference.logprobs(batch), batch, totals, config)
-                # Shards hold the mean of the processes' gradients, which are shares of a sum.
-                (loss * (world_size() if counts else 0)).backward()
-                if counts:
-                    sums.add(loss, shares)
-                    meter.add(batch.tree, len(batch.rows))
-            norm = clip_gradients(policy.transformer, config.max_grad_norm)
-            metrics = sums.metrics() | {"grad_norm": norm, "lr": lr}
+            metrics = forward_backward(policy, learner, reference, learner.visits(step), meter)
+            metrics |= {"grad_norm": clip_gradients(policy.transformer, config.max_grad_norm), "lr": lr}
             _check_finite(metrics, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress["step"] = step + 1
             metrics |= meter.rates(time.perf_counter() - began)
-            if held_visits and (step + 1) % config.holdout_every == 0:
-                metrics["holdout/loss"] = measure_loss(policy.transformer, held_packer, held_reference)
-                _check_finite(metrics, step)
-                if progress["best_loss"] is None or metrics["holdout/loss"] < progress["best_loss"]:
-                    progress |= {"best_loss": metrics["holdout/loss"], "best_step": step + 1}
-                    save_state(folder / "best", policy.transformer, None, progress)
+            metrics |= hold_out.measure(step)
             log.add({"step": step, **metrics})
             send(metrics, step)
             bar.note(_told(metrics))
-            if held_visits and step + 1 - progress["best_step"] >= config.patience * config.holdout_every:
-                _LOGGER.info("Pair-DPO: stopped after %d steps; the held-out loss was least after %d", step + 1,
-                             progress["best_step"])  # fmt: skip
+            if hold_out.is_over(step):
                 break
+            progress = {"step": step + 1} | hold_out.progress()
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.num_steps:
                 save_checkpoint(folder, policy.transformer, optimizer, progress, config.keep_checkpoints)
-    if progress["best_step"]:
-        load_state(folder / "best", policy.transformer, None)
+    hold_out.take_best()
     policy.finish(folder)
     return log.tail_means(max(config.num_steps // 10, 1))
 
 
-class Policy:
-    """The transformer that is trained, made ready as the settings say."""
+def forward_backward(
+    policy: Policy, algorithm: Algorithm, reference: Reference, visits: Sequence[Any], meter: Meter
+) -> dict[str, float]:
+    """Adds the gradient of a step's loss to the weights'; returns the loss and the algorithm's metrics."""
+    sums = StepSums(algorithm.metric_names(visits), policy.device)
+    for make_batch, counts in algorithm.passes(visits):
+        batch = make_batch(policy.device)
+        logprob = batch_logprobs(policy.transformer, batch)
+        loss, shares = algorithm.loss(logprob, reference.logprobs(batch), batch)
+        # Shards hold the mean of the processes' gradients, which are shares of a sum.
+        (loss * (world_size() if counts else 0)).backward()
+        if counts:
+            sums.add(loss, shares)
+            meter.add(batch.tree, len(batch.rows))
+    return sums.metrics()
 
-    def __init__(self, model: Model, config: TrainConfig, seed: int) -> None:
-        """Changes model.transformer in place; finish makes it a plain one again.
 
-        Args:
-            model: its transformer is on its device, in float32 and whole.
-            config: dtype, compile, activation_checkpointing, reference and the adapters' settings are used.
-            seed: of new adapters.
-        Raises: InputError if a live reference would need a copy of sharded weights, or as Adapters does.
+class HoldOut:
+    """Pairs kept out of training: their loss now and then, the weights where it was least, and when to stop."""
+
+    def __init__(self, policy: Policy, algorithm: Algorithm, num_pairs: int, folder: Path) -> None:
         """
-        self._model, self.transformer, self.config = model, model.transformer, config
-        self.device = self.transformer.embed.weight.device
-        on_cuda = self.device.type == "cuda"
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_cuda) else torch.float32
-        self.is_sharded = world_size() > 1 or dtype != torch.float32
-        if self.is_sharded and config.reference == "live" and referenced_sides(config) and not config.lora_rank:
-            raise InputError(
-                "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
-            )
-        self.digest = model_digest(model)  # of the weights at the start, while they are whole
-        self.work = ModelWork(config=self.transformer.config, layout=model.layout, dtype=dtype)
-        self.adapters = Adapters(self.transformer, config, seed) if config.lora_rank else None
-        self.transformer.prepare_training(compiled=config.compile, checkpointed=config.activation_checkpointing)
-        if self.is_sharded:
-            shard(self.transformer, dtype)
-        self.transformer.train()
+        Args:
+            policy: what is measured; it still has its first weights.
+            algorithm: over the held-out pairs; each is measured under the masks of its first visit.
+            num_pairs: of them; without any nothing is measured.
+            folder: receives best/ and the reference's log-probabilities.
+        """
+        self._policy, self._algorithm, self._config, self._folder = policy, algorithm, policy.config, folder
+        self._visits = [PairVisit(pair, 0) for pair in range(num_pairs)]
+        self._reference = algorithm.reference(policy, self._visits, folder / "reference-holdout.parquet")
+        self._best_loss, self._best_step = None, 0
 
-    def finish(self, folder: Path) -> None:
-        """Merges adapters, which go to folder/adapter too, and leaves model.transformer whole, in evaluation mode."""
-        self.transformer.prepare_training(compiled=False, checkpointed=False)
-        if self.adapters is not None:
-            self.adapters.save(folder / "adapter")
-            self.adapters.merge()
-        if self.is_sharded:
-            self._model.transformer = unshard(self.transformer)
-        self._model.transformer.eval()
+    def progress(self) -> dict[str, Any]:
+        """Least loss so far, and the number of steps after which it was measured; a checkpoint keeps them."""
+        return {"best_loss": self._best_loss, "best_step": self._best_step}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Goes on from what a checkpoint kept."""
+        self._best_loss, self._best_step = progress["best_loss"], progress["best_step"]
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The loss after a step where it is due, as a metric; the best weights so far are kept."""
+        if not self._visits or (step + 1) % self._config.holdout_every:
+            return {}
+        loss = measure_loss(self._policy.transformer, self._algorithm, self._visits, self._reference)
+        metrics = {"holdout/loss": loss}
+        _check_finite(metrics, step)
+        if self._best_loss is None or loss < self._best_loss:
+            self._best_loss, self._best_step = loss, step + 1
+            save_state(self._folder / "best", self._policy.transformer, None, {"step": step + 1} | self.progress())
+        return metrics
+
+    def is_over(self, step: int) -> bool:
+        """Whether the loss has not fallen for so many measurements that training ends after this step."""
+        over = self._visits and step + 1 - self._best_step >= self._config.patience * self._config.holdout_every
+        if over:
+            _LOGGER.info("Pair-DPO: stopped after %d steps; the held-out loss was least after %d", step + 1,
+                         self._best_step)  # fmt: skip
+        return bool(over)
+
+    def take_best(self) -> None:
+        """Loads the weights of the least loss."""
+        if self._best_step:
+            load_state(self._folder / "best", self._policy.transformer, None)
+
+
+@torch.no_grad()
+def measure_loss(
+    transformer: Transformer, algorithm: Algorithm, visits: Sequence[Any], reference: Reference
+) -> float:
+    """The loss on these visits."""
+    device = transformer.embed.weight.device
+    sums = StepSums(algorithm.metric_names(visits), device)
+    transformer.eval()
+    for make_batch, counts in algorithm.passes(visits):
+        batch = make_batch(device)
+        loss, shares = algorithm.loss(batch_logprobs(transformer, batch), reference.logprobs(batch), batch)
+        if counts:
+            sums.add(loss, shares)
+    reshard(transformer)
+    transformer.train()
+    return sums.metrics()["loss"]
 
 
 def make_optimizer(transformer: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
@@ -175,25 +196,6 @@ def clip_gradients(transformer: Transformer, max_norm: float) -> float:
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-@torch.no_grad()
-def measure_loss(transformer: Transformer, packer: PairPacker, reference: Reference) -> float:
-    """The objective on all of a packer's pairs, each under the masks of its first visit."""
-    device = transformer.embed.weight.device
-    visits = [PairVisit(pair, 0) for pair in range(len(packer.pairs))]
-    totals = packer.num_pairs(visits)
-    sums = StepSums(totals, packer.config, device)
-    transformer.eval()
-    for chosen, counts in packer.passes(visits):
-        batch = packer.pack(chosen, device)
-        logprob = batch_logprobs(transformer, batch)
-        loss, shares = pass_objective(logprob, reference.logprobs(batch), batch, totals, packer.config)
-        if counts:
-            sums.add(loss, shares)
-    reshard(transformer)
-    transformer.train()
-    return sums.metrics()["loss"]
-
-
 def _hold_out(pairs: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table]:
     """The pairs to train on and those that are held out, `count` of them, both in the table's order."""
     if count >= len(pairs):
@@ -206,22 +208,22 @@ def _hold_out(pairs: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Tabl
     return pairs.filter(pa.array(~is_held)), pairs.filter(pa.array(is_held))
 
 
-def _make_reference(policy: Policy, packer: PairPacker, visits: list[PairVisit], path: Path) -> Reference:
-    """The reference of these visits, as the settings say; the policy still has its first weights."""
-    config, transformer = packer.config, policy.transformer
-    if not referenced_sides(config) or not visits:
-        return NoReference()
-    if config.reference == "live":
-        return LiveReference(transformer, policy.adapters and policy.adapters.off)
+def _tell_what_is_replayed(pairs: pa.Table, config: TrainConfig) -> None:
+    asked = list(zip(pairs["questions"].to_pylist(), pairs["choices"].to_pylist(), strict=True))
+    without = sum(not questions for questions, _ in asked)
+    if config.replay_weight and without:
+        _LOGGER.info("Pair-DPO: %d of %d pairs have no questions to replay", without, len(pairs))
+    bare = sum(bool(questions) and not choices for questions, choices in asked)
+    if REPLAY in referenced_sides(config) and bare:
+        _LOGGER.warning(
+            "Pair-DPO: %d of %d pairs have no choices, so that the replay keeps the probability of their right answers "
+            "alone; curate again for pairs that have them", bare, len(pairs),
+        )  # fmt: skip
 
-    def logprobs(batch):
-        # Tensors of inference mode may not come near a gradient, and sharded weights are kept between passes.
-        with torch.no_grad() if policy.is_sharded else torch.inference_mode():
-            return batch_logprobs(transformer, batch)
 
-    reference = cached_reference(path, [policy.digest, str(policy.work.dtype)], packer, visits, logprobs)
-    reshard(transformer)
-    return reference
+def _all_visits(algorithm: Algorithm, config: TrainConfig) -> list[Any]:
+    """Of a whole training."""
+    return [visit for step in range(config.num_steps) for visit in algorithm.visits(step)]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -10,7 +10,8 @@ are close, so that it keeps the digits which two sums of some thousand nats woul
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,42 @@ from hermesflow.kernels import registry
 from hermesflow.kernels.checks import can_read_values, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
 
 OP = "pair_dpo"
-LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
-SMOOTHED_LOSSES = ("sigmoid", "robust")
+
+
+class LossType(NamedTuple):
+    """A form of the loss."""
+
+    formula: Callable[[Tensor, float, float], Tensor]
+    """(h [P], beta, label_smoothing) -> loss of each pair [P]."""
+    smooths_labels: bool
+    """Whether label_smoothing has a meaning."""
+
+
+def _sigmoid(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def _ipo(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    return (h - 1 / (2 * beta)).square()
+
+
+def _hinge(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    return F.relu(1 - beta * h)
+
+
+def _robust(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+LOSS_TYPES = {
+    "sigmoid": LossType(_sigmoid, smooths_labels=True),
+    "ipo": LossType(_ipo, smooths_labels=False),
+    "hinge": LossType(_hinge, smooths_labels=False),
+    "robust": LossType(_robust, smooths_labels=True),
+}
+"""By name, in the order in which kernels number them (csrc/pair_dpo.h)."""
 
 
 class PairDPOOutput(NamedTuple):
@@ -46,7 +81,7 @@ def pair_dpo(
     num_pairs: int,
     *,
     beta: float,
-    loss_type: LossType,
+    loss_type: str,
     label_smoothing: float = 0.0,
     length_normalize: bool = False,
     pair_weight: Tensor | None = None,
@@ -96,14 +131,15 @@ def pair_dpo(
 def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
     if not 0 < beta < float("inf"):
         raise ValueError(f"{OP}: expected beta to be a finite number above 0, got {beta}")
-    if loss_type not in get_args(LossType):
-        raise ValueError(f"{OP}: expected loss_type to be one of {', '.join(get_args(LossType))}, got {loss_type!r}")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"{OP}: expected loss_type to be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{OP}: expected label_smoothing in [0, 0.5), got {label_smoothing}")
-    if label_smoothing and loss_type not in SMOOTHED_LOSSES:
+    if label_smoothing and not LOSS_TYPES[loss_type].smooths_labels:
+        smoothed = " or ".join(name for name, of_name in LOSS_TYPES.items() if of_name.smooths_labels)
         raise ValueError(
             f"{OP}: label_smoothing {label_smoothing} has no meaning for loss_type {loss_type!r}; "
-            f"set it to 0 or use {' or '.join(SMOOTHED_LOSSES)}"
+            f"set it to 0 or use {smoothed}"
         )
 
 
@@ -127,7 +163,7 @@ def pair_dpo_reference(
     num_pairs: int,
     *,
     beta: float,
-    loss_type: LossType,
+    loss_type: str,
     label_smoothing: float = 0.0,
     length_normalize: bool = False,
     pair_weight: Tensor | None = None,
@@ -138,7 +174,7 @@ def pair_dpo_reference(
     if length_normalize:
         ratio = ratio / _sum_segments(torch.ones_like(reference_logprob), segment, num_pairs).clamp(min=1)
     win, lose = ratio.view(num_pairs, 2).unbind(1)
-    loss = _pair_loss(win - lose, beta, loss_type, label_smoothing)
+    loss = LOSS_TYPES[loss_type].formula(win - lose, beta, label_smoothing)
     weight = torch.ones_like(loss) if pair_weight is None else pair_weight.detach()
     win_reward, lose_reward = beta * win.detach(), beta * lose.detach()
     margin = win_reward - lose_reward
@@ -151,18 +187,6 @@ def _sum_segments(values: Tensor, segment: Tensor, num_pairs: int) -> Tensor:
     # Skipped tokens go to one more segment that nobody reads, so that even a NaN there does no harm.
     index = torch.where(segment < 0, 2 * num_pairs, segment)
     return values.new_zeros(2 * num_pairs + 1).index_add(0, index, values)[:-1]
-
-
-def _pair_loss(h: Tensor, beta: float, loss_type: LossType, label_smoothing: float) -> Tensor:
-    """Loss of each pair [P] from its difference of log-ratios h [P]."""
-    if loss_type == "hinge":
-        return F.relu(1 - beta * h)
-    if loss_type == "ipo":
-        return (h - 1 / (2 * beta)).square()
-    right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    if loss_type == "robust":
-        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hermesflow.kernels.pair_dpo import LOSS_TYPES
+
 BLOCK_T = 1024
 BLOCK_P = 128
 NUM_WARPS = 8
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
-IPO, HINGE, ROBUST = (tl.constexpr(LOSS_TYPES.index(name)) for name in LOSS_TYPES[1:])
+LOSS_NUMBERS = {name: number for number, name in enumerate(LOSS_TYPES)}
+SIGMOID, IPO, HINGE, ROBUST = map(tl.constexpr, LOSS_NUMBERS.values())
 
 
 @triton.jit
@@ -207,7 +209,7 @@ class _PairDPO(torch.autograd.Function):
                 0 if pair_weight is None else pair_weight.stride(0),
                 BETA=beta,
                 LABEL_SMOOTHING=label_smoothing,
-                LOSS_TYPE=LOSS_TYPES.index(loss_type),
+                LOSS_TYPE=LOSS_NUMBERS[loss_type],
                 LENGTH_NORMALIZE=length_normalize,
                 HAS_WEIGHT=pair_weight is not None,
                 BLOCK_T=BLOCK_T,
@@ -247,7 +249,7 @@ def _production(dtype: str, loss_type: str) -> tuple:
         "arrived_ptr": "*i32", "pair_loss_ptr": "*fp64", "loss_ptr": f"*{dtype}", "win_reward_ptr": f"*{dtype}",
         "lose_reward_ptr": f"*{dtype}", "margin_ptr": f"*{dtype}", "accuracy_ptr": f"*{dtype}",
         "grad_ptr": f"*{dtype}", "num_tokens": "i32", "num_pairs": "i32", "stride_p": 1, "stride_r": 1,
-        "stride_s": 1, "stride_w": 1, "BETA": 0.2, "LABEL_SMOOTHING": 0.1, "LOSS_TYPE": LOSS_TYPES.index(loss_type),
+        "stride_s": 1, "stride_w": 1, "BETA": 0.2, "LABEL_SMOOTHING": 0.1, "LOSS_TYPE": LOSS_NUMBERS[loss_type],
         "LENGTH_NORMALIZE": True, "HAS_WEIGHT": True, "BLOCK_T": BLOCK_T, "BLOCK_P": BLOCK_P,
     }  # fmt: skip
     return _pair_dpo_kernel, arguments, {"num_warps": NUM_WARPS}

@@ -16,16 +16,17 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
+from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit, Side
+from hermesflow.algorithms.losses import find_loss
 from hermesflow.config import TrainConfig
 from hermesflow.data.pairs import SIDES, each_row
 from hermesflow.engine.mask_schedule import mask_ratio
@@ -34,77 +35,18 @@ from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import rank, world_size
 from hermesflow.runtime.files import InputError
 
-REPLAY = "replay"
-"""What is kept beside the two sides of a pair: answers, of which none is a win or a lose."""
 _COLUMNS = {
     "generation": ("win_codes", "lose_codes"),
     "understanding": ("record_codes", "win_caption_ids", "lose_caption_ids"),
 }
-# The settings that change what a visit's tokens are and which of them it must predict.
-_DRAWN_BY = (
-    "condition_dropout", "masks_per_pair", "complementary_masks", "boundary_labels", "replay_target",
-    "replayed_questions",
+# The settings that do not change what a visit's tokens are and which of them it must predict.
+_NOT_DRAWN_BY = (
+    "num_steps", "pairs_per_step", "tokens_per_pass", "lr", "weight_decay", "warmup_steps", "max_grad_norm",
+    "loss_type", "beta", "label_smoothing", "simpo_margin", "length_normalize", "generation_weight",
+    "understanding_weight", "preference_weight", "nll_weight", "replay_weight", "elbo_weighting", "reference", "dtype",
+    "activation_checkpointing", "compile", "lora_rank", "lora_alpha", "lora_targets", "holdout_pairs", "holdout_every",
+    "patience", "tracker", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
-
-
-class PairVisit(NamedTuple):
-    """A pair of the table at one of its turns."""
-
-    pair: int
-    visit: int
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one side of a pass must predict; tokens lie pair after pair.
-
-    rows, targets: int64 [T], packed rows of the tree and the token ids that they predict.
-    segment: int64 [T], 2 p for the win tokens of pair p, 2 p + 1 for its lose tokens; of the replay the
-        number of the answer.
-    token_weight: fp32 [T], of each log-probability in its pair's sum.
-    pair_weight: fp32 [P], 1 for the pairs that have this side, else 0; of the replay fp32 [A], of each answer.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    segment: Tensor
-    token_weight: Tensor
-    pair_weight: Tensor
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """One pass: the forest of its pairs and what each side predicts in it; sides without tokens are left out.
-
-    visits_of: by side, the visits that have it; on the host, so that nothing waits for the device.
-    num_tokens_of: by side, how many of its T tokens each of those visits has.
-    """
-
-    visits: Sequence[PairVisit]
-    tree: SpanTree
-    sides: dict[str, Side]
-    visits_of: dict[str, list[PairVisit]]
-    num_tokens_of: dict[str, list[int]]
-
-    @property
-    def num_pairs(self) -> int:
-        """P."""
-        return len(self.visits)
-
-    @property
-    def rows(self) -> Tensor:
-        """Rows of all sides, int64 [T], in the order of `sides`."""
-        return torch.cat([side.rows for side in self.sides.values()])
-
-    @property
-    def targets(self) -> Tensor:
-        """Targets of all sides, int64 [T]."""
-        return torch.cat([side.targets for side in self.sides.values()])
-
-    def split(self, values: Tensor) -> dict[str, Tensor]:
-        """Values [T] of all sides, side by side."""
-        parts = values.split([len(side.rows) for side in self.sides.values()])
-        return dict(zip(self.sides, parts, strict=True))
 
 
 class ImageMask(NamedTuple):
@@ -132,6 +74,7 @@ class PairPacker:
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
         self._packed_sides = _trained_sides(config) + ([REPLAY] if config.replay_weight else [])
         self.question_ids = model.caption_prompt()
+        self._prefix_length = len(model.layout.image_prefix([0] * model.layout.num_image_tokens))
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
         asked = pairs.select(["questions", "answers", "choices"])
@@ -171,10 +114,10 @@ class PairPacker:
         layout, sides, total = self.model.layout, self._sides_of(visit.pair), 0
         lengths = {name: len(rows[visit.pair]) for name, rows in self._tokens.items()}
         if "generation" in sides:
-            images = 2 * layout.image_length
-            total += len(self._prompt_of(visit)) + self.config.masks_per_pair * images
+            num_copies = self.config.masks_per_pair if layout.image_mode == "full" else 1
+            total += len(self._prompt_of(visit)) + 2 * num_copies * layout.image_length
         if "understanding" in sides or REPLAY in sides:
-            total += len(layout.image_prefix(())) + lengths["record_codes"]
+            total += self._prefix_length
         if "understanding" in sides:
             total += len(layout.question(self.question_ids))
             total += lengths["win_caption_ids"] + lengths["lose_caption_ids"]
@@ -183,9 +126,12 @@ class PairPacker:
                 total += len(question) + sum(map(len, answers))
         return total
 
-    def pack(self, visits: Sequence[PairVisit], device: torch.device | str | None = None) -> PairBatch:
-        """One pass over these visits; device None is the CPU."""
-        builder = _ForestBuilder()
+    def pack(
+        self, visits: Sequence[PairVisit], device: torch.device | str | None = None,
+        totals: Mapping[str, int] | None = None,
+    ) -> PairBatch:  # fmt: skip
+        """One pass over these visits; device None is the CPU, totals are num_pairs of the whole step."""
+        builder = _TreeBuilder()
         for index, visit in enumerate(visits):
             sides = self._sides_of(visit.pair)
             if "generation" in sides:
@@ -197,11 +143,12 @@ class PairPacker:
                 self._add_captions(builder, index, visit.pair, image)
             if REPLAY in sides:
                 self._add_answers(builder, index, visit, image)
-        return builder.build(visits, device)
+        return builder.build(visits, device, totals or {})
 
     def fingerprint(self) -> str:
         """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
-        drawn_by = [getattr(self.config, name) for name in _DRAWN_BY]
+        names = [item.name for item in fields(self.config) if item.name not in _NOT_DRAWN_BY]
+        drawn_by = [getattr(self.config, name) for name in names]
         texts = [self.question_ids, self._captions, self._sides, self._packed_sides, self.seed, drawn_by]
         texts += [self._questions] if REPLAY in referenced_sides(self.config) else []
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
@@ -240,24 +187,39 @@ class PairPacker:
         text = "" if is_dropped else self._captions[visit.pair]
         return self.model.layout.text_prompt(self.model.image_prompt(text))
 
-    def _add_images(self, builder: _ForestBuilder, index: int, visit: PairVisit) -> None:
+    def _add_images(self, builder: _TreeBuilder, index: int, visit: PairVisit) -> None:
+        prompt = builder.add(self._prompt_of(visit), -1, "causal")
+        images = [self._tokens[name][visit.pair] for name in ("win_codes", "lose_codes")]
+        add = self._add_masked_images if self.model.layout.image_mode == "full" else self._add_causal_images
+        add(builder, index, visit, prompt, [np.array(self.model.layout.image(codes)) for codes in images])
+
+    def _add_masked_images(
+        self, builder: _TreeBuilder, index: int, visit: PairVisit, prompt: int, images: list[np.ndarray]
+    ) -> None:
+        """Each mask hides the same codes of win and lose, which their own rows predict."""
         layout, config = self.model.layout, self.config
         rng = np.random.default_rng([self.seed, 1, *visit])
-        prompt = builder.add(self._prompt_of(visit), -1, "causal")
-        images = [np.array(layout.image(self._tokens[name][visit.pair])) for name in ("win_codes", "lose_codes")]
-        last = len(images[0]) - 1
-        for hidden, weight in draw_masks(last - 1, config, rng):
-            rows, weights = 1 + hidden, np.full(len(hidden), weight)
+        codes = layout.code_positions
+        for hidden, weight in draw_masks(len(codes), config, rng):
+            rows, weights = codes[hidden], np.full(len(hidden), weight)
             if config.boundary_labels:
-                rows = np.concatenate([[0], rows, [last]])
+                rows = np.concatenate([[0], rows, [layout.image_length - 1]])
                 weights = np.pad(weights, 1, constant_values=_mask_share(config))
             for lose, image in enumerate(images):
                 builder.predict("generation", index, 2 * index + lose, builder.packed + rows, image[rows], weights)
                 masked = image.copy()
-                masked[1 + hidden] = layout.mask_id
+                masked[codes[hidden]] = layout.mask_id
                 builder.add(masked, prompt, "full")
 
-    def _add_captions(self, builder: _ForestBuilder, index: int, pair: int, image: int) -> None:
+    def _add_causal_images(
+        self, builder: _TreeBuilder, index: int, visit: PairVisit, prompt: int, images: list[np.ndarray]
+    ) -> None:
+        """Next codes; the row before each predicts it."""
+        codes = self.model.layout.code_positions
+        for lose, image in enumerate(images):
+            builder.continue_text("generation", index, 2 * index + lose, prompt, image, image, codes)
+
+    def _add_captions(self, builder: _TreeBuilder, index: int, pair: int, image: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""
         layout = self.model.layout
         question = builder.add(layout.question(self.question_ids), image, "causal")
@@ -266,7 +228,7 @@ class PairPacker:
             targets = np.append(caption, layout.eot)[: self.model.prompts.max_caption_tokens]
             builder.continue_text("understanding", index, 2 * index + lose, question, caption, targets)
 
-    def _add_answers(self, builder: _ForestBuilder, index: int, visit: PairVisit, image: int) -> None:
+    def _add_answers(self, builder: _TreeBuilder, index: int, visit: PairVisit, image: int) -> None:
         """Next tokens of the answers, and eot. An answer's weight is one over the visit's tokens; one over its
         questions where the reference is kept."""
         replayed = self._replayed(visit)
@@ -282,7 +244,7 @@ class PairPacker:
 
 def referenced_sides(config: TrainConfig) -> tuple[str, ...]:
     """Those whose loss compares the policy with the reference."""
-    sides = () if config.loss_type == "simpo" else SIDES
+    sides = SIDES if find_loss(config.loss_type).needs_reference else ()
     replayed = config.replay_weight and config.replay_target == "reference"
     return (*sides, REPLAY) if replayed else tuple(sides)
 
@@ -439,7 +401,8 @@ def _trained_sides(config: TrainConfig) -> list[str]:
 
 def _mask_share(config: TrainConfig) -> float:
     """Of one mask in an image's log-probability; a mean over all masks' tokens needs no weights."""
-    return 1.0 if config.length_normalize or config.loss_type == "simpo" else 1 / config.masks_per_pair
+    is_mean = config.length_normalize or find_loss(config.loss_type).means_over_tokens
+    return 1.0 if is_mean else 1 / config.masks_per_pair
 
 
 def _token_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -460,7 +423,7 @@ class _Predicted(NamedTuple):
     weights: np.ndarray
 
 
-class _ForestBuilder:
+class _TreeBuilder:
     """Collects spans and, side by side, what they must predict."""
 
     def __init__(self) -> None:
@@ -492,15 +455,20 @@ class _ForestBuilder:
         self._found[side].append(_Predicted(index, segment, rows, targets.astype(np.int64), weights.astype(np.float32)))
 
     def continue_text(
-        self, side: str, index: int, segment: int, parent: int, ids: Sequence[int], targets: np.ndarray
-    ) -> None:
-        """Appends a causal span; its parent's last token and its own predict targets, as many as there are."""
-        rows = np.append(self._ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)]
+        self, side: str, index: int, segment: int, parent: int, ids: Sequence[int], targets: np.ndarray,
+        scored: np.ndarray | slice = slice(None),
+    ) -> None:  # fmt: skip
+        """Appends a causal span; its parent's last token and its own predict targets, as many as there are, or those
+        that are scored."""
+        rows = np.append(self._ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)][scored]
+        targets = targets[scored]
         self.predict(side, index, segment, rows, targets, np.ones(len(targets)))
         if len(ids):
             self.add(ids, parent, "causal")
 
-    def build(self, visits: Sequence[PairVisit], device: torch.device | str | None) -> PairBatch:
+    def build(
+        self, visits: Sequence[PairVisit], device: torch.device | str | None, totals: Mapping[str, int]
+    ) -> PairBatch:
         """The finished batch."""
         found = {side: parts for side, parts in self._found.items() if parts}
         sides = {side: self._side(side, parts, len(visits), device) for side, parts in found.items()}
@@ -510,7 +478,7 @@ class _ForestBuilder:
                 counts[side][part.index] += len(part.rows)
         visits_of = {side: [visits[index] for index in counts[side]] for side in found}
         num_tokens_of = {side: list(counts[side].values()) for side in found}
-        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides, visits_of, num_tokens_of)
+        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides, visits_of, num_tokens_of, totals)
 
     def _side(self, name: str, found: list[_Predicted], num_pairs: int, device: torch.device | str | None) -> Side:
         indices, numbers, rows, targets, weights = zip(*found, strict=True)

@@ -8,15 +8,22 @@ A step may take several passes: each gives its share of the step's means, so tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hermesflow.algorithms.packing import REPLAY, PairBatch, Side
+from hermesflow.algorithms.algorithm import Pass
+from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit, Side
+from hermesflow.algorithms.losses import find_loss
+from hermesflow.algorithms.packing import PairPacker
+from hermesflow.algorithms.policy import Policy
+from hermesflow.algorithms.references import Reference, make_reference
 from hermesflow.config import TrainConfig
-from hermesflow.kernels.pair_dpo import pair_dpo
-from hermesflow.runtime.distributed import sum_over_ranks
+from hermesflow.models.model import Model
 
 _METRICS = ("loss", "win_reward", "lose_reward", "margin", "accuracy", "nll")
 _REFERENCE_METRICS = ("win_logprob_drift", "kl")
@@ -80,25 +87,21 @@ def _replay_loss(policy: Tensor, reference: Tensor, side: Side, config: TrainCon
 
 def _pair_values(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> dict[str, Tensor]:
     """By metric: one value a pair [P], 0 where it lacks the side, or their sum; loss and nll carry the gradient."""
-    weight, beta, is_simpo = side.pair_weight, config.beta, config.loss_type == "simpo"
-    if is_simpo:
-        # The op takes a mean of (policy - reference): a reference of margin / beta on the win subtracts the margin.
-        reference = torch.where(side.segment % 2 == 0, config.simpo_margin / beta, 0.0)
-    result = pair_dpo(
-        policy * side.token_weight, reference * side.token_weight, side.segment, len(weight), beta=beta,
-        loss_type="sigmoid" if is_simpo else config.loss_type, label_smoothing=config.label_smoothing,
-        length_normalize=config.length_normalize or is_simpo, pair_weight=weight,
-    )  # fmt: skip
-    win_reward = result.win_reward + (config.simpo_margin if is_simpo else 0.0) * weight
-    margin = win_reward - result.lose_reward
-    # The op's loss is a mean over this pass's pairs.
-    values = {"loss": result.loss * weight.sum(), "win_reward": win_reward, "lose_reward": result.lose_reward}
-    values |= {"margin": margin, "accuracy": (margin > 0).to(margin), "nll": -_token_means(policy, side)[:, 0]}
-    if not is_simpo:
+    loss = find_loss(config.loss_type)
+    result = loss(policy * side.token_weight, reference * side.token_weight, side, config)
+    margin = result.win_reward - result.lose_reward
+    # The loss is a mean over this pass's pairs.
+    values = {"loss": result.loss * side.pair_weight.sum(), "win_reward": result.win_reward}
+    values |= {"lose_reward": result.lose_reward, "margin": margin, "accuracy": (margin > 0).to(margin)}
+    values |= {"nll": -_token_means(policy, side)[:, 0]}
+    if loss.needs_reference:
         moved = policy.detach() - reference
         # Of a ratio of exp(20) is enough told: the policy has left the reference.
         divergence = moved.clamp(max=20).expm1() - moved
-        values |= {"win_logprob_drift": win_reward / beta, "kl": _token_means(divergence, side).mean(1)}
+        values |= {
+            "win_logprob_drift": result.win_reward / config.beta,
+            "kl": _token_means(divergence, side).mean(1),
+        }
     return values
 
 
@@ -111,21 +114,46 @@ def _token_means(values: Tensor, side: Side) -> Tensor:
     return (sums / counts.clamp(min=1)).view(-1, 2)
 
 
-class StepSums:
-    """Adds up the passes' shares, and those of all processes."""
+def metric_names(totals: Mapping[str, int], config: TrainConfig) -> list[str]:
+    """Of pass_objective's metrics, in a step with these sides."""
+    metrics = _METRICS + _REFERENCE_METRICS if find_loss(config.loss_type).needs_reference else _METRICS
+    of_side = {side: (_replay_metric(config),) if side == REPLAY else metrics for side in totals}
+    return [f"{side}/{metric}" for side, names in of_side.items() for metric in names]
 
-    def __init__(self, totals: Mapping[str, int], config: TrainConfig, device: torch.device) -> None:
-        metrics = _METRICS if config.loss_type == "simpo" else _METRICS + _REFERENCE_METRICS
-        of_side = {side: (_replay_metric(config),) if side == REPLAY else metrics for side in totals}
-        self._names = [f"{side}/{metric}" for side, names in of_side.items() for metric in names]
-        self._sums = torch.zeros(1 + len(self._names), dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, shares: Mapping[str, Tensor]) -> None:
-        """One pass's; nothing waits for the device."""
-        zero = self._sums.new_zeros(())
-        values = [loss.detach(), *(shares.get(name, zero) for name in self._names)]
-        self._sums += torch.stack([value.double() for value in values])
+class PairDPO:
+    """The algorithm: see Algorithm."""
 
-    def metrics(self) -> dict[str, float]:
-        """{"loss", "side/metric"} of the whole step; all processes must ask."""
-        return dict(zip(["loss", *self._names], sum_over_ranks(self._sums).tolist(), strict=True))
+    def __init__(self, model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> None:
+        """
+        Args:
+            model: its layout, text tokenizer and prompts are used.
+            pairs: see PairPacker.
+            config: loss, weights and masks.
+            seed: of masks, dropped prompts and the order of pairs.
+        """
+        self.config, self.packer = config, PairPacker(model, pairs, config, seed)
+
+    def visits(self, step: int) -> list[PairVisit]:
+        """The pairs of a step."""
+        return self.packer.visits(step)
+
+    def passes(self, visits: Sequence[PairVisit]) -> list[Pass]:
+        """See Algorithm."""
+        totals = self.packer.num_pairs(visits)
+        return [
+            Pass(functools.partial(self.packer.pack, chosen, totals=totals), counts)
+            for chosen, counts in self.packer.passes(visits)
+        ]
+
+    def metric_names(self, visits: Sequence[PairVisit]) -> list[str]:
+        """See Algorithm."""
+        return metric_names(self.packer.num_pairs(visits), self.config)
+
+    def reference(self, policy: Policy, visits: Sequence[PairVisit], path: Path) -> Reference:
+        """See Algorithm."""
+        return make_reference(policy, self.packer, visits, path)
+
+    def loss(self, logprob: Tensor, reference: Tensor, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Algorithm."""
+        return pass_objective(logprob, reference, batch, batch.totals, self.config)

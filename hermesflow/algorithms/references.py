@@ -12,31 +12,26 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hermesflow.algorithms.packing import REPLAY, PairBatch, PairPacker, PairVisit, referenced_sides
+from hermesflow.algorithms.algorithm import Reference
+from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
+from hermesflow.algorithms.packing import PairPacker, referenced_sides
+from hermesflow.algorithms.policy import Policy
 from hermesflow.engine.sequence_logprob import span_logprobs
 from hermesflow.engine.transformer import Transformer
-from hermesflow.runtime.distributed import barrier, gather, is_main
-from hermesflow.runtime.files import ParquetRows, damaged, read_parquet, write_parquet
+from hermesflow.runtime.distributed import barrier, gather, is_main, reshard
+from hermesflow.runtime.files import InputError, ParquetRows, damaged, read_parquet, write_parquet
 from hermesflow.runtime.progress import track
 
 _SCHEMA = pa.schema(
     [("pair", pa.int32()), ("visit", pa.int32()), ("side", pa.string()), ("logprob", pa.list_(pa.float32()))]
 )
 _FINGERPRINT = b"hermesflow.fingerprint"
-
-
-class Reference(Protocol):
-    """What gives the reference's log-probabilities."""
-
-    def logprobs(self, batch: PairBatch) -> Tensor:
-        """fp32 [T] of a pass's targets, in the order of its sides."""
 
 
 def batch_logprobs(transformer: Transformer, batch: PairBatch) -> Tensor:
@@ -46,6 +41,8 @@ def batch_logprobs(transformer: Transformer, batch: PairBatch) -> Tensor:
 
 class LiveReference:
     """Computes beside each step, with a copy of the weights, or with the policy's own and its adapters off."""
+
+    is_live = True
 
     def __init__(
         self, transformer: Transformer, without_adapters: Callable[[], AbstractContextManager] | None = None
@@ -68,6 +65,8 @@ class LiveReference:
 
 class CachedReference:
     """Log-probabilities that were computed before the first step, from a file."""
+
+    is_live = False
 
     def __init__(self, path: Path, table: pa.Table, sides: Collection[str]) -> None:
         """
@@ -101,6 +100,8 @@ class CachedReference:
 
 class NoReference:
     """Zeros, for a loss without a reference."""
+
+    is_live = False
 
     def logprobs(self, batch: PairBatch) -> Tensor:
         """fp32 [T]."""
@@ -138,6 +139,36 @@ def cached_reference(
         return CachedReference(path, table, referenced_sides(packer.config))
     except (pa.ArrowException, ValueError) as error:
         raise damaged(path, "reference", error) from error
+
+
+def make_reference(policy: Policy, packer: PairPacker, visits: Sequence[PairVisit], path: Path) -> Reference:
+    """The reference of these visits, as the settings say; the policy still has its first weights.
+
+    Args:
+        policy: gives the log-probabilities, or is copied.
+        packer: of the pairs.
+        visits: all that training will ask for.
+        path: where a cached one is kept.
+    Raises: InputError if a live reference would need a copy of sharded weights, or as cached_reference does.
+    """
+    config, transformer = packer.config, policy.transformer
+    if not referenced_sides(config) or not visits:
+        return NoReference()
+    if config.reference == "live":
+        if policy.is_sharded and not config.lora_rank:
+            raise InputError(
+                "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
+            )
+        return LiveReference(transformer, policy.adapters and policy.adapters.off)
+
+    def logprobs(batch):
+        # Inference-mode tensors cannot be used in autograd, and sharded weights are kept between passes.
+        with torch.no_grad() if policy.is_sharded else torch.inference_mode():
+            return batch_logprobs(transformer, batch)
+
+    reference = cached_reference(path, [policy.digest, str(policy.work.dtype)], packer, visits, logprobs)
+    reshard(transformer)
+    return reference
 
 
 def _is_made(path: Path, fingerprint: bytes) -> bool:

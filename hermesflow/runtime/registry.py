@@ -37,6 +37,11 @@ ANSWER_SCORERS = {
 }
 """curation.answer_scorer: (config) -> AnswerMatcher, None to score choices; "module:function" is simpler."""
 
+ALGORITHMS = {"pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO"}
+"""selfplay.algorithm: (model, pairs, config, seed) -> Algorithm."""
+LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
+"""train.loss_type, beside LOSS_TYPES of the op (kernels/pair_dpo.py): PairLoss objects."""
+
 
 def load(table: Mapping[str, str], name: str, key: str) -> Any:
     """What a name means.

@@ -14,12 +14,13 @@ import warnings
 import pytest
 import torch
 
+from hermesflow.algorithms.policy import Policy
 from hermesflow.config import TrainConfig
 from hermesflow.engine.sequence_logprob import span_logprobs
 from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.runtime.checkpointing import checkpoints, load_checkpoint, load_state, save_checkpoint, save_state
 from hermesflow.runtime.files import InputError, remove_leftovers
-from hermesflow.training import Policy, make_optimizer, train_pairs
+from hermesflow.training import make_optimizer, train_pairs
 
 PLAIN = TrainConfig(dtype="float32", lr=1e-2)
 CONFIGS = {

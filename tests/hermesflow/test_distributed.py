@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hermesflow.algorithms.packing import PairPacker, PairVisit
-from hermesflow.algorithms.pair_dpo import StepSums, pass_objective
+from hermesflow.algorithms.algorithm import StepSums
+from hermesflow.algorithms.batch import PairVisit
+from hermesflow.algorithms.packing import PairPacker
+from hermesflow.algorithms.pair_dpo import metric_names, pass_objective
+from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
 from hermesflow.models import load_model, open_model
@@ -32,7 +35,7 @@ from hermesflow.runtime.distributed import (
 )
 from hermesflow.runtime.files import InputError
 from hermesflow.selfplay import run_selfplay
-from hermesflow.training import Policy, make_optimizer
+from hermesflow.training import make_optimizer
 
 SETTINGS = (
     "model.device=cpu", "data.num_records=8", "curation.num_images=3", "curation.num_steps=3", "curation.threshold=0",
@@ -79,7 +82,7 @@ def step_of(model, pairs, config):
     packer = PairPacker(model, pairs, config, seed=0)
     visits = [PairVisit(pair, 0) for pair in range(len(pairs))]
     totals = packer.num_pairs(visits)
-    sums = StepSums(totals, config, policy.device)
+    sums = StepSums(metric_names(totals, config), policy.device)
     for chosen, counts in packer.passes(visits):
         batch = packer.pack(chosen)
         logprob = batch_logprobs(policy.transformer, batch)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from hermesflow.algorithms.packing import PairPacker, PairVisit
-from hermesflow.algorithms.pair_dpo import StepSums, pass_objective
+from hermesflow.algorithms.algorithm import StepSums
+from hermesflow.algorithms.batch import PairVisit
+from hermesflow.algorithms.packing import PairPacker
+from hermesflow.algorithms.pair_dpo import metric_names, pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 
 VISITS = [PairVisit(pair, visit) for pair, visit in ((3, 0), (0, 1), (1, 0), (2, 2), (4, 0))]
@@ -175,7 +177,7 @@ def test_passes_add_up(shared_tiny_model, random_pairs, settings, split):
 
     def step(parts):
         """Metrics of the step, and the gradient by side and visit."""
-        sums, gradients = StepSums(totals, packer.config, cpu), {}
+        sums, gradients = StepSums(metric_names(totals, packer.config), cpu), {}
         for part in parts:
             batch = packer.pack(part)
             reference = values_of(batch, 0)
@@ -263,7 +265,7 @@ def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pa
     batch, totals = packer.pack([PairVisit(2, 2)]), packer.num_pairs(visits)
     _, shares = pass_objective(values_of(batch, 0), values_of(batch, 1), batch, totals, packer.config)
     names = [name.partition("/")[2] for name in shares if name != "replay/kl"]
-    sums = StepSums(totals, packer.config, torch.device("cpu"))
+    sums = StepSums(metric_names(totals, packer.config), torch.device("cpu"))
     expected = ["loss", *(f"{side}/{name}" for side in ("generation", "understanding") for name in names), "replay/kl"]
     assert sums.metrics() == dict.fromkeys(expected, 0.0)
     sums.add(torch.tensor(0.5), shares)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hermesflow.algorithms import packing
+from hermesflow.algorithms.batch import PairVisit
 from hermesflow.algorithms.packing import (
     PairPacker,
-    PairVisit,
     check_pairs,
     draw_masks,
     mask_count_probability,

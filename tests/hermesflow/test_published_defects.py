@@ -13,7 +13,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from hermesflow import training
-from hermesflow.algorithms.packing import PairPacker, PairVisit
+from hermesflow.algorithms.batch import PairVisit
+from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, CurationConfig, TrainConfig

@@ -312,7 +312,7 @@ def test_opcheck(weighted):
         ({2: torch.tensor([0, 1, 2, 4])}, r"expected segments in \[-1, 4\) for 2 pairs, got 4"),
         ({2: torch.tensor([0, -2, 2, 3])}, r"expected segments in \[-1, 4\) for 2 pairs, got -2"),
         ({3: -1}, "expected num_pairs of at least 0, got -1"),
-        ({5: "dpo"}, "expected loss_type to be sigmoid, ipo, hinge or robust, got dpo"),
+        ({5: "dpo"}, "expected loss_type to be one of sigmoid ipo hinge robust, got dpo"),
         ({8: torch.ones(3)}, r"expected pair_weight \[2\]"),
         ({8: torch.tensor([1.0, -1.0])}, "expected pair_weight of at least 0, got -1"),
     ],

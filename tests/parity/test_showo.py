@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from hermesflow import load_model
 from hermesflow.algorithms import packing
-from hermesflow.algorithms.packing import ImageMask, PairPacker, PairVisit
+from hermesflow.algorithms.batch import PairVisit
+from hermesflow.algorithms.packing import ImageMask, PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig

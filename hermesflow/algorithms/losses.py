@@ -1,0 +1,116 @@
+"""Forms of the preference loss: those of the op pair_dpo, SimPO, and one's own."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hermesflow.algorithms.batch import Side
+from hermesflow.config import TrainConfig
+from hermesflow.kernels.pair_dpo import LOSS_TYPES, PairDPOOutput, pair_dpo
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.registry import LOSSES, load
+
+
+class PairLoss:
+    """A form of the preference loss. One of your own says what a pair loses; see docs/extending.md."""
+
+    needs_reference = True
+    """Whether it compares the policy with the reference."""
+    means_over_tokens = False
+    """Whether the log-probability of an image or caption is always the mean over its tokens, not their sum."""
+    smooths_labels = False
+    """Whether train.label_smoothing has a meaning."""
+
+    def of_pairs(self, win: Tensor, lose: Tensor, config: TrainConfig) -> Tensor:
+        """Loss of each pair, differentiable.
+
+        Args:
+            win, lose: fp32 [P], log-ratios of policy to reference, or log-probabilities without a reference.
+            config: beta and whatever else it reads.
+        Returns: fp32 [P].
+        """
+        raise NotImplementedError(f"{type(self).__name__}: says nothing of a pair's loss; define of_pairs")
+
+    def __call__(self, policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> PairDPOOutput:
+        """The loss and what it says about each pair, by packed tokens.
+
+        Args:
+            policy, reference: weighted log-probabilities, fp32 [T].
+            side: which token is of which pair's win or lose, and which pairs count.
+            config: the settings.
+        """
+        num_pairs = len(side.pair_weight)
+        ratio = policy - reference if self.needs_reference else policy
+        sums, counts = (
+            values.new_zeros(2 * num_pairs).index_add(0, side.segment, values)
+            for values in (ratio, torch.ones_like(ratio))
+        )
+        if self.means_over_tokens or config.length_normalize:
+            sums = sums / counts.clamp(min=1)
+        win, lose = sums.view(num_pairs, 2).unbind(1)
+        total = side.pair_weight.sum().clamp(min=1)
+        loss = (self.of_pairs(win, lose, config) * side.pair_weight).sum() / total
+        win, lose = config.beta * win.detach(), config.beta * lose.detach()
+        accuracy = ((win > lose) * side.pair_weight).sum() / total
+        return PairDPOOutput(loss, win, lose, win - lose, accuracy)
+
+
+class OpLoss(PairLoss):
+    """A loss of the op, in one kernel."""
+
+    def __init__(self, loss_type: str) -> None:
+        self.loss_type, self.smooths_labels = loss_type, LOSS_TYPES[loss_type].smooths_labels
+
+    def __call__(self, policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> PairDPOOutput:
+        """See PairLoss."""
+        return pair_dpo(
+            policy, reference, side.segment, len(side.pair_weight), beta=config.beta, loss_type=self.loss_type,
+            label_smoothing=config.label_smoothing, pair_weight=side.pair_weight,
+            length_normalize=config.length_normalize or self.means_over_tokens,
+        )  # fmt: skip
+
+
+class SimPO(OpLoss):
+    """SimPO (arXiv 2405.14734): means of the policy's own log-probabilities, and a margin in place of a reference."""
+
+    needs_reference = False
+    means_over_tokens = True
+
+    def __init__(self) -> None:
+        super().__init__("sigmoid")
+        self.smooths_labels = False
+
+    def __call__(self, policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> PairDPOOutput:
+        """See PairLoss; win_reward is without the margin."""
+        # The op takes a mean of (policy - reference): a reference of margin / beta on the win subtracts the margin.
+        reference = torch.where(side.segment % 2 == 0, config.simpo_margin / config.beta, 0.0)
+        result = super().__call__(policy, reference, side, config)
+        return result._replace(win_reward=result.win_reward + config.simpo_margin * side.pair_weight)
+
+
+SIMPO = SimPO()
+
+
+@functools.cache
+def find_loss(name: str) -> PairLoss:
+    """The loss of a name, or "module:object" of your own. Raises: InputError if there is none."""
+    return OpLoss(name) if name in LOSS_TYPES else load(LOSSES, name, "train.loss_type")
+
+
+def check_loss(config: TrainConfig) -> None:
+    """Raises InputError where a setting has no meaning for the loss."""
+    loss = find_loss(config.loss_type)
+    if config.label_smoothing and not loss.smooths_labels:
+        smoothed = " or ".join(name for name, of_name in LOSS_TYPES.items() if of_name.smooths_labels)
+        raise InputError(
+            f"train.label_smoothing: expected 0 with loss_type {config.loss_type}, got {config.label_smoothing}; "
+            f"take {smoothed}"
+        )
+    if config.elbo_weighting and (config.length_normalize or loss.means_over_tokens):
+        raise InputError(
+            "train.elbo_weighting: expected false where log-probabilities are means over tokens, got true; it bounds "
+            "their sum"
+        )
