@@ -190,11 +190,12 @@ def _answer(arguments: Arguments, config: Config) -> None:
 
 
 def _curate(arguments: Arguments, config: Config) -> None:
+    from hermesflow.runs import Run
     from hermesflow.runtime.distributed import process_group
-    from hermesflow.selfplay import run_curation
+    from hermesflow.selfplay import curate_round
 
     with process_group(config.model.device):
-        run_curation(config, arguments.round or 1)
+        curate_round(Run(config), arguments.round or 1)
 
 
 def _train(arguments: Arguments, config: Config) -> None:
@@ -204,14 +205,17 @@ def _train(arguments: Arguments, config: Config) -> None:
         for option in ("output", "root"):
             if getattr(arguments, option) is not None:
                 raise InputError(f"--{option}: belongs to --pairs FILE; a round's training goes into its run")
-        from hermesflow.selfplay import run_training
+        from hermesflow.runs import Run
+        from hermesflow.selfplay import train_round
+        from hermesflow.training import check_training
 
+        check_training(config.train)
         with process_group(config.model.device):
-            run_training(config, arguments.round or 1)
+            train_round(Run(config), arguments.round or 1)
         return
     if arguments.round is not None:
         raise InputError("--round: belongs to a run; with --pairs FILE there is none, leave one of the two out")
-    from hermesflow.pair_training import train_on_pairs
+    from hermesflow.runs import train_on_pairs
 
     with process_group(config.model.device):
         print(train_on_pairs(config, arguments.pairs, arguments.output or config.run_folder, arguments.root))
@@ -224,7 +228,7 @@ def _pairs_export(arguments: Arguments, config: Config) -> None:
 
 
 def _pairs_import(arguments: Arguments, config: Config) -> None:
-    from hermesflow.selfplay import import_pairs
+    from hermesflow.runs import import_pairs
 
     print(import_pairs(config, arguments.round or 1, arguments.file, arguments.root))
 
@@ -246,9 +250,17 @@ def _questions(arguments: Arguments, config: Config) -> None:
 
 
 def _eval(arguments: Arguments, config: Config) -> None:
-    from hermesflow.evaluation.builtin import run_evaluation
+    from rich.console import Console
 
-    run_evaluation(config)
+    from hermesflow.evaluation.evaluation import evaluate
+    from hermesflow.report.tables import print_metrics
+    from hermesflow.runtime.files import write_json
+
+    result = {"model": config.model.name} | evaluate(_open_model(config), config.eval)
+    path, console = config.run_folder / "evaluation.json", Console()
+    write_json(path, result)
+    print_metrics(result["metrics"], console)
+    console.print(f"evaluation: {path}", soft_wrap=True, highlight=False)
 
 
 def _export(arguments: Arguments, config: Config) -> None:

@@ -20,7 +20,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hermesflow.kernels.pair_dpo import LOSS_TYPES
 from hermesflow.runtime.files import InputError, read_bytes
-from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, LOSSES
+from hermesflow.runtime.registry import (
+    ALGORITHMS,
+    ANSWER_SCORERS,
+    CAPTION_SCORERS,
+    EVALUATIONS,
+    IMAGE_SCORERS,
+    LOSSES,
+    SOURCES,
+)
 
 PAPER_OBJECTIVE = {
     "understanding_weight": 1.0, "nll_weight": 0.0, "replay_weight": 0.0, "masks_per_pair": 1,
@@ -99,8 +107,8 @@ class DataConfig:
         _check_types(self)
         _check_at_least(self, 1, "num_records")
         for name in ("questions", "root"):
-            if getattr(self, name) and self.source == "shapes":
-                raise ConfigError("DataConfig", name, "expected a file of records in data.source, got \"shapes\"")
+            if getattr(self, name) and self.source in SOURCES:
+                raise ConfigError("DataConfig", name, f'expected a file of records in data.source, got "{self.source}"')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +301,9 @@ class TrainConfig:
 class EvalConfig(DrawingConfig):
     """Measurement on prompts that training never sees."""
 
+    suite: str = "builtin"
+    """What is measured: "builtin", the world of shapes, or "module:object" of your own."""
+
     split: Literal["train", "validation", "test"] = "test"
     """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""
     num_prompts: int = 300
@@ -309,6 +320,7 @@ class EvalConfig(DrawingConfig):
     def __post_init__(self) -> None:
         _check_types(self)
         _check_seed(self)
+        _check_name(self, "suite", EVALUATIONS)
         _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_understanding")
         _check_drawing(self)
         expected = 'texts such as "4/0.7", at least one step and a temperature of at least 0'
@@ -323,10 +335,13 @@ class SelfPlayConfig:
     """Rounds in the run."""
     fresh_prompts: bool = True
     """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
+    algorithm: str = "pair-dpo"
+    """What trains on a round's pairs: pair-dpo, or "module:class" of your own."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 1, "num_rounds")
+        _check_name(self, "algorithm", ALGORITHMS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

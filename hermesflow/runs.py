@@ -1,30 +1,358 @@
-"""What a folder of results was begun with: settings, weights and pairs, which all who go on in it must bring again."""
+"""A run's folder: its lock, its settings, what it began with, and what exists in it.
+
+    runs/NAME/  config.toml  origin.json  records.parquet  rejected.parquet  summary.json  report/index.html
+      round-K/  candidates/part-*.parquet  pairs.parquet  rejected.parquet  train/step-*/  metrics.jsonl  model/
+                training.json  evaluation.json  seconds.json
+
+Round 0 is the model before training and has an evaluation alone. Every file is written whole, so that what exists is
+finished and is not made again. A training on a file of pairs has a folder of its own:
+
+    FOLDER/  config.toml  origin.json  training.json  model/  train/step-*/  metrics.jsonl  reference.parquet
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-from dataclasses import asdict
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import pyarrow as pa
 import torch
 
-from hermesflow.config import Config, load_config, to_toml
-from hermesflow.models.family import load_model
-from hermesflow.models.model import Model
+from hermesflow.algorithms.packing import check_pairs
+from hermesflow.config import Config, TrainConfig, load_config, to_toml
+from hermesflow.data.balancing import balance_questions, describe_one_sided, yes_share
+from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pair_statistics, read_pairs
+from hermesflow.data.published_pairs import read_published_pairs
+from hermesflow.data.records import Record, RecordFile, write_records
+from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
+from hermesflow.evaluation.metrics import is_balanced, summarize
+from hermesflow.models.family import load_model, open_model
+from hermesflow.models.model import Model, model_digest
+from hermesflow.runtime.distributed import is_main, on_main
 from hermesflow.runtime.files import (
     InputError,
     atomic_folder,
+    damaged,
     make_folder,
     read_json,
+    read_parquet,
     remove_leftovers,
     write_json,
+    write_parquet,
     write_problem,
     write_text,
 )
+from hermesflow.runtime.registry import SOURCES, load
+from hermesflow.training import check_training, train_checked_pairs
 
+_ELSEWHERE = "output folder (-o)"
+_LOGGER = logging.getLogger(__name__)
 _RESULTS = ("round-*", "records.parquet", "train", "study.jsonl")
 """Files that fix the settings as soon as one of them is there."""
+
+
+class Run:
+    """One run's folder and what exists in it; rounds count from 1, round 0 is the model before training."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.folder = config, config.run_folder
+        self.rounds = range(1, config.selfplay.num_rounds + 1)
+        on_main(self._claim)
+        self._loaded: tuple[int, Model] | None = None
+
+    def _claim(self) -> None:
+        self._lock = claim_folder(self.folder, self.config, "run.name")
+
+    @cached_property
+    def records(self) -> RecordFile:
+        """All rounds' image-caption pairs with their images' codes; on the disk, and read where they are used."""
+        path = self.folder / "records.parquet"
+
+        def work() -> None:
+            if not (path.exists() and (self.folder / "rejected.parquet").exists()):
+                write_records(path, self._make_records())
+                if told := describe_one_sided(yes_share(RecordFile(path))):
+                    _LOGGER.warning("%s: %s", self.config.data.source, told)
+
+        on_main(work)
+        return RecordFile(path)
+
+    def _make_records(self) -> Iterator[Record]:
+        """The records one by one; when the last was taken, the rejected ones are written down."""
+        data, rounds = self.config.data, self.config.selfplay.num_rounds if self.config.selfplay.fresh_prompts else 1
+        count, rejected = data.num_records * rounds, []
+        if data.source in SOURCES:
+            records = load(SOURCES, data.source, "data.source")(self.config.run.seed, count)
+        else:
+            records, rejected = read_source(data.source, data.questions or None, data.root or None)
+            records = balance_questions(records)
+        num_usable = 0
+        for record, reason in encode_records(self.model(0), records, count):
+            if reason is None:
+                num_usable += 1
+                yield record
+            else:
+                rejected.append({"record_id": record.id, "reason": reason})
+        if num_usable < count:
+            told = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
+            need = f"{count} are needed" + (f" ({rounds} rounds of {data.num_records})" if rounds > 1 else "")
+            raise InputError(
+                f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{told}"
+            )
+        write_parquet(self.folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
+
+    def round_records(self, number: int) -> Sequence[Record]:
+        """The records of one round: fresh ones, or the same in every round."""
+        if not self.config.selfplay.fresh_prompts:
+            return self.records
+        count = self.config.data.num_records
+        return self.records[(number - 1) * count : number * count]
+
+    def model(self, number: int) -> Model:
+        """The model after a round, in the dtype in which every round draws and judges; 0 is the one it starts from."""
+        if self._loaded is None or self._loaded[0] != number:
+            if number and not self.path(number, "model").exists():
+                raise InputError(f"{self.path(number, 'model')}: round {number} is not trained yet; run it first")
+            self._loaded = (number, self._load(number))
+        return self._loaded[1]
+
+    def policy(self, number: int) -> Model:
+        """The model after a round, in float32, to be trained in place."""
+        model = self.model(number)
+        self._loaded = None
+        # A step of 2e-5 is lost in the 8 bits of bf16.
+        return model if model.engine.dtype == torch.float32 else self._open(number, "float32")
+
+    def _load(self, number: int) -> Model:
+        if number:
+            return self._open(number, self._origin().get("dtype", "float32"))
+        model = self._open(0, self.config.model.dtype)
+        check_views_codes(model, self.config.model.name)
+        self._check_origin(model)
+        return model
+
+    def _open(self, number: int, dtype: str) -> Model:
+        """The model after a round, in a dtype."""
+        if number == 0:
+            return open_model(replace(self.config.model, dtype=dtype))
+        folder = self.path(number, "model")
+        try:
+            return open_model(replace(self.config.model, name=str(folder), dtype=dtype))
+        except InputError as error:
+            raise InputError(f"{error}, or delete {folder} and run the same command again to train it anew") from error
+
+    def _origin(self) -> dict[str, str]:
+        """What the run began with: the weights' digest, and their dtype, which every round draws and judges in."""
+        return read_json(self.folder / "origin.json")
+
+    def _check_origin(self, model: Model) -> None:
+        """Refuses a run that began with other weights of the same name."""
+        dtype = str(model.engine.dtype).removeprefix("torch.")
+        told = {"model": f"other weights than {self.config.model.name!r} holds now"}
+        check_origin(self.folder, {"model": model_digest(model), "dtype": dtype}, told, "run.name")
+
+    def check_round(self, number: int) -> None:
+        """Raises InputError if the run has no such round."""
+        if number not in self.rounds:
+            raise InputError(
+                f"round {number}: the run has {len(self.rounds)} rounds; give a smaller --round, or a larger "
+                "selfplay.num_rounds under another run.name"
+            )
+
+    def previous(self, number: int) -> PairFile | None:
+        """The pairs that a round's win and lose are compared with, where its records are the same."""
+        if number == 1 or self.config.selfplay.fresh_prompts:
+            return None
+        return PairFile(self.path(number - 1, "pairs.parquet"))
+
+    def evaluation(self, number: int) -> dict[str, Any]:
+        """The evaluation after a round, which must be there.
+
+        Raises: InputError if the file is damaged, or measured in a way that cannot be compared with today's.
+        """
+        path = self.path(number, "evaluation.json")
+        result = read_json(path)
+        if not isinstance(result, dict) or not {"metrics", "records"} <= result.keys():
+            raise damaged(path, "evaluation", ValueError("it has no metrics"))
+        if "understanding" in result["metrics"] and not is_balanced(result["metrics"]):
+            raise InputError(
+                f"{path}: was measured by record questions, as an older version did; `hermesflow report {self.folder}` "
+                "shows the run, and another run.name begins one that is measured by balanced questions"
+            )
+        return result
+
+    def pairs(self, number: int) -> pa.Table:
+        """A round's pairs, at least one. Raises: InputError if they are not made yet, or none was kept."""
+        if not self.path(number, "pairs.parquet").exists():
+            raise InputError(f"{self.folder}: round {number} has no pairs yet; curate or import them first")
+        pairs = read_pairs(self.path(number, "pairs.parquet"))
+        if not len(pairs):
+            rejected = read_parquet(self.path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
+            reason = next(iter(pair_statistics(pairs, rejected)["rejected"]), "no records")
+            raise InputError(
+                f"{self.path(number, 'rejected.parquet')}: round {number} kept no pair, most often for {reason!r}; "
+                "lower curation.threshold or curation.margin, set curation.keep to any, or raise data.num_records, "
+                "under another run.name"
+            )
+        return pairs
+
+    def seed(self, number: int) -> int:
+        """Of a round's candidates and training."""
+        return self.config.run.seed * 1_000 + number
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds: before, and each round with its paired changes."""
+        evaluations = [self.evaluation(number) for number in (0, *self.rounds)]
+        before, rounds = summarize(evaluations)
+        for number, metrics in enumerate(rounds, start=1):
+            pairs = read_parquet(self.path(number, "pairs.parquet"), ["record_id", "sides"])
+            rejected = read_parquet(self.path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
+            metrics["pairs"] = pair_statistics(pairs, rejected)
+            metrics["training"] = read_json(self.path(number, "training.json"))
+            if "agreement" in evaluations[number]:
+                metrics["agreement"] = evaluations[number]["agreement"]
+            metrics["seconds"] = self.seconds(number)
+        before["seconds"] = self.seconds(0)
+        settings = asdict(self.config)
+        del settings["pretrain"], settings["study"]
+        num_records = len(self.records)  # they are made now if every round's pairs were imported
+        unusable = read_parquet(self.folder / "rejected.parquet", UNUSABLE_SCHEMA.names).to_pylist()
+        data = {"records": num_records, "rejected": count_reasons(unusable), "yes_share": yes_share(self.records)}
+        return {"settings": settings, "seed": self.config.run.seed, "data": data, "before": before, "rounds": rounds}
+
+    def path(self, number: int, *names: str) -> Path:
+        """A file of a round."""
+        return self.folder.joinpath(f"round-{number}", *names)
+
+    def is_made(self, number: int, *names: str) -> bool:
+        """Whether a round has these files, for all processes."""
+        return on_main(lambda: all(self.path(number, name).exists() for name in names))
+
+    def timed(self, number: int, phase: str, work: Callable[[], None]) -> None:
+        """Runs a phase and notes its seconds; of a phase that was killed, those since it was resumed."""
+        began = time.perf_counter()
+        work()
+        if is_main():
+            seconds = self.seconds(number) | {phase: round(time.perf_counter() - began, 2)}
+            write_json(self.path(number, "seconds.json"), seconds)
+
+    def seconds(self, number: int) -> dict[str, float]:
+        """Seconds by phase; a kill right after a phase loses its entry, and nothing else."""
+        path = self.path(number, "seconds.json")
+        return read_json(path) if path.exists() else {}
+
+
+def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str | os.PathLike | None = None) -> Path:
+    """Gives a round of a run the pairs of a published pair_dpo_data.json, so that training takes them.
+
+    Args:
+        config: the run's settings; curation.threshold is what a win's image must score more than.
+        number: the round, from 1; the rounds before it must be trained.
+        path: see read_published_pairs.
+        root: see read_published_pairs.
+    Returns: the path of the pairs; rejected.parquet is written beside it.
+    Raises: InputError if the file cannot be used, or the round has pairs already.
+    """
+    run = Run(config)
+    run.check_round(number)
+    target = run.path(number, "pairs.parquet")
+    if target.exists():
+        raise InputError(f"{target}: round {number} has pairs already; choose another run.name or --round")
+    pairs, rejected = read_published_pairs(run.model(number - 1), path, root, config.curation.threshold)
+    write_parquet(run.path(number, "rejected.parquet"), rejected)
+    write_parquet(target, pairs)
+    return target
+
+
+def train_on_pairs(
+    config: Config, path: str | os.PathLike, folder: str | os.PathLike, root: str | os.PathLike | None = None
+) -> Path:
+    """Trains a model on a file of pairs, going on where an earlier call of the same settings and pairs stopped.
+
+    Args:
+        config: model and train are used, run.seed, and for a published file curation.threshold.
+        path: pairs.parquet of any run, or a published pair_dpo_data.json, whose images are encoded.
+        folder: receives config.toml, train/ as train_pairs fills it, training.json with the means over the last tenth
+            of the steps, and the trained model/.
+        root: the folder that a published file's image paths start from; None is the file's own.
+    Returns: the path of the trained model.
+    Raises: InputError if the file cannot be used, a pair does not fit the model, or the folder holds results of other
+        settings, weights or pairs.
+    """
+    check_training(config.train)
+    folder, path = Path(folder), Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give pairs.parquet of a run or a published pair_dpo_data.json")
+    pairs = read_pairs(path) if path.suffix == ".parquet" else None
+    if any(folder.glob("round-*")):
+        raise InputError(f"{folder}: holds a run of self-play; choose another {_ELSEWHERE}")
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(claim_folder(folder, config, _ELSEWHERE))
+
+        on_main(claim)
+        model, pairs = _open(config, path, root, pairs)
+        origin = {"pairs": _digest(pairs), "model": model_digest(model)}
+        told = {
+            "pairs": f"other pairs than {path} holds now",
+            "model": f"other weights than {config.model.name!r} holds now",
+        }
+        on_main(lambda: check_origin(folder, origin, told, _ELSEWHERE))
+        if not on_main(lambda: (folder / "model").exists() and (folder / "training.json").exists()):
+            options = {"seed": config.run.seed, "folder": folder, "algorithm": config.selfplay.algorithm}
+            train_and_save(model, pairs, config.train, **options)
+    return folder / "model"
+
+
+def train_and_save(
+    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
+) -> None:
+    """Trains on checked pairs in folder/train; then the first process writes folder/training.json and folder/model."""
+    means = train_checked_pairs(model, pairs, config, seed=seed, folder=folder / "train", algorithm=algorithm)
+
+    def save() -> None:
+        write_json(folder / "training.json", means)
+        with atomic_folder(folder / "model") as temporary:
+            model.save(temporary)
+
+    on_main(save)
+
+
+def _open(
+    config: Config, path: Path, root: str | os.PathLike | None, pairs: pa.Table | None
+) -> tuple[Model, pa.Table]:  # fmt: skip
+    """The model, and the pairs, which fit it; None are still to be read from a published file."""
+    # A step of 2e-5 is lost in the 8 bits of bf16.
+    model = open_model(replace(config.model, dtype="float32"))
+    check_views_codes(model, config.model.name)
+    if pairs is None:
+        pairs, rejected = read_published_pairs(model, path, root, config.curation.threshold)
+        if len(rejected):
+            _LOGGER.info("%s: left out %s", path, describe_rejected(rejected.to_pylist()[:: len(SIDES)]))
+    try:
+        check_pairs(pairs, model)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return model, pairs
+
+
+def _digest(pairs: pa.Table) -> str:
+    """A fingerprint of all columns, wherever the file lies and however it is stored."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in each_row(pairs):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def claim_folder(folder: Path, config: Config, elsewhere: str) -> TextIO:

@@ -34,7 +34,7 @@ from hermesflow.runtime.files import InputError
 from hermesflow.runtime.metric_log import Meter, MetricLog
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.registry import ALGORITHMS, load
-from hermesflow.runtime.trackers import open_tracker
+from hermesflow.runtime.trackers import check_tracker, open_tracker
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -60,8 +60,15 @@ def train_pairs(
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves. After an error the model is of no more use: open it anew to go on.
     """
-    check_loss(config)
+    check_training(config)
     check_pairs(pairs, model)
+    return train_checked_pairs(model, pairs, config, seed=seed, folder=folder, algorithm=algorithm)
+
+
+def train_checked_pairs(
+    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
+) -> dict[str, float]:
+    """train_pairs for settings and pairs that check_training and check_pairs have seen."""
     make = load(ALGORITHMS, algorithm, "selfplay.algorithm")
     pairs, held = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
     _tell_what_is_replayed(pairs, config)
@@ -97,6 +104,12 @@ def train_pairs(
     hold_out.take_best()
     policy.finish(folder)
     return log.tail_means(max(config.num_steps // 10, 1))
+
+
+def check_training(config: TrainConfig) -> None:
+    """Raises InputError with the fix where training could not begin: before the work on its pairs, not after it."""
+    check_tracker(config.tracker)
+    check_loss(config)
 
 
 def forward_backward(

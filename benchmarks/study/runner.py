@@ -29,15 +29,16 @@ from hermesflow.benchmarks.lines import Line, read_objects, write_lines
 from hermesflow.benchmarks.measuring import run_facts
 from hermesflow.benchmarks.study.arms import ARMS, arm_config
 from hermesflow.config import STUDY_ARMS, Config, ConfigError
-from hermesflow.evaluation.builtin import evaluate, right_of_asked
+from hermesflow.evaluation.evaluation import evaluate
+from hermesflow.evaluation.metrics import right_of_asked
 from hermesflow.models import Model, open_model
 from hermesflow.models.model import model_digest
 from hermesflow.report.tables import LABELS, format_value
-from hermesflow.runs import check_origin, claim_folder
+from hermesflow.runs import Run, check_origin, claim_folder
 from hermesflow.runtime.distributed import local_device
 from hermesflow.runtime.files import InputError, atomic_write
-from hermesflow.runtime.trackers import check_tracker
-from hermesflow.selfplay import Run
+from hermesflow.selfplay import curate_round, train_round
+from hermesflow.training import check_training
 
 BASE, PAIR_DPO = "base", STUDY_ARMS[0]
 COUNTS = ("right", "asked")
@@ -57,7 +58,7 @@ def run_study(config: Config, console: Console) -> list[Line]:
     Raises: InputError if the folder holds results of other settings or weights or cannot be written, the settings leave
         an arm nothing to train, or an arm keeps no pair.
     """
-    check_tracker(config.train.tracker)
+    check_training(config.train)
     _check_arms(config)
     path, guard = config.run_folder / "study.jsonl", threading.Lock()
     with claim_folder(config.run_folder, config, "run.name"):
@@ -137,8 +138,8 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
         num_shared = rounds if ARMS[arm].same_pairs else int(of_arm.curation == config.curation)
         _share(source, run.folder, num_shared)
     for number in range(1, rounds + 1):
-        run.curate(number)
-        run.train(number)
+        curate_round(run, number)
+        train_round(run, number)
     line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(evaluate(run.model(rounds), of_arm.eval), of_arm)
     del line["asked"]  # the base's line has it
     if arm != PAIR_DPO:  # of which candidates may be looked at later

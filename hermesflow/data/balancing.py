@@ -84,3 +84,18 @@ def _singular(word: str) -> str:
     if len(word) > 3 and re.search(r"(s|x|z|ch|sh)es$", word):
         return word[:-2]
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def describe_one_sided(yes_share: float | None) -> str:
+    """Says where questions of yes or no have mostly one answer; empty where they do not.
+
+    Args:
+        yes_share: of them the fraction that is answered yes; None without any.
+    """
+    if yes_share is None or 0.4 <= yes_share <= 0.6:
+        return ""
+    return (
+        f"{100 * yes_share:.1f} % of the yes-or-no questions about its images are answered yes, so that what is "
+        "replayed is one-sided; give questions that ask for things their element and element_type (object, animal, "
+        "human or food)"
+    )

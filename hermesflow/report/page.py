@@ -10,7 +10,7 @@ from typing import Any
 
 from hermesflow.config import Config, load_config
 from hermesflow.data.pairs import pair_statistics
-from hermesflow.evaluation.builtin import summarise
+from hermesflow.evaluation.metrics import MetricPath, is_balanced, summarize
 from hermesflow.models.family import open_model
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.report.examples import choose_shown, pairs_section
@@ -18,7 +18,6 @@ from hermesflow.report.markup import details, document, scrolling
 from hermesflow.report.tables import (
     LABELS,
     ONE_SIDED,
-    MetricPath,
     describe_data,
     find,
     format_change,
@@ -27,7 +26,6 @@ from hermesflow.report.tables import (
     headline,
     headline_metrics,
     interval_of,
-    is_balanced,
     kind_metrics,
     sampler_metrics,
     tell_verdict,
@@ -118,12 +116,12 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
         elif len(evaluations) == number:
             evaluations.append(read_json(path / "evaluation.json"))
             with _naming(path / "evaluation.json", "evaluation"):
-                before, rounds = summarise([evaluations[0], evaluations[-1]])
+                before, rounds = summarize([evaluations[0], evaluations[-1]])
                 agreement = evaluations[-1].get("agreement", {})
                 _show_summary(config, {"before": before, "rounds": [rounds[0] | {"agreement": agreement}]})
     if not evaluations:
         return {"before": None, "rounds": []}, missing
-    before, rounds = summarise(evaluations)
+    before, rounds = summarize(evaluations)
     for number, metrics in enumerate(rounds, 1):
         path = folder / f"round-{number}"
         tables = (read_parquet(path / name) for name in ("pairs.parquet", "rejected.parquet"))

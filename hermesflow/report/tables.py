@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hermesflow.data.balancing import describe_one_sided
+from hermesflow.evaluation.metrics import MetricPath, is_balanced
+
 LABELS = {
     "understanding": "understanding",
     "understanding_record_questions": "record questions",
@@ -27,15 +30,6 @@ ONE_SIDED = (
 """What a page says of a run that was measured before balanced questions were asked."""
 SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "best_of_4_strict": "best of 4, strict"}
 """What is measured by each sampler, as tables call it."""
-
-MetricPath = tuple[str, ...]
-"""Where a metric stands in nested results, such as ("samplers", "4/0.7", "generation")."""
-
-
-def is_balanced(metrics: dict[str, Any]) -> bool:
-    """Whether understanding was measured by balanced questions; older runs asked those of the records alone."""
-    return metrics.get("understanding_record_questions") is not None
-
 
 def headline_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
     """The metrics of LABELS that there are, with their labels; understanding by record questions alone says so."""
@@ -184,21 +178,6 @@ def describe_data(summary: dict[str, Any]) -> list[str]:
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
     lines = [f"data: {sum(rejected.values())} records could not be used: {reasons}"] if rejected else []
     return lines + ([f"data: {one_sided}"] if one_sided else [])
-
-
-def describe_one_sided(yes_share: float | None) -> str:
-    """Says where questions of yes or no have mostly one answer; empty where they do not.
-
-    Args:
-        yes_share: of them the fraction that is answered yes; None without any.
-    """
-    if yes_share is None or 0.4 <= yes_share <= 0.6:
-        return ""
-    return (
-        f"{_percent(yes_share)} % of the yes-or-no questions about its images are answered yes, so that what is "
-        "replayed is one-sided; give questions that ask for things their element and element_type (object, animal, "
-        "human or food)"
-    )
 
 
 def describe_round(metrics: dict[str, Any]) -> list[str]:

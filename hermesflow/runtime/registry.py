@@ -42,6 +42,11 @@ ALGORITHMS = {"pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO"}
 LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
 """train.loss_type, beside LOSS_TYPES of the op (kernels/pair_dpo.py): PairLoss objects."""
 
+SOURCES = {"shapes": "hermesflow.worlds.shapes:training_records"}
+"""data.source, beside files: (seed, count) -> records of training scenes."""
+EVALUATIONS = {"builtin": "hermesflow.evaluation.builtin:BUILTIN"}
+"""eval.suite: Evaluation objects."""
+
 
 def load(table: Mapping[str, str], name: str, key: str) -> Any:
     """What a name means.

@@ -58,6 +58,7 @@ KINDS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 # Chosen so that validation and test each hold enough keys of each group (a test checks the numbers).
 _SPLIT_SALT = "hermesflow-shapes-29"
 _HELD_OUT = 0.1
+_SCENE_SEEDS = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -706,6 +707,18 @@ def make_record(scene: Scene, id: str, rng: np.random.Generator) -> Record:
         balanced_questions=balanced_questions(scene, np.random.default_rng([scene.seed, 1])),
         image=render([scene])[0],
     )
+
+
+def training_records(seed: int, count: int) -> Iterator[Record]:
+    """Records of training scenes, one by one.
+
+    Args:
+        seed: of the scenes, in a stream of its own: pretraining draws the scenes of small seeds.
+        count: how many.
+    """
+    seed = _SCENE_SEEDS + seed
+    scenes, rng = islice(endless_scenes("train", seed), count), np.random.default_rng([seed, len(SPLITS)])
+    return (make_record(scene, f"train-{index:06d}", rng) for index, scene in enumerate(scenes))
 
 
 def attribute_f1(caption: str, truth: str) -> float:

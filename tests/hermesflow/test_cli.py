@@ -174,23 +174,25 @@ def test_commands_pass_their_settings_on(stand_in, tmp_path, capsys):
     def record(name, result=None):
         return lambda *arguments: calls.update({name: arguments}) or result
 
-    rounds = {"run_curation": record("curate"), "run_training": record("train")}
+    rounds = {"curate_round": record("curate"), "train_round": record("train")}
     stand_in("selfplay", run_selfplay=record("selfplay"), **rounds)
-    stand_in("pretraining", run_pretraining=record("pretrain"))
-    stand_in("evaluation", run_evaluation=record("eval"))
-    stand_in("report", write_report=record("report", "page"))
+    stand_in("runs", Run=record("run"))
+    stand_in("worlds.pretraining", run_pretraining=record("pretrain"))
+    stand_in("evaluation.evaluation", evaluate=record("eval", {"metrics": {}}))
+    stand_in("report.tables", print_metrics=record("print"))
+    stand_in("report.page", write_report=record("report", "page"))
     (tmp_path / "settings.toml").write_text("[run]\nseed = 3\n[pretrain]\nseed = 4\n")
-    common = ["--config", str(tmp_path / "settings.toml"), "--set", "run.name=here"]
+    common = ["--config", str(tmp_path / "settings.toml"), "--set", "run.name=here", "--set", f"run.folder={tmp_path}"]
     for command in ("selfplay", "pretrain", "eval", "report"):
         assert cli.main([command, *common]) == 0
     for command in ("curate", "train"):
         assert cli.main([command, *common, "--round", "2"]) == 0
     assert calls["selfplay"][0].run.seed == 3 and calls["selfplay"][0].run.name == "here"
     assert calls["pretrain"][0].seed == 4
-    assert calls["curate"][1] == calls["train"][1] == 2
+    assert calls["curate"][1] == calls["train"][1] == 2 and calls["run"][0].run.name == "here"
     assert calls["report"][0].name == "here"
-    assert calls["eval"] == calls["selfplay"]
-    assert capsys.readouterr().out == "page\n"
+    assert calls["eval"][1] == calls["selfplay"][0].eval
+    assert capsys.readouterr().out == f"evaluation: {tmp_path / 'here' / 'evaluation.json'}\npage\n"
 
 
 @pytest.mark.parametrize("command", ["selfplay", "pretrain", "generate", "curate", "train", "eval"])
@@ -207,9 +209,9 @@ def test_commands_pass_their_settings_on(stand_in, tmp_path, capsys):
 def test_wrong_settings_stop_a_command(command, settings, message, capsys, stand_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = raising(AssertionError("started"))
-    stand_in("selfplay", run_selfplay=started, run_curation=started, run_training=started)
-    stand_in("pretraining", run_pretraining=started)
-    stand_in("evaluation", run_evaluation=started)
+    stand_in("selfplay", run_selfplay=started, curate_round=started, train_round=started)
+    stand_in("worlds.pretraining", run_pretraining=started)
+    stand_in("evaluation.evaluation", evaluate=started)
     assert cli.main([command, *settings]) == 2
     assert message in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
@@ -248,7 +250,7 @@ def test_our_own_faults_keep_their_traceback(stand_in):
 
 def test_interrupt_says_that_the_run_goes_on(stand_in, capsys):
     stand_in("selfplay", run_selfplay=raising(KeyboardInterrupt()))
-    stand_in("report", write_report=raising(KeyboardInterrupt()))
+    stand_in("report.page", write_report=raising(KeyboardInterrupt()))
     assert cli.main(["selfplay"]) == 130
     assert capsys.readouterr().err.strip() == "hermesflow: stopped; the same command goes on where it stopped"
     assert cli.main(["report"]) == 130
@@ -296,10 +298,10 @@ def test_options_win_over_settings(monkeypatch, tmp_path):
     settings = ["--set", "model.name=other"]
     options = ["--model", "mine", "--device", "cpu", "--dtype", "bfloat16", "--num-steps", "2"]
     assert cli.main(["generate", "x", *options, *settings, "-o", str(tmp_path)]) == 0
-    assert asked == [(("mine", "cpu", torch.bfloat16), {})]
+    assert asked == [(("mine", "cpu", torch.bfloat16), {"family": "auto"})]
     assert model.engine.calls[0][1] == 2
     assert cli.main(["generate", "x", *settings, "-o", str(tmp_path)]) == 0
-    assert asked[1] == (("other", "cuda" if torch.cuda.is_available() else "cpu", None), {})
+    assert asked[1] == (("other", "cuda" if torch.cuda.is_available() else "cpu", None), {"family": "auto"})
     assert model.engine.calls[1][1] == TINY_SAMPLING.num_steps
 
 
@@ -498,7 +500,8 @@ def test_answer_refuses_choices_that_are_none(model, choices, tmp_path, capsys):
 
 def test_scorers_are_chosen_by_options(stand_in, capsys):
     asked = []
-    stand_in("selfplay", run_selfplay=asked.append, run_curation=lambda config, number: asked.append(config))
+    stand_in("runs", Run=lambda config: config)
+    stand_in("selfplay", run_selfplay=asked.append, curate_round=lambda config, number: asked.append(config))
     for command in ("selfplay", "curate"):
         options = ["--caption-scorer", "bert-cls", "--answer-scorer", "own:match"]
         assert cli.main([command, "--set", "curation.caption_scorer=exact", *options]) == 0
@@ -532,7 +535,7 @@ def test_score_prints_json_lines(tmp_path, capsys):
 def test_questions_name_their_models(options, names, tmp_path, stand_in, capsys):
     calls = []
     stand_in(
-        "question_generation", GENERATOR="GENERATOR", FILTER="FILTER",
+        "scoring.questions", GENERATOR="GENERATOR", FILTER="FILTER",
         write_questions=lambda *arguments: calls.append(arguments) or 3,
     )  # fmt: skip
     assert cli.main(["questions", "captions.jsonl", "-o", "out.json", *options]) == 0

@@ -11,20 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from hermesflow import cli
 from hermesflow.config import EvalConfig, load_config
 from hermesflow.curation import CANDIDATES_SCHEMA
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.evaluation import stats
-from hermesflow.evaluation.builtin import (
-    agreement,
-    caption_truth,
-    evaluate,
-    measure,
-    paired_change,
-    run_evaluation,
-    sampler_name,
-    summarise,
-)
+from hermesflow.evaluation.builtin import agreement, caption_truth, sampler_name
+from hermesflow.evaluation.evaluation import evaluate
+from hermesflow.evaluation.metrics import measure, paired_change, summarize
 from hermesflow.models.model import Model
 from hermesflow.report import tables as summaries
 from hermesflow.runtime.files import read_json
@@ -250,7 +244,7 @@ def test_a_change_is_paired():
     assert np.ptp(change["ci95"]) < 0.8 * np.hypot(*widths)
     assert not changes["understanding"]["significant"] and not changes["caption_f1"]["significant"]
     assert changes["gap"]["change"] == pytest.approx(changes["understanding"]["change"] - change["change"])
-    first, rounds = summarise([before, after, before])
+    first, rounds = summarize([before, after, before])
     assert first == before["metrics"] and rounds[0]["change"] == changes
     assert rounds[1]["change"]["gap"] == {"change": 0.0, "ci95": [0.0, 0.0], "significant": False}
 
@@ -310,8 +304,9 @@ def test_run_evaluation_writes_and_prints(tiny_model, tmp_path, capsys):
     tiny_model.save(tmp_path / "model")
     settings = [f"model.name={tmp_path / 'model'}", f"run.folder={tmp_path}", "run.name=here", "eval.num_steps=2",
                 "eval.num_prompts=3", "eval.num_understanding=3", "eval.images_per_prompt=2"]  # fmt: skip
-    result = run_evaluation(load_config(None, settings))
-    assert read_json(tmp_path / "here" / "evaluation.json") == result
+    assert cli.main(["eval", *(f"--set={setting}" for setting in settings)]) == 0
+    result = read_json(tmp_path / "here" / "evaluation.json")
+    assert result == {"model": str(tmp_path / "model")} | evaluate(tiny_model, load_config(None, settings).eval)
     out = capsys.readouterr().out
     assert "understanding" in out and "95 % interval" in out and "6 images drawn" in out
 
@@ -379,7 +374,7 @@ def test_the_closing_table_says_what_changed():
     rng = np.random.default_rng(2)
     ability = rng.normal(0, 0.2, size=300)
     halves = [random_rows(rng, ability, understanding=0.7, generation=chance) for chance in (0.3, 0.5)]
-    before, rounds = summarise([{"records": rows, "metrics": measure(rows)} for rows in halves])
+    before, rounds = summarize([{"records": rows, "metrics": measure(rows)} for rows in halves])
     rounds[0] |= {"pairs": {"records": 9, "kept": 7}, "seconds": {"training": 3.2}}
     text = printed({"before": before, "rounds": rounds})
     lines = [line.strip() for line in text.splitlines()]
@@ -393,7 +388,7 @@ def test_the_closing_table_says_what_changed():
     for rows in halves:
         for number, item in enumerate(rows):
             item |= NEW | {"balanced": "110" if rows is halves[0] or number % 9 else "100"}
-    before, rounds = summarise([{"records": rows, "metrics": measure(rows)} for rows in halves])
+    before, rounds = summarize([{"records": rows, "metrics": measure(rows)} for rows in halves])
     said, text = summaries.headline({"before": before, "rounds": rounds}), printed({"before": before, "rounds": rounds})
     assert "understanding (balanced questions): down 3.8 points" in said and "better" not in said
     assert "8/0.7, best of 4, strict" in text and "yes" in text and "record questions" in text

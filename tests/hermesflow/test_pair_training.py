@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hermesflow import cli, pair_training, read_pairs, train_pairs, training
+from hermesflow import cli, read_pairs, runs, train_pairs, training
 from hermesflow.config import TrainConfig, load_config
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.data.published_pairs import write_published_pairs
 from hermesflow.models import load_model
-from hermesflow.pair_training import train_on_pairs
-from hermesflow.runs import claim_folder
+from hermesflow.runs import claim_folder, train_on_pairs
 from hermesflow.runtime.files import InputError, write_parquet
 from hermesflow.runtime.metric_log import TIMINGS
 
@@ -168,7 +167,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(plac
 
 def test_a_vision_encoder_is_refused(place, tmp_path, monkeypatch, tiny_model):
     monkeypatch.setattr(type(tiny_model), "views_codes", False)
-    monkeypatch.setattr(pair_training, "open_model", lambda config: tiny_model)
+    monkeypatch.setattr(runs, "open_model", lambda config: tiny_model)
     with pytest.raises(InputError, match="sees images through a vision encoder"):
         train_on_pairs(config_for(place), place / "pairs.parquet", tmp_path / "out")
 
@@ -200,6 +199,6 @@ def test_other_pairs_in_the_same_folder_are_refused(place, trained, shared_tiny_
 
 def test_other_weights_of_the_same_name_are_refused(place, trained, tiny_model, monkeypatch):
     tiny_model.transformer.head.weight.data[0, 0] += 1
-    monkeypatch.setattr(pair_training, "open_model", lambda config: tiny_model)
+    monkeypatch.setattr(runs, "open_model", lambda config: tiny_model)
     with pytest.raises(InputError, match="the run began with other weights than .* holds now; choose another output"):
         train_on_pairs(config_for(place), place / "pairs.parquet", trained)

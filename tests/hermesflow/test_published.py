@@ -18,9 +18,9 @@ from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.models import load_model
 from hermesflow.models.magvit import load_vq_tokenizer
-from hermesflow.runs import export_model
+from hermesflow.runs import Run, export_model
 from hermesflow.runtime.files import InputError
-from hermesflow.selfplay import Run, run_selfplay
+from hermesflow.selfplay import run_selfplay
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from hermesflow.data import sources
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, read_pairs
 from hermesflow.data.published_pairs import read_published_pairs, write_published_pairs
 from hermesflow.models.images import read_image
+from hermesflow.runs import Run, import_pairs
 from hermesflow.runtime.files import InputError, read_parquet
-from hermesflow.selfplay import import_pairs, run_curation, run_selfplay, run_training
+from hermesflow.selfplay import curate_round, run_selfplay, train_round
 
 KEYS = [
     "id", "img_path", "prompt", "caption", "caption_win", "caption_lose", "bert_score_win", "bert_score_lose",
@@ -165,7 +166,7 @@ def settings(shared_tiny_model, tmp_path):
 
 
 def test_one_run_exports_and_another_trains_on_it(settings, tmp_path, capsys):
-    run_curation(load_config(None, [*settings, "run.name=one"]), 1)
+    curate_round(Run(load_config(None, [*settings, "run.name=one"])), 1)
     assert cli.main(["pairs", "export", str(tmp_path / "one"), "--round", "1", "-o", str(tmp_path / "out")]) == 0
     file = tmp_path / "out/pair_dpo_data.json"
     assert capsys.readouterr().out.strip() == str(file)
@@ -178,7 +179,7 @@ def test_one_run_exports_and_another_trains_on_it(settings, tmp_path, capsys):
         *theirs["record_id"].to_pylist()
     }
     config = load_config(None, [*settings, *small])
-    run_training(config, 1)
+    train_round(Run(config), 1)
     assert (tmp_path / "two/round-1/model/model.safetensors").exists()
     # Self-play takes the round as done, and makes no candidates of records that the pairs are not of.
     summary = run_selfplay(config)

@@ -11,7 +11,9 @@ import pytest
 from hermesflow.config import load_config, to_toml
 from hermesflow.curation import CANDIDATES_SCHEMA, curate
 from hermesflow.data.pairs import PAIRS_SCHEMA, make_pairs, pair_statistics
-from hermesflow.evaluation.builtin import agreement, evaluate, measure, summarise
+from hermesflow.evaluation.builtin import agreement
+from hermesflow.evaluation.evaluation import evaluate
+from hermesflow.evaluation.metrics import measure, summarize
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.report.page import write_report
 from hermesflow.report.tables import ONE_SIDED
@@ -77,7 +79,7 @@ def finished(shared_tiny_model, tiny_records, tmp_path_factory):
         write_json(run / f"round-{number}" / "evaluation.json", evaluation)
         write_json(run / f"round-{number}" / "seconds.json", {"evaluation": 1.25})
     write_json(run / "round-1" / "training.json", {"loss": 0.6931})
-    before, rounds = summarise(evaluations)
+    before, rounds = summarize(evaluations)
     rounds[0] |= {
         "pairs": pair_statistics(pairs, rejected) | {"rejected": {"generation: margin of images too small": 2}},
         "agreement": evaluations[1]["agreement"],
@@ -174,7 +176,7 @@ def test_a_run_of_before_says_by_which_measure(run, finished_by):
     old = [old_form(evaluation) for evaluation in evaluations]
     for number, evaluation in enumerate(old):
         write_json(run / f"round-{number}" / "evaluation.json", evaluation)
-    before, rounds = summarise(old)
+    before, rounds = summarize(old)
     trust = {name: value for name, value in evaluations[1]["agreement"].items() if "caption" not in name}
     summary = {"settings": {}, "seed": 0, "before": before, "rounds": [rounds[0] | {"agreement": trust}]}
     write_json(run / "summary.json", summary)

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from hermesflow.config import PretrainConfig, load_config
-from hermesflow.evaluation.builtin import measure
+from hermesflow.evaluation.metrics import measure
+from hermesflow.runs import Run
 from hermesflow.runtime.files import InputError, read_parquet
-from hermesflow.selfplay import _SCENE_SEEDS, Run, run_curation, run_selfplay, run_training
+from hermesflow.selfplay import curate_round, run_selfplay, train_round
 from hermesflow.worlds import shapes
+from hermesflow.worlds.shapes import _SCENE_SEEDS
 
 SETTINGS = (
     "data.num_records=8", "curation.num_images=3", "curation.num_steps=3", "curation.threshold=0", "curation.margin=0",
@@ -121,8 +123,8 @@ def test_sigkill_and_the_same_command_again_end_alike(settings, whole, tmp_path,
 def test_the_phases_alone_end_like_the_whole(settings, whole, tmp_path):
     config = config_for(settings, tmp_path)
     for number in (1, 2):
-        run_curation(config, number)
-        run_training(config, number)
+        curate_round(Run(config), number)
+        train_round(Run(config), number)
     run_selfplay(config)
     assert comparable(tmp_path) == comparable(whole)
 
@@ -139,7 +141,7 @@ def test_other_settings_in_the_same_folder_are_refused(settings, whole):
 
 def test_training_before_curation_names_the_missing_file(settings, tmp_path):
     with pytest.raises(InputError, match="round 1 has no pairs yet; curate or import them first"):
-        run_training(config_for(settings, tmp_path), 1)
+        train_round(Run(config_for(settings, tmp_path)), 1)
 
 
 def test_a_round_without_pairs_says_what_to_lower(settings, tmp_path):
@@ -238,7 +240,7 @@ def test_a_second_process_is_refused(settings, whole):
 
 def test_a_round_beyond_the_run_is_refused(settings, whole):
     with pytest.raises(InputError, match="round 3: the run has 2 rounds"):
-        run_curation(config_for(settings, whole), 3)
+        curate_round(Run(config_for(settings, whole)), 3)
 
 
 def test_self_play_draws_other_scenes_than_pretraining(whole):
@@ -298,13 +300,13 @@ def test_too_few_usable_records_say_why(settings, data, tmp_path):
         r"root, 1 damaged image, 1 unknown word; the first is record z: path leaves its root"
     )
     with pytest.raises(InputError, match=message):
-        run_curation(config, 1)
+        curate_round(Run(config), 1)
     assert not (tmp_path / "t/records.parquet").exists()
 
 
 def test_a_lost_list_of_rejected_records_is_made_again(settings, data, tmp_path):
     config = config_for(settings, tmp_path, f"data.source={data}", *OWN)
-    run_curation(config, 1)
+    curate_round(Run(config), 1)
     before = (tmp_path / "t/rejected.parquet").read_bytes()
     (tmp_path / "t/rejected.parquet").unlink()
     assert Run(config).round_records(1)[0].id == "r0"

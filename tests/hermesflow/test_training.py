@@ -32,7 +32,7 @@ def model(tiny_model):
 def test_training_is_imported_without_optional_packages():
     code = (
         "import sys; sys.modules |= dict.fromkeys(('peft', 'tensorboard', 'wandb', 'trackio'));"
-        "import hermesflow.training, hermesflow.pair_training, hermesflow.selfplay"
+        "import hermesflow.training, hermesflow.runs, hermesflow.selfplay"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 

@@ -1,0 +1,77 @@
+"""The seam of evaluations: what a measurement gives, and evaluate, which runs the one that the settings name.
+
+An evaluation is one file, and one line in EVALUATIONS of runtime/registry.py. It gives a row for each record; metrics,
+intervals, paired changes, tables and the report come from the rows alone (metrics.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from hermesflow.config import EvalConfig
+from hermesflow.data.records import Record
+from hermesflow.evaluation.metrics import measure
+from hermesflow.models.model import Model
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.registry import EVALUATIONS, load
+
+Parts = Iterable[tuple[Sequence[Record], pa.Table, pa.Table]]
+"""(records, their candidates, the pairs made of them), one part at a time in memory."""
+
+
+class Evaluation:
+    """One measurement; a subclass says what it measures."""
+
+    def measure(self, model: Model, config: EvalConfig) -> list[dict[str, Any]]:
+        """Measures a model.
+
+        Args:
+            model: the model.
+            config: how many, and how images are drawn; all draws are pure functions of it, so that two models are
+                compared on the same ones.
+        Returns: a row for each record, the same records for every model: {"id": name, "scores": {metric: [right,
+            asked]}}; a metric is the sum of the one over the sum of the other, "a/b" nests it. More keys may stand
+            beside them. All is ready for JSON.
+        Raises: InputError on a model that cannot be measured so.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: measures nothing; define measure")
+
+    def settings(self, model: Model, config: EvalConfig) -> dict[str, Any]:
+        """What was measured how, kept beside the result."""
+        return asdict(config)
+
+    def judge_candidates(self, model: Model, source: str, parts: Parts) -> dict[str, Any] | None:
+        """How far the scores of a round's candidates can be trusted, where the truth is known.
+
+        Args:
+            model: decodes the images.
+            source: data.source.
+            parts: the candidates.
+        Returns: numbers for the summary; None where nothing is known of such records.
+        """
+        return None
+
+
+def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
+    """Measures a model as the settings say.
+
+    Args:
+        model: the model.
+        config: eval.suite names the evaluation.
+    Returns: {"settings", "metrics", "records"}, ready for JSON; see metrics.measure, and the evaluation for its rows.
+    Raises: InputError on an evaluation that cannot be had, or a model that it cannot measure.
+    """
+    suite = find_evaluation(config)
+    rows = suite.measure(model, config)
+    if not rows:
+        raise InputError(f"eval.suite {config.suite}: measured no record; check its data")
+    return {"settings": suite.settings(model, config), "metrics": measure(rows), "records": rows}
+
+
+def find_evaluation(config: EvalConfig) -> Evaluation:
+    """The evaluation that the settings name. Raises: InputError if there is none."""
+    return load(EVALUATIONS, config.suite, "eval.suite")
