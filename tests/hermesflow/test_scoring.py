@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, ConfigError, CurationConfig
 from hermesflow.engine.text_decoder import SamplingParams
-from hermesflow.files import InputError
+from hermesflow.files import InputError, shown
 from hermesflow.models import TINY_PROMPTS, Model
 from hermesflow.prompting import caption_prompt, choice_prompt, choices_prompt
 from hermesflow.records import Question, Record
@@ -185,7 +185,8 @@ def test_a_model_that_cannot_be_used_is_named(tmp_path: Path, make_encoder, dama
             weights[name] = weights[name] * math.nan
         if path.exists():
             save_file(weights, path, {"format": "pt"})
-    with pytest.raises(InputError, match=f"no-model.*{reason}") as caught:
+    named = re.escape(shown(str(folder)) if damage == "absent" else str(folder))
+    with pytest.raises(InputError, match=f"{named}.*{reason}") as caught:
         score_captions("bert-cls", ["a"], "a", bert_model=str(folder))
     assert "\n" not in str(caught.value) and not (tmp_path / "touched").exists()
     assert damage == "nan" or "or set curation.bert_model to a folder, or" in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hermesflow import sources
-from hermesflow.files import InputError
+from hermesflow.files import InputError, shown
 from hermesflow.records import Record
 from hermesflow.sources import describe_rejected, encode_records, read_entries, read_source
 from hermesflow.worlds import shapes
@@ -234,7 +234,7 @@ def test_a_path_that_leaves_its_root_is_refused(kind, folder):
     name = escape(folder, kind)
     records, rejected = read_source(write(folder, [entry(1, image=name), entry(2)]))
     assert [record.id for record in records] == ["2"]
-    assert reasons(rejected) == [f"path leaves its root: {name!r} is outside {folder}"]
+    assert reasons(rejected) == [f"path leaves its root: {shown(name)} is outside {folder}"]
     wider = write(folder, [entry(1, image=os.path.join("data", name))])
     assert len(read_source(wider, root=folder.parent)[0]) == 1
 
