@@ -1,12 +1,14 @@
 """The C++ kernels for instruction sets that this machine would not choose, in two threads; all the other tests take its
 own, in one thread.
 
-A process chooses when it starts, so each case runs this file in a process of its own.
+A process chooses when it starts, so this file is run in a process of its own for each set.
 """
 
+import json
 import os
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -91,21 +93,38 @@ CHECKS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(checks.cpu_missing() is not None, reason=str(checks.cpu_missing()))
-@pytest.mark.parametrize("capability", INSTRUCTIONS)
+@pytest.fixture(scope="module", params=INSTRUCTIONS)
+def errors(request):
+    """By op, what failed in a process of these instructions."""
+    if checks.cpu_missing():
+        pytest.skip(checks.cpu_missing())
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": request.param}
+    command = [sys.executable, "-P", __file__, request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("op", CHECKS)
-def test_other_instruction_sets(op, capability):
-    command = [sys.executable, "-P", __file__, op, capability]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_other_instruction_sets(op, errors):
+    assert not errors[op], errors[op]
 
 
-if __name__ == "__main__":
+def check_all(capability):
     from hermesflow.kernels import _C
 
     chosen = _C.build_facts()["cpu_instructions"]
-    if chosen not in (INSTRUCTIONS[sys.argv[2]], "portable"):
+    if chosen not in (INSTRUCTIONS[capability], "portable"):
         raise SystemExit(f"got {chosen}")
     torch.set_num_threads(2)
-    CHECKS[sys.argv[1]]()
+    failed = dict.fromkeys(CHECKS)
+    for op, check in CHECKS.items():
+        try:
+            check()
+        except Exception:  # of whatever kind, for the test to show
+            failed[op] = traceback.format_exc()
+    print(json.dumps(failed))
+
+
+if __name__ == "__main__":
+    check_all(sys.argv[1])
