@@ -39,7 +39,6 @@ from hermesflow.engine.image_decoder import ImageDecoder
 from hermesflow.engine.span_tree import SpanTree
 from hermesflow.engine.token_layout import TokenLayout
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # Read here, since a fixture of all tests hides the variable.
 CHECKOUTS = [folder for folder in os.environ.get("HERMESFLOW_PUBLISHED_CODE", "").split(os.pathsep) if folder]
 LAYOUT = TokenLayout(text_vocab_size=299, codebook_size=64, num_image_tokens=16, sot=0, eot=0)
