@@ -33,7 +33,7 @@ test: lint
 	$(BIN)/pytest $(WORKERS)
 
 soak: setup
-	$(BIN)/pytest $(WORKERS) -m soak -rP
+	$(BIN)/pytest $(WORKERS) -m soak -rP -p no:logging
 
 lint: setup
 	$(BIN)/ruff check .
