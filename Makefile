@@ -26,13 +26,14 @@ setup: $(VENV)/.installed
 demo: setup
 	$(BIN)/hermesflow selfplay --set run.name=demo
 
-test: export OMP_NUM_THREADS ?= 2
-test: lint
-	$(BIN)/pytest
+# One worker a core, each in one thread (tests/conftest.py); one that is done takes over what another has left.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
 
-soak: export OMP_NUM_THREADS ?= 2
+test: lint
+	$(BIN)/pytest $(WORKERS)
+
 soak: setup
-	$(BIN)/pytest -m soak -s
+	$(BIN)/pytest $(WORKERS) -m soak -rP -p no:logging
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,13 @@ from torch.utils._pytree import tree_leaves
 from hermesflow.engine import device_graph
 
 
+def pytest_configure():
+    """One thread a process, those that tests start included, whatever the shell says: threads of several processes wait
+    for one another where they share the cores, and the last digit of a sum depends on how many threads took it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def naive():
     """The truth that the engine is held to, engine/naive.py, which lies in no package."""

@@ -5,6 +5,7 @@ KIND sanitized: the C++ kernels under AddressSanitizer and UBSan (`make sanitize
 HERMESFLOW_TEST_EXTENSION=FOLDER/_C.so makes the tests use it.
 """
 
+import fcntl
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def build(kind: str, folder: Path) -> Path:
     """Compile where a source is newer than the library; returns the library's path."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the library
+        return build_alone(kind, folder)
+
+
+def build_alone(kind: str, folder: Path) -> Path:
     library = folder / "_C.so"
     used = [path for tree in ("csrc", "tests/csrc") for path in (ROOT / tree).rglob("*") if path.is_file()]
     if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in used):

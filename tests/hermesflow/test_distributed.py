@@ -56,7 +56,8 @@ STEPS = {
 def launch(*command, processes=2):
     """torchrun in a session of its own."""
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
     return subprocess.Popen(
         [*torchrun, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -222,10 +223,7 @@ def model_folder(shared_tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_one_run(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    # In as many threads as the others: a score's last digit depends on them.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-m", "hermesflow", "selfplay", *arguments(model_folder, folder)]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    run_selfplay(load_config(None, arguments(model_folder, folder)[1::2]))
     return folder / "t"
 
 

@@ -39,7 +39,6 @@ from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.kernels.span_tree import SpanTree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STAND_IN = str(Path(__file__).parents[1] / "showo_stand_in")
 # Read here, since a fixture of all tests hides the variable.
 CHECKOUTS = [folder for folder in os.environ.get("HERMESFLOW_PUBLISHED_CODE", "").split(os.pathsep) if folder]

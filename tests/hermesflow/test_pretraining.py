@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 
@@ -162,7 +161,7 @@ from hermesflow.config import PretrainConfig
 from hermesflow.models import load_model
 from hermesflow.worlds.pretraining import SceneBatches, add_gradients
 if "RANK" in os.environ:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=os.environ["STORE"], rank=int(os.environ["RANK"]), world_size=2)
 model = load_model(sys.argv[1])
 config = PretrainConfig(batch_images=4, batch_understanding=3)
 add_gradients(model.transformer, SceneBatches(model, "train", 20, seed=0), config, step=0)
@@ -171,11 +170,8 @@ torch.save({name: item.grad for name, item in model.transformer.named_parameters
 
 
 def test_two_processes_have_the_gradient_of_one(made, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    plain = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    group = plain | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    plain = os.environ | {"PYTHONSAFEPATH": "1"}
+    group = plain | {"STORE": f"file://{tmp_path / 'store'}", "WORLD_SIZE": "2"}  # no port that another could take
     environments = {"one": plain, "rank0": group | {"RANK": "0"}, "rank1": group | {"RANK": "1"}}
     started = [
         subprocess.Popen([sys.executable, "-c", GRADIENT_OF_A_STEP, made[1], tmp_path / name], env=environment)

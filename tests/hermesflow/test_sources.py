@@ -14,7 +14,7 @@ from PIL import Image
 from hermesflow.data import sources
 from hermesflow.data.records import Record
 from hermesflow.data.sources import describe_rejected, encode_records, read_entries, read_source
-from hermesflow.runtime.files import InputError
+from hermesflow.runtime.files import InputError, shown
 from hermesflow.worlds import shapes
 
 COLOR = {
@@ -234,7 +234,7 @@ def test_a_path_that_leaves_its_root_is_refused(kind, folder):
     name = escape(folder, kind)
     records, rejected = read_source(write(folder, [entry(1, image=name), entry(2)]))
     assert [record.id for record in records] == ["2"]
-    assert reasons(rejected) == [f"path leaves its root: {name!r} is outside {folder}"]
+    assert reasons(rejected) == [f"path leaves its root: {shown(name)} is outside {folder}"]
     wider = write(folder, [entry(1, image=os.path.join("data", name))])
     assert len(read_source(wider, root=folder.parent)[0]) == 1
 

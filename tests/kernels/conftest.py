@@ -48,8 +48,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a process without a GPU: the cases of its backends alone; for Triton little bf16, no torch.compile."""
+    """In a process without a GPU: the cases of its backends alone; for Triton little bf16, no torch.compile.
+
+    In the process that starts those, they come first, since each takes long: what is left for the last worker is short.
+    """
     if ONLY is None:
+        items.sort(key=lambda item: item.path.name != "test_without_a_gpu.py")
         return
     kept = []
     for item in items:

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,8 +9,9 @@ from hermesflow.kernels.sampling import SAMPLE_TILE
 OP = "guided_sample"
 needs_extension = pytest.mark.skipif(checks.cpu_missing() is not None, reason=str(checks.cpu_missing()))
 # An interpreter and an emulator need time; both draw the tokens of the reference, which is tested with more draws.
-NUM_ROWS = {"torch": 10, "cpu": 10_000, "cuda": 10_000, "triton": 10_000 if torch.cuda.is_available() else 400}
-NUM_DRAWS = {"torch": 20_000, "cpu": 60_000, "cuda": 4_000, "triton": 4_000 if torch.cuda.is_available() else 400}
+SLOW = {} if torch.cuda.is_available() else {"cuda": 1_000, "triton": 200}
+NUM_ROWS = {"torch": 10, "cpu": 10_000, "cuda": 10_000, "triton": 10_000} | SLOW
+NUM_DRAWS = {"torch": 20_000, "cpu": 60_000, "cuda": 4_000, "triton": 4_000} | SLOW
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
 SHAPES = {
@@ -114,7 +111,9 @@ def chi_square_z(counts, expected):
 @pytest.mark.parametrize("varied", ["seed", "step", "position"])
 def test_distribution(vocab_size, varied, backend, device):
     """Draws of one distribution over running seeds, steps and positions, each of which must give independent draws."""
-    num_draws = NUM_DRAWS[backend] // (8 if vocab_size == 8192 and backend != "cpu" else 1)
+    num_draws = NUM_DRAWS[backend]
+    if vocab_size == 8192 and backend != "cpu":
+        num_draws = max(num_draws // 8, 50)  # enough for more than one class
     generator = torch.Generator().manual_seed(vocab_size)
     cond, uncond = torch.randn(2, 1, vocab_size, generator=generator).to(device).unbind()
     fixed = {name: torch.full((num_draws,), 11, device=device) for name in RandomKey._fields}
@@ -254,33 +253,6 @@ def test_memory_past_the_row_is_not_read():
     storage[:, 100:231] = make_logits(4, 131)[0]
     found = sample(storage[:, 100:231], backend="cpu")
     assert torch.equal(found[0], sample(make_logits(4, 131)[0])[0])
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    """The variants that this machine would not choose; its own is tested by all the other cases."""
-    code = f"""
-import torch
-from hermesflow.kernels import _C
-from hermesflow.kernels.guided_sample import guided_sample
-from hermesflow.kernels.philox import TOKEN_STREAM, RandomKey, random_words, uniform
-from hermesflow.kernels.sampling import SAMPLE_TILE
-wanted = {{"default": "portable", "avx2": "avx2"}}[{capability!r}]
-if _C.build_facts()["cpu_instructions"] not in (wanted, "portable"):
-    raise SystemExit("got " + _C.build_facts()["cpu_instructions"])
-key = RandomKey(torch.arange(2000), torch.tensor(1), torch.arange(2000))
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    cond, uncond = torch.randn(2, 2000, 300, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
-    for temperature in (0.0, 0.7):
-        settings = dict(guidance_scale=1.0, temperature=temperature, key=key)
-        found, expected = (guided_sample(cond, uncond, backend=name, **settings) for name in ("cpu", "torch"))
-        same = found[0] == expected[0]
-        assert (~same).sum() <= 1 and (found[1] - expected[1])[same].abs().max() < 1e-5
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 @needs_extension

@@ -1,7 +1,4 @@
 import gc
-import os
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -380,31 +377,6 @@ def test_compiles_as_a_whole(backend, device):
     compiled = torch.compile(call(target, backend), fullgraph=True)
     expected = run(call(target, backend), inputs, grad)
     torch.testing.assert_close(run(compiled, inputs, grad), expected, rtol=1e-5, atol=1e-6)
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    """The variants that this machine would not choose; its own is tested by all the other cases."""
-    code = f"""
-import torch
-from hermesflow.kernels import _C
-from hermesflow.kernels.linear_logprob import linear_logprob
-wanted = {{"default": "portable", "avx2": "avx2"}}[{capability!r}]
-if _C.build_facts()["cpu_instructions"] not in (wanted, "portable"):
-    raise SystemExit("got " + _C.build_facts()["cpu_instructions"])
-torch.manual_seed(0)
-x, weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((40, 16), (2100, 16), (2100,)))
-target, grad = torch.randint(2100, (40,)), torch.randn(40)
-results = []
-for backend in ("cpu", "torch"):
-    logprob, entropy = linear_logprob(x, weight, target, bias=bias, return_entropy=True, backend=backend)
-    results.append((logprob, entropy, *torch.autograd.grad(logprob, (x, weight, bias), grad)))
-torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 @needs_extension

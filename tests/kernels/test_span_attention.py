@@ -246,10 +246,7 @@ def test_one_token(dtype, backend, device):
     q, k, v = inputs(tree, dtype, num_kv_heads=4, device=device)
     skip_what_is_refused(backend, q, k, v, tree)
     weight = weight_of(q, backend)
-
-    def mine(q, k, v, tree):
-        return span_attention(q, k, v, tree, backend=backend)
-
+    mine = functools.partial(span_attention, backend=backend)
     found = results(mine, (q, k, v), tree, weight)
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(found[0], v, rtol=epsilon, atol=0)
@@ -303,10 +300,7 @@ def test_slots_that_are_not_attended_may_hold_anything(name, backend, device):
     tensors = inputs(tree, torch.float16, device=device)
     skip_what_is_refused(backend, *tensors, tree)
     weight = weight_of(tensors[0], backend)
-
-    def mine(q, k, v, tree):
-        return span_attention(q, k, v, tree, backend=backend)
-
+    mine = functools.partial(span_attention, backend=backend)
     expected = results(mine, tensors, tree, weight)
     unused = ~tree.allowed().any(0)
     assert unused.any()
@@ -376,10 +370,7 @@ def test_strides(backend, device):
     for views in (slices, apart, expanded):
         weight = weight_of(views[0], backend)
         weight = weight if weight is None else weight.transpose(0, 1).contiguous().transpose(0, 1)
-
-        def mine(q, k, v, tree):
-            return span_attention(q, k, v, tree, backend=backend)
-
+        mine = functools.partial(span_attention, backend=backend)
         dense = [view.contiguous() for view in views]
         contiguous = weight if weight is None else weight.contiguous()
         for got, expected in zip(
@@ -401,10 +392,7 @@ def test_strides_beyond_two_to_the_31(backend, device):
         storage = torch.empty(2**31 + 32, dtype=torch.float16, device=device)
         far.append(storage.as_strided((3, 2, 16), (2**30, 16, 1)).copy_(tensor))
     weight = weight_of(near[0], backend)
-
-    def mine(q, k, v, tree):
-        return span_attention(q, k, v, tree, backend=backend)
-
+    mine = functools.partial(span_attention, backend=backend)
     for got, expected in zip(results(mine, far, tree, weight), results(mine, near, tree, weight), strict=True):
         assert torch.equal(got, expected)
 
@@ -428,10 +416,7 @@ def test_results_repeat_to_the_last_bit(backend, device):
     tensors = inputs(tree, torch.float16, device=device)
     skip_what_is_refused(backend, *tensors, tree)
     weight = weight_of(tensors[0], backend)
-
-    def mine(q, k, v, tree):
-        return span_attention(q, k, v, tree, backend=backend)
-
+    mine = functools.partial(span_attention, backend=backend)
     once, again = (results(mine, tensors, tree, weight) for _ in range(2))
     assert all(torch.equal(first, second) for first, second in zip(once, again, strict=True))
 

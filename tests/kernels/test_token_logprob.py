@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -282,36 +278,6 @@ def test_exponential():
 
 def backward_of_row(logits, largest, total, grad):
     return torch.ops.hermesflow.token_logprob_backward(logits, torch.tensor([-1]), largest, total, grad, -100)
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    """The variants that this machine would not choose; its own is tested by all the other cases."""
-    code = f"""
-import torch
-from hermesflow.kernels import _C
-from hermesflow.kernels.token_logprob import token_logprob
-wanted = {{"default": "portable", "avx2": "avx2"}}[{capability!r}]
-if _C.build_facts()["cpu_instructions"] not in (wanted, "portable"):
-    raise SystemExit("got " + _C.build_facts()["cpu_instructions"])
-generator = torch.Generator().manual_seed(0)
-for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
-    logits = torch.randn(50, 3001, generator=generator).to(dtype)
-    target = torch.randint(3001, (50,), generator=generator)
-    found, expected = [], []
-    for results, name in ((found, "cpu"), (expected, "torch")):
-        leaf = logits.clone().requires_grad_()
-        logprob, entropy = token_logprob(leaf, target, return_entropy=True, backend=name)
-        results += [logprob, entropy]
-        (gradient,) = torch.autograd.grad(logprob.sum(), leaf)
-        results.append(gradient)
-    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=atol)
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 @needs_extension

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
 
 
-def at_most(num_rows, backend):
+def at_most(num_rows, backend, if_slow=40):
     """Rows of a test: an interpreter and an emulator take 20 ms and more a row."""
     slow = backend in ("cuda", "triton") and not torch.cuda.is_available()
-    return min(num_rows, 40) if slow else num_rows
+    return min(num_rows, if_slow) if slow else num_rows
 
 
 def make_key(num_rows, device="cpu", seed=7):
@@ -182,7 +179,7 @@ def test_rows_have_settings_of_their_own(backend, device):
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_guided_sample_without_filters(dtype, temperature, backend, device):
-    num_rows = at_most(500, backend)
+    num_rows = at_most(500, backend, if_slow=10)
     logits = make_logits(num_rows, 257, device, scale=3).to(dtype)
     key = make_key(num_rows, device)
     expected = guided_sample(logits, None, guidance_scale=0.0, temperature=temperature, key=key, backend="torch")
@@ -357,34 +354,6 @@ def test_memory_past_the_row_is_not_read():
     storage[:, 100:231] = make_logits(4, 131)
     found = sample(storage[:, 100:231], 0.7, 20, 0.9, backend="cpu")
     assert torch.equal(found[0], sample(make_logits(4, 131), 0.7, 20, 0.9)[0])
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    """The variants that this machine would not choose; its own is tested by all the other cases."""
-    code = f"""
-import torch
-from hermesflow.kernels import _C
-from hermesflow.kernels.philox import RandomKey
-from hermesflow.kernels.token_sample import token_sample
-wanted = {{"default": "portable", "avx2": "avx2"}}[{capability!r}]
-if _C.build_facts()["cpu_instructions"] not in (wanted, "portable"):
-    raise SystemExit("got " + _C.build_facts()["cpu_instructions"])
-key = RandomKey(torch.arange(2000), torch.tensor(1), torch.arange(2000))
-settings = dict(
-    temperature=torch.tensor([0.0, 0.7, 1.0, 1.4]).repeat(500), top_k=torch.tensor([0, 5, 150, 0, 20]).repeat(400),
-    top_p=torch.linspace(0, 1, 2000), min_p=torch.tensor([0.0, 0.05]).repeat(1000), key=key,
-)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    logits = torch.randn(2000, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found, expected = (token_sample(logits, backend=name, **settings) for name in ("cpu", "torch"))
-    same = found[0] == expected[0]
-    assert (~same).sum() <= 1 and (found[1] - expected[1])[same].abs().max() < 1e-5
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def op_arguments(num_rows=3, vocab_size=200):
