@@ -14,10 +14,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
 
 
-def at_most(num_rows, backend, if_slow=40):
+def at_most(num_rows, backend):
     """Rows of a test: an interpreter and an emulator take 20 ms and more a row."""
     slow = backend in ("cuda", "triton") and not torch.cuda.is_available()
-    return min(num_rows, if_slow) if slow else num_rows
+    return min(num_rows, 40) if slow else num_rows
 
 
 def make_key(num_rows, device="cpu", seed=7):
@@ -179,7 +179,7 @@ def test_rows_have_settings_of_their_own(backend, device):
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_guided_sample_without_filters(dtype, temperature, backend, device):
-    num_rows = at_most(500, backend, if_slow=10)
+    num_rows = at_most(500, backend)
     logits = make_logits(num_rows, 257, device, scale=3).to(dtype)
     key = make_key(num_rows, device)
     expected = guided_sample(logits, None, guidance_scale=0.0, temperature=temperature, key=key, backend="torch")
