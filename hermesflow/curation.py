@@ -23,7 +23,7 @@ from hermesflow.runtime.files import InputError, ParquetRows, damaged, make_fold
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.scorers import Scorers
-from hermesflow.scoring.self_vqa import Judged
+from hermesflow.scoring.self_answers import Judged
 
 CANDIDATES_SCHEMA = pa.schema(
     [

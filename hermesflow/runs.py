@@ -30,6 +30,7 @@ import torch
 
 from hermesflow.algorithms.packing import check_pairs
 from hermesflow.config import Config, TrainConfig, load_config, to_toml
+from hermesflow.curation import curate
 from hermesflow.data.balancing import balance_questions, describe_one_sided, yes_share
 from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pair_statistics, read_pairs
 from hermesflow.data.published_pairs import read_published_pairs
@@ -190,6 +191,12 @@ class Run:
                 "shows the run, and another run.name begins one that is measured by balanced questions"
             )
         return result
+
+    def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
+        """A round's records and candidates, part by part; what is on disk is read, the rest made."""
+        options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
+        records = self.round_records(number)
+        return curate(self.model(number - 1), records, self.config.curation, seed=self.seed(number), **options)
 
     def pairs(self, number: int) -> pa.Table:
         """A round's pairs, at least one. Raises: InputError if they are not made yet, or none was kept."""

@@ -6,18 +6,14 @@ With torchrun all processes curate and train; the first does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
 from hermesflow.algorithms.packing import check_pairs
 from hermesflow.config import Config
-from hermesflow.curation import curate
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs
-from hermesflow.data.records import Record
-from hermesflow.evaluation.evaluation import Parts, evaluate, find_evaluation
+from hermesflow.evaluation.evaluation import evaluate, find_evaluation
 from hermesflow.report.page import write_report
 from hermesflow.report.tables import print_summary
 from hermesflow.runs import Run, train_and_save
@@ -56,7 +52,7 @@ def curate_round(run: Run, number: int) -> None:
         return
 
     def write_pairs() -> None:
-        previous, parts = run.previous(number), _candidates(run, number)
+        previous, parts = run.previous(number), run.candidates(number)
         with (
             parquet_writer(run.path(number, "pairs.parquet"), PAIRS_SCHEMA) as write_kept,
             parquet_writer(run.path(number, "rejected.parquet"), REJECTED_SCHEMA) as write_rejected,
@@ -69,7 +65,7 @@ def curate_round(run: Run, number: int) -> None:
 
     def work() -> None:
         if world_size() > 1:
-            for _ in _candidates(run, number):
+            for _ in run.candidates(number):
                 pass
             barrier()
         on_main(write_pairs)
@@ -106,24 +102,13 @@ def evaluate_round(run: Run, number: int) -> None:
 
 
 def _evaluate(run: Run, number: int) -> dict[str, Any]:
-    trust = None
-    if number and run.path(number, "candidates").exists():  # imported pairs have no candidates
-        suite, source = find_evaluation(run.config.eval), run.config.data.source
-        trust = suite.judge_candidates(run.model(number), source, _candidates_and_pairs(run, number))
-    return evaluate(run.model(number), run.config.eval) | ({} if trust is None else {"agreement": trust})
-
-
-def _candidates_and_pairs(run: Run, number: int) -> Parts:
-    pairs = PairFile(run.path(number, "pairs.parquet"))
-    for records, candidates in _candidates(run, number):
-        yield records, candidates, pairs.of(records)
-
-
-def _candidates(run: Run, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
-    """A round's records and candidates, part by part; what is on disk is read, the rest made."""
-    options = {"folder": run.path(number, "candidates"), "previous": run.previous(number)}
-    records = run.round_records(number)
-    return curate(run.model(number - 1), records, run.config.curation, seed=run.seed(number), **options)
+    suite, agreed = find_evaluation(run.config.eval), {}
+    has_candidates = number and run.path(number, "candidates").exists()  # imported pairs have none
+    if has_candidates and run.config.data.source in suite.known_sources:
+        pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number)
+        parts = ((records, of_records, pairs.of(records)) for records, of_records in candidates)
+        agreed = {"agreement": suite.judge_candidates(run.model(number), parts)}
+    return evaluate(run.model(number), run.config.eval) | agreed
 
 
 def _finish(run: Run, console: Console) -> dict[str, Any]:

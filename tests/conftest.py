@@ -31,15 +31,6 @@ def naive():
 
 
 @pytest.fixture
-def one_thread():
-    """Two threads wait for each other where other processes use the cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
 def full_disk(tmp_path):
     """A folder on a file system of 64 KiB, all of it in use; needs the right to mount one."""
     folder = tmp_path / "full-disk"

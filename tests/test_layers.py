@@ -15,19 +15,24 @@ LAYERS = {
     "hermesflow": ("hermesflow", ("hermesflow",)),
     "benchmarks": ("hermesflow.benchmarks", ("hermesflow",)),
 }
+FLOORS = (
+    "runtime", "config", "models", "data tasks drop_in", "scoring algorithms", "worlds curation training", "evaluation",
+    "runs report", "selfplay", "cli",
+)  # fmt: skip
+"""Rooms and files of hermesflow/, from the ground up; those of one floor know nothing of one another."""
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+OUTSIDE = {"__init__", "__main__", "adapters", "functional", "arguments"}
+"""Of the files of hermesflow/: the door, names that are kept for users, and what the command line alone reads."""
 FILES = [(folder, path) for folder in LAYERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imported_modules(path: Path, package: str) -> set[str]:
     """Every module that a file imports, at whatever depth; relative names are resolved against its package.
 
-    What stands under `if TYPE_CHECKING:` names types for annotations and is never run, so it does not count.
+    What stands under `if TYPE_CHECKING:` counts too: it ties the files to a reader as any other import does.
     """
     modules = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    tree.body = [node for node in tree.body if node not in for_types]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -58,6 +63,60 @@ def test_imports_only_downward(folder: str, path: Path) -> None:
         and not any(module == layer or module.startswith(f"{layer}.") for layer in allowed)
     ]
     assert not upward, f"{path.relative_to(ROOT)} ({name}) may import {', '.join(allowed)}, but imports {upward}"
+
+
+def room_of(module: str) -> str:
+    """The room of hermesflow/ that a module lies in, such as "models"; "" for the layers below."""
+    name = module.split(".")[1] if module.startswith("hermesflow.") else ""
+    return "" if name in ("engine", "kernels", "benchmarks", "__version__") else name
+
+
+def module_of(folder: str, path: Path) -> str:
+    parts = [*package_of(folder, path).split("."), path.stem]
+    return ".".join(parts[:-1] if path.stem == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", [path for folder, path in FILES if folder == "hermesflow"], ids=file_id)
+def test_rooms_import_only_rooms_below(path: Path) -> None:
+    room = room_of(module_of("hermesflow", path)) or "__init__"
+    if room in OUTSIDE:
+        return
+    assert room in FLOOR_OF, f"{room} stands on no floor; give it one in FLOORS"
+    others = {room_of(module): module for module in imported_modules(path, package_of("hermesflow", path))}
+    wrong = [
+        module for other, module in others.items()
+        if other not in ("", room) and not (room == "cli" and other in OUTSIDE)
+        and FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]
+    ]  # fmt: skip
+    assert not wrong, f"{path.relative_to(ROOT)} is on the floor of {FLOORS[FLOOR_OF[room]]}, but imports {wrong}"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    modules = {module_of(folder, path): (folder, path) for folder, path in FILES}
+    names = {name: named_modules(path, package_of(folder, path)) for name, (folder, path) in modules.items()}
+    left = {name: {other for other in named if other in modules and other != name} for name, named in names.items()}
+    while free := [name for name, named in left.items() if not named]:
+        left = {name: named - set(free) for name, named in left.items() if name not in free}
+    assert not left, f"these import one another: {sorted(left)}"
+
+
+def named_modules(path: Path, package: str) -> set[str]:
+    """imported_modules, with a module named by `from package import module` as itself."""
+    found = imported_modules(path, package)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name for name in inner if (ROOT / Path(*name.split(".")[1:])).with_suffix(".py").exists()
+                     or (ROOT / "hermesflow" / Path(*name.split(".")[1:])).with_suffix(".py").exists()}  # fmt: skip
+            found = found - {node.module} | known if known == inner else found | known
+    return found
+
+
+def test_the_house_stays_small() -> None:
+    """A newcomer sees the rooms at a glance, and reads the loop in one sitting."""
+    assert len(list((ROOT / "hermesflow").glob("*.py"))) <= 12
+    assert len((ROOT / "hermesflow" / "selfplay.py").read_text(encoding="utf-8").splitlines()) <= 130
+    assert len((ROOT / "hermesflow" / "cli.py").read_text(encoding="utf-8").splitlines()) < 450
 
 
 @pytest.mark.parametrize("path", [path for folder, path in FILES if folder == "hermesflow"], ids=file_id)
@@ -122,5 +181,5 @@ def test_reader_sees_imports_at_any_depth(tmp_path: Path) -> None:
         "def f():\n    from .c import d\n    from . import e\n    from ..g import h\n"
     )
     assert imported_modules(source, "hermesflow.engine") == {
-        "a.b", "hermesflow.engine.c", "hermesflow.engine.e", "hermesflow.g",
+        "a.b", "up", "hermesflow.engine.c", "hermesflow.engine.e", "hermesflow.g",
     }  # fmt: skip

@@ -32,7 +32,7 @@ from hermesflow.models.model import Model
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.captions import overlap_f1, token_f1
-from hermesflow.scoring.self_vqa import self_vqa
+from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.worlds import oracle, shapes
 
 _BATCH = 64
@@ -40,6 +40,8 @@ _BATCH = 64
 
 class Builtin(Evaluation):
     """The measurement on held-out scenes; images of another size than 64 x 64 pixels are resized."""
+
+    known_sources = ("shapes",)
 
     def measure(self, model: Model, config: EvalConfig) -> list[dict[str, Any]]:
         """See Evaluation.
@@ -75,9 +77,9 @@ class Builtin(Evaluation):
         """The settings with the model's own way to draw filled in."""
         return asdict(config) | asdict(model.sampling_of(config)) | {"samplers": list(config.samplers)}
 
-    def judge_candidates(self, model: Model, source: str, parts: Parts) -> dict[str, Any] | None:
-        """Agreement with the oracle, of records of this world."""
-        return agreement(model, parts) if source == "shapes" else None
+    def judge_candidates(self, model: Model, parts: Parts) -> dict[str, Any]:
+        """Agreement with the oracle."""
+        return agreement(model, parts)
 
 
 BUILTIN = Builtin()

@@ -26,6 +26,9 @@ Parts = Iterable[tuple[Sequence[Record], pa.Table, pa.Table]]
 class Evaluation:
     """One measurement; a subclass says what it measures."""
 
+    known_sources: tuple[str, ...] = ()
+    """Values of data.source whose truth it knows, so that it can judge their candidates."""
+
     def measure(self, model: Model, config: EvalConfig) -> list[dict[str, Any]]:
         """Measures a model.
 
@@ -44,16 +47,15 @@ class Evaluation:
         """What was measured how, kept beside the result."""
         return asdict(config)
 
-    def judge_candidates(self, model: Model, source: str, parts: Parts) -> dict[str, Any] | None:
-        """How far the scores of a round's candidates can be trusted, where the truth is known.
+    def judge_candidates(self, model: Model, parts: Parts) -> dict[str, Any]:
+        """How far the scores of a round's candidates can be trusted, for records of known_sources.
 
         Args:
             model: decodes the images.
-            source: data.source.
             parts: the candidates.
-        Returns: numbers for the summary; None where nothing is known of such records.
+        Returns: numbers for the summary.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__}: knows sources, and does not judge their candidates")
 
 
 def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:

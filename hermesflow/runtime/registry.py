@@ -18,7 +18,7 @@ FAMILIES = {
 }
 """Of models (models/family.py); a checkpoint finds its own by config.json."""
 
-IMAGE_SCORERS = {"soft": "hermesflow.scoring.self_vqa:soft", "hard": "hermesflow.scoring.self_vqa:hard"}
+IMAGE_SCORERS = {"soft": "hermesflow.scoring.self_answers:soft", "hard": "hermesflow.scoring.self_answers:hard"}
 """curation.score: (model, codes, records, match_answers) -> Judged [B][n]; "module:function" is simpler (Scorers)."""
 CAPTION_SCORERS = {
     "bert-cls": "hermesflow.scoring.captions:bert_cls",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hermesflow.config import CurationConfig
-from hermesflow.scoring.self_vqa import AnswerMatcher
+from hermesflow.scoring.self_answers import AnswerMatcher
 from hermesflow.scoring.text_models import TextEncoder
 
 CaptionScorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[list[float]]]

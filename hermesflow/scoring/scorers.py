@@ -14,7 +14,7 @@ from hermesflow.data.records import Record
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, reason_of, shown
 from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, load
-from hermesflow.scoring.self_vqa import Judged
+from hermesflow.scoring.self_answers import Judged
 
 
 class Scorers:

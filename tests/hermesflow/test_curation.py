@@ -21,7 +21,7 @@ from hermesflow.runtime.files import InputError, read_parquet, write_parquet
 from hermesflow.runtime.seeds import candidate_seed
 from hermesflow.scoring.captions import token_f1
 from hermesflow.scoring.scorers import Scorers
-from hermesflow.scoring.self_vqa import self_vqa
+from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
 CONFIG = CurationConfig(

@@ -20,7 +20,7 @@ from hermesflow.models import Model
 from hermesflow.runtime.files import InputError, shown
 from hermesflow.scoring.captions import token_f1
 from hermesflow.scoring.scorers import Scorers, score_entries
-from hermesflow.scoring.self_vqa import self_vqa
+from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.scoring.text_models import TextEncoder
 from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
 
