@@ -46,7 +46,7 @@ class SamplingParams:
                 raise ValueError(f"SamplingParams: expected a finite {name} in [{low}, {high}], got {value}")
 
 
-class Rows(NamedTuple):
+class Answers(NamedTuple):
     """Answers under way, on the device; tokens [R, limit + 1] has a last column for what is drawn after the end.
 
     seed, limit, top_k, status, length: int64 [R]; temperature, top_p, min_p: fp32 [R]; tokens: int64.
@@ -63,8 +63,8 @@ class Rows(NamedTuple):
     tokens: Tensor
 
     @classmethod
-    def new(cls, seeds: Tensor, sampling: Sequence[SamplingParams]) -> Rows:
-        """Rows that have drawn nothing yet, one for each of seeds [Q, S]."""
+    def new(cls, seeds: Tensor, sampling: Sequence[SamplingParams]) -> Answers:
+        """Answers that have drawn nothing yet, one for each of seeds [Q, S]."""
         device, num_questions = seeds.device, len(seeds)
 
         def setting(name: str, dtype: torch.dtype) -> Tensor:
@@ -79,14 +79,14 @@ class Rows(NamedTuple):
             torch.full_like(seed, GOES_ON), torch.zeros_like(seed), seed.new_zeros(len(seed), longest + 1),
         )  # fmt: skip
 
-    def select(self, rows: np.ndarray) -> Rows:
+    def select(self, rows: np.ndarray) -> Answers:
         """Copies of these rows."""
         index = torch.from_numpy(rows).to(self.seed.device)
-        return Rows(*(values[index] for values in self))
+        return Answers(*(values[index] for values in self))
 
-    def join(self, other: Rows) -> Rows:
+    def join(self, other: Answers) -> Answers:
         """These rows, then the other ones."""
-        return Rows(*map(torch.cat, zip(self, other, strict=True)))
+        return Answers(*map(torch.cat, zip(self, other, strict=True)))
 
     def last_token(self) -> Tensor:
         """[R], of rows that have drawn one."""
@@ -107,7 +107,7 @@ class AnswerSampler:
     ids: Ids | None = None
     """Token ids of the head's rows; None: their numbers."""
 
-    def advance(self, tree: SpanTree, rows: Rows) -> None:
+    def advance(self, tree: SpanTree, rows: Answers) -> None:
         """Feeds the last token of each row and draws the next one. Ended rows repeat their last step."""
         tree = tree.with_tokens(rows.last_token(), rows.length)
         self.draw(self.logits(self.transformer(tree, self.cache)), rows)
@@ -116,7 +116,7 @@ class AnswerSampler:
         """[R, D] -> [R, V] over the ids that may be drawn."""
         return self.project(hidden, *self.head)
 
-    def draw(self, logits: Tensor, rows: Rows) -> None:
+    def draw(self, logits: Tensor, rows: Answers) -> None:
         """Writes a token a row, in place, where the row has not ended."""
         key = RandomKey(rows.seed, rows.length, torch.zeros_like(rows.length))
         token, _ = token_sample(

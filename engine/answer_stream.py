@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hermesflow.engine.answer_sampler import ENDED, FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
+from hermesflow.engine.answer_sampler import ENDED, FAILED, GOES_ON, Answers, AnswerSampler, SamplingParams
 from hermesflow.engine.device_graph import DeviceGraph, captures
 from hermesflow.engine.nan_cause import likely_cause
-from hermesflow.engine.prompt_spans import Pair, PromptSpans
+from hermesflow.engine.prompt_spans import Asked, PromptSpans
 from hermesflow.engine.slot_allocator import SlotAllocator
 from hermesflow.kernels.span_tree import SpanTree
 
@@ -47,11 +47,11 @@ _ENOUGH = 0.25
 class _Step:
     """A step of fixed rows over a fixed structure: a device graph."""
 
-    def __init__(self, sampler: AnswerSampler, tree: SpanTree, rows: Rows) -> None:
+    def __init__(self, sampler: AnswerSampler, tree: SpanTree, rows: Answers) -> None:
         self.tree, self.rows = tree, rows
         self.run = DeviceGraph(functools.partial(sampler.advance, tree, rows), rows.seed.device)
 
-    def load_(self, tree: SpanTree, rows: Rows) -> bool:
+    def load_(self, tree: SpanTree, rows: Answers) -> bool:
         """Other rows and another structure of the same shapes, in place of these; False if the shapes differ."""
         if rows.seed.shape != self.rows.seed.shape or not self.tree.load_(tree):
             return False
@@ -85,17 +85,17 @@ class AnswerStream:
         self.seeds = seeds.to(self.device)
         self.pace = _PACE["cpu" if self.device.type == "cpu" else "cuda"]
         self.capacity = sampler.cache.capacity - 1  # the last slot is that of the rows which fill up a batch
-        self.waiting: list[Pair] = []
+        self.waiting: list[Asked] = []
         self.tree, self.spans = SpanTree.build([], self.device, fixed=captures(self.device)), []
-        self.rows, self.row_keys = Rows.new(self.seeds.flatten(0, 1)[:0], sampling), []
+        self.rows, self.row_keys = Answers.new(self.seeds.flatten(0, 1)[:0], sampling), []
         self.goes_on = np.zeros(0, dtype=bool)
         self.most_to_draw = 0
         self.first_slots: dict[Key, int] = {}
-        self.finished: dict[Pair, dict[int, list[int]]] = {}
+        self.finished: dict[Asked, dict[int, list[int]]] = {}
         self.step: _Step | None = None
         self.steps: dict[int, _Step] = {}
 
-    def answers(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, list[list[int]]]]:
+    def answers(self, pairs: Sequence[Asked]) -> Iterator[tuple[Asked, list[list[int]]]]:
         """(pair, token ids [S] without eot), each as soon as all its samples have ended.
 
         Args:
@@ -160,7 +160,7 @@ class AnswerStream:
         self._prefill(pairs)
         return True
 
-    def _prefill(self, pairs: list[Pair]) -> None:
+    def _prefill(self, pairs: list[Asked]) -> None:
         """Computes the entering images and questions, each once, and draws a first token for every sample."""
         prompts, num_samples = self.prompts, len(self.sampling)
         images = [key for key in self.first_slots if len(key) == 1]
@@ -174,7 +174,7 @@ class AnswerStream:
         ends = (self.tree.packed_starts + self.tree.num_new)[-len(pairs) :] - 1
         ends = torch.from_numpy(ends).to(self.device)
         logits = self.sampler.logits(self.sampler.transformer(self.tree, self.sampler.cache, embeds, ends))
-        rows = Rows.new(self.seeds[tuple(zip(*pairs, strict=True))], self.sampling)
+        rows = Answers.new(self.seeds[tuple(zip(*pairs, strict=True))], self.sampling)
         self.sampler.draw(logits.repeat_interleave(num_samples, dim=0), rows)
         self.rows = self.rows.join(rows)
         self.row_keys = [*self.row_keys, *((*pair, sample) for pair in pairs for sample in range(num_samples))]
@@ -203,7 +203,7 @@ class AnswerStream:
             self.step = self.steps[num_rows] = _Step(self.sampler, tree, rows)
         self.rows = self.step.rows
 
-    def _collect(self) -> Iterator[tuple[Pair, list[list[int]]]]:
+    def _collect(self) -> Iterator[tuple[Asked, list[list[int]]]]:
         """Looks at the rows, which waits for the device, and gives out the questions whose answers have all ended."""
         rows = self.rows
         counts = torch.stack([rows.status, rows.length, rows.limit - rows.length], dim=1)

@@ -14,7 +14,7 @@ from hermesflow.kernels.span_tree import Span
 QuestionIds = Sequence[Sequence[Sequence[int]]]
 """Plain text ids of each image's questions: [image][question][token]."""
 
-Pair = tuple[int, int]
+Asked = tuple[int, int]
 """(image, question of that image)."""
 
 
@@ -33,7 +33,7 @@ class PromptSpans:
             self.image_length = len(layout.image_prefix([0] * images.shape[1]))
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[Asked]:
         """Every question, image by image."""
         counts = enumerate(map(len, self._question_ids))
         return [(image, question) for image, count in counts for question in range(count)]

@@ -209,7 +209,7 @@ def _train(arguments: Arguments, config: Config) -> None:
         from hermesflow.selfplay import train_round
         from hermesflow.training import check_training
 
-        check_training(config.train)
+        check_training(config.train, config.selfplay.algorithm)
         with process_group(config.model.device):
             train_round(Run(config), arguments.round or 1)
         return

@@ -25,6 +25,7 @@ from hermesflow.runtime.registry import (
     ANSWER_SCORERS,
     CAPTION_SCORERS,
     EVALUATIONS,
+    FAMILIES,
     IMAGE_SCORERS,
     LOSSES,
     SOURCES,
@@ -88,6 +89,7 @@ class ModelConfig:
         _check_types(self)
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise ConfigError("ModelConfig", "device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        _check_name(self, "family", ("auto", *FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,9 +184,9 @@ class CurationConfig(DrawingConfig):
         else:
             _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
-        _check_name(self, "score", IMAGE_SCORERS)
-        _check_name(self, "caption_scorer", CAPTION_SCORERS)
-        _check_name(self, "answer_scorer", ANSWER_SCORERS)
+        _check_name(self, "score", IMAGE_SCORERS, "function")
+        _check_name(self, "caption_scorer", CAPTION_SCORERS, "function")
+        _check_name(self, "answer_scorer", ANSWER_SCORERS, "function")
         if self.num_captions < 2:
             reason = "expected at least 2 captions from include_greedy and temperatures x top-k, got "
             raise ConfigError("CurationConfig", "caption_temperatures", f"{reason}{self.num_captions}")
@@ -585,8 +587,8 @@ def _describe(value: Any) -> str:
     return f"{value!r} ({kind})"
 
 
-def _check_name(section: Any, name: str, known: Iterable[str]) -> None:
-    expected = f'{", ".join(known)}, or "module:function"'
+def _check_name(section: Any, name: str, known: Iterable[str], kind: str = "object") -> None:
+    expected = f'{", ".join(known)}, or "module:{kind}"'
     _check(section, (name,), lambda value: value in known or re.fullmatch(r"[\w.]+:\w+", value), expected)
 
 

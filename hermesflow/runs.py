@@ -296,7 +296,7 @@ def train_on_pairs(
     Raises: InputError if the file cannot be used, a pair does not fit the model, or the folder holds results of other
         settings, weights or pairs.
     """
-    check_training(config.train)
+    check_training(config.train, config.selfplay.algorithm)
     folder, path = Path(folder), Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give pairs.parquet of a run or a published pair_dpo_data.json")

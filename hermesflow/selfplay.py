@@ -32,7 +32,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Raises: InputError on settings, data or a folder that cannot be used, or if a round keeps no pair.
     """
     console = console or Console()
-    check_training(config.train)
+    check_training(config.train, config.selfplay.algorithm)
     find_evaluation(config.eval)
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)

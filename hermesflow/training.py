@@ -60,7 +60,7 @@ def train_pairs(
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves. After an error the model is of no more use: open it anew to go on.
     """
-    check_training(config)
+    check_training(config, algorithm)
     check_pairs(pairs, model)
     return train_checked_pairs(model, pairs, config, seed=seed, folder=folder, algorithm=algorithm)
 
@@ -106,10 +106,14 @@ def train_checked_pairs(
     return log.tail_means(max(config.num_steps // 10, 1))
 
 
-def check_training(config: TrainConfig) -> None:
-    """Raises InputError with the fix where training could not begin: before the work on its pairs, not after it."""
+def check_training(config: TrainConfig, algorithm: str = "pair-dpo") -> type:
+    """The algorithm's class.
+
+    Raises: InputError with the fix where training could not begin: before the work on its pairs, not after it.
+    """
     check_tracker(config.tracker)
     check_loss(config)
+    return load(ALGORITHMS, algorithm, "selfplay.algorithm")
 
 
 def forward_backward(

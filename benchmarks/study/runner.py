@@ -58,7 +58,7 @@ def run_study(config: Config, console: Console) -> list[Line]:
     Raises: InputError if the folder holds results of other settings or weights or cannot be written, the settings leave
         an arm nothing to train, or an arm keeps no pair.
     """
-    check_training(config.train)
+    check_training(config.train, config.selfplay.algorithm)
     _check_arms(config)
     path, guard = config.run_folder / "study.jsonl", threading.Lock()
     with claim_folder(config.run_folder, config, "run.name"):

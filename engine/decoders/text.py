@@ -16,7 +16,7 @@ from torch import Tensor
 from hermesflow.engine.answer_sampler import AnswerSampler, SamplingParams
 from hermesflow.engine.answer_stream import AnswerStream
 from hermesflow.engine.memory_planner import is_out_of_memory
-from hermesflow.engine.prompt_spans import Pair, PromptSpans, QuestionIds
+from hermesflow.engine.prompt_spans import Asked, PromptSpans, QuestionIds
 from hermesflow.engine.sequence_logprob import next_token_targets
 from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import Transformer
@@ -108,7 +108,7 @@ class TextDecoder:
         return scores
 
     def _within_memory(
-        self, name: str, work: Callable[[int], None], sizes: dict[Pair, int], image_length: int, max_tokens: int,
+        self, name: str, work: Callable[[int], None], sizes: dict[Asked, int], image_length: int, max_tokens: int,
         slack: int = 0,
     ) -> None:  # fmt: skip
         """Calls work(bound), which goes on where it stopped, with half the bound each time that memory runs out.
@@ -136,7 +136,7 @@ class TextDecoder:
                 torch.cuda.empty_cache()
 
     def _score(
-        self, prompts: PromptSpans, pairs: list[Pair], choice_ids: Sequence[QuestionIds], text_only: bool
+        self, prompts: PromptSpans, pairs: list[Asked], choice_ids: Sequence[QuestionIds], text_only: bool
     ) -> list[list[float]]:
         choices = [choice_ids[image][question] for image, question in pairs]
         num_choices = [len(of_question) for of_question in choices]
@@ -165,9 +165,9 @@ class TextDecoder:
         return self.layout.text_ids if text_only else Ids(range(self.layout.vocab_size))
 
 
-def _batches(sizes: dict[Pair, int], image_length: int, max_tokens: int) -> Iterator[list[Pair]]:
+def _batches(sizes: dict[Asked, int], image_length: int, max_tokens: int) -> Iterator[list[Asked]]:
     """Pairs in order, cut so that their images and sizes stay within max_tokens; one pair always fits."""
-    pairs: list[Pair] = []
+    pairs: list[Asked] = []
     total = 0
     for pair, size in sizes.items():
         added = size if pairs and pairs[-1][0] == pair[0] else size + image_length

@@ -16,7 +16,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -285,9 +285,9 @@ def _check_row(row: dict, model: Model) -> None:
         elif name.endswith("_codes"):
             if len(row[name]) != layout.num_image_tokens:
                 raise ValueError(f"{name} has {len(row[name])} tokens, the model's image {layout.num_image_tokens}")
-            _check_range(name, row[name], layout.codebook_size, "codebook")
+            _check_ids(name, row[name], range(layout.codebook_size), f"codebook has {layout.codebook_size}")
         else:
-            _check_range(name, row[name], layout.text_vocab_size, "text vocabulary")
+            _check_ids(name, row[name], layout.text_ids, f"text vocabulary has {len(layout.text_ids)}")
     questions, answers = row["questions"] or [], row["answers"] or []
     if len(questions) != len(answers) or None in (*questions, *answers):
         raise ValueError(f"questions and answers do not match: there are {len(questions)} and {len(answers)}")
@@ -304,10 +304,10 @@ def _is_choice(answer: str, choices: list[str | None] | None) -> bool:
     return choices is not None and answer in choices and None not in choices
 
 
-def _check_range(name: str, ids: list[int | None], size: int, what: str) -> None:
+def _check_ids(name: str, ids: list[int | None], known: Container[int], told: str) -> None:
     for token in ids:
-        if token is None or not 0 <= token < size:
-            raise ValueError(f"{name} holds {token}, the model's {what} has {size}")
+        if token is None or token not in known:
+            raise ValueError(f"{name} holds {token}, the model's {told}")
 
 
 def trained_pairs(pairs: pa.Table, config: TrainConfig) -> pa.Table:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hermesflow.drop_in.attention_masks import ImageFirst, ImageLast, Reading, UnknownMaskError, read_masks
 from hermesflow.drop_in.functional import draw_seeds
 from hermesflow.drop_in.label_scoring import ScoredLabels, logprob_sums
-from hermesflow.engine.answer_sampler import FAILED, GOES_ON, AnswerSampler, Rows, SamplingParams
+from hermesflow.engine.answer_sampler import FAILED, GOES_ON, Answers, AnswerSampler, SamplingParams
 from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams
 from hermesflow.engine.device_graph import DeviceGraph
 from hermesflow.engine.engine import Engine
@@ -330,7 +330,7 @@ def _generate_text(
         # There is one row, whose product with the head memory bounds; see SharedLinear.
         cache, head = transformer.new_cache(length + max_new_tokens), transformer.head
         sampler = AnswerSampler(transformer, cache, head, eot, backend=None, project=F.linear)
-        rows = Rows.new(draw_seeds(1, None, given.device)[:, None], [params])
+        rows = Answers.new(draw_seeds(1, None, given.device)[:, None], [params])
         tokens = _draw(acceleration.owner, sampler, tree, embeds, rows)
     if len(tokens) < max_new_tokens:
         tokens = [*tokens, eot]
@@ -338,7 +338,7 @@ def _generate_text(
 
 
 def _draw(
-    owner: nn.Module, sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows: Rows
+    owner: nn.Module, sampler: AnswerSampler, prompt: SpanTree, embeds: Embeds | None, rows: Answers
 ) -> list[int]:
     """Tokens of the one answer, without eot, to the last span of a prompt."""
     device, limit = rows.seed.device, rows.tokens.shape[1] - 1

@@ -54,7 +54,7 @@ def logprob_sums(
     Returns: fp32 0-dim each.
     """
     given = input_ids if input_embeddings is None else input_embeddings
-    forest = Forest(given.shape[:2], None if input_embeddings is not None else input_ids.tolist())
+    forest = LabelSpans(given.shape[:2], None if input_embeddings is not None else input_ids.tolist())
     last = np.full(len(given), -1)
     first = np.full(len(given), given.shape[1])
     for group in groups:
@@ -97,7 +97,7 @@ def _logprobs(hidden: Tensor, head: Head, targets: Tensor, row_of_target: Tensor
     return logprobs.index_add(0, others, difference)
 
 
-class Forest:
+class LabelSpans:
     """Collects the spans of a batch's sequences, equal ones once, and where each token went."""
 
     def __init__(self, shape: tuple[int, int], ids: list[list[int]] | None) -> None:

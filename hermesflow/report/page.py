@@ -26,6 +26,7 @@ from hermesflow.report.tables import (
     headline,
     headline_metrics,
     interval_of,
+    is_builtin,
     kind_metrics,
     sampler_metrics,
     tell_verdict,
@@ -53,6 +54,10 @@ _AGREEMENT = {
     "caption_tie": "captions equally true",
     "caption_win_exact": "win's caption right in full",
 }
+_INTERVALS = (
+    "brackets are 95 % intervals, bootstrapped over records. Changes are to before self-play, paired: the same "
+    "records, prompts and seeds. Where an interval holds zero there is no significant change."
+)
 _RANKS = {
     "spearman": "rank correlation, all images",
     "spearman_within": "rank correlation within a record",
@@ -175,6 +180,10 @@ def _measurements(summary: dict[str, Any]) -> str:
     """The gap as a chart, and all metrics with their changes as a table."""
     if summary["before"] is None:
         return ""
+    if not is_builtin(summary["before"]):
+        told = f'<p class="note">{escape(str(summary["before"]["num_records"]))} records; {_INTERVALS}</p>'
+        table = _metric_table(headline_metrics(summary["before"]), summary, "results")
+        return f"<section><h2>Before and after</h2>{told}{table}</section>"
     stages = [
         Stage(label, _measured(metrics, "understanding"), _measured(metrics, "generation"))
         for label, metrics in _stages(summary)
@@ -198,8 +207,7 @@ one. Best of 4 is the image that the model itself scores best.</p>{samplers}"""
 <div class="note"><p><b>Understanding</b> is {asked}. <b>Generation</b> is how many questions its own {images} images of
 {prompts} prompts answer rightly, read by an oracle that sees pixels alone; <b>strict</b> asks for all of
 an image's questions. The <b>gap</b> is understanding less generation.</p>
-<p>Bars and brackets are 95 % intervals, bootstrapped over records. Changes are to before self-play, paired: the same
-scenes, prompts and seeds. Where an interval holds zero there is no significant change.</p></div></div>
+<p>Bars and {_INTERVALS}</p></div></div>
 <h2>Before and after</h2>
 {_metric_table(headline_metrics(first), summary, "results")}{samplers}
 {f"<h2>Understanding by what is asked</h2>{kinds}" if kinds else ""}</section>"""
@@ -235,7 +243,7 @@ def _change_cell(name: str, change: dict[str, Any]) -> str:
 
 def _categories(summary: dict[str, Any]) -> str:
     """Bars of three metrics by category, before and after the last round."""
-    if summary["before"] is None:
+    if summary["before"] is None or "by_category" not in summary["before"]:
         return ""
     last_label, last = _stages(summary)[-1]
     panels = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -31,12 +31,31 @@ ONE_SIDED = (
 SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "best_of_4_strict": "best of 4, strict"}
 """What is measured by each sampler, as tables call it."""
 
+def is_builtin(metrics: dict[str, Any]) -> bool:
+    """Whether the metrics are those of the built-in measurement."""
+    return "gap" in metrics
+
+
 def headline_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
-    """The metrics of LABELS that there are, with their labels; understanding by record questions alone says so."""
+    """The metrics of LABELS that there are, with their labels; understanding by record questions alone says so.
+
+    Of another evaluation all metrics, whose names are their labels.
+    """
+    if not is_builtin(metrics):
+        return {path: ", ".join(path).replace("_", " ") for path in _measured_paths(metrics)}
     labels = {(name,): label for name, label in LABELS.items() if name in metrics}
     if not is_balanced(metrics):
         labels["understanding",] = LABELS["understanding_record_questions"]
     return labels
+
+
+def _measured_paths(metrics: dict[str, Any]) -> Iterator[MetricPath]:
+    """Of all metrics, nested ones too: those that have an interval beside them."""
+    for name, value in metrics.items():
+        if f"{name}_ci95" in metrics:
+            yield (name,)
+        elif isinstance(value, dict) and name != "change":
+            yield from ((name, *path) for path in _measured_paths(value))
 
 
 def sampler_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
@@ -71,16 +90,18 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
     """Prints one evaluation in per cent: the whole with its intervals, then each category.
 
     Args:
-        metrics: "metrics" of hermesflow.evaluation.builtin.evaluate.
+        metrics: "metrics" of evaluate.
         console: where it goes.
     """
-    asked, drawn, prompts = (metrics[f"num_{name}"] for name in ("understanding", "images", "prompts"))
     whole = _table()
     for name, justify in (("", "left"), ("%", "right"), ("95 % interval", "left")):
         whole.add_column(name, justify=justify)
     for path, label in (headline_metrics(metrics) | sampler_metrics(metrics) | kind_metrics(metrics)).items():
         name = {"samplers": "drawn by ", "understanding_by_kind": "asked for "}.get(path[0], "") + label
         whole.add_row(name, format_value(find(metrics, path)), format_interval(interval_of(metrics, path)))
+    if not is_builtin(metrics):
+        console.print(f"{metrics['num_records']} records", whole, sep="\n")
+        return
     # Two fewer, to fit into 80 columns.
     shown = [name for name in LABELS if name not in ("understanding_record_questions", "caption_f1")]
     categories = _table()
@@ -89,6 +110,7 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
         categories.add_column(LABELS[name], justify="right")
     for category, values in metrics["by_category"].items():
         categories.add_row(category.replace("_", " "), *(format_value(values[name]) for name in shown))
+    asked, drawn, prompts = (metrics[f"num_{name}"] for name in ("understanding", "images", "prompts"))
     console.print(f"{asked} real images asked about, {drawn} images drawn for {prompts} prompts")
     console.print(*describe_judge(metrics), sep="\n")
     console.print(whole, "", categories, sep="\n")
@@ -142,6 +164,8 @@ def headline(summary: dict[str, Any]) -> str:
         summary: what summary.json holds; rounds may be empty.
     """
     before, rounds = summary["before"], summary["rounds"]
+    if not is_builtin(before):
+        return _own_headline(before, rounds)
     if not rounds:
         return (
             f"Before self-play the model answers {_percent(before['understanding'])} % of the "
@@ -154,6 +178,18 @@ def headline(summary: dict[str, Any]) -> str:
     told = [f"{label}: {_tell(rounds[-1]['change'][name])}" for name, label in labels.items()]
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
     return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(told)}."
+
+
+def _own_headline(before: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> str:
+    """Of an evaluation that is not the built-in one."""
+    labels = headline_metrics(before)
+    if not rounds:
+        told = [f"{label} {_percent(find(before, path))} %" for path, label in labels.items()]
+        return f"Before self-play, on {before['num_records']} records: {'; '.join(told)}."
+    many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
+    changes = {label: find(rounds[-1], ("change", *path)) for path, label in labels.items()}
+    told = [f"{label}: {_tell(change)}" for label, change in changes.items() if change]
+    return f"After {many}, on {rounds[-1]['num_records']} records: {'; '.join(told)}."
 
 
 def describe_judge(metrics: dict[str, Any]) -> list[str]:

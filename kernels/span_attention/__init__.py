@@ -1,6 +1,6 @@
 """Attention over a span tree: every token attends to its span's ancestors and to its own span.
 
-Formula: softmax(q k^T * scale) v over the storage slots that the tree allows (engine/span_tree.py states the rule).
+Formula: softmax(q k^T * scale) v over the storage slots that the tree allows (kernels/span_tree.py states the rule).
 The torch backend batches spans of equal shape class and calls scaled_dot_product_attention once a class; full spans of
 equal shape, and single tokens, pass no mask, so that its flash and cuDNN kernels serve them. Padding exists inside a
 class only and never reaches the output.

@@ -1,6 +1,6 @@
 """FlexAttention backend of span_attention.
 
-Rows and keys are gathered in the depth-first order of span_attention_plan.py, so that storage which nobody attends to
+Rows and keys are gathered in the depth-first order of plan.py, so that storage which nobody attends to
 is never read and the mask of a key is one interval of rows. The block mask comes from the plan's tile lists, not from
 a dense mask. On CUDA the call is compiled; on the CPU, FlexAttention's eager path computes it from the mask alone.
 A tree that decodes waits for the device, once a step.

@@ -1,4 +1,4 @@
-"""Triton backend of span_attention, forward and backward, over the tiles of span_attention_plan.py.
+"""Triton backend of span_attention, forward and backward, over the tiles of plan.py.
 
     s = scale q k^T       p = exp(s - lse)       out = p v
     delta = sum(d_out * out)    ds = p * (d_out v^T - delta)

@@ -10,7 +10,7 @@ import torch
 from hermesflow import cli
 from hermesflow.benchmarks import accelerated, lines
 from hermesflow.benchmarks.measuring import Effort
-from hermesflow.drop_in import _FAST, AcceleratedMethod
+from hermesflow.drop_in.acceleration import _FAST, AcceleratedMethod
 
 EXTRA = {"mfu", "items_per_s"}
 

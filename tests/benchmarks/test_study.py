@@ -190,14 +190,14 @@ class StubRun:
         path.write_text(f"{name} of {self.folder.name}")
         self.events.append((self.folder.name, name))
 
-    def curate(self, number):
+    def curate_round(self, number):
         for name in ("records.parquet", "rejected.parquet"):
             self._make(name)
         if not (self.folder / f"round-{number}/pairs.parquet").exists():
             for name in ("candidates/part-00000.parquet", "rejected.parquet", "pairs.parquet"):
                 self._make(f"round-{number}/{name}")
 
-    def train(self, number):
+    def train_round(self, number):
         self._make(f"round-{number}/model")
 
     def model(self, number):
@@ -222,6 +222,8 @@ def evaluated(monkeypatch):
 
     monkeypatch.setattr(StubRun, "events", [])
     monkeypatch.setattr(runner, "Run", StubRun)
+    monkeypatch.setattr(runner, "curate_round", StubRun.curate_round)
+    monkeypatch.setattr(runner, "train_round", StubRun.train_round)
     monkeypatch.setattr(runner, "evaluate", evaluate)
     monkeypatch.setattr(runner, "open_model", lambda config: BASE)
     monkeypatch.setattr(runner, "model_digest", lambda model: model)
@@ -279,18 +281,18 @@ def test_arms_share_what_would_come_out_equal(config, evaluated, console):
 
 
 def test_a_study_that_was_stopped_goes_on(config, evaluated, console, monkeypatch):
-    train = StubRun.train
+    train = StubRun.train_round
 
     def train_until_killed(self, number):
         if self.folder.name == "generation-only-seed-1" and number == 2:
             raise KeyboardInterrupt
         train(self, number)
 
-    monkeypatch.setattr(StubRun, "train", train_until_killed)
+    monkeypatch.setattr(runner, "train_round", train_until_killed)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, console)
     assert evaluated == [BASE, "pair-dpo-seed-1"]
-    monkeypatch.setattr(StubRun, "train", train)
+    monkeypatch.setattr(runner, "train_round", train)
     lines = run_study(config, console)
     assert [(line["arm"], line["seed"]) for line in lines[1:]] == [(arm, seed) for seed in (1, 2) for arm in ARMS_RUN]
     assert len(StubRun.events) == len(set(StubRun.events)) and evaluated.count("pair-dpo-seed-1") == 1

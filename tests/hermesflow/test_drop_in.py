@@ -1004,7 +1004,7 @@ def test_logits(make_model, shared):
         logits = model(**given, attention_mask=arguments["attention_mask"])
         transformer = model.mmu_generate.acceleration.transformer()
         batch, length = logits.shape[:2]
-        forest = label_scoring.Forest((batch, length), None if shared == "clip" else given["input_ids"].tolist())
+        forest = label_scoring.LabelSpans((batch, length), None if shared == "clip" else given["input_ids"].tolist())
         readings = mask_reading.read_masks(arguments["attention_mask"], batch, length)
         for sequence, reading in enumerate(readings):
             forest.add(sequence, reading, 0, length - 1)

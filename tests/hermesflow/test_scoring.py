@@ -446,12 +446,9 @@ def test_self_vqa_by_free_answers(
 
 def test_free_answers_are_right_where_they_mean_the_right_choice() -> None:
     said = {"a": ["green", "Yes."], "b": ["maybe"]}
-    model = SimpleNamespace(
-        prompts=TINY_PROMPTS, encode_text=lambda text: [1], decode_text=lambda text: text,
-        engine=SimpleNamespace(
-            extend=lambda codes, *_, **__: [[[text] for text in said["ab"[int(row[0])]]] for row in codes]
-        ),
-    )  # fmt: skip
+    model = ScriptedModel([])
+    model.decode_text = lambda text: text
+    model.engine.extend = lambda codes, *_, **__: [[[text] for text in said["ab"[int(row[0])]]] for row in codes]
     records = [record("a", COLOR, YES_NO), record("b", YES_NO)]
     codes = torch.tensor([[[0]], [[1]]])
     match = Scorers(CurationConfig(answer_scorer="exact")).match_answers
