@@ -37,6 +37,7 @@ soak: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 check-cuda:
 	.ci/check-cuda

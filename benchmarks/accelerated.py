@@ -142,9 +142,12 @@ class Calls:
     def __init__(self, showo_class: type[nn.Module], shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, sizes = shape, device, shape.checkpoint
         self.layout = TokenLayout(
-            text_vocab_size=sizes.text_vocab_size, codebook_size=sizes.vq.codebook_size,
-            num_image_tokens=sizes.num_image_tokens, sot=0, eot=0,
-        )  # fmt: skip
+            text_vocab_size=sizes.text_vocab_size,
+            codebook_size=sizes.vq.codebook_size,
+            num_image_tokens=sizes.num_image_tokens,
+            sot=0,
+            eot=0,
+        )
         self.policy = self._model(showo_class).to(device, dtype)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
@@ -273,9 +276,13 @@ class Calls:
         ids, uncond, mask = self._t2i
         with torch.no_grad():
             return self._method(self.policy, "t2i_generate")(
-                ids.clone(), uncond, mask, timesteps=num_steps or self.shape.num_steps,
-                guidance_scale=self.shape.guidance_scale, config=self.config,
-            )  # fmt: skip
+                ids.clone(),
+                uncond,
+                mask,
+                timesteps=num_steps or self.shape.num_steps,
+                guidance_scale=self.shape.guidance_scale,
+                config=self.config,
+            )
 
     def _mmu_generate(self) -> list[Tensor]:
         ids, mask = self._mmu
@@ -298,9 +305,12 @@ class Calls:
     def _sums(self, model: nn.Module, role: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         ids, labels, mask = role
         return self._method(model, "loss_for_unidpo")(
-            ids, attention_mask=mask, labels=labels, batch_size_t2i=self.shape.num_pairs,
+            ids,
+            attention_mask=mask,
+            labels=labels,
+            batch_size_t2i=self.shape.num_pairs,
             max_seq_length=self.shape.max_seq_length,
-        )  # fmt: skip
+        )
 
     def _compare_steps(self) -> str | None:
         """By the sums, since a sigmoid of so many tokens may be flat."""
@@ -360,7 +370,11 @@ def _recorded(seen: list[Work], work: ModelWork) -> Iterator[None]:
 def _contest(name: str, settings: Settings, calls: Calls) -> Contest:
     fast, original = (Part(run=partial(calls.run, name, side)) for side in Calls.SIDES)
     return Contest(
-        case=name, shape=f"{settings.shape}: {calls.told(name)}", dtype=settings.torch_dtype, ours={"engine": fast},
-        baselines={"published" if settings.code else "stand-in": [original]}, passes=calls.passes(name),
+        case=name,
+        shape=f"{settings.shape}: {calls.told(name)}",
+        dtype=settings.torch_dtype,
+        ours={"engine": fast},
+        baselines={"published" if settings.code else "stand-in": [original]},
+        passes=calls.passes(name),
         items=calls.items(name),
-    )  # fmt: skip
+    )

@@ -151,14 +151,21 @@ def _case(part: str, sizes: Sizes, tree: SpanTree, device: torch.device, *, with
     q_bytes, kv_bytes = leaves[0].nbytes, 2 * num_tokens * sizes.num_heads * sizes.head_dim * k.itemsize
     products = 4 * sizes.num_heads * sizes.head_dim * _num_attended(tree)  # q k^T and p v
     return Case(
-        op="span_attention", part=part, dtype=sizes.dtype, short=part == "answers", run=run, check=check,
+        op="span_attention",
+        part=part,
+        dtype=sizes.dtype,
+        short=part == "answers",
+        run=run,
+        check=check,
         shape=f"{num_queries} of {num_tokens} tokens, {tree.num_spans} spans, H {sizes.num_heads}, d {sizes.head_dim}",
-        naive=dense(naive.dense_attention), compiled=dense(torch.compile(naive.dense_attention)),
-        peers={"flex": flex}, agrees=agrees,
+        naive=dense(naive.dense_attention),
+        compiled=dense(torch.compile(naive.dense_attention)),
+        peers={"flex": flex},
+        agrees=agrees,
         # q, k, v and out; backward these and out's gradient again, three gradients.
         num_bytes=2 * q_bytes + kv_bytes + with_grad * (4 * q_bytes + 2 * kv_bytes),
         num_flops=products + with_grad * products * 5 // 2,  # five products backward
-    )  # fmt: skip
+    )
 
 
 def _used_slots(tree: SpanTree) -> Tensor:

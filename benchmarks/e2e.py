@@ -278,9 +278,14 @@ class Tasks:
         self, case: str, shape: str, run: Call, passes: list[Work], items: dict[str, int], naive: list[Part]
     ) -> Contest:
         return Contest(
-            case=case, shape=shape, dtype=self.work.dtype, ours={"engine": Part(run=run)}, baselines={"naive": naive},
-            passes=passes, items=items,
-        )  # fmt: skip
+            case=case,
+            shape=shape,
+            dtype=self.work.dtype,
+            ours={"engine": Part(run=run)},
+            baselines={"naive": naive},
+            passes=passes,
+            items=items,
+        )
 
     def _image_work(self) -> list[Work]:
         shape = self.shape
@@ -288,24 +293,24 @@ class Tasks:
 
     def _answer_work(self, num_images: int) -> list[Work]:
         shape = self.shape
-        return self.work.answers(
-            num_images, shape.num_questions, shape.question_len, 1, ANSWER_SAMPLING.max_new_tokens
-        )  # fmt: skip
+        return self.work.answers(num_images, shape.num_questions, shape.question_len, 1, ANSWER_SAMPLING.max_new_tokens)
 
     def _draw(self) -> Tensor:
         shape, params = self.shape, self.params
         seeds = torch.arange(shape.num_prompts * shape.num_images).view(shape.num_prompts, -1)
         return self.engine.generate(
-            self.prompts, num_images=shape.num_images, seeds=seeds, num_steps=params.num_steps,
-            guidance_scale=params.guidance_scale, mask_temperature=params.mask_temperature,
+            self.prompts,
+            num_images=shape.num_images,
+            seeds=seeds,
+            num_steps=params.num_steps,
+            guidance_scale=params.guidance_scale,
+            mask_temperature=params.mask_temperature,
             mask_decay=params.mask_decay,
-        )  # fmt: skip
+        )
 
     def _caption(self, images: Tensor) -> list:
         questions, seeds = [[self.caption_question]] * len(images), torch.arange(len(images) * len(CAPTION_SAMPLING))
-        return self.engine.extend(
-            images, questions, sampling=CAPTION_SAMPLING, seeds=seeds.view(len(images), 1, -1)
-        )  # fmt: skip
+        return self.engine.extend(images, questions, sampling=CAPTION_SAMPLING, seeds=seeds.view(len(images), 1, -1))
 
     def _answer(self, images: Tensor) -> list:
         seeds = torch.zeros(len(images), len(self.questions), 1, dtype=torch.int64)
@@ -322,9 +327,11 @@ class Tasks:
 
         short = replace(self.params, num_steps=1)
         return Part(
-            name=f"{shape.num_images} images", run=partial(run, self.params), peak=partial(run, short),
+            name=f"{shape.num_images} images",
+            run=partial(run, self.params),
+            peak=partial(run, short),
             times=shape.num_prompts,
-        )  # fmt: skip
+        )
 
     def _naive_captions(self, num_images: int) -> Part:
         def run() -> None:
@@ -475,9 +482,12 @@ def paper_flops(dtype: torch.dtype) -> dict[str, float]:
     """FLOPs of the paper's protocol by case: 80,000 images, captions of 5,000 and answers about all 80,000."""
     shape = PAPER_SHAPE
     layout = TokenLayout(
-        text_vocab_size=shape.checkpoint.text_vocab_size, codebook_size=shape.checkpoint.vq.codebook_size,
-        num_image_tokens=shape.checkpoint.num_image_tokens, sot=0, eot=0,
-    )  # fmt: skip
+        text_vocab_size=shape.checkpoint.text_vocab_size,
+        codebook_size=shape.checkpoint.vq.codebook_size,
+        num_image_tokens=shape.checkpoint.num_image_tokens,
+        sot=0,
+        eot=0,
+    )
     config = showo.transformer_config(language_model_config(shape.checkpoint), layout.vocab_size)
     work = ModelWork(config=config, layout=layout, dtype=dtype)
     samples, caption, answer = len(CAPTION_SAMPLING), CAPTION_SAMPLING[0], ANSWER_SAMPLING

@@ -82,9 +82,13 @@ def image_mask(layout: TokenLayout, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def draw_images(
-    transformer: Transformer, layout: TokenLayout, prompts: Sequence[Sequence[int]], params: ImageSamplingParams, *,
+    transformer: Transformer,
+    layout: TokenLayout,
+    prompts: Sequence[Sequence[int]],
+    params: ImageSamplingParams,
+    *,
     num_text_tokens: int = 128,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Draw an image of each prompt by parallel decoding, all prompts in one batch.
 
     Args:
@@ -144,9 +148,12 @@ def question_mask(layout: TokenLayout, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_question(
-    transformer: Transformer, layout: TokenLayout, codes: Sequence[int], question: Sequence[int],
+    transformer: Transformer,
+    layout: TokenLayout,
+    codes: Sequence[int],
+    question: Sequence[int],
     params: SamplingParams,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Token ids of one answer without eot: the whole sequence anew for each token, drawn from the joint vocabulary.
 
     Args:
@@ -173,9 +180,12 @@ def answer_question(
 
 @torch.inference_mode()
 def score_choice(
-    transformer: Transformer, layout: TokenLayout, codes: Sequence[int], question: Sequence[int],
+    transformer: Transformer,
+    layout: TokenLayout,
+    codes: Sequence[int],
+    question: Sequence[int],
     choice: Sequence[int],
-) -> float:  # fmt: skip
+) -> float:
     """Log-probability of one choice and of its eot under the joint vocabulary, in a pass of its own.
 
     The published code does not score choices; this is how it would.

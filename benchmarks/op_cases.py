@@ -97,12 +97,19 @@ def guided_sample_case(num_rows: int, vocab_size: int, dtype: torch.dtype, devic
 
     inputs = (cond, uncond, GUIDANCE_SCALE)
     return Case(
-        op="guided_sample", shape=f"R {num_rows}, V {vocab_size}", dtype=dtype, short=True, run=run, check=check,
-        naive=partial(naive.guided_sample, *inputs), compiled=partial(torch.compile(naive.guided_sample), *inputs),
-        peers={"flashinfer": partial(peers.flashinfer_guided, *inputs)}, agrees=draws_tokens(num_rows, vocab_size),
+        op="guided_sample",
+        shape=f"R {num_rows}, V {vocab_size}",
+        dtype=dtype,
+        short=True,
+        run=run,
+        check=check,
+        naive=partial(naive.guided_sample, *inputs),
+        compiled=partial(torch.compile(naive.guided_sample), *inputs),
+        peers={"flashinfer": partial(peers.flashinfer_guided, *inputs)},
+        agrees=draws_tokens(num_rows, vocab_size),
         num_bytes=2 * cond.nbytes + 12 * num_rows,  # both logits; token and log-probability
         num_flops=8 * num_rows * vocab_size,  # guidance 3, scale, max, difference, exponential, sum
-    )  # fmt: skip
+    )
 
 
 def linear_sample_case(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -121,13 +128,19 @@ def linear_sample_case(num_rows: int, width: int, vocab_size: int, dtype: torch.
 
     inputs = (hidden, weight, bias)
     return Case(
-        op="linear_sample", shape=f"R {num_rows}, D {width}, V {vocab_size}", dtype=dtype, short=False,
-        run=run, check=check,
-        naive=partial(naive.linear_sample, *inputs), compiled=partial(torch.compile(naive.linear_sample), *inputs),
-        peers={"flashinfer": partial(peers.flashinfer_linear, *inputs)}, agrees=draws_tokens(num_rows, vocab_size),
+        op="linear_sample",
+        shape=f"R {num_rows}, D {width}, V {vocab_size}",
+        dtype=dtype,
+        short=False,
+        run=run,
+        check=check,
+        naive=partial(naive.linear_sample, *inputs),
+        compiled=partial(torch.compile(naive.linear_sample), *inputs),
+        peers={"flashinfer": partial(peers.flashinfer_linear, *inputs)},
+        agrees=draws_tokens(num_rows, vocab_size),
         num_bytes=hidden.nbytes + weight.nbytes + bias.nbytes + 12 * num_rows,
         num_flops=2 * num_rows * width * vocab_size,  # the head's product
-    )  # fmt: skip
+    )
 
 
 def mask_topk_case(num_rows: int, num_tokens: int, device: torch.device) -> Case:
@@ -147,13 +160,19 @@ def mask_topk_case(num_rows: int, num_tokens: int, device: torch.device) -> Case
 
     inputs = (logprob.exp(), known, num_masked, 1.0)
     return Case(
-        op="mask_topk", shape=f"B {num_rows}, N {num_tokens}", dtype=FP32, short=True, run=run, check=check,
-        naive=partial(naive.mask_topk, *inputs), compiled=partial(torch.compile(naive.mask_topk), *inputs),
+        op="mask_topk",
+        shape=f"B {num_rows}, N {num_tokens}",
+        dtype=FP32,
+        short=True,
+        run=run,
+        check=check,
+        naive=partial(naive.mask_topk, *inputs),
+        compiled=partial(torch.compile(naive.mask_topk), *inputs),
         # A comparison with the cut masks fewer where confidences tie.
         agrees=lambda masked: bool((masked.sum(1) <= num_masked).all() and not (masked & known).any()),
         num_bytes=logprob.nbytes + 2 * known.nbytes,
         num_flops=8 * num_rows * num_tokens,  # noise 4, score 2, a comparison to select and one to mark
-    )  # fmt: skip
+    )
 
 
 def token_sample_case(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -173,12 +192,19 @@ def token_sample_case(num_rows: int, vocab_size: int, dtype: torch.dtype, device
 
     inputs = (logits, temperature, top_k, top_p)
     return Case(
-        op="token_sample", shape=f"R {num_rows}, V {vocab_size}", dtype=dtype, short=True, run=run, check=check,
-        naive=partial(naive.token_sample, *inputs), compiled=partial(torch.compile(naive.token_sample), *inputs),
-        peers={"flashinfer": partial(peers.flashinfer_token, *inputs)}, agrees=draws_tokens(num_rows, vocab_size),
+        op="token_sample",
+        shape=f"R {num_rows}, V {vocab_size}",
+        dtype=dtype,
+        short=True,
+        run=run,
+        check=check,
+        naive=partial(naive.token_sample, *inputs),
+        compiled=partial(torch.compile(naive.token_sample), *inputs),
+        peers={"flashinfer": partial(peers.flashinfer_token, *inputs)},
+        agrees=draws_tokens(num_rows, vocab_size),
         num_bytes=logits.nbytes + 12 * num_rows,
         num_flops=6 * num_rows * vocab_size,  # scale, max, difference, exponential, sum, comparison
-    )  # fmt: skip
+    )
 
 
 def token_logprob_case(num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -202,8 +228,14 @@ def token_logprob_case(num_tokens: int, vocab_size: int, dtype: torch.dtype, dev
         return with_gradients(partial(function, logits, target), (logits,))
 
     return Case(
-        op="token_logprob", shape=f"T {num_tokens}, V {vocab_size}", dtype=dtype, short=False, run=run, check=check,
-        naive=baseline(naive.token_logprob), compiled=baseline(torch.compile(naive.token_logprob)),
+        op="token_logprob",
+        shape=f"T {num_tokens}, V {vocab_size}",
+        dtype=dtype,
+        short=False,
+        run=run,
+        check=check,
+        naive=baseline(naive.token_logprob),
+        compiled=baseline(torch.compile(naive.token_logprob)),
         peers={
             "liger": partial(peers.liger_logprob, logits, target),
             "quack": partial(peers.quack_logprob, logits, target),
@@ -212,7 +244,7 @@ def token_logprob_case(num_tokens: int, vocab_size: int, dtype: torch.dtype, dev
         agrees=agrees_with(baseline(naive.token_logprob)),
         num_bytes=3 * logits.nbytes + 20 * num_tokens,  # logits read by both passes, gradient; targets and results
         num_flops=7 * num_tokens * vocab_size,  # forward: max, difference, exponential, sum; backward 3
-    )  # fmt: skip
+    )
 
 
 def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -237,8 +269,9 @@ def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: tor
         some = [x.detach()[rows], weight, bias]
         truth = graded(
             lambda x, weight, bias: linear_logprob(x, weight, target[rows], bias=bias, backend="torch"),
-            [leaf.double() for leaf in some], upstream[rows],
-        )  # fmt: skip
+            [leaf.double() for leaf in some],
+            upstream[rows],
+        )
         eager = graded(partial(naive.linear_logprob, target=target[rows]), some, upstream[rows])
         got = (logprob[rows], grad_x[rows], *grads)
         return wrong_values("logprob grad_x grad_weight grad_bias", got, truth, eager)
@@ -247,9 +280,14 @@ def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: tor
         return with_gradients(partial(function, *leaves, target), leaves)
 
     return Case(
-        op="linear_logprob", shape=f"T {num_tokens}, D {width}, V {vocab_size}", dtype=dtype, short=False,
-        run=run, check=check,
-        naive=baseline(naive.linear_logprob), compiled=baseline(torch.compile(naive.linear_logprob)),
+        op="linear_logprob",
+        shape=f"T {num_tokens}, D {width}, V {vocab_size}",
+        dtype=dtype,
+        short=False,
+        run=run,
+        check=check,
+        naive=baseline(naive.linear_logprob),
+        compiled=baseline(torch.compile(naive.linear_logprob)),
         peers={
             "liger": partial(peers.liger_linear, *leaves, target),
             "cut_cross_entropy": partial(peers.cce_linear, x, weight, target),
@@ -259,7 +297,7 @@ def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: tor
         agrees=agrees_with(baseline(naive.linear_logprob)),
         num_bytes=3 * sum(leaf.nbytes for leaf in leaves),  # read by both passes, gradients
         num_flops=6 * num_tokens * width * vocab_size,  # logits, both gradients; making the logits again is extra
-    )  # fmt: skip
+    )
 
 
 def pair_dpo_case(num_tokens: int, num_pairs: int, device: torch.device) -> Case:
@@ -292,12 +330,18 @@ def pair_dpo_case(num_tokens: int, num_pairs: int, device: torch.device) -> Case
         return call
 
     return Case(
-        op="pair_dpo", shape=f"T {num_tokens}, P {num_pairs}", dtype=FP32, short=True, run=run, check=check,
-        naive=baseline(naive.pair_dpo), compiled=baseline(torch.compile(naive.pair_dpo)),
+        op="pair_dpo",
+        shape=f"T {num_tokens}, P {num_pairs}",
+        dtype=FP32,
+        short=True,
+        run=run,
+        check=check,
+        naive=baseline(naive.pair_dpo),
+        compiled=baseline(torch.compile(naive.pair_dpo)),
         agrees=agrees_with(baseline(naive.pair_dpo)),
         num_bytes=3 * policy.nbytes + segment.nbytes,  # both log-probabilities, segments, gradient
         num_flops=4 * num_tokens,  # difference, sum, gradient 2
-    )  # fmt: skip
+    )
 
 
 BUILDERS: dict[str, Callable[..., Case]] = {

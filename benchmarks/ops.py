@@ -127,11 +127,14 @@ def _contest(case: Case, settings: Settings, run: Run, failure: str | None) -> C
             failed[name] = wrong
     baselines = _baselines(case, settings.baselines, run.notes) if backends else {}
     return Contest(
-        case=case.name, shape=case.shape, dtype=case.dtype, failed=failed,
+        case=case.name,
+        shape=case.shape,
+        dtype=case.dtype,
+        failed=failed,
         passes=[Work(num_flops=case.num_flops, num_bytes=case.num_bytes)],
         ours={name: _timed(case, f"backend {name}", call, run) for name, call in backends.items()},
         baselines={name: [_timed(case, f"baseline {name}", call, run)] for name, call in baselines.items()},
-    )  # fmt: skip
+    )
 
 
 def _baselines(case: Case, names: Sequence[str], notes: list[str]) -> dict[str, Call]:

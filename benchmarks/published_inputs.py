@@ -109,9 +109,10 @@ def caption_ids(
 def published_config(layout: TokenLayout, max_seq_length: int) -> SimpleNamespace:
     """What t2i_generate reads of the published training configuration."""
     showo = SimpleNamespace(
-        num_vq_tokens=layout.num_image_tokens, llm_vocab_size=layout.text_vocab_size,
+        num_vq_tokens=layout.num_image_tokens,
+        llm_vocab_size=layout.text_vocab_size,
         num_new_special_tokens=layout.code_offset - layout.text_vocab_size,
-    )  # fmt: skip
+    )
     return SimpleNamespace(
         model=SimpleNamespace(showo=showo),
         dataset=SimpleNamespace(preprocessing=SimpleNamespace(max_seq_length=max_seq_length)),

@@ -51,18 +51,28 @@ class CheckpointShape:
 
 
 TINY = CheckpointShape(
-    hidden_size=32, num_layers=2, num_heads=4, mlp_size=64, text_vocab_size=300, num_image_tokens=16,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    mlp_size=64,
+    text_vocab_size=300,
+    num_image_tokens=16,
     vq=VQTokenizerConfig(
         code_bits=6, channels=8, channel_multipliers=(1, 1, 2, 2, 2), num_res_blocks=(1, 1, 1, 1, 1), num_groups=4
     ),
-)  # fmt: skip
+)
 SHAPES = {"showo-1.3b": CheckpointShape(), "tiny": TINY}
 
 
 def write_checkpoint(
-    folder: Path, shape: CheckpointShape, *, weights: str = "safetensors", dtype: torch.dtype = torch.float32,
-    seed: int = 0, num_shards: int = 3,
-) -> None:  # fmt: skip
+    folder: Path,
+    shape: CheckpointShape,
+    *,
+    weights: str = "safetensors",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    num_shards: int = 3,
+) -> None:
     """Writes FOLDER with config.json, weights, llm/ and magvitv2/.
 
     Args:
@@ -79,11 +89,20 @@ def write_checkpoint(
     write_tokenizer(folder / "llm", shape.text_vocab_size)
     llm = language_model_config(shape)
     write_json(folder / "llm" / "config.json", llm)
-    write_json(folder / "config.json", {
-        "_class_name": "Showo", "vocab_size": vocab_size, "llm_vocab_size": shape.text_vocab_size,
-        "codebook_size": codes, "num_vq_tokens": shape.num_image_tokens, "llm_model_path": "llm",
-        "w_clip_vit": shape.vision_size is not None, "mask_token_id": vocab_size - 1, "load_from_showo": True,
-    })  # fmt: skip
+    write_json(
+        folder / "config.json",
+        {
+            "_class_name": "Showo",
+            "vocab_size": vocab_size,
+            "llm_vocab_size": shape.text_vocab_size,
+            "codebook_size": codes,
+            "num_vq_tokens": shape.num_image_tokens,
+            "llm_model_path": "llm",
+            "w_clip_vit": shape.vision_size is not None,
+            "mask_token_id": vocab_size - 1,
+            "load_from_showo": True,
+        },
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         transformer = Transformer(showo.transformer_config(llm, vocab_size)).to(dtype)
@@ -105,11 +124,18 @@ def write_checkpoint(
 def language_model_config(shape: CheckpointShape) -> dict[str, Any]:
     """The configuration of the language model that a backbone of this shape grows from, as transformers has it."""
     return {
-        "model_type": "phi", "hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_heads,
-        "intermediate_size": shape.mlp_size, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
-        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "vocab_size": shape.text_vocab_size,
-    }  # fmt: skip
+        "model_type": "phi",
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_heads,
+        "intermediate_size": shape.mlp_size,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000.0,
+        "vocab_size": shape.text_vocab_size,
+    }
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
@@ -172,9 +198,14 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
     model = load_model(str(folder))
     opened, opened_mib = time.perf_counter(), _peak_mib()
     codes = model.engine.generate(
-        [model.image_prompt("a red circle above a blue square")], num_images=1, num_steps=num_steps,
-        guidance_scale=5.0, mask_temperature=1.0, mask_decay="showo", seeds=torch.zeros(1, 1, dtype=torch.int64),
-    )[0]  # fmt: skip
+        [model.image_prompt("a red circle above a blue square")],
+        num_images=1,
+        num_steps=num_steps,
+        guidance_scale=5.0,
+        mask_temperature=1.0,
+        mask_decay="showo",
+        seeds=torch.zeros(1, 1, dtype=torch.int64),
+    )[0]
     image = model.decode_images(codes)
     drawn = time.perf_counter()
     sampling = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
@@ -183,12 +214,20 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
     (((ids,),),) = model.engine.extend(seen, [[question]], sampling=sampling, seeds=seeds)
     captioned = time.perf_counter()
     return {
-        "checkpoint_mib": round(checkpoint_bytes / 2**20), "before_mib": before, "load_peak_mib": opened_mib,
+        "checkpoint_mib": round(checkpoint_bytes / 2**20),
+        "before_mib": before,
+        "load_peak_mib": opened_mib,
         "load_peak_to_checkpoint": round(opened_mib * 2**20 / checkpoint_bytes, 3),
-        "load_s": round(opened - began, 2), "image_px": image.shape[1], "num_steps": num_steps,
-        "image_s": round(drawn - opened, 2), "caption_tokens": len(ids), "caption_s": round(captioned - drawn, 2),
-        "peak_mib": _peak_mib(), "dtype": str(model.engine.dtype).removeprefix("torch."), "torch": torch.__version__,
-    }  # fmt: skip
+        "load_s": round(opened - began, 2),
+        "image_px": image.shape[1],
+        "num_steps": num_steps,
+        "image_s": round(drawn - opened, 2),
+        "caption_tokens": len(ids),
+        "caption_s": round(captioned - drawn, 2),
+        "peak_mib": _peak_mib(),
+        "dtype": str(model.engine.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
 
 
 def _peak_mib() -> int:
@@ -204,8 +243,9 @@ def main() -> None:
     make.add_argument("--shape", choices=SHAPES, default="showo-1.3b")
     make.add_argument("--weights", choices=WEIGHTS, default="safetensors")
     make.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    make.set_defaults(run=lambda a: write_checkpoint(
-        a.folder, SHAPES[a.shape], weights=a.weights, dtype=getattr(torch, a.dtype)))  # fmt: skip
+    make.set_defaults(
+        run=lambda a: write_checkpoint(a.folder, SHAPES[a.shape], weights=a.weights, dtype=getattr(torch, a.dtype))
+    )
     use = commands.add_parser("use", help="open it, draw an image and caption it; prints a JSON line")
     use.add_argument("folder", type=Path)
     use.add_argument("--num-steps", type=int, default=18)

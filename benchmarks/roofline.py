@@ -33,8 +33,11 @@ def plot_roofline(lines: Sequence[Line], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = {(line["case"], line["shape"], line["dtype"], line["backend"]): line
-              for line in lines if line["ms_p50"] is not None}  # fmt: skip
+    points = {
+        (line["case"], line["shape"], line["dtype"], line["backend"]): line
+        for line in lines
+        if line["ms_p50"] is not None
+    }
     if not points:
         raise InputError("--plot: nothing was measured")
     numbers = {case: number for number, case in enumerate(dict.fromkeys(key[:3] for key in points), start=1)}

@@ -109,9 +109,7 @@ class Run:
     roof_fraction   sum over the passes of max(FLOPs / matmul rate, bytes / copy bandwidth) / time
     """
 
-    def __init__(
-        self, bench: str, settings: BaseSettings, effort: Effort, dtype: torch.dtype | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, bench: str, settings: BaseSettings, effort: Effort, dtype: torch.dtype | None = None) -> None:
         """Measure the roof and say what it is.
 
         Args:
@@ -177,20 +175,29 @@ class Run:
             write_lines(self.settings.out, self.lines)
 
     def _line(
-        self, contest: Contest, backend: str, baseline: str | None, times: Mapping[Any, Times],
+        self,
+        contest: Contest,
+        backend: str,
+        baseline: str | None,
+        times: Mapping[Any, Times],
         peaks: Mapping[Any, float],
-    ) -> Line:  # fmt: skip
+    ) -> Line:
         """A line without what all lines of a run share."""
         mine, theirs, dtype = times[contest.case, backend], times.get(baseline), contest.dtype
         seconds, num_flops = mine.ms_p50 / 1e3, sum(work.num_flops for work in contest.passes)
         least = sum(self.roof.seconds(work.num_bytes, work.num_flops, dtype) for work in contest.passes)
         line = _identity(self.bench, contest, backend, baseline) | {
-            "ms_p20": mine.ms_p20, "ms_p50": mine.ms_p50, "ms_p80": mine.ms_p80,
-            "baseline_ms_p50": theirs and theirs.ms_p50, "speedup": theirs and theirs.ms_p50 / mine.ms_p50,
-            "peak_mib": peaks[contest.case, backend], "baseline_peak_mib": peaks.get(baseline),
+            "ms_p20": mine.ms_p20,
+            "ms_p50": mine.ms_p50,
+            "ms_p80": mine.ms_p80,
+            "baseline_ms_p50": theirs and theirs.ms_p50,
+            "speedup": theirs and theirs.ms_p50 / mine.ms_p50,
+            "peak_mib": peaks[contest.case, backend],
+            "baseline_peak_mib": peaks.get(baseline),
             "gb_s": sum(work.num_bytes for work in contest.passes) / seconds / 1e9,
-            "tflop_s": num_flops / seconds / 1e12, "roof_fraction": least / seconds,
-        }  # fmt: skip
+            "tflop_s": num_flops / seconds / 1e12,
+            "roof_fraction": least / seconds,
+        }
         if contest.items:
             line["mfu"] = num_flops / seconds / self.roof.flops_per_s(dtype)
             line["items_per_s"] = {name: count / seconds for name, count in contest.items.items()}
@@ -203,9 +210,13 @@ class Run:
 
 def _identity(bench: str, contest: Contest, backend: str, baseline: str | None) -> Line:
     return {
-        "bench": bench, "case": contest.case, "shape": contest.shape, "dtype": _name(contest.dtype),
-        "backend": backend, "baseline": baseline,
-    }  # fmt: skip
+        "bench": bench,
+        "case": contest.case,
+        "shape": contest.shape,
+        "dtype": _name(contest.dtype),
+        "backend": backend,
+        "baseline": baseline,
+    }
 
 
 def _name(dtype: torch.dtype) -> str:

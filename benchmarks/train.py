@@ -114,13 +114,15 @@ class Step:
         codes, num_codes = layout.codebook_size, layout.num_image_tokens
         rows = [
             {
-                "record_id": str(number), "caption": text(shape.prompt_len), "sides": "both",
+                "record_id": str(number),
+                "caption": text(shape.prompt_len),
+                "sides": "both",
                 **{name: draw_ids(codes, num_codes) for name in ("record_codes", "win_codes", "lose_codes")},
                 "win_caption_ids": draw_ids(layout.text_vocab_size, shape.caption_len),
                 "lose_caption_ids": draw_ids(layout.text_vocab_size, shape.caption_len),
             }
             for number in range(shape.num_pairs)
-        ]  # fmt: skip
+        ]
         self.config = TrainConfig(pairs_per_step=shape.num_pairs, **PAPER_OBJECTIVE)
         self.packer = PairPacker(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), self.config, seed=0)
         self.device, self.layout = device, layout
@@ -129,9 +131,7 @@ class Step:
         self.reference = copy.deepcopy(self.transformer)
         self._references = {"step_live": LiveReference(self.reference), "step_cached": self._cached()}
         _move(self.transformer.requires_grad_(), torch.Generator(device).manual_seed(1))
-        self._padded = naive_model.pad_pairs(
-            layout, self.packer.pack(self.visits, device), model_shape.num_text_tokens
-        )
+        self._padded = naive_model.pad_pairs(layout, self.packer.pack(self.visits, device), model_shape.num_text_tokens)
         self.work = ModelWork(config=self.transformer.config, layout=layout, dtype=dtype)
 
     def run(self, case: str) -> Tensor:
@@ -188,9 +188,7 @@ class Step:
             if wrong:
                 yield f"{case}: {wrong}"
 
-    def compare(
-        self, got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
-    ) -> str | None:  # fmt: skip
+    def compare(self, got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> str | None:
         """None, or how ours differ from the published algorithm's."""
         loss_limit, gradient_limit = LIMITS[self.work.dtype]
         (loss, gradients), (naive_loss, naive_gradients) = got, expected
@@ -232,6 +230,8 @@ class _SpelledIds:
 def _move(transformer: Transformer, generator: torch.Generator) -> None:
     """Changes the weights a little, so that policy and reference differ."""
     for weight in transformer.parameters():
-        weight += MOVED * weight.abs().float().mean() * torch.randn(
-            weight.shape, generator=generator, device=weight.device
-        ).to(weight)  # fmt: skip
+        weight += (
+            MOVED
+            * weight.abs().float().mean()
+            * torch.randn(weight.shape, generator=generator, device=weight.device).to(weight)
+        )

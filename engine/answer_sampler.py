@@ -74,10 +74,16 @@ class Answers(NamedTuple):
         seed = seeds.flatten()
         longest = max(params.max_new_tokens for params in sampling)
         return cls(
-            seed, setting("max_new_tokens", torch.int64), setting("temperature", torch.float32),
-            setting("top_k", torch.int64), setting("top_p", torch.float32), setting("min_p", torch.float32),
-            torch.full_like(seed, GOES_ON), torch.zeros_like(seed), seed.new_zeros(len(seed), longest + 1),
-        )  # fmt: skip
+            seed,
+            setting("max_new_tokens", torch.int64),
+            setting("temperature", torch.float32),
+            setting("top_k", torch.int64),
+            setting("top_p", torch.float32),
+            setting("min_p", torch.float32),
+            torch.full_like(seed, GOES_ON),
+            torch.zeros_like(seed),
+            seed.new_zeros(len(seed), longest + 1),
+        )
 
     def select(self, rows: np.ndarray) -> Answers:
         """Copies of these rows."""
@@ -120,9 +126,14 @@ class AnswerSampler:
         """Writes a token a row, in place, where the row has not ended."""
         key = RandomKey(rows.seed, rows.length, torch.zeros_like(rows.length))
         token, _ = token_sample(
-            logits, temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p, key=key,
+            logits,
+            temperature=rows.temperature,
+            top_k=rows.top_k,
+            top_p=rows.top_p,
+            min_p=rows.min_p,
+            key=key,
             backend=self.backend,
-        )  # fmt: skip
+        )
         goes_on, failed = rows.status == GOES_ON, token < 0
         token = token if self.ids is None else self.ids.of(token.clamp(min=0))
         is_end = ~failed & (token == self.eot)

@@ -34,9 +34,15 @@ class Engine:
     """
 
     def __init__(
-        self, transformer: Transformer, layout: Layout, *, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, backend: str | None = None, image_decoder: type = ImageDecoder,
-    ) -> None:  # fmt: skip
+        self,
+        transformer: Transformer,
+        layout: Layout,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        image_decoder: type = ImageDecoder,
+    ) -> None:
         """
         Args:
             transformer: the model.
@@ -82,9 +88,16 @@ class Engine:
         )
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], *, num_images: int, seeds: Tensor, known_codes: Tensor | None = None,
-        max_sequences: int | None = None, watch: Watch = iter, **sampling: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_images: int,
+        seeds: Tensor,
+        known_codes: Tensor | None = None,
+        max_sequences: int | None = None,
+        watch: Watch = iter,
+        **sampling: Any,
+    ) -> Tensor:
         """Draw num_images images of each prompt. An image depends on its prompt, its known codes, its seed and the
         settings, on nothing else.
 
@@ -124,9 +137,15 @@ class Engine:
         return codes.clone()  # a tensor made in inference mode cannot be used in training
 
     def extend(
-        self, images: Tensor, question_ids: QuestionIds, *, sampling: Sequence[SamplingParams], seeds: Tensor,
-        text_only: bool = True, max_tokens: int | None = None,
-    ) -> list[list[list[list[int]]]]:  # fmt: skip
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        *,
+        sampling: Sequence[SamplingParams],
+        seeds: Tensor,
+        text_only: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[list[list[list[int]]]]:
         """Captions and answers: each question is answered once for every entry of sampling.
 
         Args:
@@ -154,9 +173,14 @@ class Engine:
             return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
 
     def score_choices(
-        self, images: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
-        *, text_only: bool = True, max_tokens: int | None = None,
-    ) -> list[list[list[float]]]:  # fmt: skip
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        choice_ids: Sequence[QuestionIds],
+        *,
+        text_only: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[list[list[float]]]:
         """Log-probability of each given answer, its tokens and the eot after them.
 
         Args:

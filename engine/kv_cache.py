@@ -15,9 +15,14 @@ class KVCache:
     """
 
     def __init__(
-        self, num_layers: int, capacity: int, num_kv_heads: int, head_dim: int,
-        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+        self,
+        num_layers: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shape = (num_layers, capacity, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

@@ -169,6 +169,4 @@ def is_hooked(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something runs before or after the module's forward or backward."""
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    )
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

@@ -171,9 +171,7 @@ class Block(nn.Module):
         """x [Tq, D] -> [Tq, D], or [R, D] for the rows int64 [R] alone; halves are those of this class, or compiled."""
         if self.is_checkpointed and torch.is_grad_enabled():
             contexts = self.checkpoint_contexts
-            return checkpoint(
-                self._compute, x, rotary, attend, rows, halves, use_reentrant=False, context_fn=contexts
-            )  # fmt: skip
+            return checkpoint(self._compute, x, rotary, attend, rows, halves, use_reentrant=False, context_fn=contexts)
         return self._compute(x, rotary, attend, rows, halves)
 
     def _compute(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:

@@ -58,9 +58,14 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(
-    module: nn.Module, path: Path, views: Views = own_tensors, *, ignored: str | None = None,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-) -> None:  # fmt: skip
+    module: nn.Module,
+    path: Path,
+    views: Views = own_tensors,
+    *,
+    ignored: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
     """Fills a module from a file or a folder of weights.
 
     Args:

@@ -109,7 +109,7 @@ def _shortcut(spelled: str, key: str, told: str) -> Option:
 
 def _command(
     name: str, told: str, example: str, *options: Option, configured: bool = True, continues: bool = False
-) -> Command:  # fmt: skip
+) -> Command:
     return Command(name, told, example, (*(_CONFIG if configured else ()), *options), continues)
 
 
@@ -125,10 +125,13 @@ _MODEL = (
     _shortcut("--dtype T", "model.dtype", "float32, bfloat16 or float16; without it, the checkpoint's own"),
 )
 _SCORERS = tuple(
-    _shortcut(f"--{kind}-scorer NAME", f"curation.{kind}_scorer", f"how {kind}s are scored: {', '.join(names)} or "
-              "module:function")
+    _shortcut(
+        f"--{kind}-scorer NAME",
+        f"curation.{kind}_scorer",
+        f"how {kind}s are scored: {', '.join(names)} or module:function",
+    )
     for kind, names in (("caption", CAPTION_SCORERS), ("answer", ANSWER_SCORERS))
-)  # fmt: skip
+)
 _ROUND = _option("--round N", "the round, from 1 [1]", _positive)
 _output = partial(_option, "-o --output FOLDER", kind=Path)
 _root = partial(_option, "--root FOLDER", kind=Path)

@@ -181,9 +181,7 @@ def _previous_rows(
             yield _image_row(record, kind, 0, codes, score) | {"settings": "{}"}
 
 
-def _image_row(
-    record: Record, kind: str, index: int, codes: list[int], judged: Judged
-) -> dict:
+def _image_row(record: Record, kind: str, index: int, codes: list[int], judged: Judged) -> dict:
     return {
         "record_id": record.id,
         "kind": kind,

@@ -107,9 +107,7 @@ class Run:
         if num_usable < count:
             told = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
             need = f"{count} are needed" + (f" ({rounds} rounds of {data.num_records})" if rounds > 1 else "")
-            raise InputError(
-                f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{told}"
-            )
+            raise InputError(f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{told}")
         write_parquet(self.folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
 
     def round_records(self, number: int) -> Sequence[Record]:
@@ -336,9 +334,7 @@ def train_and_save(
     on_main(save)
 
 
-def _open(
-    config: Config, path: Path, root: str | os.PathLike | None, pairs: pa.Table | None
-) -> tuple[Model, pa.Table]:  # fmt: skip
+def _open(config: Config, path: Path, root: str | os.PathLike | None, pairs: pa.Table | None) -> tuple[Model, pa.Table]:
     """The model, and the pairs, which fit it; None are still to be read from a published file."""
     # A step of 2e-5 is lost in the 8 bits of bf16.
     model = open_model(replace(config.model, dtype="float32"))

@@ -44,9 +44,13 @@ class GeneratedImage(NamedTuple):
 
 
 def generate_images(
-    model: Model, prompts: Sequence[str], *, num_images: int = 1, seed: int = 0,
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    num_images: int = 1,
+    seed: int = 0,
     sampling: ImageSamplingParams | None = None,
-) -> Iterator[GeneratedImage]:  # fmt: skip
+) -> Iterator[GeneratedImage]:
     """Draw images for prompts.
 
     Args:
@@ -68,9 +72,15 @@ def generate_images(
 
 
 def inpaint_images(
-    model: Model, image: str | Path, mask: str | Path, prompt: str, *, num_images: int = 1, seed: int = 0,
+    model: Model,
+    image: str | Path,
+    mask: str | Path,
+    prompt: str,
+    *,
+    num_images: int = 1,
+    seed: int = 0,
     sampling: ImageSamplingParams | None = None,
-) -> Iterator[GeneratedImage]:  # fmt: skip
+) -> Iterator[GeneratedImage]:
     """Draw the masked part of an image anew. The tokens of the rest are kept.
 
     Image and mask are fitted to the model's size (see fit_image). A token is drawn anew where the mean of its patch of
@@ -103,9 +113,17 @@ def inpaint_images(
 
 
 def extrapolate_image(
-    model: Model, image: str | Path, prompts: str | Sequence[str], directions: Sequence[str], *, steps: int = 1,
-    offset: int = 0, num_images: int = 1, seed: int = 0, sampling: ImageSamplingParams | None = None,
-) -> Iterator[GeneratedImage]:  # fmt: skip
+    model: Model,
+    image: str | Path,
+    prompts: str | Sequence[str],
+    directions: Sequence[str],
+    *,
+    steps: int = 1,
+    offset: int = 0,
+    num_images: int = 1,
+    seed: int = 0,
+    sampling: ImageSamplingParams | None = None,
+) -> Iterator[GeneratedImage]:
     """Draw more of an image beyond its borders. The tokens of the image itself are kept.
 
     With W the model's tokens in that direction, each extension adds about half an image on one side: the window that is
@@ -241,15 +259,21 @@ def _check_words(text: str, name: str) -> None:
 
 
 def _draw_codes(
-    model: Model, prompt_ids: Sequence[list[int]], seeds: Tensor, sampling: ImageSamplingParams | None,
+    model: Model,
+    prompt_ids: Sequence[list[int]],
+    seeds: Tensor,
+    sampling: ImageSamplingParams | None,
     known_codes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Codes int64 [P, n, N]; seeds int64 [P, n], known_codes [P, N]."""
     return model.engine.generate(
-        prompt_ids, num_images=seeds.shape[1], seeds=seeds, known_codes=known_codes,
+        prompt_ids,
+        num_images=seeds.shape[1],
+        seeds=seeds,
+        known_codes=known_codes,
         watch=lambda steps: track(steps, "draw"),
         **asdict(sampling or model.sampling),
-    )  # fmt: skip
+    )
 
 
 def _images_per_batch(model: Model) -> int:
@@ -257,9 +281,7 @@ def _images_per_batch(model: Model) -> int:
     return max(1, model.engine.max_sequences // 2)
 
 
-def _show(
-    model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Tensor
-) -> Iterator[GeneratedImage]:
+def _show(model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Tensor) -> Iterator[GeneratedImage]:
     """The images of codes [n, N] or, in another shape than the model's own, [n, h, w]."""
     codes = codes if codes.dim() == 3 else codes.view(-1, *model.layout.image_grid)
     images = model.decode_images(codes.flatten(1), *codes.shape[1:])

@@ -173,8 +173,9 @@ class HoldOut:
         """Whether the loss has not fallen for so many measurements that training ends after this step."""
         over = self._visits and step + 1 - self._best_step >= self._config.patience * self._config.holdout_every
         if over:
-            _LOGGER.info("Pair-DPO: stopped after %d steps; the held-out loss was least after %d", step + 1,
-                         self._best_step)  # fmt: skip
+            _LOGGER.info(
+                "Pair-DPO: stopped after %d steps; the held-out loss was least after %d", step + 1, self._best_step
+            )
         return bool(over)
 
     def take_best(self) -> None:
@@ -184,9 +185,7 @@ class HoldOut:
 
 
 @torch.no_grad()
-def measure_loss(
-    transformer: Transformer, algorithm: Algorithm, visits: Sequence[Any], reference: Reference
-) -> float:
+def measure_loss(transformer: Transformer, algorithm: Algorithm, visits: Sequence[Any], reference: Reference) -> float:
     """The loss on these visits."""
     device = transformer.embed.weight.device
     sums = StepSums(algorithm.metric_names(visits), device)
@@ -234,8 +233,10 @@ def _tell_what_is_replayed(pairs: pa.Table, config: TrainConfig) -> None:
     if REPLAY in referenced_sides(config) and bare:
         _LOGGER.warning(
             "Pair-DPO: %d of %d pairs have no choices, so that the replay keeps the probability of their right answers "
-            "alone; curate again for pairs that have them", bare, len(pairs),
-        )  # fmt: skip
+            "alone; curate again for pairs that have them",
+            bare,
+            len(pairs),
+        )
 
 
 def _all_visits(algorithm: Algorithm, config: TrainConfig) -> list[Any]:

@@ -64,9 +64,7 @@ def linear_logprob(
     x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int, return_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Backends "cuda" and "cpu" of kernels/linear_logprob.py: log-probability and, if asked for, entropy."""
-    return linear_logprob_blocked.linear_logprob(
-        "extension", x, weight, target, bias, ignore_index, return_entropy
-    )
+    return linear_logprob_blocked.linear_logprob("extension", x, weight, target, bias, ignore_index, return_entropy)
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -161,11 +159,22 @@ def _linear_logprob_block_backward_fake(logits, bias, target, lse, grad_logprob,
 
 @torch.library.register_fake("hermesflow::pair_dpo")
 def _pair_dpo_fake(
-    policy_logprob, reference_logprob, segment, num_pairs, beta, loss_type, label_smoothing, length_normalize,
+    policy_logprob,
+    reference_logprob,
+    segment,
+    num_pairs,
+    beta,
+    loss_type,
+    label_smoothing,
+    length_normalize,
     pair_weight,
-):  # fmt: skip
+):
     scalar, pairs = policy_logprob.new_empty(()), policy_logprob.new_empty(num_pairs)
     return (
-        scalar, pairs, torch.empty_like(pairs), torch.empty_like(pairs), torch.empty_like(scalar),
+        scalar,
+        pairs,
+        torch.empty_like(pairs),
+        torch.empty_like(pairs),
+        torch.empty_like(scalar),
         policy_logprob.new_empty(policy_logprob.shape),
-    )  # fmt: skip
+    )

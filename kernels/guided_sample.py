@@ -15,7 +15,7 @@ from hermesflow.kernels.checks import (
     not_on,
     not_on_cuda_device,
     not_on_triton_device,
-)  # fmt: skip
+)
 from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.sampling import sample_rows
 

@@ -79,9 +79,16 @@ def _guided_sample_kernel(
         tile = first + tl.arange(0, BLOCK_TILES).to(tl.int64)
         offs = tile[:, None] * TILE + offs_in_tile[None, :]
         logits = _load_logits(
-            cond_ptr, uncond_ptr, offs, vocab_size, stride_cv, stride_uv, guidance_scale, inverse_temperature,
+            cond_ptr,
+            uncond_ptr,
+            offs,
+            vocab_size,
+            stride_cv,
+            stride_uv,
+            guidance_scale,
+            inverse_temperature,
             HAS_UNCOND,
-        )  # fmt: skip
+        )
         state = add_tiles(logits, tile, state, seed, step, position, GREEDY, STREAM)
 
     offs = state[1] * TILE + offs_in_tile

@@ -91,9 +91,7 @@ def linear_logprob_reference(
         # An ignored row of x goes before the matmul: a NaN there would reach weight's gradient as 0 * NaN.
         kept = target[rows] != ignore_index
         logits = linear_wide(torch.where(kept[:, None], x[rows].to(wide), 0.0), weight, bias)
-        return token_logprob_reference(
-            logits, target[rows], ignore_index=ignore_index, return_entropy=return_entropy
-        )
+        return token_logprob_reference(logits, target[rows], ignore_index=ignore_index, return_entropy=return_entropy)
 
     options = {"use_reentrant": False, "preserve_rng_state": False}
     blocks = row_blocks(x.shape[0], weight.shape[0] * wide.itemsize)

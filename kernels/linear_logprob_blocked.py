@@ -118,9 +118,16 @@ def _forward(
 
 @torch.library.custom_op("hermesflow::linear_logprob_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _backward(
-    grad_logprob: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor,
-    ignore_index: int, kernels: str, needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_logprob: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    kernels: str,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; empty where not needed."""
     rows = Rows(x, target, ignore_index)
     sizes = block_sizes(x.device, x.shape[1])
@@ -225,9 +232,15 @@ def blocked_forward(
 
 
 def blocked_gradient(
-    epilogue: Callable[..., None], x: Tensor, weight: Tensor, bias: Tensor | None,
-    target: Tensor, lse: Tensor, grad_logprob: Tensor, first_id: int,
-) -> Tensor:  # fmt: skip
+    epilogue: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    grad_logprob: Tensor,
+    first_id: int,
+) -> Tensor:
     """Kernels.gradient by epilogue(logits, bias, target, lse, grad_logprob, first_id, dz); logits may be dz itself."""
     logits = logits_of(x, weight)
     dz = logits if x.dtype == torch.float32 else new_block(x, weight, x.dtype)

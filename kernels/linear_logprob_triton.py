@@ -140,9 +140,23 @@ def _forward_kernel(
     for tile in range(first, min(first + tiles_per_split, tl.cdiv(num_ids, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         z = _logits_tile(
-            x_ptr, weight_ptr, bias_ptr, offs_t, offs_v, stride_xt, stride_wv, stride_wd, num_rows, num_ids, width,
-            HAS_BIAS, EVEN_D, BLOCK_T, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+            x_ptr,
+            weight_ptr,
+            bias_ptr,
+            offs_t,
+            offs_v,
+            stride_xt,
+            stride_wv,
+            stride_wd,
+            num_rows,
+            num_ids,
+            width,
+            HAS_BIAS,
+            EVEN_D,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+        )
         z = tl.where(offs_v[None, :] < num_ids, z, -float("inf"))
         here = tl.sum(tl.where(offs_v[None, :] == target[:, None], z, 0.0), 1)
         is_here = (target >= tile * BLOCK_V) & (target < tl.minimum((tile + 1) * BLOCK_V, num_ids))
@@ -167,9 +181,23 @@ def _gradient_kernel(
     offs_t = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     z = _logits_tile(
-        x_ptr, weight_ptr, bias_ptr, offs_t, offs_v, stride_xt, stride_wv, stride_wd, num_rows, num_ids, width,
-        HAS_BIAS, EVEN_D, BLOCK_T, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        offs_t,
+        offs_v,
+        stride_xt,
+        stride_wv,
+        stride_wd,
+        num_rows,
+        num_ids,
+        width,
+        HAS_BIAS,
+        EVEN_D,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_D,
+    )
     inside = offs_t < num_rows
     target = tl.load(target_ptr + offs_t, mask=inside, other=0) - first_id
     lse = tl.load(lse_ptr + offs_t, mask=inside, other=0.0)
@@ -188,9 +216,17 @@ def _block(num_ids: int) -> dict[str, int]:
 def _update(logits: Tensor, bias: Tensor | None, target: Tensor, first_id: int, state: Tensor) -> None:
     num_rows, num_ids = logits.shape
     _block_kernel[(num_rows,)](
-        logits, logits if bias is None else bias, target, state, logits.stride(0), state.stride(0), num_ids, first_id,
-        HAS_BIAS=bias is not None, **_block(num_ids),
-    )  # fmt: skip
+        logits,
+        logits if bias is None else bias,
+        target,
+        state,
+        logits.stride(0),
+        state.stride(0),
+        num_ids,
+        first_id,
+        HAS_BIAS=bias is not None,
+        **_block(num_ids),
+    )
 
 
 def _epilogue(
@@ -199,9 +235,19 @@ def _epilogue(
     num_rows, num_ids = logits.shape
     options = _block(num_ids)
     _block_backward_kernel[(num_rows, triton.cdiv(num_ids, options["BLOCK_V"]))](
-        logits, logits if bias is None else bias, target, lse, grad_logprob, dz, logits.stride(0), dz.stride(0),
-        num_ids, first_id, HAS_BIAS=bias is not None, **options,
-    )  # fmt: skip
+        logits,
+        logits if bias is None else bias,
+        target,
+        lse,
+        grad_logprob,
+        dz,
+        logits.stride(0),
+        dz.stride(0),
+        num_ids,
+        first_id,
+        HAS_BIAS=bias is not None,
+        **options,
+    )
 
 
 def _tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -225,11 +271,24 @@ def _fused_forward(rows: driver.Rows, weight: Tensor, bias: Tensor | None, targe
         num_splits = triton.cdiv(num_tiles, tiles_per_split)
         states = state.new_empty(num_splits, 4, len(x))
         _forward_kernel[(blocks_t * num_splits,)](
-            x, weight, x if bias is None else bias, target[block], states,
-            x.stride(0), *weight.stride(), states.stride(0), states.stride(1),
-            len(x), num_ids, width, num_splits, tiles_per_split,
-            HAS_BIAS=bias is not None, GROUP_T=GROUP_T, **options,
-        )  # fmt: skip
+            x,
+            weight,
+            x if bias is None else bias,
+            target[block],
+            states,
+            x.stride(0),
+            *weight.stride(),
+            states.stride(0),
+            states.stride(1),
+            len(x),
+            num_ids,
+            width,
+            num_splits,
+            tiles_per_split,
+            HAS_BIAS=bias is not None,
+            GROUP_T=GROUP_T,
+            **options,
+        )
         split = target[block].clamp(0, num_ids - 1) // (tiles_per_split * options["BLOCK_V"])
         _merge(states, split, state[:, block])
 
@@ -247,18 +306,37 @@ def _merge(states: Tensor, split_of_target: Tensor, state: Tensor) -> None:
 
 
 def _fused_gradient(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    target: Tensor, lse: Tensor, grad_logprob: Tensor, first_id: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    grad_logprob: Tensor,
+    first_id: int,
+) -> Tensor:
     (num_rows, width), num_ids = x.shape, len(weight)
     dz = driver.new_block(x, weight, x.dtype)
     options = _tiles(x.dtype, width)
     num_programs = triton.cdiv(num_rows, options["BLOCK_T"]) * triton.cdiv(num_ids, options["BLOCK_V"])
     _gradient_kernel[(num_programs,)](
-        x, weight, x if bias is None else bias, target, lse, grad_logprob, dz,
-        x.stride(0), *weight.stride(), dz.stride(0), num_rows, num_ids, width, first_id,
-        HAS_BIAS=bias is not None, GROUP_T=GROUP_T, **options,
-    )  # fmt: skip
+        x,
+        weight,
+        x if bias is None else bias,
+        target,
+        lse,
+        grad_logprob,
+        dz,
+        x.stride(0),
+        *weight.stride(),
+        dz.stride(0),
+        num_rows,
+        num_ids,
+        width,
+        first_id,
+        HAS_BIAS=bias is not None,
+        GROUP_T=GROUP_T,
+        **options,
+    )
     return dz
 
 

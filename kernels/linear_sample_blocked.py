@@ -28,9 +28,14 @@ def linear_sample(
 
 @torch.library.custom_op("hermesflow::linear_sample", mutates_args=())
 def _linear_sample(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor, step: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    seed: Tensor,
+    step: Tensor,
     position: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     bias = None if bias is None else bias.float()
     if hidden.device.type == "cpu":

@@ -176,14 +176,35 @@ def linear_sample(
     partial = torch.empty(num_rows, splits, 4, dtype=torch.float32, device=hidden.device)
     partial_token = torch.empty(num_rows, splits, dtype=torch.int32, device=hidden.device)
     _linear_sample_kernel[(row_blocks, splits)](
-        hidden, weight, hidden if bias is None else bias, key.seed, key.step, key.position, partial, partial_token,
-        num_rows, vocab_size, width,
-        *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
-        key.seed.stride(0), key.step.stride(0) if key.step.dim() else 0, key.position.stride(0),
-        1.0 / temperature if temperature else 1.0, triton.cdiv(num_tiles, splits),
-        STREAM=TOKEN_STREAM, HAS_BIAS=bias is not None, GREEDY=temperature == 0, SPLITS=splits, TILE=SAMPLE_TILE,
-        CHUNKS=CHUNKS, BLOCK_R=block_rows, BLOCK_D=BLOCK_D, **OPTIONS,
-    )  # fmt: skip
+        hidden,
+        weight,
+        hidden if bias is None else bias,
+        key.seed,
+        key.step,
+        key.position,
+        partial,
+        partial_token,
+        num_rows,
+        vocab_size,
+        width,
+        *hidden.stride(),
+        *weight.stride(),
+        0 if bias is None else bias.stride(0),
+        key.seed.stride(0),
+        key.step.stride(0) if key.step.dim() else 0,
+        key.position.stride(0),
+        1.0 / temperature if temperature else 1.0,
+        triton.cdiv(num_tiles, splits),
+        STREAM=TOKEN_STREAM,
+        HAS_BIAS=bias is not None,
+        GREEDY=temperature == 0,
+        SPLITS=splits,
+        TILE=SAMPLE_TILE,
+        CHUNKS=CHUNKS,
+        BLOCK_R=block_rows,
+        BLOCK_D=BLOCK_D,
+        **OPTIONS,
+    )
     _merge_kernel[(triton.cdiv(num_rows, 128),)](
         partial, partial_token, token, logprob, num_rows, SPLITS=splits, BLOCK=128
     )

@@ -122,9 +122,18 @@ def pair_dpo(
         check_tensor(OP, "pair_weight", pair_weight, "[P]", (num_pairs,), **same)
     _check_settings(beta, loss_type, label_smoothing)
     results = registry.dispatch(
-        OP, backend, policy_logprob, reference_logprob, segment, num_pairs, beta=float(beta), loss_type=loss_type,
-        label_smoothing=float(label_smoothing), length_normalize=length_normalize, pair_weight=pair_weight,
-    )  # fmt: skip
+        OP,
+        backend,
+        policy_logprob,
+        reference_logprob,
+        segment,
+        num_pairs,
+        beta=float(beta),
+        loss_type=loss_type,
+        label_smoothing=float(label_smoothing),
+        length_normalize=length_normalize,
+        pair_weight=pair_weight,
+    )
     return PairDPOOutput(*results)
 
 

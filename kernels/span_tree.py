@@ -89,9 +89,12 @@ class SpanTree:
 
     @classmethod
     def build(
-        cls, spans: Sequence[Span], device: torch.device | str | None = None, reserve: int | Sequence[int] = 0,
+        cls,
+        spans: Sequence[Span],
+        device: torch.device | str | None = None,
+        reserve: int | Sequence[int] = 0,
         fixed: bool = False,
-    ) -> SpanTree:  # fmt: skip
+    ) -> SpanTree:
         """A tree whose spans are all new, parents before children; reserve adds storage slots to each span."""
         none = np.zeros(0, dtype=np.int64)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
@@ -165,9 +168,14 @@ class SpanTree:
         if (np.diff(spans) <= 0).any() or (parents < -1).any():
             raise ValueError("SpanTree.keep: expected ascending spans together with their parents")
         return self._assemble(
-            self.token_ids[:0], self.starts[spans], self.lengths[spans], parents, self.num_causal[spans],
-            np.zeros(len(spans), dtype=np.int64), self.regions[spans],
-        )  # fmt: skip
+            self.token_ids[:0],
+            self.starts[spans],
+            self.lengths[spans],
+            parents,
+            self.num_causal[spans],
+            np.zeros(len(spans), dtype=np.int64),
+            self.regions[spans],
+        )
 
     def decode(self, spans: np.ndarray | Sequence[int], token_ids: Tensor, num_visible: Tensor) -> SpanTree:
         """One more token on each of the given causal spans (ascending), whose lengths the device holds.
@@ -222,9 +230,19 @@ class SpanTree:
         else:
             position_ids, slots = (before + num_visible for before in self.plan("before", SpanTree._make_before))
         return SpanTree(
-            token_ids, position_ids, slots, self.starts, self.lengths, self.parents, self.num_causal, self.num_new,
-            self.regions, num_visible, self.fixed, self._plans,
-        )  # fmt: skip
+            token_ids,
+            position_ids,
+            slots,
+            self.starts,
+            self.lengths,
+            self.parents,
+            self.num_causal,
+            self.num_new,
+            self.regions,
+            num_visible,
+            self.fixed,
+            self._plans,
+        )
 
     def _make_before(self) -> tuple[Tensor, Tensor]:
         """Position and slot [Tq] before the first of each row's own span, of which each row is a token."""
@@ -257,9 +275,15 @@ class SpanTree:
         return self.token_ids, self.position_ids, self.slots, self.num_visible, self.fixed, self.has_mixed
 
     def _assemble(
-        self, token_ids: Tensor, starts: np.ndarray, lengths: np.ndarray, parents: np.ndarray,
-        num_causal: np.ndarray, num_new: np.ndarray, regions: np.ndarray,
-    ) -> SpanTree:  # fmt: skip
+        self,
+        token_ids: Tensor,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        parents: np.ndarray,
+        num_causal: np.ndarray,
+        num_new: np.ndarray,
+        regions: np.ndarray,
+    ) -> SpanTree:
         """A tree of these spans, whose new tokens are their last ones."""
         tree = SpanTree(
             token_ids, token_ids, token_ids, starts, lengths, parents, num_causal, num_new, regions, fixed=self.fixed

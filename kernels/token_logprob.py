@@ -18,7 +18,7 @@ from hermesflow.kernels.checks import (
     not_on,
     not_on_cuda_device,
     not_on_triton_device,
-)  # fmt: skip
+)
 
 OP = "token_logprob"
 LOGPROB_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -26,9 +26,13 @@ LOGPROB_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 @overload
 def token_logprob(
-    logits: Tensor, target: Tensor, *, ignore_index: int = ..., return_entropy: Literal[False] = ...,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
     backend: str | None = ...,
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def token_logprob(
     logits: Tensor, target: Tensor, *, ignore_index: int = ..., return_entropy: Literal[True], backend: str | None = ...

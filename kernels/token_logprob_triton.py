@@ -124,10 +124,19 @@ def _launch_forward(
     entropy = logits.new_empty(num_tokens if return_entropy else 0, dtype=torch.float32)
     if num_tokens:
         _forward_kernel[(num_tokens,)](
-            logits, target, logprob, largest, total, entropy,
-            *logits.stride(), target.stride(0), vocab_size, ignore_index,
-            WITH_ENTROPY=return_entropy, **_options(logits, logits),
-        )  # fmt: skip
+            logits,
+            target,
+            logprob,
+            largest,
+            total,
+            entropy,
+            *logits.stride(),
+            target.stride(0),
+            vocab_size,
+            ignore_index,
+            WITH_ENTROPY=return_entropy,
+            **_options(logits, logits),
+        )
     return logprob, largest, total, entropy
 
 
@@ -141,10 +150,20 @@ def _launch_backward(
     if num_tokens:
         num_blocks = triton.cdiv(vocab_size + options["ALIGNED"] - 1, options["BLOCK_V"])
         _backward_kernel[(num_tokens, num_blocks)](
-            logits, target, largest, total, grad_logprob, grad_logits,
-            *logits.stride(), target.stride(0), grad_logprob.stride(0), *grad_logits.stride(), vocab_size, ignore_index,
+            logits,
+            target,
+            largest,
+            total,
+            grad_logprob,
+            grad_logits,
+            *logits.stride(),
+            target.stride(0),
+            grad_logprob.stride(0),
+            *grad_logits.stride(),
+            vocab_size,
+            ignore_index,
             **options,
-        )  # fmt: skip
+        )
     return grad_logits
 
 
@@ -192,9 +211,12 @@ def _production(dtype: str, vocab_size: int) -> list[tuple]:
     }  # fmt: skip
     forward = shared | {"logprob_ptr": "*fp32", "entropy_ptr": "*fp32", "WITH_ENTROPY": True}
     backward = shared | {
-        "grad_logprob_ptr": "*fp32", "grad_logits_ptr": f"*{dtype}", "stride_grad": 1, "stride_gt": multiple,
+        "grad_logprob_ptr": "*fp32",
+        "grad_logits_ptr": f"*{dtype}",
+        "stride_grad": 1,
+        "stride_gt": multiple,
         "stride_gv": 1,
-    }  # fmt: skip
+    }
     options = {"num_warps": 8}
     return [(_forward_kernel, forward, options), (_backward_kernel, backward, options)]
 

@@ -84,10 +84,12 @@ def test_rooms_import_only_rooms_below(path: Path) -> None:
     assert room in FLOOR_OF, f"{room} stands on no floor; give it one in FLOORS"
     others = {room_of(module): module for module in imported_modules(path, package_of("hermesflow", path))}
     wrong = [
-        module for other, module in others.items()
-        if other not in ("", room) and not (room == "cli" and other in OUTSIDE)
+        module
+        for other, module in others.items()
+        if other not in ("", room)
+        and not (room == "cli" and other in OUTSIDE)
         and FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]
-    ]  # fmt: skip
+    ]
     assert not wrong, f"{path.relative_to(ROOT)} is on the floor of {FLOORS[FLOOR_OF[room]]}, but imports {wrong}"
 
 
@@ -106,8 +108,12 @@ def named_modules(path: Path, package: str) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            known = {name for name in inner if (ROOT / Path(*name.split(".")[1:])).with_suffix(".py").exists()
-                     or (ROOT / "hermesflow" / Path(*name.split(".")[1:])).with_suffix(".py").exists()}  # fmt: skip
+            known = {
+                name
+                for name in inner
+                if (ROOT / Path(*name.split(".")[1:])).with_suffix(".py").exists()
+                or (ROOT / "hermesflow" / Path(*name.split(".")[1:])).with_suffix(".py").exists()
+            }
             found = found - {node.module} | known if known == inner else found | known
     return found
 
@@ -152,11 +158,21 @@ def test_no_package_exports_a_function_named_like_its_module(folder: str) -> Non
     for init in (ROOT / folder).rglob("__init__.py"):
         modules = {path.stem for path in init.parent.glob("*.py")} | {path.name for path in init.parent.iterdir()}
         tree = ast.parse(init.read_text(encoding="utf-8"))
-        names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
-                 for alias in node.names if node.module}  # fmt: skip
+        names = {
+            alias.asname or alias.name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if node.module
+        }
         names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        names |= {key.value for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys
-                  if isinstance(key, ast.Constant)}  # fmt: skip
+        names |= {
+            key.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Dict)
+            for key in node.keys
+            if isinstance(key, ast.Constant)
+        }
         assert not names & modules, f"{init.relative_to(ROOT)} exports {names & modules}, which are modules too"
 
 
@@ -181,5 +197,9 @@ def test_reader_sees_imports_at_any_depth(tmp_path: Path) -> None:
         "def f():\n    from .c import d\n    from . import e\n    from ..g import h\n"
     )
     assert imported_modules(source, "hermesflow.engine") == {
-        "a.b", "up", "hermesflow.engine.c", "hermesflow.engine.e", "hermesflow.g",
-    }  # fmt: skip
+        "a.b",
+        "up",
+        "hermesflow.engine.c",
+        "hermesflow.engine.e",
+        "hermesflow.g",
+    }

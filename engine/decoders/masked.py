@@ -79,10 +79,16 @@ class ImageDecoder:
         self._max_sequences: int | None = None
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], seeds: Tensor, params: ImageSamplingParams, *,
-        unguided_ids: Sequence[Sequence[int]] | None = None, known_codes: Tensor | None = None,
-        max_sequences: int = 256, watch: Watch = iter,
-    ) -> Tensor:  # fmt: skip
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Tensor,
+        params: ImageSamplingParams,
+        *,
+        unguided_ids: Sequence[Sequence[int]] | None = None,
+        known_codes: Tensor | None = None,
+        max_sequences: int = 256,
+        watch: Watch = iter,
+    ) -> Tensor:
         """Draw the candidates of each prompt.
 
         Args:
@@ -173,8 +179,9 @@ class ImageDecoder:
                 self._max_sequences = len(rows) // 2 * halves
                 logger.warning(
                     "ImageDecoder: out of memory with %d image spans in a pass; going on with %d",
-                    len(rows) * halves, self._max_sequences,
-                )  # fmt: skip
+                    len(rows) * halves,
+                    self._max_sequences,
+                )
             pending.insert(0, rows)
 
     def _session_of(self, batch: _Batch, params: ImageSamplingParams) -> _Session:
@@ -198,9 +205,7 @@ class _Batch:
     Equal starts share a span, of either half.
     """
 
-    def __init__(
-        self, transformer: Transformer, layout: Layout, starts: list[Start], unguided: list[Start]
-    ) -> None:
+    def __init__(self, transformer: Transformer, layout: Layout, starts: list[Start], unguided: list[Start]) -> None:
         """
         Args:
             transformer, layout: the model.
@@ -280,9 +285,13 @@ class _Session:
         step_number = self.step_numbers[number]
         weight, bias = self.layout.code_ids.rows(self.transformer.head)
         drawn = linear_sample(
-            hidden_of(positions), weight, bias, temperature=self.params.temperature, backend=self.backend,
+            hidden_of(positions),
+            weight,
+            bias,
+            temperature=self.params.temperature,
+            backend=self.backend,
             key=RandomKey(self.seeds.repeat_interleave(num_unknown), step_number, positions.flatten()),
-        )  # fmt: skip
+        )
         token, logprob = (values.view(positions.shape) for values in drawn)
         self.codes.scatter_(1, positions, token)
         failed = (token < 0).any(1)

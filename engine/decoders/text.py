@@ -40,9 +40,15 @@ class TextDecoder:
         self._bounds: dict[str, int] = {}
 
     def extend(
-        self, images: Tensor, question_ids: QuestionIds, sampling: Sequence[SamplingParams], seeds: Tensor,
-        *, text_only: bool = True, max_tokens: int = 16384,
-    ) -> list[list[list[list[int]]]]:  # fmt: skip
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        sampling: Sequence[SamplingParams],
+        seeds: Tensor,
+        *,
+        text_only: bool = True,
+        max_tokens: int = 16384,
+    ) -> list[list[list[list[int]]]]:
         """Answer each question once for every entry of sampling.
 
         Args:
@@ -77,9 +83,14 @@ class TextDecoder:
         return answers
 
     def score_choices(
-        self, images: Tensor, question_ids: QuestionIds, choice_ids: Sequence[QuestionIds],
-        *, text_only: bool = True, max_tokens: int = 16384,
-    ) -> list[list[list[float]]]:  # fmt: skip
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        choice_ids: Sequence[QuestionIds],
+        *,
+        text_only: bool = True,
+        max_tokens: int = 16384,
+    ) -> list[list[list[float]]]:
         """Log-probability of each given answer and the eot after it, all in one pass a batch.
 
         Args:
@@ -108,9 +119,14 @@ class TextDecoder:
         return scores
 
     def _within_memory(
-        self, name: str, work: Callable[[int], None], sizes: dict[Asked, int], image_length: int, max_tokens: int,
+        self,
+        name: str,
+        work: Callable[[int], None],
+        sizes: dict[Asked, int],
+        image_length: int,
+        max_tokens: int,
         slack: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Calls work(bound), which goes on where it stopped, with half the bound each time that memory runs out.
 
         The bound is no more than all pairs need with their images, and no less than any one needs with the slack.

@@ -67,10 +67,16 @@ class OpLoss(PairLoss):
     def __call__(self, policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> PairDPOOutput:
         """See PairLoss."""
         return pair_dpo(
-            policy, reference, side.segment, len(side.pair_weight), beta=config.beta, loss_type=self.loss_type,
-            label_smoothing=config.label_smoothing, pair_weight=side.pair_weight,
+            policy,
+            reference,
+            side.segment,
+            len(side.pair_weight),
+            beta=config.beta,
+            loss_type=self.loss_type,
+            label_smoothing=config.label_smoothing,
+            pair_weight=side.pair_weight,
             length_normalize=config.length_normalize or self.means_over_tokens,
-        )  # fmt: skip
+        )
 
 
 class SimPO(OpLoss):

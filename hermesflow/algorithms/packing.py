@@ -127,9 +127,11 @@ class PairPacker:
         return total
 
     def pack(
-        self, visits: Sequence[PairVisit], device: torch.device | str | None = None,
+        self,
+        visits: Sequence[PairVisit],
+        device: torch.device | str | None = None,
         totals: Mapping[str, int] | None = None,
-    ) -> PairBatch:  # fmt: skip
+    ) -> PairBatch:
         """One pass over these visits; device None is the CPU, totals are num_pairs of the whole step."""
         builder = _TreeBuilder()
         for index, visit in enumerate(visits):
@@ -455,9 +457,15 @@ class _TreeBuilder:
         self._found[side].append(_Predicted(index, segment, rows, targets.astype(np.int64), weights.astype(np.float32)))
 
     def continue_text(
-        self, side: str, index: int, segment: int, parent: int, ids: Sequence[int], targets: np.ndarray,
+        self,
+        side: str,
+        index: int,
+        segment: int,
+        parent: int,
+        ids: Sequence[int],
+        targets: np.ndarray,
         scored: np.ndarray | slice = slice(None),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Appends a causal span; its parent's last token and its own predict targets, as many as there are, or those
         that are scored."""
         rows = np.append(self._ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)][scored]

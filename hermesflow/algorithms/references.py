@@ -109,9 +109,12 @@ class NoReference:
 
 
 def cached_reference(
-    path: Path, made_from: Sequence[object], packer: PairPacker, visits: Sequence[PairVisit],
+    path: Path,
+    made_from: Sequence[object],
+    packer: PairPacker,
+    visits: Sequence[PairVisit],
     logprobs: Callable[[PairBatch], Tensor],
-) -> CachedReference:  # fmt: skip
+) -> CachedReference:
     """Reads the reference's log-probabilities, or computes them and writes the file.
 
     Args:
@@ -176,9 +179,7 @@ def _is_made(path: Path, fingerprint: bytes) -> bool:
     return all(gather(made))
 
 
-def _rows(
-    packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[PairBatch], Tensor]
-) -> Iterator[dict]:
+def _rows(packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[PairBatch], Tensor]) -> Iterator[dict]:
     """The rows of this process's passes; after a pair's first visit they are of what differs by visit (_key)."""
     device = packer.model.transformer.embed.weight.device
     packer = packer.only(*referenced_sides(packer.config))

@@ -70,9 +70,7 @@ def read_source(
     return list(records.values()), rejected
 
 
-def encode_records(
-    model: Model, records: Iterable[Record], count: int
-) -> Iterator[tuple[Record, str | None]]:
+def encode_records(model: Model, records: Iterable[Record], count: int) -> Iterator[tuple[Record, str | None]]:
     """Adds the codes of their images to records; images are opened a batch at a time and dropped.
 
     Args:

@@ -209,10 +209,20 @@ class _Acceleration:
 
 
 def _generate_images(
-    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, uncond_input_ids: Tensor | None,
-    attention_mask: Tensor | None, temperature: float, timesteps: int, guidance_scale: float,
-    noise_schedule: Callable[[Tensor], Tensor], generator: torch.Generator | None, config: Any, **_: Any,
-) -> Tensor:  # fmt: skip
+    acceleration: _Acceleration,
+    transformer: SharedTransformer,
+    *,
+    input_ids: Tensor,
+    uncond_input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    temperature: float,
+    timesteps: int,
+    guidance_scale: float,
+    noise_schedule: Callable[[Tensor], Tensor],
+    generator: torch.Generator | None,
+    config: Any,
+    **_: Any,
+) -> Tensor:
     """t2i_generate: codes int64 [B, N]. input_ids is not written to."""
     acceleration.check_forward(transformer)
     layout = _image_layout(acceleration.owner, transformer, config)
@@ -238,9 +248,12 @@ def _generate_images(
         )
     ratios = [float(noise_schedule(torch.tensor(1.0 * (step + 1) / timesteps))) for step in range(timesteps)]
     params = ImageSamplingParams(
-        num_steps=timesteps, guidance_scale=float(guidance_scale) if is_guided else 0.0,
-        mask_temperature=float(temperature), schedule=tuple(ratios), mask_decay="showo",
-    )  # fmt: skip
+        num_steps=timesteps,
+        guidance_scale=float(guidance_scale) if is_guided else 0.0,
+        mask_temperature=float(temperature),
+        schedule=tuple(ratios),
+        mask_decay="showo",
+    )
     engine = acceleration.engine(layout)
     # Copies of weights in autocast's dtype end with this call, and adapters may change; a kept graph would not see it.
     is_kept = transformer.precision.dtype is None and transformer.has_plain_layers
@@ -249,9 +262,13 @@ def _generate_images(
     try:
         with torch.inference_mode():
             codes = decoder.generate(
-                prompts[:count], seeds[:, None], params, unguided_ids=prompts[count:] or None, known_codes=known,
+                prompts[:count],
+                seeds[:, None],
+                params,
+                unguided_ids=prompts[count:] or None,
+                known_codes=known,
                 max_sequences=engine.max_sequences,
-            )  # fmt: skip
+            )
     except RuntimeError as error:
         if "no distribution" not in str(error):
             raise
@@ -273,9 +290,12 @@ def _image_layout(owner: nn.Module, transformer: Transformer, config: Any) -> To
     code_offset = sizes.llm_vocab_size + sizes.num_new_special_tokens
     try:
         layout = _FramedLayout(
-            text_vocab_size=code_offset - 1 - len(SPECIAL_TOKENS), num_image_tokens=sizes.num_vq_tokens,
-            codebook_size=transformer.config.vocab_size - 1 - code_offset, sot=0, eot=0,
-        )  # fmt: skip
+            text_vocab_size=code_offset - 1 - len(SPECIAL_TOKENS),
+            num_image_tokens=sizes.num_vq_tokens,
+            codebook_size=transformer.config.vocab_size - 1 - code_offset,
+            sot=0,
+            eot=0,
+        )
     except ValueError as error:
         raise NotCoveredError(f"config.model.showo does not fit the model ({error})") from error
     if layout.mask_id != owner.config.mask_token_id:
@@ -294,10 +314,17 @@ def _prompt_of(ids: list[int], reading: Reading, layout: TokenLayout) -> list[in
 
 
 def _generate_text(
-    acceleration: _Acceleration, transformer: SharedTransformer, *, idx: Tensor | None,
-    input_embeddings: Tensor | None, attention_mask: Tensor | None, max_new_tokens: int, temperature: float,
-    top_k: int | None, eot_token: int | Tensor | None,
-) -> list[Tensor]:  # fmt: skip
+    acceleration: _Acceleration,
+    transformer: SharedTransformer,
+    *,
+    idx: Tensor | None,
+    input_embeddings: Tensor | None,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    eot_token: int | Tensor | None,
+) -> list[Tensor]:
     """mmu_generate: tokens int64 0-dim, with eot if it came."""
     acceleration.check_forward(transformer)
     by_embeddings = bool(acceleration.owner.config.w_clip_vit)
@@ -309,10 +336,11 @@ def _generate_text(
     if isinstance(eot_token, Tensor) and eot_token.numel() == 1:
         eot_token = int(eot_token)
     for what, value, is_known in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens > 0), ("top_k", top_k, top_k is None or top_k > 0),
+        ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
+        ("top_k", top_k, top_k is None or top_k > 0),
         ("temperature", temperature, 0 < temperature < math.inf),
         ("eot_token", eot_token, eot_token is None or isinstance(eot_token, int)),
-    ):  # fmt: skip
+    ):
         if not is_known:
             raise NotCoveredError(f"{what} is {value!r}, with which there is nothing to draw, or to stop at")
     length = given.shape[1]
@@ -356,17 +384,24 @@ def _draw(
                 break
     if rows.status.item() == FAILED:
         raise RuntimeError(
-            f"mmu_generate: the model gives no distribution (NaN) at token {rows.length.item()}; "
-            f"{likely_cause(owner)}"
+            f"mmu_generate: the model gives no distribution (NaN) at token {rows.length.item()}; {likely_cause(owner)}"
         )
     return rows.tokens[0, : rows.length.item()].tolist()
 
 
 def _score_both(
-    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
-    attention_mask: Tensor | None, labels: Tensor | None, batch_size_t2i: int, batch_size_mmu: int,
-    max_seq_length: int, **_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    acceleration: _Acceleration,
+    transformer: SharedTransformer,
+    *,
+    input_ids: Tensor,
+    input_embeddings: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    batch_size_t2i: int,
+    batch_size_mmu: int,
+    max_seq_length: int,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
     """loss_for_unidpo: the sums of images and of captions, fp32 0-dim. batch_size_mmu 0 is all sequences."""
     found, sequences = _labels(labels)
     groups = [
@@ -377,9 +412,17 @@ def _score_both(
 
 
 def _score_images(
-    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
-    attention_mask: Tensor | None, labels: Tensor | None, batch_size_t2i: int, max_seq_length: int, **_: Any,
-) -> Tensor:  # fmt: skip
+    acceleration: _Acceleration,
+    transformer: SharedTransformer,
+    *,
+    input_ids: Tensor,
+    input_embeddings: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    batch_size_t2i: int,
+    max_seq_length: int,
+    **_: Any,
+) -> Tensor:
     """loss_for_dpo: the sum, fp32 0-dim."""
     found, sequences = _labels(labels)
     group = ScoredLabels(found, sequences[:batch_size_t2i], max_seq_length + 1, shift=0)
@@ -387,9 +430,15 @@ def _score_images(
 
 
 def _score_captions(
-    acceleration: _Acceleration, transformer: SharedTransformer, *, input_ids: Tensor, input_embeddings: Tensor | None,
-    attention_mask: Tensor | None, labels: Tensor | None, **_: Any,
-) -> Tensor:  # fmt: skip
+    acceleration: _Acceleration,
+    transformer: SharedTransformer,
+    *,
+    input_ids: Tensor,
+    input_embeddings: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    **_: Any,
+) -> Tensor:
     """loss_for_dpo_understanding: the sum over all sequences, fp32 0-dim."""
     found, sequences = _labels(labels)
     group = ScoredLabels(found, sequences, 1, shift=1)
@@ -404,16 +453,19 @@ def _labels(labels: Tensor | None) -> tuple[np.ndarray, range]:
 
 
 def _sums(
-    acceleration: _Acceleration, transformer: SharedTransformer, input_ids: Tensor, input_embeddings: Tensor | None,
-    attention_mask: Tensor | None, labels: Tensor, groups: Sequence[ScoredLabels],
-) -> list[Tensor]:  # fmt: skip
+    acceleration: _Acceleration,
+    transformer: SharedTransformer,
+    input_ids: Tensor,
+    input_embeddings: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    groups: Sequence[ScoredLabels],
+) -> list[Tensor]:
     """Each group's sum. Raises: NotCoveredError, UnknownMaskError."""
     shape = (input_ids if input_embeddings is None else input_embeddings).shape[:2]
     if labels.shape != shape:
         raise NotCoveredError(f"labels are {list(labels.shape)}, the sequences {list(shape)}")
-    targets, positions = (
-        np.concatenate([getattr(group, name) for group in groups]) for name in ("target", "position")
-    )
+    targets, positions = (np.concatenate([getattr(group, name) for group in groups]) for name in ("target", "position"))
     if not len(targets):
         raise NotCoveredError("no label is to be scored")
     size = transformer.config.vocab_size

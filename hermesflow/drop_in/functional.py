@@ -81,9 +81,12 @@ def gumbel_sample(
     off = torch.zeros(num_rows, device=device)
     index, _ = token_sample(
         logits if logits.dtype in FLOAT_DTYPES else logits.float(),
-        temperature=torch.where(scale > 1e-10, scale, off), top_k=off.long(), top_p=off + 1, min_p=off,
+        temperature=torch.where(scale > 1e-10, scale, off),
+        top_k=off.long(),
+        top_p=off + 1,
+        min_p=off,
         key=_draw_key(num_rows, generator, device),
-    )  # fmt: skip
+    )
     return index.view(rows.shape[:-1])
 
 

@@ -40,9 +40,12 @@ class ScoredLabels:
 
 
 def logprob_sums(
-    transformer: SharedTransformer, input_ids: Tensor | None, input_embeddings: Tensor | None,
-    readings: Sequence[Reading], groups: Sequence[ScoredLabels],
-) -> list[Tensor]:  # fmt: skip
+    transformer: SharedTransformer,
+    input_ids: Tensor | None,
+    input_embeddings: Tensor | None,
+    readings: Sequence[Reading],
+    groups: Sequence[ScoredLabels],
+) -> list[Tensor]:
     """Of each group the sum of its labels' log-probabilities under the joint vocabulary.
 
     Args:

@@ -33,9 +33,13 @@ class Family(Protocol):
         """Whether a checkpoint with this config.json is of the family."""
 
     def load(
-        self, folder: Path, config: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None,
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
         **options: Any,
-    ) -> Model:  # fmt: skip
+    ) -> Model:
         """Opens a checkpoint, whose save writes the same layout.
 
         Args:
@@ -55,9 +59,13 @@ def open_model(config: ModelConfig) -> Model:
 
 
 def load_model(
-    name_or_path: str = "tiny", device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-    vq_tokenizer: str | None = None, family: str = "auto",
-) -> Model:  # fmt: skip
+    name_or_path: str = "tiny",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    vq_tokenizer: str | None = None,
+    family: str = "auto",
+) -> Model:
     """Opens the built-in model "tiny", a folder that Model.save wrote, or a published checkpoint.
 
     Args:

@@ -63,10 +63,15 @@ class Model:
     """Whether save writes a layout that others read too."""
 
     def __init__(
-        self, transformer: Transformer, vq_tokenizer: VQTokenizer | None,
-        text_tokenizer: WordTokenizer | PretrainedTokenizer, layout: Layout, image_size: int,
-        prompts: PromptFormat, sampling: Any,
-    ) -> None:  # fmt: skip
+        self,
+        transformer: Transformer,
+        vq_tokenizer: VQTokenizer | None,
+        text_tokenizer: WordTokenizer | PretrainedTokenizer,
+        layout: Layout,
+        image_size: int,
+        prompts: PromptFormat,
+        sampling: Any,
+    ) -> None:
         """
         Args:
             transformer, text_tokenizer, layout: the parts.

@@ -108,9 +108,15 @@ class ShowoModel(Model):
     """A model of Show-o's class; the image tokenizer is opened when it is first needed."""
 
     def __init__(
-        self, config: Mapping[str, Any], transformer: Transformer, projector: nn.Module | None,
-        text_tokenizer: PretrainedTokenizer, layout: TokenLayout, folder: Path, vq_tokenizer: str | None,
-    ) -> None:  # fmt: skip
+        self,
+        config: Mapping[str, Any],
+        transformer: Transformer,
+        projector: nn.Module | None,
+        text_tokenizer: PretrainedTokenizer,
+        layout: TokenLayout,
+        folder: Path,
+        vq_tokenizer: str | None,
+    ) -> None:
         """
         Args:
             config: the checkpoint's config.json.
@@ -120,9 +126,14 @@ class ShowoModel(Model):
         """
         side = math.isqrt(layout.num_image_tokens)
         super().__init__(
-            transformer, None, text_tokenizer, layout, side * PIXELS_PER_TOKEN,
-            PROMPTS if projector is None else VISION_PROMPTS, SAMPLING,
-        )  # fmt: skip
+            transformer,
+            None,
+            text_tokenizer,
+            layout,
+            side * PIXELS_PER_TOKEN,
+            PROMPTS if projector is None else VISION_PROMPTS,
+            SAMPLING,
+        )
         self.config, self.projector, self.folder = dict(config), projector, folder
         self.llm_files = {
             name: (text_tokenizer.folder / name).read_bytes()
@@ -197,9 +208,13 @@ class ShowoFamily:
         return isinstance(config, dict) and config.get("_class_name") == CLASS_NAME
 
     def load(
-        self, folder: Path, config: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None,
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
         vq_tokenizer: str | None = None,
-    ) -> ShowoModel:  # fmt: skip
+    ) -> ShowoModel:
         """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's."""
         _check_config(folder / "config.json", config)
         llm = _llm_folder(folder, config["llm_model_path"])
@@ -233,9 +248,7 @@ FAMILY = ShowoFamily()
 
 def transformer_config(language_model: Any, vocab_size: int) -> TransformerConfig:
     """The backbone's shape from Phi's configuration; see loading.transformer_config."""
-    return loading.transformer_config(
-        language_model, LANGUAGE_MODEL, TRANSFORMER, ACTIVATIONS, vocab_size, CLASS_NAME
-    )
+    return loading.transformer_config(language_model, LANGUAGE_MODEL, TRANSFORMER, ACTIVATIONS, vocab_size, CLASS_NAME)
 
 
 def published_tensors(transformer: Transformer) -> dict[str, Tensor]:
@@ -256,9 +269,13 @@ def make_layout(config: Mapping[str, Any], bos: int, eos: int, system_ids: Seque
             f"+ 1 mask are {text + special + codes + 1}, vocab_size is {total}"
         )
     return TokenLayout(
-        text_vocab_size=text, codebook_size=codes, num_image_tokens=config["num_vq_tokens"], sot=bos, eot=eos,
+        text_vocab_size=text,
+        codebook_size=codes,
+        num_image_tokens=config["num_vq_tokens"],
+        sot=bos,
+        eot=eos,
         system_ids=tuple(system_ids),
-    )  # fmt: skip
+    )
 
 
 def _tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -66,9 +66,13 @@ class TinyFamily:
         return not isinstance(config, dict) or not {"_class_name", "model_type", "architectures"} & config.keys()
 
     def load(
-        self, folder: Path, config: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None,
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
         **_: Any,
-    ) -> TinyModel:  # fmt: skip
+    ) -> TinyModel:
         """Opens a folder; see Family.load. Its image tokenizer lies in it."""
         try:
             with torch.device("meta"):
@@ -92,9 +96,7 @@ class TinyFamily:
                 f"{folder / _TOKENIZER}: has {text_tokenizer.size} text ids, the model {len(layout.text_ids)}; "
                 "restore it from its source"
             )
-        return TinyModel(
-            transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size, prompts, sampling
-        )
+        return TinyModel(transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size, prompts, sampling)
 
 
 FAMILY = TinyFamily()

@@ -31,6 +31,7 @@ ONE_SIDED = (
 SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "best_of_4_strict": "best of 4, strict"}
 """What is measured by each sampler, as tables call it."""
 
+
 def is_builtin(metrics: dict[str, Any]) -> bool:
     """Whether the metrics are those of the built-in measurement."""
     return "gap" in metrics

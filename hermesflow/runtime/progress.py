@@ -105,8 +105,13 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
                     note = f", {self._note}" if self._note else ""
                     _LOGGER.info(
                         "%s: %d of %d %s%s, %.0f s left",
-                        self._description, number, self._total, self._unit, note, left,
-                    )  # fmt: skip
+                        self._description,
+                        number,
+                        self._total,
+                        self._unit,
+                        note,
+                        left,
+                    )
         finally:
             _logging = False
 

@@ -90,9 +90,12 @@ class QuestionGenerator:
             inputs = self._tokenizer(prompts[start : start + _BATCH], return_tensors="pt", padding=True)
             inputs = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
             ids = self._model.generate(
-                **inputs, do_sample=False, num_beams=self._num_beams, max_new_tokens=self._max_new_tokens,
+                **inputs,
+                do_sample=False,
+                num_beams=self._num_beams,
+                max_new_tokens=self._max_new_tokens,
                 pad_token_id=self._tokenizer.pad_token_id,
-            )  # fmt: skip
+            )
             ids = ids[:, inputs["input_ids"].shape[1] :]
             texts += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.split("\n\n")[0] for text in texts]

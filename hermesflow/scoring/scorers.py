@@ -159,9 +159,7 @@ def _load(table: dict[str, str], config: CurationConfig, key: str) -> Callable[.
     function = load(table, spec, f"curation.{key}")
     if not callable(function):
         name = spec.partition(":")[2]
-        raise InputError(
-            f"curation.{key} {spec}: {name} is {shown(function)}, which is no function; name a function"
-        )
+        raise InputError(f"curation.{key} {spec}: {name} is {shown(function)}, which is no function; name a function")
     return function
 
 

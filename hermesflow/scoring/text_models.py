@@ -42,9 +42,12 @@ def load_text_model(kind: str, name: str, instead: str) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         half = kind == "AutoModelForCausalLM" and torch.cuda.is_available()  # seven billion weights, as published
         model, loaded = getattr(transformers, kind).from_pretrained(
-            name, trust_remote_code=False, weights_only=True, dtype=torch.float16 if half else torch.float32,
+            name,
+            trust_remote_code=False,
+            weights_only=True,
+            dtype=torch.float16 if half else torch.float32,
             output_loading_info=True,
-        )  # fmt: skip
+        )
         # A pooler is for training and not used here; transformers draws other missing weights at random.
         missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
         if missing:

@@ -74,9 +74,12 @@ def run_pretraining(config: PretrainConfig) -> Path:
     on_main(lambda: check_settings(config, folder / "settings.json"))
     text_tokenizer = WordTokenizer.of_words(shapes.vocabulary())
     layout = TokenLayout(
-        text_vocab_size=text_tokenizer.size, codebook_size=TOKENIZER.codebook_size,
-        num_image_tokens=NUM_IMAGE_TOKENS, sot=text_tokenizer.bos, eot=text_tokenizer.eos,
-    )  # fmt: skip
+        text_vocab_size=text_tokenizer.size,
+        codebook_size=TOKENIZER.codebook_size,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        sot=text_tokenizer.bos,
+        eot=text_tokenizer.eos,
+    )
     transformer = Transformer(
         TransformerConfig(
             vocab_size=layout.vocab_size,
@@ -88,7 +91,7 @@ def run_pretraining(config: PretrainConfig) -> Path:
             activation="relu2",
             qk_norm=True,
             bias=False,
-        )  # fmt: skip
+        )
     ).init_weights(torch.Generator().manual_seed(config.seed))
     vq_tokenizer = VQTokenizer(TOKENIZER)
     weights = folder / "vq_tokenizer.safetensors"
@@ -272,10 +275,7 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
     folder = Path(config.folder)
     start = load_checkpoint(folder, transformer, optimizers).get("step", 0)
     if not start and (folder / "checkpoint.pt").exists():
-        raise InputError(
-            f"{folder / 'checkpoint.pt'}: was written by an older version; delete {folder} "
-            "to start over"
-        )
+        raise InputError(f"{folder / 'checkpoint.pt'}: was written by an older version; delete {folder} to start over")
     log = MetricLog(folder / "metrics.jsonl", start)
     if start == config.steps:
         return

@@ -162,9 +162,14 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _add_gradients(
-    grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...], results: tuple[Tensor, ...],
-    part: _Part, start: int, stop: int, scale: float,
-) -> None:  # fmt: skip
+    grads: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    part: _Part,
+    start: int,
+    stop: int,
+    scale: float,
+) -> None:
     """Adds what the runs [start, stop) of a part give to the gradients of q, k and v.
 
     Args:

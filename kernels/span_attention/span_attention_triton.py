@@ -97,13 +97,49 @@ def _forward_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, offs_m, k_ptr, v_ptr, slots_ptr, first_row_ptr, end_row_ptr, tiles_ptr, begin,
-        middle, stride_kt, stride_vt, scale_log2, False, HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        acc,
+        row_max,
+        row_sum,
+        q,
+        offs_m,
+        k_ptr,
+        v_ptr,
+        slots_ptr,
+        first_row_ptr,
+        end_row_ptr,
+        tiles_ptr,
+        begin,
+        middle,
+        stride_kt,
+        stride_vt,
+        scale_log2,
+        False,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+    )
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, offs_m, k_ptr, v_ptr, slots_ptr, first_row_ptr, end_row_ptr, tiles_ptr, middle,
-        end, stride_kt, stride_vt, scale_log2, True, HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        acc,
+        row_max,
+        row_sum,
+        q,
+        offs_m,
+        k_ptr,
+        v_ptr,
+        slots_ptr,
+        first_row_ptr,
+        end_row_ptr,
+        tiles_ptr,
+        middle,
+        end,
+        stride_kt,
+        stride_vt,
+        scale_log2,
+        True,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+    )
     inside = offs_m < num_rows
     row_sum = tl.where(inside, row_sum, 1.0)  # padding rows have seen no key
     _store_rows(out_ptr + head * stride_oh, rows, stride_ot, acc / row_sum[:, None], inside, HEAD_DIM, BLOCK_D)
@@ -156,13 +192,51 @@ def _backward_dq_kernel(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _add_dq(
-        dq, q, d_out, lse, delta, offs_m, k_ptr, v_ptr, slots_ptr, first_row_ptr, end_row_ptr, tiles_ptr, begin,
-        middle, stride_kt, stride_vt, scale_log2, False, HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        dq,
+        q,
+        d_out,
+        lse,
+        delta,
+        offs_m,
+        k_ptr,
+        v_ptr,
+        slots_ptr,
+        first_row_ptr,
+        end_row_ptr,
+        tiles_ptr,
+        begin,
+        middle,
+        stride_kt,
+        stride_vt,
+        scale_log2,
+        False,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+    )
     dq = _add_dq(
-        dq, q, d_out, lse, delta, offs_m, k_ptr, v_ptr, slots_ptr, first_row_ptr, end_row_ptr, tiles_ptr, middle,
-        end, stride_kt, stride_vt, scale_log2, True, HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        dq,
+        q,
+        d_out,
+        lse,
+        delta,
+        offs_m,
+        k_ptr,
+        v_ptr,
+        slots_ptr,
+        first_row_ptr,
+        end_row_ptr,
+        tiles_ptr,
+        middle,
+        end,
+        stride_kt,
+        stride_vt,
+        scale_log2,
+        True,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+    )
     _store_rows(dq_ptr + head * stride_dqh, rows, stride_dqt, dq * scale, inside, HEAD_DIM, BLOCK_D)
 
 
@@ -214,13 +288,53 @@ def _backward_dk_dv_kernel(
         q_of_head, d_out_of_head = q_ptr + head * stride_qh, d_out_ptr + head * stride_gh
         lse_of_head, delta_of_head = lse_ptr + head * num_rows, delta_ptr + head * num_rows
         dk, dv = _add_dk_dv(
-            dk, dv, k, v, first_row, end_row, q_of_head, d_out_of_head, lse_of_head, delta_of_head, rows_ptr,
-            blocks_ptr, begin, middle, stride_qt, stride_gt, num_rows, scale_log2, False, HEAD_DIM, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+            dk,
+            dv,
+            k,
+            v,
+            first_row,
+            end_row,
+            q_of_head,
+            d_out_of_head,
+            lse_of_head,
+            delta_of_head,
+            rows_ptr,
+            blocks_ptr,
+            begin,
+            middle,
+            stride_qt,
+            stride_gt,
+            num_rows,
+            scale_log2,
+            False,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+        )
         dk, dv = _add_dk_dv(
-            dk, dv, k, v, first_row, end_row, q_of_head, d_out_of_head, lse_of_head, delta_of_head, rows_ptr,
-            blocks_ptr, middle, end, stride_qt, stride_gt, num_rows, scale_log2, True, HEAD_DIM, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+            dk,
+            dv,
+            k,
+            v,
+            first_row,
+            end_row,
+            q_of_head,
+            d_out_of_head,
+            lse_of_head,
+            delta_of_head,
+            rows_ptr,
+            blocks_ptr,
+            middle,
+            end,
+            stride_qt,
+            stride_gt,
+            num_rows,
+            scale_log2,
+            True,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+        )
     inside = first_row < end_row  # not padding, and within its span's present length
     _store_rows(dk_ptr + kv_head * stride_dkh, slots, stride_dkt, dk * scale, inside, HEAD_DIM, BLOCK_D)
     _store_rows(dv_ptr + kv_head * stride_dvh, slots, stride_dvt, dv, inside, HEAD_DIM, BLOCK_D)
@@ -243,9 +357,13 @@ class _Launch(NamedTuple):
 
     def options(self, head_dim: int) -> dict[str, int]:
         return {
-            "HEAD_DIM": head_dim, "BLOCK_M": self.block_rows, "BLOCK_N": self.tile_keys, "BLOCK_D": _block_d(head_dim),
-            "num_warps": self.num_warps, "num_stages": self.num_stages,
-        }  # fmt: skip
+            "HEAD_DIM": head_dim,
+            "BLOCK_M": self.block_rows,
+            "BLOCK_N": self.tile_keys,
+            "BLOCK_D": _block_d(head_dim),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 def _block_d(head_dim: int) -> int:
@@ -280,17 +398,36 @@ def _launch_forward(
     lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=q.device)
     if num_rows:
         _forward_kernel[(plan.rows.shape[0] // launch.block_rows, num_heads)](
-            q, k, v, out, lse, plan.rows, plan.slots, plan.first_row, plan.end_row, *plan.tiles_of_block,
-            *_head_strides(q, k, v, out), num_rows, num_heads // k.shape[1], scale * LOG2_E,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            plan.rows,
+            plan.slots,
+            plan.first_row,
+            plan.end_row,
+            *plan.tiles_of_block,
+            *_head_strides(q, k, v, out),
+            num_rows,
+            num_heads // k.shape[1],
+            scale * LOG2_E,
             **launch.options(head_dim),
-        )  # fmt: skip
+        )
     return out, lse
 
 
 def _launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, scale: float, plan: TilePlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    scale: float,
+    plan: TilePlan,
     launch: _Launch,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; zero in slots that nobody attends to."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -301,13 +438,39 @@ def _launch_backward(
         group, scales, options = num_heads // num_kv_heads, (scale, scale * LOG2_E), launch.options(head_dim)
         order = (plan.rows, plan.slots, plan.first_row, plan.end_row)
         _backward_dq_kernel[(plan.rows.shape[0] // launch.block_rows, num_heads)](
-            q, k, v, out, d_out, lse, delta, dq, *order, *plan.tiles_of_block,
-            *_head_strides(q, k, v, out, d_out, dq), num_rows, group, *scales, **options,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out,
+            d_out,
+            lse,
+            delta,
+            dq,
+            *order,
+            *plan.tiles_of_block,
+            *_head_strides(q, k, v, out, d_out, dq),
+            num_rows,
+            group,
+            *scales,
+            **options,
+        )
         _backward_dk_dv_kernel[(plan.slots.shape[0] // launch.tile_keys, num_kv_heads)](
-            q, k, v, d_out, lse, delta, dk, dv, *order, *plan.blocks_of_tile,
-            *_head_strides(q, k, v, d_out, dk, dv), num_rows, group, *scales, **options,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            d_out,
+            lse,
+            delta,
+            dk,
+            dv,
+            *order,
+            *plan.blocks_of_tile,
+            *_head_strides(q, k, v, d_out, dk, dv),
+            num_rows,
+            group,
+            *scales,
+            **options,
+        )
     return dq, dk, dv
 
 
@@ -345,8 +508,10 @@ def _production(head_dim: int, group: int | str) -> list[tuple]:
     types |= {"scale": "fp32", "scale_log2": "fp32", "num_rows": "i32", "group": group}
     found = []
     for kernel, launch in (
-        (_forward_kernel, forward), (_backward_dq_kernel, backward), (_backward_dk_dv_kernel, backward)
-    ):  # fmt: skip
+        (_forward_kernel, forward),
+        (_backward_dq_kernel, backward),
+        (_backward_dk_dv_kernel, backward),
+    ):
         options = launch.options(head_dim)
         compiler = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         types_of_rest = {name: "i32:16" if name.startswith("stride") else "*i32" for name in kernel.arg_names}

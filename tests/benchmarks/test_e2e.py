@@ -90,9 +90,15 @@ def test_images_without_noise_equal_the_engines(kind, guidance_scale, naive):
     )
     drawn = naive_model.draw_images(transformer, layout, PROMPTS, params, num_text_tokens=8)
     expected = Engine(transformer, layout).generate(
-        PROMPTS, num_images=1, num_steps=5, guidance_scale=guidance_scale, mask_temperature=0.0, temperature=0.0,
-        mask_decay="showo", seeds=torch.zeros(len(PROMPTS), 1, dtype=torch.int64),
-    )  # fmt: skip
+        PROMPTS,
+        num_images=1,
+        num_steps=5,
+        guidance_scale=guidance_scale,
+        mask_temperature=0.0,
+        temperature=0.0,
+        mask_decay="showo",
+        seeds=torch.zeros(len(PROMPTS), 1, dtype=torch.int64),
+    )
     assert drawn.tolist() == expected[:, 0].tolist()
 
 
@@ -124,10 +130,8 @@ def test_answers_are_among_the_likeliest_tokens(naive):
         logits = naive_model.all_logits(transformer, ids, naive_model.question_mask(layout, ids))[0, -1]
     params = SamplingParams(temperature=2.0, top_k=3, max_new_tokens=1)
     drawn = {
-        token
-        for _ in range(60)
-        for token in naive_model.answer_question(transformer, layout, codes, question, params)
-    }  # fmt: skip
+        token for _ in range(60) for token in naive_model.answer_question(transformer, layout, codes, question, params)
+    }
     assert 2 <= len(drawn) and drawn <= set(logits.topk(3).indices.tolist())
 
 

@@ -16,10 +16,16 @@ OP = {
     "device": "a CPU", "torch": "2.11.0", "triton": None, "commit": "0123456789", "date": "2025-01-01T00:00:00+00:00",
 }  # fmt: skip
 TASK = OP | {
-    "bench": "e2e", "case": "images", "shape": "tiny: 4 images", "backend": "engine", "mfu": 0.25,
-    "items_per_s": {"images": 3.0, "image tokens": 48.0}, "num_rounds": 3, "baseline_rounds": 1,
+    "bench": "e2e",
+    "case": "images",
+    "shape": "tiny: 4 images",
+    "backend": "engine",
+    "mfu": 0.25,
+    "items_per_s": {"images": 3.0, "image tokens": 48.0},
+    "num_rounds": 3,
+    "baseline_rounds": 1,
     "baseline_scaled": None,
-}  # fmt: skip
+}
 HEAD = "a CPU, torch 2.11.0, commit 0123456789, 2025-01-01\n\n| case | shape | backend | ms | of the roof |"
 
 

@@ -362,8 +362,23 @@ def with_counts(line, counts):
         (lambda lines: [*lines, lines[1]], "line 3 repeats an arm and seed"),
         (lambda lines: [*lines, lines[1] | {"seed": 2, "settings": "b"}], "line 3 was measured under other settings"),
     ],
-    ids=["no_base", "unknown_arm", "other_records", "other_metrics", "fields", "nothing_asked", "empty",
-         "base_with_a_seed", "of_before", "arm_no_text", "no_metrics", "no_list", "no_number", "twice", "settings"],
+    ids=[
+        "no_base",
+        "unknown_arm",
+        "other_records",
+        "other_metrics",
+        "fields",
+        "nothing_asked",
+        "empty",
+        "base_with_a_seed",
+        "of_before",
+        "arm_no_text",
+        "no_metrics",
+        "no_list",
+        "no_number",
+        "twice",
+        "settings",
+    ],
 )
 def test_what_is_no_study_is_refused(change, message, tmp_path):
     lines = change(make_lines(np.random.default_rng(6), {"pair-dpo": 0.0}, size=8, seeds=(1,)))
@@ -391,8 +406,10 @@ def test_settings_of_a_study_are_checked(setting):
 
 def test_an_arm_that_cannot_be_is_told_before_anything_runs(config, evaluated, console):
     one_sided = replace(config, train=replace(config.train, generation_weight=0.0))
-    with pytest.raises(InputError, match="study: generation-only cannot have these settings: .*generation_weight.*"
-                       "leave it out of study.arms"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match="study: generation-only cannot have these settings: .*generation_weight.*leave it out of study.arms",
+    ):
         run_study(one_sided, console)
     assert not evaluated and not config.run_folder.exists()
 

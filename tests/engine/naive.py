@@ -136,9 +136,12 @@ def draw_image(transformer, layout, prompt, seed, params, known_codes=None):
             logits = chain_logits(transformer, (condition, "causal"), ([layout.soi, *image, layout.eoi], "full"))
             halves.append(logits[len(condition) + 1 : -1, image_ids])
         drawn, logprob = guided_sample(
-            halves[0], halves[1], guidance_scale=params.guidance_scale, temperature=params.temperature,
+            halves[0],
+            halves[1],
+            guidance_scale=params.guidance_scale,
+            temperature=params.temperature,
             key=RandomKey(seeds, torch.tensor(step), every),
-        )  # fmt: skip
+        )
         known = codes >= 0
         codes = torch.where(known, codes, drawn)
         if step == params.num_steps - 1:
@@ -147,9 +150,12 @@ def draw_image(transformer, layout, prompt, seed, params, known_codes=None):
         num_masked = max(1, min(int((~known).sum()) - 1, num_masked))
         mask_temperature = (mask_temperature if params.mask_decay == "showo" else params.mask_temperature) * (1 - ratio)
         masked = mask_topk(
-            logprob[None], known[None], torch.tensor([num_masked]), temperature=mask_temperature,
+            logprob[None],
+            known[None],
+            torch.tensor([num_masked]),
+            temperature=mask_temperature,
             key=RandomKey(seeds[:1], torch.tensor(step), every[:1]),
-        )[0]  # fmt: skip
+        )[0]
         codes = torch.where(masked, -1, codes)
 
 

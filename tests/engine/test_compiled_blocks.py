@@ -85,7 +85,7 @@ def training_step(transformer, num_tokens, rows=None):
     ("name", "checkpointed"),
     [("sequential", True), ("parallel-gqa-partial-qknorm", False)],
     ids=["checkpointed", "parallel"],
-)  # fmt: skip
+)
 def test_compiled_training_gives_the_same(naive, num_graphs, name, checkpointed):
     transformer, rows = naive.tiny_model(name), torch.tensor([3, 17, 3])
     cases = [(20, None), (31, rows)]
@@ -139,7 +139,7 @@ def test_graphs_of_training_do_not_grow_with_layers(naive, num_graphs):
     ("device", "missing", "expected"),
     [("cuda", None, "inductor"), ("cuda", "triton is not installed", None), ("cpu", None, None)],
     ids=["cuda", "cuda without Triton", "cpu"],
-)  # fmt: skip
+)
 def test_engine_compiles_on_cuda(naive, monkeypatch, device, missing, expected):
     monkeypatch.setattr(Engine, "device", torch.device(device))
     monkeypatch.setattr(engine_module, "triton_missing", lambda: missing)

@@ -38,9 +38,10 @@ def test_recorded_graphs_run_once_a_call_and_see_new_inputs(recorded_graphs):
 
 
 @pytest.mark.parametrize(
-    "wait", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x + torch.tensor([1.0, 2.0])],
+    "wait",
+    [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x + torch.tensor([1.0, 2.0])],
     ids=["item", "nonzero", "data from the host"],
-)  # fmt: skip
+)
 def test_recorded_graphs_refuse_what_cuda_graphs_cannot_hold(recorded_graphs, wait):
     values = torch.ones(2)
     graph = DeviceGraph(lambda: wait(values), torch.device("cpu"))

@@ -177,9 +177,21 @@ def test_model_of_another_layout(naive):
         ({"num_steps": 0}, "num_steps of at least 1, got 0"),
         ({"schedule": "steep"}, "expected schedule .* got 'steep'"),
     ],
-    ids=["seeds-shape", "seeds-dtype", "images", "max-sequences", "ids", "negative-id", "known-shape", "known-dtype",
-         "known-range", "known-rows", "steps", "schedule"],
-)  # fmt: skip
+    ids=[
+        "seeds-shape",
+        "seeds-dtype",
+        "images",
+        "max-sequences",
+        "ids",
+        "negative-id",
+        "known-shape",
+        "known-dtype",
+        "known-range",
+        "known-rows",
+        "steps",
+        "schedule",
+    ],
+)
 def test_bad_generate(engine, change, message):
     with pytest.raises(ValueError, match=message):
         engine.generate(**(dict(prompt_ids=[[5]], **GENERATE, seeds=seeds(1, 2)) | change))
@@ -206,8 +218,22 @@ def test_bad_generate(engine, change, message):
         ({"max_tokens": 0}, "expected max_tokens of at least 1, got 0"),
     ],
     ids=[
-        "tokens", "float", "range", "width", "no-features", "integer-features", "nan", "overflow", "feature-questions",
-        "questions", "ids", "sampling", "seeds-2d", "seeds-few", "seeds-many", "bound",
+        "tokens",
+        "float",
+        "range",
+        "width",
+        "no-features",
+        "integer-features",
+        "nan",
+        "overflow",
+        "feature-questions",
+        "questions",
+        "ids",
+        "sampling",
+        "seeds-2d",
+        "seeds-few",
+        "seeds-many",
+        "bound",
     ],
 )
 def test_bad_extend(engine, codes, change, message):

@@ -24,10 +24,12 @@ def decode(naive, transformer, prompts, seeds, params, layout=None, **options):
 def expected_codes(naive, transformer, prompts, seeds, params, layout=None, known_codes=None):
     layout = layout or naive.LAYOUT
     known_codes = [None] * len(prompts) if known_codes is None else known_codes
-    return torch.stack([
-        torch.stack([naive.draw_image(transformer, layout, prompt, seed, params, known) for seed in row])
-        for prompt, row, known in zip(prompts, seeds.tolist(), known_codes, strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            torch.stack([naive.draw_image(transformer, layout, prompt, seed, params, known) for seed in row])
+            for prompt, row, known in zip(prompts, seeds.tolist(), known_codes, strict=True)
+        ]
+    )
 
 
 def some_known(*numbers):
@@ -52,9 +54,18 @@ def some_known(*numbers):
         {"num_steps": 2},
         {"num_steps": 20},
     ],
-    ids=["default", "no-guidance", "negative-guidance", "argmax", "showo-decay", "no-noise", "one-step", "two-steps",
-         "more-steps-than-tokens"],
-)  # fmt: skip
+    ids=[
+        "default",
+        "no-guidance",
+        "negative-guidance",
+        "argmax",
+        "showo-decay",
+        "no-noise",
+        "one-step",
+        "two-steps",
+        "more-steps-than-tokens",
+    ],
+)
 def test_codes_equal_the_published_loop(naive, name, change):
     transformer = naive.tiny_model(name)
     params = dataclasses.replace(PARAMS, **change)
@@ -82,8 +93,10 @@ def test_known_codes_are_kept_and_the_rest_equals_the_published_loop(naive, name
 def test_no_known_codes_are_none(naive):
     transformer = naive.tiny_model()
     nothing = torch.full((4, 16), -1)
-    assert torch.equal(decode(naive, transformer, PROMPTS, SEEDS, PARAMS, known_codes=nothing),
-                       decode(naive, transformer, PROMPTS, SEEDS, PARAMS))  # fmt: skip
+    assert torch.equal(
+        decode(naive, transformer, PROMPTS, SEEDS, PARAMS, known_codes=nothing),
+        decode(naive, transformer, PROMPTS, SEEDS, PARAMS),
+    )
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.5])
@@ -183,8 +196,11 @@ def forward_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["torch", None])
-@pytest.mark.parametrize("change", [{}, {"guidance_scale": 0.0, "temperature": 0.0}, {"mask_decay": "showo"}],
-                         ids=["default", "argmax", "showo-decay"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"guidance_scale": 0.0, "temperature": 0.0}, {"mask_decay": "showo"}],
+    ids=["default", "argmax", "showo-decay"],
+)
 def test_batches_of_one_shape_replay_one_graph_of_all_steps(naive, recorded_graphs, forward_calls, change, backend):
     """The steps wait for nothing; later batches run the prompts' pass alone in Python, and draw what they should."""
     transformer, params = naive.tiny_model("parallel-gqa-partial-qknorm"), dataclasses.replace(PARAMS, **change)
@@ -208,8 +224,9 @@ def test_replay_with_known_codes_and_nan(naive, recorded_graphs):
     decoder = ImageDecoder(transformer, naive.LAYOUT)
     with torch.inference_mode():
         kept = [0, 1, 2, 4]
-        got = decoder.generate([prompts[row] for row in kept], seeds[kept], PARAMS, known_codes=known[kept],
-                               max_sequences=2)  # fmt: skip
+        got = decoder.generate(
+            [prompts[row] for row in kept], seeds[kept], PARAMS, known_codes=known[kept], max_sequences=2
+        )
         expected = expected_codes(naive, transformer, prompts, seeds, PARAMS, known_codes=known)
         assert torch.equal(got, expected[kept])
         with pytest.raises(RuntimeError, match="for prompt 3, image 0, step 0"):
@@ -245,8 +262,12 @@ def test_another_way_of_drawing_replaces_the_graph(naive, recorded_graphs):
     """Other steps, and weights that have moved, as a change of dtype moves them."""
     decoder, seeds = ImageDecoder(naive.tiny_model(), naive.LAYOUT), torch.arange(6).view(1, 6)
     with torch.inference_mode():
-        for params, dtype in ((PARAMS, torch.float32), (dataclasses.replace(PARAMS, num_steps=3), torch.float32),
-                              (PARAMS, torch.bfloat16), (PARAMS, torch.float32)):  # fmt: skip
+        for params, dtype in (
+            (PARAMS, torch.float32),
+            (dataclasses.replace(PARAMS, num_steps=3), torch.float32),
+            (PARAMS, torch.bfloat16),
+            (PARAMS, torch.float32),
+        ):
             decoder.transformer.to(dtype)
             alone = decode(naive, decoder.transformer, [[3, 4]], seeds, params, max_sequences=12)
             assert torch.equal(decoder.generate([[3, 4]], seeds, params, max_sequences=4), alone)
@@ -293,8 +314,9 @@ def test_out_of_memory_halves_the_batch(naive, forward_calls, caplog, request, g
     expected = decode(naive, transformer, prompts, seeds, params)
     decoder, forward_calls.limit = ImageDecoder(transformer, naive.LAYOUT), 6 * 18
     spans = 32 if guidance_scale else 16
-    halvings = [f"with {count} image spans in a pass; going on with {count // 2}" for count in (32, 16, 8)
-                if count <= spans]  # fmt: skip
+    halvings = [
+        f"with {count} image spans in a pass; going on with {count // 2}" for count in (32, 16, 8) if count <= spans
+    ]
     with caplog.at_level(logging.WARNING, "hermesflow.engine.decoders.masked"), torch.inference_mode():
         assert torch.equal(decoder.generate(prompts, seeds, params), expected)
         assert [record.message.partition("memory ")[2] for record in caplog.records] == halvings
@@ -321,9 +343,10 @@ def test_a_kept_session_goes_before_a_batch_is_halved(naive, recorded_graphs, fo
 
 
 @pytest.mark.parametrize(
-    ("error", "name"), [(torch.OutOfMemoryError("CUDA out of memory"), "memory"), (RuntimeError("a fault"), "fault")],
+    ("error", "name"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "memory"), (RuntimeError("a fault"), "fault")],
     ids=["one image does not fit", "another error"],
-)  # fmt: skip
+)
 def test_other_errors_and_one_image_that_does_not_fit(naive, monkeypatch, error, name):
     def forward(*_, **__):
         raise error

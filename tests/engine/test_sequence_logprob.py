@@ -33,10 +33,12 @@ def image_tree(layout):
 def test_masked_image_tokens_and_gradients(naive, layout, transformer):
     tree, rows, targets, sequences, positions = image_tree(layout)
     got = span_logprobs(transformer, tree, rows, targets)
-    truth = torch.cat([
-        naive.chain_logits(transformer, *sequence)[positions].log_softmax(1).gather(1, part[:, None]).squeeze(1)
-        for sequence, part in zip(sequences, targets.chunk(2), strict=True)
-    ])  # fmt: skip
+    truth = torch.cat(
+        [
+            naive.chain_logits(transformer, *sequence)[positions].log_softmax(1).gather(1, part[:, None]).squeeze(1)
+            for sequence, part in zip(sequences, targets.chunk(2), strict=True)
+        ]
+    )
     torch.testing.assert_close(got, truth, rtol=0, atol=1e-10)
     weight = torch.linspace(-1, 1, len(got), dtype=torch.float64)
     names, parameters = zip(*transformer.named_parameters(), strict=True)

@@ -32,10 +32,12 @@ def shared_with(transformer):
             part.weight, part.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
             parts.append(part)
         modules |= {
-            f"{at}.attention_norm": [block.attention_norm], f"{at}.attention.qkv": parts,
-            f"{at}.attention.out": [linear_of(block.attention.out)], f"{at}.mlp.up": [linear_of(block.mlp.up)],
+            f"{at}.attention_norm": [block.attention_norm],
+            f"{at}.attention.qkv": parts,
+            f"{at}.attention.out": [linear_of(block.attention.out)],
+            f"{at}.mlp.up": [linear_of(block.mlp.up)],
             f"{at}.mlp.down": [linear_of(block.mlp.down)],
-        }  # fmt: skip
+        }
         for name in ("q_norm", "k_norm"):
             if config.qk_norm:
                 modules[f"{at}.attention.{name}"] = [getattr(block.attention, name)]

@@ -152,7 +152,11 @@ def test_kinds_of_spans():
 @pytest.mark.parametrize(
     "spans",
     [
-        [([], -1, "causal")], [([1], 0, "causal")], [([1], -1, "both")], [([1], -2, "full")], [([1], -1, 2)],
+        [([], -1, "causal")],
+        [([1], 0, "causal")],
+        [([1], -1, "both")],
+        [([1], -2, "full")],
+        [([1], -1, 2)],
         [([1], -1, -1)],
     ],
     ids=["empty-span", "own-parent", "unknown-mode", "parent-before-root", "beyond-its-end", "negative"],
@@ -285,11 +289,13 @@ def test_a_graph_of_decoding_steps_serves_another_structure(recorded_graphs):
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: images_of(0, 1), lambda: images_of(0, 1, 1).extend([([1] * 27, 0, "causal")]),
-        lambda: SpanTree.build([([1] * 27, -1, 5)]), lambda: replace(images_of(0, 1, 1), fixed=True, _plans={}),
+        lambda: images_of(0, 1),
+        lambda: images_of(0, 1, 1).extend([([1] * 27, 0, "causal")]),
+        lambda: SpanTree.build([([1] * 27, -1, 5)]),
+        lambda: replace(images_of(0, 1, 1), fixed=True, _plans={}),
     ],
     ids=["fewer rows", "other groups", "mixed spans", "fixed"],
-)  # fmt: skip
+)
 def test_what_does_not_fit_changes_nothing(other):
     tree, same = images_of(0, 1, 1), images_of(0, 1, 1)
     tree.groups()

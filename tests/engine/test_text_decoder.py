@@ -85,9 +85,11 @@ def test_answers_do_not_depend_on_the_batch(naive, images):
         assert cut == together
     for image, question, sample in [(0, 0, 2), (0, 2, 1), (2, 1, 0), (2, 0, 3)]:
         alone = decoder(transformer, naive).extend(
-            images[image : image + 1], [[QUESTIONS[image][question]]], [SAMPLING[sample]],
+            images[image : image + 1],
+            [[QUESTIONS[image][question]]],
+            [SAMPLING[sample]],
             SEEDS[image, question, sample].view(1, 1, 1),
-        )  # fmt: skip
+        )
         assert alone == [[[together[image][question][sample]]]]
 
 
@@ -105,8 +107,10 @@ def test_limit_without_eot(naive, images):
     transformer.head.bias[naive.FEATURE_LAYOUT.eot] = -100.0
     got = decoder(transformer, naive).extend(images, QUESTIONS, SAMPLING, SEEDS)
     assert [[[len(ids) for ids in of_question] for of_question in of_image] for of_image in got] == [
-        [[9, 7, 12, 1]] * 3, [], [[9, 7, 12, 1]] * 2,
-    ]  # fmt: skip
+        [[9, 7, 12, 1]] * 3,
+        [],
+        [[9, 7, 12, 1]] * 2,
+    ]
 
 
 @torch.inference_mode()

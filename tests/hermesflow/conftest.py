@@ -28,13 +28,21 @@ def make_tiny_model() -> Model:
         code_bits=5, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=(1, 1, 1), num_groups=4, patch_size=4
     )
     layout = TokenLayout(
-        text_vocab_size=text_tokenizer.size, codebook_size=vq_config.codebook_size, num_image_tokens=16,
-        sot=text_tokenizer.bos, eot=text_tokenizer.eos,
-    )  # fmt: skip
+        text_vocab_size=text_tokenizer.size,
+        codebook_size=vq_config.codebook_size,
+        num_image_tokens=16,
+        sot=text_tokenizer.bos,
+        eot=text_tokenizer.eos,
+    )
     config = TransformerConfig(
-        vocab_size=layout.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_size=64,
+        vocab_size=layout.vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        mlp_size=64,
         qk_norm=True,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vq_tokenizer = VQTokenizer(vq_config).eval()
@@ -117,9 +125,11 @@ def random_pairs() -> Callable[..., pa.Table]:
 def asked() -> list[tuple[str, str]]:
     """Questions about a real image with their right answers, for random_pairs."""
     return [
-        ("what color is the circle ?", "red"), ("how many circles are there ?", "two"), ("is there a square ?", "no"),
+        ("what color is the circle ?", "red"),
+        ("how many circles are there ?", "two"),
+        ("is there a square ?", "no"),
         ("where is the circle ?", "top left"),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -141,9 +151,14 @@ def write_encoder(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)

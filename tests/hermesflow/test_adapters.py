@@ -131,8 +131,9 @@ def test_saved_ones_load_with_peft_and_without(naive, tmp_path, kind):
     adapted(transformer).save(tmp_path / "adapter")
     expected = outputs(transformer)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir() if path.suffix != ".md") == [
-        "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     by_peft = peft.PeftModel.from_pretrained(naive.tiny_model(kind), tmp_path / "adapter").base_model.model
     torch.testing.assert_close(outputs(by_peft), expected, rtol=0, atol=0)
     loaded = naive.tiny_model(kind)

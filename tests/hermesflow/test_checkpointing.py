@@ -272,9 +272,15 @@ def test_bfloat16_with_a_cached_reference_trains_every_weight_and_goes_on(
 ):
     """The reference's passes come first and leave FSDP's root whole: that is not what is trained, nor what is saved."""
     config = TrainConfig(
-        dtype="bfloat16", num_steps=4, pairs_per_step=2, lr=1e-2, checkpoint_every=2, holdout_pairs=2, holdout_every=1,
+        dtype="bfloat16",
+        num_steps=4,
+        pairs_per_step=2,
+        lr=1e-2,
+        checkpoint_every=2,
+        holdout_pairs=2,
+        holdout_every=1,
         lora_rank=lora_rank,
-    )  # fmt: skip
+    )
     models = [copy.deepcopy(tiny_model) for _ in range(2)]
     train_pairs(models[0], random_pairs(tiny_model), config, seed=0, folder=tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"]

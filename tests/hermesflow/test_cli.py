@@ -56,8 +56,10 @@ class StandInEngine:
     def score_choices(self, image_codes, question_ids, choice_ids):
         # The right choice is the one of as many words as the image's level.
         levels = image_codes[:, 0].tolist()
-        return [[[-float(abs(len(ids) - level)) for ids in of_question] for of_question in of_image]
-                for level, of_image in zip(levels, choice_ids, strict=True)]  # fmt: skip
+        return [
+            [[-float(abs(len(ids) - level)) for ids in of_question] for of_question in of_image]
+            for level, of_image in zip(levels, choice_ids, strict=True)
+        ]
 
 
 class StandInModel(Model):
@@ -156,11 +158,20 @@ def test_the_examples_of_the_tasks_run_one_after_the_other(model, tmp_path, monk
 @pytest.mark.parametrize(
     "arguments",
     [
-        "", "selfply", "selfplay extra", "curate --round 0", "generate x --num-images -1", "generate x --seed y",
-        "generate x --grid x.jpg", "caption", "answer a.png",
-        "inpaint a.png b.png", "extrapolate a.png x", "extrapolate a.png x --direction left --steps two",
+        "",
+        "selfply",
+        "selfplay extra",
+        "curate --round 0",
+        "generate x --num-images -1",
+        "generate x --seed y",
+        "generate x --grid x.jpg",
+        "caption",
+        "answer a.png",
+        "inpaint a.png b.png",
+        "extrapolate a.png x",
+        "extrapolate a.png x --direction left --steps two",
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments.split())
@@ -280,9 +291,13 @@ def test_generate_writes_what_is_needed_to_draw_again(model, tmp_path, capsys):
     assert cli.main(["generate", "a Red circle", "--prompts-file", str(prompts), *arguments]) == 0
     files = capsys.readouterr().out.split()
     assert [os.path.basename(file) for file in files] == [
-        "a-red-circle-seed5.png", "a-red-circle-seed6.png", "a-green-square-seed7.png", "a-green-square-seed8.png",
-        "image-seed9.png", "image-seed10.png",
-    ]  # fmt: skip
+        "a-red-circle-seed5.png",
+        "a-red-circle-seed6.png",
+        "a-green-square-seed7.png",
+        "a-green-square-seed8.png",
+        "image-seed9.png",
+        "image-seed10.png",
+    ]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(map(os.path.basename, files))
     with Image.open(files[4]) as image:
         assert image.text["prompt"] == "¿?" and image.text["seed"] == "9"
@@ -329,25 +344,42 @@ def test_pictures_of_pictures_carry_how_they_were_drawn(model, tmp_path, capsys,
     warm = ["--temperature", "0.25", "--grid", "sheets/all.png"]
     assert cli.main(["inpaint", "a.png", "mask.png", "a dog", *common, *warm]) == 0
     assert capsys.readouterr().out.split() == [
-        "out/a-dog-inpainted-seed4.png", "out/a-dog-inpainted-seed5.png", "sheets/all.png",
-    ]  # fmt: skip
+        "out/a-dog-inpainted-seed4.png",
+        "out/a-dog-inpainted-seed5.png",
+        "sheets/all.png",
+    ]
     drawing = {"model": "tiny", "dtype": "auto", **asdict(TINY_SAMPLING)}
     for file in ("out/a-dog-inpainted-seed4.png", "sheets/all.png"):
         with Image.open(file) as image:
             assert image.text["prompt"] == "a dog"
             assert json.loads(image.text["settings"]) == drawing | {
-                "command": "inpaint", "image": "a.png", "mask": "mask.png", "temperature": 0.25
-            }  # fmt: skip
-    monkeypatch.setattr(tasks, "extrapolate_image", lambda *given, **options: iter([tasks.GeneratedImage(
-        "a dog", options["seed"], np.zeros((8, 24, 3), np.uint8), torch.zeros(2, 6, dtype=torch.int64)
-    )]))  # fmt: skip
+                "command": "inpaint",
+                "image": "a.png",
+                "mask": "mask.png",
+                "temperature": 0.25,
+            }
+    monkeypatch.setattr(
+        tasks,
+        "extrapolate_image",
+        lambda *given, **options: iter(
+            [
+                tasks.GeneratedImage(
+                    "a dog", options["seed"], np.zeros((8, 24, 3), np.uint8), torch.zeros(2, 6, dtype=torch.int64)
+                )
+            ]
+        ),
+    )
     more = ["--direction", "left", "--direction", "up", "--steps", "2", "--offset", "1"]
     assert cli.main(["extrapolate", "a.png", "a dog", *more, *common]) == 0
     with Image.open(capsys.readouterr().out.strip()) as image:
         assert json.loads(image.text["settings"]) == drawing | {
-            "command": "extrapolate", "image": "a.png", "prompts": ["a dog"], "directions": ["left", "up"], "steps": 2,
+            "command": "extrapolate",
+            "image": "a.png",
+            "prompts": ["a dog"],
+            "directions": ["left", "up"],
+            "steps": 2,
             "offset": 1,
-        }  # fmt: skip
+        }
 
 
 def test_generate_draws_the_same_whatever_the_batch(model):
@@ -387,12 +419,15 @@ def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys,
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "no prompts; give them as arguments or with --prompts-file"),
-    (["a circle", " "], "prompt 2: expected words, got ' '"),
-    (["a unicorn"], "does not know the word 'unicorn'"),
-    (["--prompts-file", "none.txt"], "none.txt: no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompts; give them as arguments or with --prompts-file"),
+        (["a circle", " "], "prompt 2: expected words, got ' '"),
+        (["a unicorn"], "does not know the word 'unicorn'"),
+        (["--prompts-file", "none.txt"], "none.txt: no such file"),
+    ],
+)
 def test_generate_refuses(model, arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate", *arguments, "-o", "out"]) == 2
@@ -455,10 +490,16 @@ def no_image(tmp_path, kind):
     return path
 
 
-@pytest.mark.parametrize(("kind", "message"), [
-    ("text", "text.png: not an image that can be read; give a whole PNG"), ("empty", "empty.png: not an image"),
-    ("cut", "cut.png: not an image"), ("folder", "folder.png: cannot be read"), ("none", "none.png: no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text", "text.png: not an image that can be read; give a whole PNG"),
+        ("empty", "empty.png: not an image"),
+        ("cut", "cut.png: not an image"),
+        ("folder", "folder.png: cannot be read"),
+        ("none", "none.png: no such file"),
+    ],
+)
 @pytest.mark.parametrize("command", ["caption", "answer"])
 def test_an_image_that_is_none(model, command, kind, message, tmp_path, capsys):
     good, bad = str(grey(tmp_path / "good.png", 1)), str(no_image(tmp_path, kind))
@@ -535,9 +576,11 @@ def test_score_prints_json_lines(tmp_path, capsys):
 def test_questions_name_their_models(options, names, tmp_path, stand_in, capsys):
     calls = []
     stand_in(
-        "scoring.questions", GENERATOR="GENERATOR", FILTER="FILTER",
+        "scoring.questions",
+        GENERATOR="GENERATOR",
+        FILTER="FILTER",
         write_questions=lambda *arguments: calls.append(arguments) or 3,
-    )  # fmt: skip
+    )
     assert cli.main(["questions", "captions.jsonl", "-o", "out.json", *options]) == 0
     assert calls == [(Path("captions.jsonl"), Path("out.json"), *names)]
     assert capsys.readouterr().out == "3 questions: out.json\n"

@@ -27,9 +27,15 @@ from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 CONFIG = CurationConfig(
     guidance_scale=1.0,
     mask_temperature=3.0,
-    num_images=3, num_steps=3, caption_temperatures=(0.7, 1.0), caption_top_k=(2, 0), batch_records=3,
-    threshold=0.0, margin=1e-4, keep="any",
-)  # fmt: skip
+    num_images=3,
+    num_steps=3,
+    caption_temperatures=(0.7, 1.0),
+    caption_top_k=(2, 0),
+    batch_records=3,
+    threshold=0.0,
+    margin=1e-4,
+    keep="any",
+)
 
 
 def curate_all(*args, **kwargs) -> pa.Table:
@@ -92,9 +98,9 @@ def test_every_record_has_its_candidates(candidates: pa.Table, tiny_records: lis
         assert 0 <= row["score"] <= 1
         if row["kind"] == "image":
             assert len(row["token_ids"]) == 16 and row["text"] is None
-            assert json.loads(row["settings"]) == asdict(replace(
-                TINY_SAMPLING, num_steps=3, guidance_scale=1.0, mask_temperature=3.0, temperature=1.0
-            ))  # fmt: skip
+            assert json.loads(row["settings"]) == asdict(
+                replace(TINY_SAMPLING, num_steps=3, guidance_scale=1.0, mask_temperature=3.0, temperature=1.0)
+            )
         else:
             assert row["text"] is not None and row["answers"] == "[]"
     settings = [tuple(json.loads(row["settings"]).values()) for row in rows[3:8]]  # temperature, top_k
@@ -178,9 +184,10 @@ def test_captions_are_of_the_records_image(candidates: pa.Table, tiny_model: Mod
         seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
         (((ids,),),) = tiny_model.engine.extend(codes, [[question]], sampling=greedy, seeds=seeds)
         (row,) = (
-            row for row in candidates.to_pylist()
+            row
+            for row in candidates.to_pylist()
             if (row["record_id"], row["kind"], row["index"]) == (record.id, "caption", 0)
-        )  # fmt: skip
+        )
         assert row["token_ids"] == ids
 
 
@@ -217,9 +224,11 @@ def test_another_seed_draws_others(
 def test_seeds_are_63_bits_and_differ() -> None:
     seeds = [
         candidate_seed(seed, id, kind, index)
-        for seed in (0, 1, 2**63 - 1) for id in ("a", "a|image", 'a", "image') for kind in ("image", "caption")
+        for seed in (0, 1, 2**63 - 1)
+        for id in ("a", "a|image", 'a", "image')
+        for kind in ("image", "caption")
         for index in range(20)
-    ]  # fmt: skip
+    ]
     assert len(set(seeds)) == len(seeds)
     assert min(seeds) >= 0 and max(seeds) < 2**63 and max(seeds) > 2**62
     assert candidate_seed(0, "train-000000", "image", 0) == candidate_seed(0, "train-000000", "image", 0)

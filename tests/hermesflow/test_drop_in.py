@@ -181,9 +181,13 @@ def loss_batch(num_images=2, num_captions=3):
         labels.append(of_captions)
         masks.append(understanding_attention_mask(ids, LAYOUT.eoi))
     return {
-        "input_ids": torch.cat(parts), "attention_mask": torch.cat(masks), "labels": torch.cat(labels),
-        "batch_size_t2i": num_images, "batch_size_mmu": num_captions, "max_seq_length": MAX_SEQ_LENGTH,
-    }  # fmt: skip
+        "input_ids": torch.cat(parts),
+        "attention_mask": torch.cat(masks),
+        "labels": torch.cat(labels),
+        "batch_size_t2i": num_images,
+        "batch_size_mmu": num_captions,
+        "max_seq_length": MAX_SEQ_LENGTH,
+    }
 
 
 def arguments_of(method, batch):
@@ -280,9 +284,10 @@ def test_arguments_by_place(model, fast):
 
 
 @pytest.mark.parametrize(
-    "top_k, temperature", [(None, 1.0), (5, 1.0), (None, 0.6), (5, 1.7), (1000, 1.0)],
+    "top_k, temperature",
+    [(None, 1.0), (5, 1.0), (None, 0.6), (5, 1.7), (1000, 1.0)],
     ids=["all", "top-5", "cold", "hot-top-5", "top-of-more-than-all"],
-)  # fmt: skip
+)
 def test_first_token_is_drawn_from_the_softmax(model, fast, top_k, temperature):
     given, num_draws = question(), 300
     with torch.no_grad():
@@ -479,8 +484,12 @@ def test_losses_without_gradients(showo_class, model, fast, method):
     needs(showo_class, method)
     given = arguments_of(method, loss_batch())
     with torch.no_grad():
-        ours, theirs = (torch.stack([*torch.atleast_1d(getattr(each, method)(**given))]) if method != LOSSES[0]
-                        else torch.stack(getattr(each, method)(**given)) for each in (fast, model))  # fmt: skip
+        ours, theirs = (
+            torch.stack([*torch.atleast_1d(getattr(each, method)(**given))])
+            if method != LOSSES[0]
+            else torch.stack(getattr(each, method)(**given))
+            for each in (fast, model)
+        )
     assert not ours.requires_grad and (ours - theirs).abs().max() <= SUMS
 
 
@@ -600,8 +609,9 @@ def test_training_steps(showo_class, model, fast):
     wanted = dict(model.named_parameters())
     for name, parameter in fast.named_parameters():
         torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=1e-4)
-    answers = [torch.stack(each.mmu_generate(**question(), max_new_tokens=10, top_k=1)).tolist()
-               for each in (fast, model)]  # fmt: skip
+    answers = [
+        torch.stack(each.mmu_generate(**question(), max_new_tokens=10, top_k=1)).tolist() for each in (fast, model)
+    ]
     assert answers[0] == answers[1]
 
 
@@ -635,8 +645,10 @@ def test_changes_of_weights_are_seen(showo_class, fast, change):
                 fast.mmu_generate, functools.partial(showo_class.mmu_generate, fast))]
         }  # fmt: skip
         if hasattr(showo_class, "loss_for_unidpo"):
-            found["sums"] = [torch.stack(method(**loss_batch())) for method in (
-                fast.loss_for_unidpo, functools.partial(showo_class.loss_for_unidpo, fast))]  # fmt: skip
+            found["sums"] = [
+                torch.stack(method(**loss_batch()))
+                for method in (fast.loss_for_unidpo, functools.partial(showo_class.loss_for_unidpo, fast))
+            ]
         return found
 
     before = results()
@@ -819,8 +831,12 @@ def test_other_masks_go_to_the_original(make_model, reasons, change):
         assert reasons() == []
         for ours in found[:2]:
             assert str(ours) == str(found[2])
-            assert torch.equal(*(torch.stack([*torch.atleast_1d(each)] if torch.is_tensor(each) else [*each])
-                                 for each in (ours, found[2])))  # fmt: skip
+            assert torch.equal(
+                *(
+                    torch.stack([*torch.atleast_1d(each)] if torch.is_tensor(each) else [*each])
+                    for each in (ours, found[2])
+                )
+            )
 
 
 def with_image_ids(arguments, at, value):
@@ -873,17 +889,25 @@ OTHER_CALLS = {
         "attention_mask",
     ),
     "shorter labels": (
-        "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"][:, :-2]}, "labels are"
+        "loss_for_unidpo",
+        lambda: loss_batch() | {"labels": loss_batch()["labels"][:, :-2]},
+        "labels are",
     ),
     "labels of fewer sequences": (
-        "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"][1:]}, "labels are"
+        "loss_for_unidpo",
+        lambda: loss_batch() | {"labels": loss_batch()["labels"][1:]},
+        "labels are",
     ),
     "labels beyond the vocabulary": (
-        "loss_for_unidpo", lambda: loss_batch() | {"labels": loss_batch()["labels"] + 200}, "outside"
+        "loss_for_unidpo",
+        lambda: loss_batch() | {"labels": loss_batch()["labels"] + 200},
+        "outside",
     ),
     "much noise": ("t2i_generate", lambda: image_arguments(temperature=20.0), "temperature"),
     "an end that is no token": (
-        "mmu_generate", lambda: question() | {"eot_token": [1], "max_new_tokens": 2}, "eot_token"
+        "mmu_generate",
+        lambda: question() | {"eot_token": [1], "max_new_tokens": 2},
+        "eot_token",
     ),
     "no labels": ("loss_for_unidpo", lambda: loss_batch() | {"labels": None}, "no labels"),
     "nothing scored": ("loss_for_unidpo", unscored, "no label"),
@@ -1081,9 +1105,19 @@ def without_clip_setting(model, showo_class):
 
 def with_further_parameter(model, showo_class):
     def t2i_generate(
-        self, input_ids=None, uncond_input_ids=None, attention_mask=None, temperature=1.0, timesteps=18,
-        guidance_scale=0, noise_schedule=None, generator=None, config=None, top_p=1.0, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        uncond_input_ids=None,
+        attention_mask=None,
+        temperature=1.0,
+        timesteps=18,
+        guidance_scale=0,
+        noise_schedule=None,
+        generator=None,
+        config=None,
+        top_p=1.0,
+        **kwargs,
+    ):
         return None
 
     names = [name for name in ("forward", "mmu_generate", *LOSSES) if hasattr(showo_class, name)]
@@ -1118,7 +1152,8 @@ REFUSED = {
         "accelerate: .*mmu_generate is not MyShowo's own",
     ),
     "a forward of its own": (
-        lambda model, _: subclass(model, forward=lambda self: None), "accelerate: .*forward is not Showo's own"
+        lambda model, _: subclass(model, forward=lambda self: None),
+        "accelerate: .*forward is not Showo's own",
     ),
     "a replaced method": (with_own_attribute, "accelerate: .*mmu_generate is not Showo's own"),
     "a further parameter": (with_further_parameter, r"accelerate: .*t2i_generate takes \(.*top_p.*\), not \("),

@@ -95,8 +95,16 @@ def row(answered=None, drawn=None, category="a", id="x", f1=None, **measured):
     """A measured record; without more it is of before balanced questions and samplers."""
     types = ["color"] * len(answered or (drawn or [""])[0])
     caption = None if f1 is None else "words"
-    return measured | {"id": id, "category": category, "element_types": types, "answered": answered, "drawn": drawn,
-            "caption": caption, "caption_f1": f1, "caption_exact": None if f1 is None else f1 == 1}  # fmt: skip
+    return measured | {
+        "id": id,
+        "category": category,
+        "element_types": types,
+        "answered": answered,
+        "drawn": drawn,
+        "caption": caption,
+        "caption_f1": f1,
+        "caption_exact": None if f1 is None else f1 == 1,
+    }
 
 
 def random_rows(rng, ability, *, understanding, generation):

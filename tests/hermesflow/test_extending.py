@@ -181,10 +181,10 @@ class Squared(PairLoss):
 LOSS = Squared()
 '''
 
-TOY_SCORER = '''
+TOY_SCORER = """
 def brightness(images, record):
     return images.mean(axis=(1, 2, 3)) / 255
-'''
+"""
 
 TOY_EVALUATION = '''
 import torch
@@ -248,13 +248,28 @@ def toys(tmp_path_factory):
 
 def settings(toys: Path, folder: Path, *more: str) -> list[str]:
     return [
-        f"run.folder={folder}", "run.name=toys", f"model.name={toys / 'model'}", "model.family=toy_family:FAMILY",
-        f"data.source={toys / 'records.json'}", "data.num_records=6", "selfplay.num_rounds=2",
-        "curation.num_images=2", "curation.batch_records=3", "curation.score=toy_scorer:brightness",
-        "curation.threshold=0", "curation.margin=0", "curation.keep=any", "curation.caption_top_k=[2]",
-        "train.loss_type=toy_loss:LOSS", "train.num_steps=2", "train.pairs_per_step=2", "train.warmup_steps=0",
-        "eval.suite=toy_evaluation:SUITE", "eval.images_per_prompt=2", *more,
-    ]  # fmt: skip
+        f"run.folder={folder}",
+        "run.name=toys",
+        f"model.name={toys / 'model'}",
+        "model.family=toy_family:FAMILY",
+        f"data.source={toys / 'records.json'}",
+        "data.num_records=6",
+        "selfplay.num_rounds=2",
+        "curation.num_images=2",
+        "curation.batch_records=3",
+        "curation.score=toy_scorer:brightness",
+        "curation.threshold=0",
+        "curation.margin=0",
+        "curation.keep=any",
+        "curation.caption_top_k=[2]",
+        "train.loss_type=toy_loss:LOSS",
+        "train.num_steps=2",
+        "train.pairs_per_step=2",
+        "train.warmup_steps=0",
+        "eval.suite=toy_evaluation:SUITE",
+        "eval.images_per_prompt=2",
+        *more,
+    ]
 
 
 def test_two_rounds_with_all_four(toys, tmp_path, capsys):

@@ -197,12 +197,14 @@ def test_parquet_with_a_flipped_byte_of_data(tmp_path):
 @pytest.mark.parametrize(
     ("message", "told"),
     [
-        ("a\nb\u2028c\td", "a b c d"), ("\x1b[2J\0", r"\x1b[2J\x00"), ("\ud800.png", r"\ud800.png"),
+        ("a\nb\u2028c\td", "a b c d"),
+        ("\x1b[2J\0", r"\x1b[2J\x00"),
+        ("\ud800.png", r"\ud800.png"),
         ("größe 図", "größe 図"),
         ("a" * 10**6 + "; mend it", "a" * 2**15 + " ... " + "a" * (2**15 - 9) + "; mend it"),
     ],
     ids=["breaks", "control", "surrogate", "printable", "endless"],
-)  # fmt: skip
+)
 def test_an_error_is_one_line_that_a_terminal_can_show(message, told):
     assert str(InputError(message)) == told
 
@@ -254,8 +256,12 @@ def test_rows_of_a_file_that_cannot_be_read_name_it(tmp_path, name):
     write_parquet(path, numbers(0, 5000))
     data = bytearray(path.read_bytes())
     data[100] ^= 255
-    {"none": lambda: path.unlink(), "short": lambda: path.write_bytes(data[:50]), "column": lambda: None,
-     "inside": lambda: path.write_bytes(data)}[path.stem]()  # fmt: skip
+    {
+        "none": lambda: path.unlink(),
+        "short": lambda: path.write_bytes(data[:50]),
+        "column": lambda: None,
+        "inside": lambda: path.write_bytes(data),
+    }[path.stem]()
     told = {"none": "no such file", "column": "has no column 'b'"}.get(path.stem, "damaged Parquet file")
     with pytest.raises(InputError, match=f"{name}: {told}"):
         ParquetRows(path, ["b"] if path.stem == "column" else None).read(0, 10)

@@ -74,13 +74,15 @@ def test_mask_follows_its_distribution():
     p, temperature, num_draws = torch.tensor([0.05, 0.15, 0.3, 0.5]), 1.7, 20_000
     weight = p.double() ** (1 / temperature)
     pairs = list(itertools.combinations(range(4), 2))
-    expected = torch.stack([
-        sum(
-            weight[first] / weight.sum() * weight[second] / (weight.sum() - weight[first])
-            for first, second in itertools.permutations(set(range(4)) - set(pair))
-        )
-        for pair in pairs
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            sum(
+                weight[first] / weight.sum() * weight[second] / (weight.sum() - weight[first])
+                for first, second in itertools.permutations(set(range(4)) - set(pair))
+            )
+            for pair in pairs
+        ]
+    )
     assert float(expected.sum()) == pytest.approx(1)
     two = torch.full((num_draws, 1), 2)
     masked = mask_by_random_topk(two, p.expand(num_draws, -1), temperature, seeded())
@@ -271,9 +273,11 @@ def test_logprob_and_gradient(shape, dtype):
     grad = torch.randn(shape[:-1], generator=seeded(2), dtype=torch.float64)
     results = []
     for function, leaf in (
-        (selective_log_softmax, logits), (published_logprob, logits.double()), (published_logprob, logits.float()),
+        (selective_log_softmax, logits),
+        (published_logprob, logits.double()),
+        (published_logprob, logits.float()),
         (published_logprob, logits),
-    ):  # fmt: skip
+    ):
         leaf = leaf.clone().requires_grad_()
         out = function(leaf, index)
         results.append((out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))))

@@ -19,9 +19,12 @@ def start(*arguments):
     command = [sys.executable, "-P", "-m", "hermesflow", *arguments]
     # A shell's background jobs ignore SIGINT, and so would all processes below them.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def interrupt(process, folder, pattern):

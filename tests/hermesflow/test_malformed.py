@@ -112,13 +112,17 @@ def nothing_happens():
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY_LIMIT_BYTES
 
 
-@pytest.mark.parametrize("act", [
-    lambda folder: os.system("true"),
-    lambda folder: (folder / "new").touch(),
-    lambda folder: (folder / "new").mkdir(),
-    lambda folder: open(folder / "new", "ab").close(),
-    lambda folder: socket.create_connection(("127.0.0.1", 9)),
-], ids=["process", "file", "folder", "appended", "connection"])  # fmt: skip
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda folder: os.system("true"),
+        lambda folder: (folder / "new").touch(),
+        lambda folder: (folder / "new").mkdir(),
+        lambda folder: open(folder / "new", "ab").close(),
+        lambda folder: socket.create_connection(("127.0.0.1", 9)),
+    ],
+    ids=["process", "file", "folder", "appended", "connection"],
+)
 def test_the_watch_sees(act, tmp_path):
     with pytest.raises(AssertionError), nothing_happens(), contextlib.suppress(OSError):
         act(tmp_path)
@@ -441,10 +445,19 @@ def test_tensors_that_are_no_weights(damage, part, folder):
     check_checkpoint_refused(folder, part)
 
 
-@pytest.mark.parametrize(("value", "dtype", "fits"), [
-    (1e30, torch.float16, False), (-7e4, torch.float16, False), (1e30, torch.bfloat16, True), (3e38, None, True),
-    (1e-45, torch.float16, True), (1e-45, None, True), (3.4e38, torch.bfloat16, False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "dtype", "fits"),
+    [
+        (1e30, torch.float16, False),
+        (-7e4, torch.float16, False),
+        (1e30, torch.bfloat16, True),
+        (3e38, None, True),
+        (1e-45, torch.float16, True),
+        (1e-45, None, True),
+        (3.4e38, torch.bfloat16, False),
+    ],
+    ids=str,
+)
 def test_values_at_the_edge_of_a_dtype(value, dtype, fits, folder):
     path = folder / WEIGHTS[""]
     state = load_file(path)
@@ -562,9 +575,7 @@ BINS = {
     "shorter data": lambda state, call: rezipped(saved_bin(state), replaced("data/0", b"xx")),
     "unknown byte order": lambda state, call: rezipped(saved_bin(state), replaced("byteorder", b"middle")),
     "compressed": lambda state, call: rezipped(saved_bin(state), lambda name, data: data, zipfile.ZIP_DEFLATED),
-    "bomb": lambda state, call: rezipped(
-        saved_bin(state), replaced("data.pkl", bytes(64 << 20)), zipfile.ZIP_DEFLATED
-    ),
+    "bomb": lambda state, call: rezipped(saved_bin(state), replaced("data.pkl", bytes(64 << 20)), zipfile.ZIP_DEFLATED),
     "TorchScript": lambda state, call: saved_bin(state).replace(b"data.pkl", b"code.pkl"),
     "legacy pickle": lambda state, call: saved_bin(state | {"x": call}, _use_new_zipfile_serialization=False),
     "bare pickle": lambda state, call: pickle.dumps(call),
@@ -931,9 +942,13 @@ def png(width=4, height=4, depth=8, colour=2, *, before=b"", data=None, after=b"
     rows = bytes((1 + width * channels) * height) if data is None else data
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0) if header is None else header
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(rows)) + after
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + before
+        + chunk(b"IDAT", zlib.compress(rows))
+        + after
         + chunk(b"IEND", b"")
-    )  # fmt: skip
+    )
 
 
 def tiff(**tags):
@@ -1170,10 +1185,15 @@ PAIR_VALUES = {
     for of in ("null", "zero", "list", "object", "NaN", "infinity", "odd text")
     if (key, of) not in (("vqa_score_lose", "zero"), ("image_win", "zero")) or of != "zero"
 } | {
-    "score of 400 digits": {"vqa_score_win": 10**400}, "score of minus 400 digits": {"bert_score_lose": -(10**400)},
-    "score true": {"vqa_score_win": True}, "id missing": {"id": None}, "id the same": {"id": "good"},
-    "id a list": {"id": []}, "scores inverted": {"vqa_score_lose": 0.95}, "image a number": {"image_lose": 3},
-}  # fmt: skip
+    "score of 400 digits": {"vqa_score_win": 10**400},
+    "score of minus 400 digits": {"bert_score_lose": -(10**400)},
+    "score true": {"vqa_score_win": True},
+    "id missing": {"id": None},
+    "id the same": {"id": "good"},
+    "id a list": {"id": []},
+    "scores inverted": {"vqa_score_lose": 0.95},
+    "image a number": {"image_lose": 3},
+}
 
 
 @pytest.mark.parametrize("change", PAIR_VALUES.values(), ids=PAIR_VALUES.keys())
@@ -1193,11 +1213,19 @@ def test_bad_pairs_are_rejected(change, shared_tiny_model, maze):
 
 
 DATA_TEXTS = {name: damage("{}") for name, damage in JSON_TEXTS.items() if name != "byte order mark"} | {
-    "unfinished list": b"[{}, ", "list and more": b"[] []", "two commas": b"[{},,{}]", "half an entry": b'{"id": 1',
-    "text without end": b'["' + b"a" * 1_000_000, "escape cut": b'["\\u12', "binary": bytes(range(256)),
-    "ten thousand brackets": b"[" * 10_000 + b"]" * 10_000, "CSV": b"id,caption\n1,a red circle\n",
-    "Parquet": b"PAR1" + bytes(20) + b"PAR1", "gzip": b"\x1f\x8b\x08\0" + bytes(30), "comments": b'// x\n{"id": 1}',
-}  # fmt: skip
+    "unfinished list": b"[{}, ",
+    "list and more": b"[] []",
+    "two commas": b"[{},,{}]",
+    "half an entry": b'{"id": 1',
+    "text without end": b'["' + b"a" * 1_000_000,
+    "escape cut": b'["\\u12',
+    "binary": bytes(range(256)),
+    "ten thousand brackets": b"[" * 10_000 + b"]" * 10_000,
+    "CSV": b"id,caption\n1,a red circle\n",
+    "Parquet": b"PAR1" + bytes(20) + b"PAR1",
+    "gzip": b"\x1f\x8b\x08\0" + bytes(30),
+    "comments": b'// x\n{"id": 1}',
+}
 READERS = {
     "records": lambda model, path: read_source(path, need_questions=False),
     "pairs": read_published_pairs,
@@ -1291,9 +1319,10 @@ FILE_READERS = {
 
 @pytest.mark.parametrize("reader", FILE_READERS)
 @pytest.mark.parametrize(
-    "name", ["fifo", "loop", "device", "dangling", "sub", "a\0b", "x" * 5000, "/dev/zero", "\udc80"],
+    "name",
+    ["fifo", "loop", "device", "dangling", "sub", "a\0b", "x" * 5000, "/dev/zero", "\udc80"],
     ids=lambda name: ascii(name[:20]),
-)  # fmt: skip
+)
 def test_files_that_are_no_files(name, reader, maze):
     check_refused(lambda: FILE_READERS[reader](maze / name), "")
 

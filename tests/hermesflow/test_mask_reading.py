@@ -89,8 +89,11 @@ def test_one_entry_more_or_less_is_seen(make):
             except UnknownMaskError:
                 continue
             # What is still a layout is read as what it now is.
-            again = image_first(length, reading.first, reading.end) if isinstance(reading, ImageFirst) else (
-                image_last(length, reading.first, reading.image))  # fmt: skip
+            again = (
+                image_first(length, reading.first, reading.end)
+                if isinstance(reading, ImageFirst)
+                else (image_last(length, reading.first, reading.image))
+            )
             assert torch.equal(again, sees), (row, column)
 
 

@@ -34,7 +34,10 @@ SETTINGS = {
     "elbo": {"masks_per_pair": 2, "elbo_weighting": True},
     "likelihood": {"nll_weight": 0.3},
     "weights": {
-        "generation_weight": 0.7, "understanding_weight": 1.9, "preference_weight": 0.6, "nll_weight": 0.5,
+        "generation_weight": 0.7,
+        "understanding_weight": 1.9,
+        "preference_weight": 0.6,
+        "nll_weight": 0.5,
     },
     "the wins alone": {"preference_weight": 0, "nll_weight": 0.5},
     "generation alone": {"understanding_weight": 0},

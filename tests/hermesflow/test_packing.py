@@ -103,9 +103,7 @@ def test_packed_sums_equal_one_sequence_at_a_time(naive, shared_tiny_model, rand
                     expected += logprobs[[0, -1]].sum().item() / config.masks_per_pair
             mine = batch.sides["generation"].segment == 2 * index + lose
             assert weighted["generation"][mine].sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-3)
-            expected = answer_sum(
-                naive, model, row["record_codes"], model.caption_prompt(), row[f"{role}_caption_ids"]
-            )
+            expected = answer_sum(naive, model, row["record_codes"], model.caption_prompt(), row[f"{role}_caption_ids"])
             mine = batch.sides["understanding"].segment == 2 * index + lose
             assert weighted["understanding"][mine].sum().item() == pytest.approx(expected, abs=1e-3)
         if config.replay_weight:
@@ -249,8 +247,9 @@ def test_masks_and_dropped_prompts_are_of_seed_pair_and_visit(shared_tiny_model,
 
     assert packed(0, 1, 2) == packed(0, 1, 2)
     for other in ((1, 1, 2), (0, 1, 3)):
-        masks = [[token == shared_tiny_model.layout.mask_id for token in packed(*draw)[-18:]] for draw in
-                 ((0, 1, 2), other)]  # fmt: skip
+        masks = [
+            [token == shared_tiny_model.layout.mask_id for token in packed(*draw)[-18:]] for draw in ((0, 1, 2), other)
+        ]
         assert masks[0] != masks[1]
 
 
@@ -313,10 +312,14 @@ def test_mask_count_probability(num_codes):
 
 @pytest.mark.parametrize(
     ("settings", "weight"),
-    [(ONE_MASK, 1.0), ({"masks_per_pair": 4}, 0.25), ({"masks_per_pair": 4, "length_normalize": True}, 1.0),
-     ({"masks_per_pair": 4, "loss_type": "simpo"}, 1.0)],
+    [
+        (ONE_MASK, 1.0),
+        ({"masks_per_pair": 4}, 0.25),
+        ({"masks_per_pair": 4, "length_normalize": True}, 1.0),
+        ({"masks_per_pair": 4, "loss_type": "simpo"}, 1.0),
+    ],
     ids=["one", "four", "four, means over tokens", "four, simpo"],
-)  # fmt: skip
+)
 def test_weights_without_the_bound(shared_tiny_model, random_pairs, settings, weight):
     config = TrainConfig(boundary_labels=True, **settings)
     batch = PairPacker(shared_tiny_model, random_pairs(shared_tiny_model, 1), config, 0).pack([PairVisit(0, 0)])
@@ -409,9 +412,14 @@ def test_plan_passes(monkeypatch, sizes, budget, multiple_of):
 
 @pytest.mark.parametrize(
     ("sizes", "budget", "loads"),
-    [([2] * 7, 6, [4, 4, 6]), ([3] * 10, 10, [6, 6, 9, 9]),
-     ([1] * 9, 5, [4, 5]), ([7, 5, 4, 3, 3, 2], 12, [12, 12]), ([6, 6, 6, 1], 7, [6, 6, 7])],
-)  # fmt: skip
+    [
+        ([2] * 7, 6, [4, 4, 6]),
+        ([3] * 10, 10, [6, 6, 9, 9]),
+        ([1] * 9, 5, [4, 5]),
+        ([7, 5, 4, 3, 3, 2], 12, [12, 12]),
+        ([6, 6, 6, 1], 7, [6, 6, 7]),
+    ],
+)
 def test_few_passes_are_even(sizes, budget, loads):
     assert sorted(sum(sizes[item] for item in items) for items in plan_passes(sizes, budget)) == loads
 

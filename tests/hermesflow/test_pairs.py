@@ -41,10 +41,14 @@ def captions(scores: list[float], id: str = "a") -> list[dict]:
 def table(rows: list[dict]) -> pa.Table:
     schema = pa.schema(
         [
-            ("record_id", pa.string()), ("kind", pa.string()), ("index", pa.int32()),
-            ("token_ids", pa.list_(pa.int32())), ("text", pa.string()), ("score", pa.float32()),
+            ("record_id", pa.string()),
+            ("kind", pa.string()),
+            ("index", pa.int32()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("text", pa.string()),
+            ("score", pa.float32()),
         ]
-    )  # fmt: skip
+    )
     return pa.Table.from_pylist(rows, schema)
 
 
@@ -78,14 +82,27 @@ def test_best_and_worst_of_both_sides() -> None:
     assert not rejected
     (pair,) = pairs
     assert pair == {
-        "record_id": "a", "category": "colors", "caption": "caption of a", "sides": "both",
+        "record_id": "a",
+        "category": "colors",
+        "caption": "caption of a",
+        "sides": "both",
         "record_codes": [0, 1, 2, 3],
-        "win_codes": [1, 7, 7, 7], "lose_codes": [0, 7, 7, 7], "win_image_index": 1, "lose_image_index": 0,
-        "win_image_score": pytest.approx(0.9), "lose_image_score": pytest.approx(0.2),
-        "win_caption": "text 1.0", "lose_caption": "text 0.3", "win_caption_ids": [1000], "lose_caption_ids": [300],
-        "win_caption_score": 1.0, "lose_caption_score": pytest.approx(0.3),
-        "questions": ["what color is it ?"], "answers": ["red"], "choices": [["red", "blue"]],
-    }  # fmt: skip
+        "win_codes": [1, 7, 7, 7],
+        "lose_codes": [0, 7, 7, 7],
+        "win_image_index": 1,
+        "lose_image_index": 0,
+        "win_image_score": pytest.approx(0.9),
+        "lose_image_score": pytest.approx(0.2),
+        "win_caption": "text 1.0",
+        "lose_caption": "text 0.3",
+        "win_caption_ids": [1000],
+        "lose_caption_ids": [300],
+        "win_caption_score": 1.0,
+        "lose_caption_score": pytest.approx(0.3),
+        "questions": ["what color is it ?"],
+        "answers": ["red"],
+        "choices": [["red", "blue"]],
+    }
 
 
 def test_balanced_questions_take_the_place_of_the_record_s_own() -> None:
@@ -308,9 +325,13 @@ def test_statistics_group_reasons_without_their_numbers() -> None:
     rows += [row for id in "abc" for row in captions(GOOD_CAPTIONS, id)] + captions([0.5, 0.5], "d")
     pairs, rejected = make_pairs(records, table(rows), CurationConfig(keep="any"))
     assert pair_statistics(pairs, rejected) == {
-        "records": 4, "kept": 4, "both": 1, "generation": 1, "understanding": 2,
+        "records": 4,
+        "kept": 4,
+        "both": 1,
+        "generation": 1,
+        "understanding": 2,
         "rejected": {"generation: best image not above threshold": 2, "understanding: all captions alike": 1},
-    }  # fmt: skip
+    }
 
 
 def test_no_records_no_pairs() -> None:

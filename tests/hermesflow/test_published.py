@@ -66,12 +66,14 @@ def rewrite(path, change):
 def logits(model):
     """Of one prompt with a masked image and of one image with a question."""
     layout = model.layout
-    tree = SpanTree.build([
-        (layout.text_prompt(model.image_prompt("a red circle")), -1, "causal"),
-        (layout.image([-1] * layout.num_image_tokens), 0, "full"),
-        (layout.image_prefix(range(layout.num_image_tokens)), -1, "full"),
-        (layout.question(model.caption_prompt()), 2, "causal"),
-    ])  # fmt: skip
+    tree = SpanTree.build(
+        [
+            (layout.text_prompt(model.image_prompt("a red circle")), -1, "causal"),
+            (layout.image([-1] * layout.num_image_tokens), 0, "full"),
+            (layout.image_prefix(range(layout.num_image_tokens)), -1, "full"),
+            (layout.question(model.caption_prompt()), 2, "causal"),
+        ]
+    )
     with torch.no_grad():
         return model.transformer.head(model.transformer(tree))
 
@@ -262,10 +264,12 @@ def test_keys_that_do_not_fit_are_all_listed(copied):
     with pytest.raises(InputError) as caught:
         load_model(str(copied))
     for told in (
-        "missing showo.lm_head.bias", "missing showo.model.layers.1.mlp.fc1.weight", "unexpected showo.extra",
+        "missing showo.lm_head.bias",
+        "missing showo.model.layers.1.mlp.fc1.weight",
+        "unexpected showo.extra",
         r"self_attn.k_proj.weight: expected (32, 32), got (32, 31)",
         "final_layernorm.bias: expected floating point of 16 bits or more, got torch.int64",
-    ):  # fmt: skip
+    ):
         assert told in str(caught.value)
 
 

@@ -187,8 +187,10 @@ def test_6_what_is_rejected_is_no_pair_and_files_are_joined_by_id(model, pairs, 
     scores = {"a": [0.2, 0.9], "b": [0.1, 0.3], "c": [0.8, 0.1]}
     rows = [
         candidate(id, kind, index, score, [len(kind), ord(id), index, 7])
-        for id, values in scores.items() for index, score in enumerate(values) for kind in ("image", "caption")
-    ]  # fmt: skip
+        for id, values in scores.items()
+        for index, score in enumerate(values)
+        for kind in ("image", "caption")
+    ]
     table = pa.Table.from_pylist(rows[::-1])  # The order of rows says nothing.
 
     def check(found):
@@ -274,17 +276,17 @@ def test_8_a_hopeless_pair_has_a_loss_and_a_gradient(model, pairs):
         assert loss.item() == pytest.approx(BETA * 500 * len(signs), rel=1e-5)
         assert torch.allclose(gradient, BETA * signs, rtol=1e-5)
 
-    check(lambda logprob: pass_objective(
-        logprob, torch.zeros_like(logprob), batch, packer.num_pairs(batch.visits), packer.config
-    )[0])  # fmt: skip
+    check(
+        lambda logprob: pass_objective(
+            logprob, torch.zeros_like(logprob), batch, packer.num_pairs(batch.visits), packer.config
+        )[0]
+    )
     with pytest.raises(AssertionError):
         check(lambda logprob: -torch.log(torch.sigmoid(-BETA * (logprob * signs).sum())))
 
 
 def test_8_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(model, pairs, tmp_path, monkeypatch):
-    config = TrainConfig(
-        num_steps=4, pairs_per_step=2, lr=1e-3, warmup_steps=1, checkpoint_every=2, **PAPER_OBJECTIVE
-    )
+    config = TrainConfig(num_steps=4, pairs_per_step=2, lr=1e-3, warmup_steps=1, checkpoint_every=2, **PAPER_OBJECTIVE)
     whole = copy.deepcopy(model)
     training.train_pairs(whole, pairs, config, seed=0, folder=tmp_path)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
@@ -349,8 +351,10 @@ def test_10_image_tokens_are_trained_on_as_they_were_drawn(model, tmp_path):
     def check(codes):
         assert codes == drawn.tolist()
 
-    rows = [candidate("a", "image", index, score, codes) for index, (score, codes) in
-            enumerate(zip((0.9, 0.1), drawn.tolist(), strict=True))]  # fmt: skip
+    rows = [
+        candidate("a", "image", index, score, codes)
+        for index, (score, codes) in enumerate(zip((0.9, 0.1), drawn.tolist(), strict=True))
+    ]
     record = make_record("a")
     chosen, _ = make_pairs([record], pa.Table.from_pylist(rows), CurationConfig(keep="any"))
     write_parquet(tmp_path / "pairs.parquet", chosen)

@@ -29,9 +29,12 @@ KEYS = [
 def pair(model, number, sides="both"):
     codes = np.random.default_rng(number).integers(0, 32, (3, 16)).tolist()
     row = dict.fromkeys(PAIRS_SCHEMA.names) | {
-        "record_id": f"../r{number}", "category": "other", "caption": "a red circle", "sides": sides,
+        "record_id": f"../r{number}",
+        "category": "other",
+        "caption": "a red circle",
+        "sides": sides,
         "record_codes": codes[0],
-    }  # fmt: skip
+    }
     if sides != "understanding":
         row |= {"win_codes": codes[1], "lose_codes": codes[2], "win_image_score": 0.75, "lose_image_score": 0.5}
     if sides != "generation":

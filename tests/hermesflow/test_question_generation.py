@@ -90,11 +90,20 @@ def test_nothing_is_made_up(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
     [
-        ("Two", "2", True), ("two cats", "2", True), ("3 cats", "2", False), ("cats", "2", False),
-        ("red", "red", True), ("Red.", "red", True), ("a bright red", "red", False), ("dark red", "red", True),
-        ("", "red", False), ("anything", "yes", True), ("anything", "No", True), ("blue sky", "Blue Sky", True),
+        ("Two", "2", True),
+        ("two cats", "2", True),
+        ("3 cats", "2", False),
+        ("cats", "2", False),
+        ("red", "red", True),
+        ("Red.", "red", True),
+        ("a bright red", "red", False),
+        ("dark red", "red", True),
+        ("", "red", False),
+        ("anything", "yes", True),
+        ("anything", "No", True),
+        ("blue sky", "Blue Sky", True),
     ],
-)  # fmt: skip
+)
 def test_free_answers(text: str, answer: str, right: bool) -> None:
     assert answers_freely(text, answer) is right
 
@@ -128,15 +137,26 @@ def models(tmp_path_factory) -> dict[str, str]:
             torch.manual_seed(0)
             if name == "llama":
                 config = transformers.LlamaConfig(
-                    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                    max_position_embeddings=600, initializer_range=0.5, **sizes,
-                )  # fmt: skip
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=600,
+                    initializer_range=0.5,
+                    **sizes,
+                )
                 model = transformers.LlamaForCausalLM(config)
             else:
                 config = transformers.T5Config(
-                    d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2, decoder_start_token_id=0,
-                    initializer_factor=3.0, **sizes,
-                )  # fmt: skip
+                    d_model=32,
+                    d_ff=64,
+                    d_kv=16,
+                    num_layers=2,
+                    num_heads=2,
+                    decoder_start_token_id=0,
+                    initializer_factor=3.0,
+                    **sizes,
+                )
                 model = transformers.T5ForConditionalGeneration(config)
             model.save_pretrained(folder)
         folders[name] = str(folder)
@@ -233,14 +253,18 @@ def test_questions_go_back_to_their_captions(models: dict[str, str], monkeypatch
 @pytest.mark.parametrize(
     ("text", "heads"),
     [
-        ('[{"id": 7, "caption": "a rabbit", "img_path": "7.png", "prompt": "p", "other": 1}]',
-         [{"id": 7, "img_path": "7.png", "prompt": "p", "caption": "a rabbit"}]),
-        ('{"id": "x", "caption": "a rabbit"}\n\n{"id": "y", "caption": "two"}\n',
-         [{"id": "x", "caption": "a rabbit"}, {"id": "y", "caption": "two"}]),
+        (
+            '[{"id": 7, "caption": "a rabbit", "img_path": "7.png", "prompt": "p", "other": 1}]',
+            [{"id": 7, "img_path": "7.png", "prompt": "p", "caption": "a rabbit"}],
+        ),
+        (
+            '{"id": "x", "caption": "a rabbit"}\n\n{"id": "y", "caption": "two"}\n',
+            [{"id": "x", "caption": "a rabbit"}, {"id": "y", "caption": "two"}],
+        ),
         ("a rabbit\n\n two \n", [{"id": "1", "caption": "a rabbit"}, {"id": "3", "caption": "two"}]),
     ],
     ids=["list", "lines", "text"],
-)  # fmt: skip
+)
 def test_the_file_is_in_tifas_form(models: dict[str, str], tmp_path: Path, monkeypatch, text: str, heads: list) -> None:
     monkeypatch.setattr(QuestionGenerator, "write", lambda self, captions: [WRITTEN] * len(captions))
     (tmp_path / "captions").write_text(text)
@@ -248,9 +272,12 @@ def test_the_file_is_in_tifas_form(models: dict[str, str], tmp_path: Path, monke
     assert write_questions(tmp_path / "captions", output, models["llama"]) == 4 * len(heads)
     rows = json.loads(output.read_text())
     assert rows[0] == heads[0] | {
-        "element": "rabbit", "element_type": "animal/human", "question": "is this a rabbit?", "choices": ["yes", "no"],
+        "element": "rabbit",
+        "element_type": "animal/human",
+        "question": "is this a rabbit?",
+        "choices": ["yes", "no"],
         "answer": "yes",
-    }  # fmt: skip
+    }
     assert [{key: row[key] for key in heads[0]} for row in rows[::4]] == heads
 
 

@@ -123,9 +123,19 @@ def test_the_page_tells_what_was_measured(finished):
     assert "no significant change" in page.text  # both evaluations are of one model
     assert f"{100 * summary['before']['understanding']:.1f}" in page.text
     assert len(page.all("svg")) == 4
-    for words in ("Before and after", "By category", "margin of images too small", "win truly better", "0.6931",
-                  "By sampler", "8/0.7, strict", "Understanding by what is asked", "balanced questions",
-                  "record questions", "win's caption less true"):  # fmt: skip
+    for words in (
+        "Before and after",
+        "By category",
+        "margin of images too small",
+        "win truly better",
+        "0.6931",
+        "By sampler",
+        "8/0.7, strict",
+        "Understanding by what is asked",
+        "balanced questions",
+        "record questions",
+        "win's caption less true",
+    ):
         assert words in page.text
     assert "num_images = 3" in page.text  # the settings
     assert "not finished" not in page.text
@@ -312,5 +322,6 @@ def test_charts_of_one_stage_and_of_missing_values():
     rows = [CategoryBars("a", full, None), CategoryBars("b", None, none)]
     bars = Reader(category_chart("generation", rows, ("x", "y")))
     assert [bar["class"] for bar in bars.all("rect") if "bar" in bar["class"]] == [
-        "bar generation before", "bar generation after",
-    ]  # fmt: skip
+        "bar generation before",
+        "bar generation after",
+    ]

@@ -200,12 +200,17 @@ CHOICES = ["red", "green", "a blue square"]
 @pytest.mark.parametrize(
     ("scorer", "answer", "index"),
     [
-        ("exact", "green", 1), ("exact", "Green", -1), ("exact", "", -1),
-        ("normalised", "Green.", 1), ("normalised", "the blue square", 2), ("normalised", "blue", -1),
+        ("exact", "green", 1),
+        ("exact", "Green", -1),
+        ("exact", "", -1),
+        ("normalised", "Green.", 1),
+        ("normalised", "the blue square", 2),
+        ("normalised", "blue", -1),
         ("normalised", "the", -1),
-        ("sentence", "green", 1), ("sentence", "a blue square", 2),
+        ("sentence", "green", 1),
+        ("sentence", "a blue square", 2),
     ],
-)  # fmt: skip
+)
 def test_answers_are_matched(tiny_encoder: str, scorer: str, answer: str, index: int) -> None:
     scorers = Scorers(CurationConfig(answer_scorer=scorer, sentence_model=tiny_encoder))
     assert scorers.match_answers([answer, "red"], [CHOICES, CHOICES[:1]]) == [index, 0]
@@ -319,13 +324,12 @@ def test_every_name_can_be_used(tiny_encoder: str) -> None:
 def test_entries_are_scored() -> None:
     config = CurationConfig()
     captions = [{"id": 1, "caption": "a red circle", "truth": "a red circle"}, {"caption": "blue", "truth": "red"}]
-    assert score_entries("token-f1", captions, config) == [
-        captions[0] | {"score": 1.0}, captions[1] | {"score": 0.0}
-    ]  # fmt: skip
+    assert score_entries("token-f1", captions, config) == [captions[0] | {"score": 1.0}, captions[1] | {"score": 0.0}]
     answers = [{"answer": "Red!", "choices": ["red", "blue"]}, {"answer": "dark", "choices": ["red"]}]
     assert score_entries("normalised", answers, config) == [
-        answers[0] | {"choice": "red"}, answers[1] | {"choice": None}
-    ]  # fmt: skip
+        answers[0] | {"choice": "red"},
+        answers[1] | {"choice": None},
+    ]
     assert score_entries("exact", [], config) == []
 
 
@@ -377,12 +381,14 @@ def test_self_vqa_by_hand() -> None:
     codes = torch.arange(2 * 2 * 3).reshape(2, 2, 3)
     scores = self_vqa(model, codes, [record("a", COLOR, YES_NO), record("b", YES_NO)])
     assert [[image.soft for image in images] for images in scores] == [
-        pytest.approx([(0.5 + 0.75) / 2, (0.25 + 0.5) / 2]), pytest.approx([0.5, 1.0])
-    ]  # fmt: skip
+        pytest.approx([(0.5 + 0.75) / 2, (0.25 + 0.5) / 2]),
+        pytest.approx([0.5, 1.0]),
+    ]
     assert [[image.hard for image in images] for images in scores] == [[1.0, 0.5], [1.0, 1.0]]
     assert [answer[:3] for answer in scores[0][1].answers] == [
-        ("what color is it ?", "red", "green"), ("is there a circle ?", "yes", "yes")
-    ]  # fmt: skip
+        ("what color is it ?", "red", "green"),
+        ("is there a circle ?", "yes", "yes"),
+    ]
     assert [answer.probability for answer in scores[0][1].answers] == pytest.approx([0.25, 0.5])
     ((asked_codes, question_ids, choice_ids),) = model.calls  # everything in one call
     assert torch.equal(asked_codes, codes.reshape(4, 3))

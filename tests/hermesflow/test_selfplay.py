@@ -59,10 +59,18 @@ def whole(settings, tmp_path_factory):
 def test_a_run_leaves_its_files(whole):
     files = {str(path.relative_to(whole / "t")) for path in (whole / "t").rglob("*")}
     assert files >= {
-        "config.toml", "records.parquet", "summary.json", "report/index.html", "round-0/evaluation.json",
-        "round-1/candidates/part-00000.parquet", "round-1/pairs.parquet", "round-1/rejected.parquet",
-        "round-1/train/metrics.jsonl", "round-1/model/model.safetensors", "round-2/evaluation.json",
-    }  # fmt: skip
+        "config.toml",
+        "records.parquet",
+        "summary.json",
+        "report/index.html",
+        "round-0/evaluation.json",
+        "round-1/candidates/part-00000.parquet",
+        "round-1/pairs.parquet",
+        "round-1/rejected.parquet",
+        "round-1/train/metrics.jsonl",
+        "round-1/model/model.safetensors",
+        "round-2/evaluation.json",
+    }
     assert not [name for name in files if ".tmp" in name]
 
 
@@ -218,8 +226,11 @@ def test_a_run_that_was_measured_by_record_questions_is_not_gone_on_with(setting
             del row[name]
     path.write_text(json.dumps(evaluation | {"metrics": measure(evaluation["records"])}))
     (tmp_path / "t/summary.json").unlink()
-    with pytest.raises(InputError, match="evaluation.json: was measured by record questions, as an older version did; "
-                       "`hermesflow report .*/t` shows the run, and another run.name begins one"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match="evaluation.json: was measured by record questions, as an older version did; "
+        "`hermesflow report .*/t` shows the run, and another run.name begins one",
+    ):
         run_selfplay(config_for(settings, tmp_path))
 
 

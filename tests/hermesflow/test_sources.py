@@ -311,8 +311,10 @@ def test_codes_are_those_of_the_image_wherever_it_lies(shared_tiny_model, folder
     expected = shared_tiny_model.encode_images(pixels[None])[0].numpy()
     common = Record("a", "a red circle", "other", ())
     kinds = {"image_path": path, "image": pixels}
-    for record in (*(replace(common, **{key: value}) for key, value in kinds.items()),
-                   replace(common, image=path.read_bytes())):  # fmt: skip
+    for record in (
+        *(replace(common, **{key: value}) for key, value in kinds.items()),
+        replace(common, image=path.read_bytes()),
+    ):
         [done], _ = encode_all(shared_tiny_model, [record])
         np.testing.assert_array_equal(done.codes, expected)
         assert done.image is None and done.image_path is None

@@ -105,12 +105,21 @@ def test_a_mask_that_is_all_white_draws_all(shared_tiny_model, square, tmp_path)
 @pytest.mark.parametrize(
     ("mode", "size"),
     [
-        ("L", (SIZE, SIZE)), ("L", (640, 640)), ("L", (16, 16)), ("1", (SIZE, SIZE)), ("P", (SIZE, SIZE)),
-        ("RGB", (128, 128)), ("RGBA", (SIZE, SIZE)), ("LA", (SIZE, SIZE)), ("16-bit", (SIZE, SIZE)),
-        ("white-on-nothing", (SIZE, SIZE)), ("black-on-nothing", (320, 320)), ("red-on-nothing", (SIZE, SIZE)),
+        ("L", (SIZE, SIZE)),
+        ("L", (640, 640)),
+        ("L", (16, 16)),
+        ("1", (SIZE, SIZE)),
+        ("P", (SIZE, SIZE)),
+        ("RGB", (128, 128)),
+        ("RGBA", (SIZE, SIZE)),
+        ("LA", (SIZE, SIZE)),
+        ("16-bit", (SIZE, SIZE)),
+        ("white-on-nothing", (SIZE, SIZE)),
+        ("black-on-nothing", (320, 320)),
+        ("red-on-nothing", (SIZE, SIZE)),
         ("grey-and-white-on-nothing", (SIZE, SIZE)),
     ],
-)  # fmt: skip
+)
 def test_masks_of_any_mode_and_size(shared_tiny_model, square, tmp_path, mode, size):
     mask = save_mask(tmp_path / "mask.png", SPOTS, mode, size)
     drawn = inpaint(shared_tiny_model, square, mask)[0]
@@ -210,18 +219,27 @@ def test_extrapolation_keeps_the_image_and_adds_to_it(shared_tiny_model, square,
 
 @pytest.mark.parametrize(
     ("direction", "border", "rest"),
-    [("left", np.s_[:, :2], np.s_[:, 2:]), ("right", np.s_[:, 2:], np.s_[:, :2]),
-     ("up", np.s_[:2], np.s_[2:]), ("down", np.s_[2:], np.s_[:2])],
-)  # fmt: skip
+    [
+        ("left", np.s_[:, :2], np.s_[:, 2:]),
+        ("right", np.s_[:, 2:], np.s_[:, :2]),
+        ("up", np.s_[:2], np.s_[2:]),
+        ("down", np.s_[2:], np.s_[:2]),
+    ],
+)
 def test_one_extension_is_the_published_one(shared_tiny_model, square, direction, border, rest):
     """Half the window is the picture's border, the other half is drawn; the rest of the picture is put behind."""
     original = original_codes(shared_tiny_model, square)
     axis, order = (1 if direction in ("left", "right") else 0), (1 if direction in ("left", "up") else -1)
     known = torch.cat([torch.full_like(original[border], -1), original[border]][::order], axis)
     window = shared_tiny_model.engine.generate(
-        [shared_tiny_model.image_prompt(PROMPT)], num_images=1, num_steps=3, guidance_scale=0.5, mask_temperature=1.0,
-        seeds=torch.tensor([[candidate_seed(7, "step-0", "extrapolate", 0)]]), known_codes=known.view(1, 16),
-    ).view(4, 4)  # fmt: skip
+        [shared_tiny_model.image_prompt(PROMPT)],
+        num_images=1,
+        num_steps=3,
+        guidance_scale=0.5,
+        mask_temperature=1.0,
+        seeds=torch.tensor([[candidate_seed(7, "step-0", "extrapolate", 0)]]),
+        known_codes=known.view(1, 16),
+    ).view(4, 4)
     drawn = extrapolate(shared_tiny_model, square, [direction], seed=7)[0]
     assert torch.equal(drawn.codes, torch.cat([window, original[rest]][::order], axis))
 
@@ -302,9 +320,10 @@ def test_questions_are_put_as_the_model_expects(shared_tiny_model, square, monke
     asked = []
     extend = type(shared_tiny_model.engine).extend
     monkeypatch.setattr(
-        type(shared_tiny_model.engine), "extend",
+        type(shared_tiny_model.engine),
+        "extend",
         lambda engine, codes, ids, **options: asked.append(ids[0][0]) or extend(engine, codes, ids, **options),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(shared_tiny_model, "prompts", replace(shared_tiny_model.prompts, question=question))
     (answer,) = tasks.answer_question(shared_tiny_model, [square], "what color")
     assert set(answer) == {"image", "question", "answer"}

@@ -97,9 +97,13 @@ def test_training_prefers_the_wins(model, random_pairs, asked, tmp_path, setting
     assert {value.dtype for value in after.values()} == {torch.float32}
     assert any(not after[name].equal(before[name]) for name in names)
     codes = model.engine.generate(
-        [model.encode_text("a red circle")], num_images=1, num_steps=2, guidance_scale=0.0, mask_temperature=1.0,
+        [model.encode_text("a red circle")],
+        num_images=1,
+        num_steps=2,
+        guidance_scale=0.0,
+        mask_temperature=1.0,
         seeds=torch.zeros(1, 1, dtype=torch.int64),
-    )  # fmt: skip
+    )
     assert codes.shape == (1, 1, model.layout.num_image_tokens)
 
 
@@ -220,9 +224,16 @@ def test_checkpoints_do_not_depend_on_what_was_drawn_before(model, random_pairs,
 def test_stops_when_the_held_out_loss_rises(model, random_pairs, tmp_path, caplog):
     # Random pairs have nothing in common, so what is learnt of some does harm to the others.
     config = TrainConfig(
-        num_steps=60, pairs_per_step=4, lr=1e-2, holdout_pairs=3, holdout_every=2, patience=2, warmup_steps=8,
-        checkpoint_every=100, **PAPER_OBJECTIVE,
-    )  # fmt: skip
+        num_steps=60,
+        pairs_per_step=4,
+        lr=1e-2,
+        holdout_pairs=3,
+        holdout_every=2,
+        patience=2,
+        warmup_steps=8,
+        checkpoint_every=100,
+        **PAPER_OBJECTIVE,
+    )
     with caplog.at_level(logging.INFO, logger="hermesflow"):
         train_pairs(model, random_pairs(model, 8), config, seed=0, folder=tmp_path)
     lines = metrics_of(tmp_path)

@@ -225,10 +225,19 @@ class Payload:
         (with_processor(size={"shortest_edge": 32}, do_center_crop=False), r"makes images of \[3, 48, 32\]"),
     ],
     ids=[
-        "no-config", "no-processor", "no-weights", "json", "header", "missing", "infinite", "misshapen", "code", "size",
+        "no-config",
+        "no-processor",
+        "no-weights",
+        "json",
+        "header",
+        "missing",
+        "infinite",
+        "misshapen",
+        "code",
+        "size",
         "uncropped",
     ],
-)  # fmt: skip
+)
 def test_damaged_folders(damage, message, tmp_path, capfd):
     damage(write_clip(tmp_path))
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}.*{message}.*; (restore|give) [^\n]*$"):
@@ -310,10 +319,12 @@ def test_a_checkpoint_captions_and_answers_through_clip(naive, checkpoint, tmp_p
     assert said["caption"] == model.decode_text(ids)
     (answer,) = tasks.answer_question(model, [tmp_path / "a.png"], "is it?", ["yes", "no"])
     asked = model.encode_text("USER: is it? ASSISTANT:")
-    truth = torch.tensor([
-        naive.choice_logprob(model.transformer, model.layout, features[0], asked, model.encode_text(choice))
-        for choice in (" yes", " no")
-    ]).softmax(0)  # fmt: skip
+    truth = torch.tensor(
+        [
+            naive.choice_logprob(model.transformer, model.layout, features[0], asked, model.encode_text(choice))
+            for choice in (" yes", " no")
+        ]
+    ).softmax(0)
     assert list(answer["probabilities"].values()) == pytest.approx(truth.tolist(), abs=2e-6)
     (drawn,) = tasks.generate_images(model, ["a circle"], sampling=replace(model.sampling, num_steps=2))
     assert drawn.pixels.shape == (64, 64, 3)

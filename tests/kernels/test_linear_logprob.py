@@ -122,16 +122,21 @@ def test_non_contiguous(backend, device):
         expected = run(call(dense, backend), (x, weight, bias), grad)
         strided = run(
             lambda x, w, b, dense=dense: linear_logprob(
-                x.t().contiguous().t(), w.repeat_interleave(2, 0)[::2], dense.repeat_interleave(2)[::2],
-                bias=b.repeat_interleave(2)[::2], backend=backend,
+                x.t().contiguous().t(),
+                w.repeat_interleave(2, 0)[::2],
+                dense.repeat_interleave(2)[::2],
+                bias=b.repeat_interleave(2)[::2],
+                backend=backend,
             ),
-            (x, weight, bias), grad.repeat_interleave(2)[::2],
-        )  # fmt: skip
+            (x, weight, bias),
+            grad.repeat_interleave(2)[::2],
+        )
         torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-6)
         transposed = run(
             lambda x, w, b, dense=dense: linear_logprob(x, w.t().contiguous().t(), dense, bias=b, backend=backend),
-            (x, weight, bias), grad,
-        )  # fmt: skip
+            (x, weight, bias),
+            grad,
+        )
         torch.testing.assert_close(transposed, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -381,8 +386,15 @@ def test_compiles_as_a_whole(backend, device):
 
 @needs_extension
 def test_opcheck():
-    registry.dispatch(OP, "cpu", *make_case(1, 4, 4, torch.float32)[0][:2], torch.tensor([0]), bias=None,
-                      ignore_index=-100, return_entropy=False)  # fmt: skip
+    registry.dispatch(
+        OP,
+        "cpu",
+        *make_case(1, 4, 4, torch.float32)[0][:2],
+        torch.tensor([0]),
+        bias=None,
+        ignore_index=-100,
+        return_entropy=False,
+    )
     (logits, _, bias), target, grad = make_case(5, 30, 30, torch.float32)
     state = torch.tensor([-float("inf"), 0, 0, float("nan")])[:, None].repeat(1, 5)
     for some_bias in (bias, None):
@@ -395,16 +407,23 @@ def test_opcheck():
     torch.library.opcheck(ops.linear_logprob.default, (*inputs, target, -100, "extension"))
     for needed in ([True, True, True], [False, True, False]):
         arguments = (grad, x, weight, bias, target, torch.ones(5), -100, "extension", needed)
-        torch.library.opcheck(ops.linear_logprob_backward.default, [
-            t.detach() if torch.is_tensor(t) else t for t in arguments
-        ])  # fmt: skip
+        torch.library.opcheck(
+            ops.linear_logprob_backward.default, [t.detach() if torch.is_tensor(t) else t for t in arguments]
+        )
 
 
 @needs_extension
 def test_extension_checks_its_arguments():
     """Callers of torch.ops.hermesflow bypass the public function's checks."""
-    registry.dispatch(OP, "cpu", *make_case(1, 4, 4, torch.float32)[0][:2], torch.tensor([0]), bias=None,
-                      ignore_index=-100, return_entropy=False)  # fmt: skip
+    registry.dispatch(
+        OP,
+        "cpu",
+        *make_case(1, 4, 4, torch.float32)[0][:2],
+        torch.tensor([0]),
+        bias=None,
+        ignore_index=-100,
+        return_entropy=False,
+    )
     forward, backward = (
         getattr(torch.ops.hermesflow, name) for name in ("linear_logprob_block", "linear_logprob_block_backward")
     )

@@ -176,8 +176,9 @@ def test_argmax_sees_the_last_digit(backend, device):
     """Logits that differ by one rounding have the same exponential."""
     weight = torch.full((200, 1), 1.0, device=device)
     weight[150] = 1.0 + 2.0**-23
-    token, _ = sample(torch.ones(1, 1, device=device), weight, None, temperature=0.0, key=make_key(1, device),
-                      backend=backend)  # fmt: skip
+    token, _ = sample(
+        torch.ones(1, 1, device=device), weight, None, temperature=0.0, key=make_key(1, device), backend=backend
+    )
     assert token.item() == 150
 
 

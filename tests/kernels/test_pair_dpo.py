@@ -91,9 +91,17 @@ def test_gradcheck(loss_type, label_smoothing, length_normalize, backend, device
 
     def loss(policy):
         return pair_dpo(
-            policy, reference, segment, NUM_PAIRS, beta=0.7, loss_type=loss_type, label_smoothing=label_smoothing,
-            length_normalize=length_normalize, pair_weight=weight, backend=backend,
-        ).loss  # fmt: skip
+            policy,
+            reference,
+            segment,
+            NUM_PAIRS,
+            beta=0.7,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            length_normalize=length_normalize,
+            pair_weight=weight,
+            backend=backend,
+        ).loss
 
     assert torch.autograd.gradcheck(loss, policy.requires_grad_())
 
@@ -343,9 +351,16 @@ def test_compiles_as_a_whole(weighted, backend, device):
 
     def call(policy):
         return pair_dpo(
-            policy, reference, segment, NUM_PAIRS, beta=0.7, loss_type="sigmoid", label_smoothing=0.1,
-            pair_weight=weight, backend=backend,
-        )  # fmt: skip
+            policy,
+            reference,
+            segment,
+            NUM_PAIRS,
+            beta=0.7,
+            loss_type="sigmoid",
+            label_smoothing=0.1,
+            pair_weight=weight,
+            backend=backend,
+        )
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True)):

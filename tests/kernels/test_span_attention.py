@@ -102,7 +102,7 @@ TREES = {
             *[(ids(2 + 3 * k), 0, "causal") for k in range(4)],
             *[(ids(1 + k), 1 + k % 4, "causal") for k in range(9)],
         ]
-    ),  # fmt: skip
+    ),
     "deep-chain": lambda: SpanTree.build([(ids(4), span - 1, "full" if span % 2 else "causal") for span in range(6)]),
     "cached-leaves": cached_leaves,
     "grown-answers": grown_answers,
@@ -443,9 +443,18 @@ def stand_in_flash_attn():
     """flash_attn with flash_attn_varlen_func as its documentation defines it, in plain torch and any dtype."""
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, deterministic=False,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        deterministic=False,
+    ):
         assert q.dim() == k.dim() == v.dim() == 3 and q.shape[1] % k.shape[1] == 0 and dropout_p == 0
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and deterministic
         bounds = [cu_seqlens.tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]

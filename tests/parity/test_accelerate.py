@@ -21,9 +21,12 @@ SUMS, GRADIENT, TOTAL_VARIATION = 1e-3, 1e-3, 0.06
 CONFIG = json.loads((FOLDER / "config.json").read_text())
 META = json.loads((FOLDER / "meta.json").read_text())
 LAYOUT = TokenLayout(
-    text_vocab_size=CONFIG["llm_vocab_size"], codebook_size=CONFIG["codebook_size"],
-    num_image_tokens=CONFIG["num_vq_tokens"], sot=META["special_ids"]["<|sot|>"], eot=META["special_ids"]["<|eot|>"],
-)  # fmt: skip
+    text_vocab_size=CONFIG["llm_vocab_size"],
+    codebook_size=CONFIG["codebook_size"],
+    num_image_tokens=CONFIG["num_vq_tokens"],
+    sot=META["special_ids"]["<|sot|>"],
+    eot=META["special_ids"]["<|eot|>"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +36,13 @@ def golden():
 
 def accelerated(weights):
     model = load_class(FOLDER.parents[1] / "showo_stand_in")(
-        CONFIG["w_clip_vit"], CONFIG["vocab_size"], CONFIG["llm_vocab_size"], FOLDER / "llm", CONFIG["codebook_size"],
+        CONFIG["w_clip_vit"],
+        CONFIG["vocab_size"],
+        CONFIG["llm_vocab_size"],
+        FOLDER / "llm",
+        CONFIG["codebook_size"],
         CONFIG["num_vq_tokens"],
-    )  # fmt: skip
+    )
     model.load_state_dict(read_tensors(weights))
     return hermesflow.accelerate(model.eval())
 
@@ -81,9 +88,13 @@ def test_marginals(policy, golden, case):
     mask = torch.cat([image_mask(part).expand(num_samples, -1, -1, -1) for part in (ids, unguided)])
     torch.manual_seed(0)
     codes = policy.t2i_generate(
-        both[0], both[1], mask if float(guidance_scale) else mask[:num_samples], timesteps=int(num_steps),
-        guidance_scale=float(guidance_scale), config=published_inputs.published_config(LAYOUT, length),
-    )  # fmt: skip
+        both[0],
+        both[1],
+        mask if float(guidance_scale) else mask[:num_samples],
+        timesteps=int(num_steps),
+        guidance_scale=float(guidance_scale),
+        config=published_inputs.published_config(LAYOUT, length),
+    )
     ours = one_hot(codes, LAYOUT.codebook_size).double().mean(0)
     assert ((ours - golden[name]).abs().sum(1) / 2).max() <= TOTAL_VARIATION
 
@@ -94,9 +105,13 @@ def sums(model, golden, role):
     mask = torch.cat([image_mask(images), published_inputs.understanding_attention_mask(captions, LAYOUT.eoi)])
     labels = torch.cat([golden[f"pairdpo.{kind}_labels"] for kind in (role, f"mmu_{role}")])
     return model.loss_for_unidpo(
-        torch.cat([images, captions]), attention_mask=mask, labels=labels, batch_size_t2i=1, batch_size_mmu=1,
+        torch.cat([images, captions]),
+        attention_mask=mask,
+        labels=labels,
+        batch_size_t2i=1,
+        batch_size_mmu=1,
         max_seq_length=META["max_seq_length"],
-    )  # fmt: skip
+    )
 
 
 def test_pair_dpo(policy, reference, golden):

@@ -120,8 +120,11 @@ def test_generation_sequences(original):
     """Ids, who sees whom, and logits at the image, of all prompts in one forest."""
     golden, layout, transformer = original.golden, original.layout, original.model.transformer
     rows = golden["t2i.input_ids"].tolist()
-    spans = [span for index, row in enumerate(rows) for span in (
-        (original.prompt(row), -1, "causal"), (original.image(row), 2 * index, "full"))]  # fmt: skip
+    spans = [
+        span
+        for index, row in enumerate(rows)
+        for span in ((original.prompt(row), -1, "causal"), (original.image(row), 2 * index, "full"))
+    ]
     tree = SpanTree.build(spans)
     with torch.no_grad():
         hidden, allowed = transformer(tree), tree.allowed()
@@ -175,9 +178,14 @@ def test_parallel_decoding(original):
     assert cases
     for case in cases:
         codes = model.engine.generate(
-            [prompt], num_images=num_samples, num_steps=int(case[1]), guidance_scale=float(case[2]),
-            mask_temperature=1.0, mask_decay="showo", seeds=seeds,
-        )[0]  # fmt: skip
+            [prompt],
+            num_images=num_samples,
+            num_steps=int(case[1]),
+            guidance_scale=float(case[2]),
+            mask_temperature=1.0,
+            mask_decay="showo",
+            seeds=seeds,
+        )[0]
         theirs = original.golden[case[0]].double() * num_samples
         ours = torch.nn.functional.one_hot(codes, theirs.shape[1]).sum(0).double()
         both = ours + theirs
@@ -212,9 +220,10 @@ def pair_dpo_step(original):
         image, wanted = ids[role][-num_image:], labels[role][-num_image:]
         is_hidden[role] = image == layout.mask_id
         # soi and eoi are scored in their own places, as the hidden tokens are.
-        assert torch.equal((wanted != -100).nonzero(), torch.cat([
-            torch.tensor([[0]]), is_hidden[role].nonzero(), torch.tensor([[num_image - 1]])
-        ]))  # fmt: skip
+        assert torch.equal(
+            (wanted != -100).nonzero(),
+            torch.cat([torch.tensor([[0]]), is_hidden[role].nonzero(), torch.tensor([[num_image - 1]])]),
+        )
         row[f"{role}_codes"] = (torch.where(is_hidden[role], wanted, image)[1:-1] - layout.code_offset).tolist()
         wanted = labels[f"mmu_{role}"]
         *caption, end = wanted[wanted != -100].tolist()

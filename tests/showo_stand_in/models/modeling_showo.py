@@ -75,14 +75,20 @@ class Attention(nn.Module):
         self.rotary_emb = Rotary(dim, config.max_position_embeddings, config.rope_theta)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for linear in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = self.rotary_emb(self.q_layernorm(q)), self.rotary_emb(self.k_layernorm(k))
         k, v = (part.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=1) for part in (k, v))
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, dropout_p=self.attention_dropout if self.training else 0.0,
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=attention_mask is None and x.shape[1] > 1,
-        )  # fmt: skip
+        )
         return self.dense(attended.transpose(1, 2).flatten(2))
 
 
@@ -156,15 +162,27 @@ class Showo(nn.Module):
     """
 
     def __init__(
-        self, w_clip_vit, vocab_size, llm_vocab_size, llm_model_path="", codebook_size=8192, num_vq_tokens=256,
-        load_from_showo=True, **kwargs,
-    ):  # fmt: skip
+        self,
+        w_clip_vit,
+        vocab_size,
+        llm_vocab_size,
+        llm_model_path="",
+        codebook_size=8192,
+        num_vq_tokens=256,
+        load_from_showo=True,
+        **kwargs,
+    ):
         super().__init__()
         self.config = SimpleNamespace(
-            w_clip_vit=w_clip_vit, vocab_size=vocab_size, llm_vocab_size=llm_vocab_size,
-            llm_model_path=str(llm_model_path), codebook_size=codebook_size, num_vq_tokens=num_vq_tokens,
-            load_from_showo=load_from_showo, mask_token_id=vocab_size - 1,
-        )  # fmt: skip
+            w_clip_vit=w_clip_vit,
+            vocab_size=vocab_size,
+            llm_vocab_size=llm_vocab_size,
+            llm_model_path=str(llm_model_path),
+            codebook_size=codebook_size,
+            num_vq_tokens=num_vq_tokens,
+            load_from_showo=load_from_showo,
+            mask_token_id=vocab_size - 1,
+        )
         self.vocab_size = self.output_size = vocab_size
         self.showo = LanguageModel(phi_config(Path(llm_model_path, "config.json"), vocab_size))
         if w_clip_vit:
@@ -176,10 +194,20 @@ class Showo(nn.Module):
         return self.showo(inputs_embeds=input_embeddings, attention_mask=attention_mask)["logits"]
 
     def forward(
-        self, input_ids, input_embeddings=None, attention_mask=None, labels=None, label_smoothing=0.0,
-        batch_size_t2i=0, batch_size_lm=0, batch_size_mmu=0, max_seq_length=128, labels_mask_text=None,
-        labels_mask_image=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids,
+        input_embeddings=None,
+        attention_mask=None,
+        labels=None,
+        label_smoothing=0.0,
+        batch_size_t2i=0,
+        batch_size_lm=0,
+        batch_size_mmu=0,
+        max_seq_length=128,
+        labels_mask_text=None,
+        labels_mask_image=None,
+        **kwargs,
+    ):
         logits = self._logits(input_ids, input_embeddings, attention_mask)
         if labels is None:
             return logits
@@ -193,9 +221,16 @@ class Showo(nn.Module):
         return logits, *losses
 
     def loss_for_unidpo(
-        self, input_ids, input_embeddings=None, attention_mask=None, labels=None, label_smoothing=0.0,
-        batch_size_t2i=0, batch_size_mmu=0, max_seq_length=128,
-    ):  # fmt: skip
+        self,
+        input_ids,
+        input_embeddings=None,
+        attention_mask=None,
+        labels=None,
+        label_smoothing=0.0,
+        batch_size_t2i=0,
+        batch_size_mmu=0,
+        max_seq_length=128,
+    ):
         logits = self._logits(input_ids, input_embeddings, attention_mask)
         if labels is None:
             return None
@@ -207,9 +242,15 @@ class Showo(nn.Module):
         )
 
     def loss_for_dpo(
-        self, input_ids, input_embeddings=None, attention_mask=None, labels=None, label_smoothing=0.0,
-        batch_size_t2i=0, max_seq_length=128,
-    ):  # fmt: skip
+        self,
+        input_ids,
+        input_embeddings=None,
+        attention_mask=None,
+        labels=None,
+        label_smoothing=0.0,
+        batch_size_t2i=0,
+        max_seq_length=128,
+    ):
         logits = self._logits(input_ids, input_embeddings, attention_mask)
         if labels is None:
             return None
@@ -217,16 +258,34 @@ class Showo(nn.Module):
         return label_logprobs(logits[:batch_size_t2i, image], labels[:batch_size_t2i, image])
 
     def loss_for_dpo_understanding(
-        self, input_ids, input_embeddings=None, attention_mask=None, labels=None, label_smoothing=0.0,
-        batch_size_mmu=0, max_seq_length=128, labels_mask_text=None, labels_mask_image=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids,
+        input_embeddings=None,
+        attention_mask=None,
+        labels=None,
+        label_smoothing=0.0,
+        batch_size_mmu=0,
+        max_seq_length=128,
+        labels_mask_text=None,
+        labels_mask_image=None,
+        **kwargs,
+    ):
         logits = self._logits(input_ids, input_embeddings, attention_mask)
         return label_logprobs(logits[:, :-1], labels[:, 1:])
 
     def t2i_generate(
-        self, input_ids=None, uncond_input_ids=None, attention_mask=None, temperature=1.0, timesteps=18,
-        guidance_scale=0, noise_schedule=cosine_schedule, generator=None, config=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        uncond_input_ids=None,
+        attention_mask=None,
+        temperature=1.0,
+        timesteps=18,
+        guidance_scale=0,
+        noise_schedule=cosine_schedule,
+        generator=None,
+        config=None,
+        **kwargs,
+    ):
         mask_id, num_tokens = self.config.mask_token_id, config.model.showo.num_vq_tokens
         first_code = config.model.showo.llm_vocab_size + config.model.showo.num_new_special_tokens
         text, image = config.dataset.preprocessing.max_seq_length + 1, slice(-num_tokens - 1, -1)
@@ -258,9 +317,15 @@ class Showo(nn.Module):
 
     @torch.no_grad()
     def mmu_generate(
-        self, idx=None, input_embeddings=None, attention_mask=None, max_new_tokens=100, temperature=1.0, top_k=None,
+        self,
+        idx=None,
+        input_embeddings=None,
+        attention_mask=None,
+        max_new_tokens=100,
+        temperature=1.0,
+        top_k=None,
         eot_token=None,
-    ):  # fmt: skip
+    ):
         result = []
         for _ in range(max_new_tokens):
             logits = self(idx, input_embeddings=input_embeddings, attention_mask=attention_mask)
