@@ -39,7 +39,7 @@ from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.kernels.span_tree import SpanTree
 
-STAND_IN = str(Path(__file__).parents[1] / "showo_stand_in")
+STAND_IN = str(Path(__file__).parents[2] / "showo_stand_in")
 # Read here, since a fixture of all tests hides the variable.
 CHECKOUTS = [folder for folder in os.environ.get("HERMESFLOW_PUBLISHED_CODE", "").split(os.pathsep) if folder]
 LAYOUT = TokenLayout(text_vocab_size=299, codebook_size=64, num_image_tokens=16, sot=0, eot=0)
