@@ -11,9 +11,11 @@ from torch.nn.functional import logsigmoid
 
 from hermesflow.algorithms.algorithm import StepSums
 from hermesflow.algorithms.batch import PairVisit
+from hermesflow.algorithms.losses import check_loss
 from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import metric_names, pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
+from hermesflow.runtime.files import InputError
 
 VISITS = [PairVisit(pair, visit) for pair, visit in ((3, 0), (0, 1), (1, 0), (2, 2), (4, 0))]
 
@@ -274,3 +276,23 @@ def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pa
     sums.add(torch.tensor(0.5), shares)
     metrics = sums.metrics()
     assert metrics["loss"] == 0.5 and metrics["generation/nll"] == 0 != metrics["understanding/nll"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing: expected 0 with loss_type ipo, got 0.1; take",
+        ),
+        (
+            {"loss_type": "simpo", "elbo_weighting": True},
+            "elbo_weighting: expected false where .* are means",
+        ),
+        ({"length_normalize": True, "elbo_weighting": True}, "elbo_weighting: expected false where .* are means"),
+    ],
+    ids=["smoothing", "simpo", "means"],
+)
+def test_settings_without_a_meaning_for_the_loss_are_refused(settings, told):
+    with pytest.raises(InputError, match=f"train.{told}"):
+        check_loss(TrainConfig(**settings))

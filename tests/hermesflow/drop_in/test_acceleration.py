@@ -724,11 +724,16 @@ def test_copies_are_their_own(showo_class, fast):
     assert outcomes(fast) == before
 
 
-@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+@pytest.mark.parametrize("way", ["pickle", "of an older version", "torch.save"])
 def test_pickled_models_stay_accelerated(showo_class, fast, tmp_path, way):
     before = outcomes(fast)
     if way == "pickle":
         other = pickle.loads(pickle.dumps(fast))
+    elif way == "of an older version":  # protocol 0 names modules in lines of their own
+        data = pickle.dumps(fast, protocol=0)
+        old = data.replace(b"chermesflow.drop_in.acceleration\n", b"chermesflow.drop_in\n")
+        assert old != data
+        other = pickle.loads(old)
     else:
         torch.save(fast, tmp_path / "model.pt")
         other = torch.load(tmp_path / "model.pt", weights_only=False)

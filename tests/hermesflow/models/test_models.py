@@ -1,6 +1,7 @@
 """Model folders: one that is damaged, or whose files do not fit one another, is refused in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,14 @@ def test_a_saved_model_loads(folder, shared_tiny_model):
     assert load_model(str(folder)).layout == shared_tiny_model.layout
 
 
+def test_prompts_and_sampling_are_kept(tiny_model, tmp_path):
+    tiny_model.prompts = replace(tiny_model.prompts, caption_question="what is there ?", max_caption_tokens=7)
+    tiny_model.sampling = replace(tiny_model.sampling, num_steps=3, schedule="linear")
+    tiny_model.save(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert (loaded.prompts, loaded.sampling) == (tiny_model.prompts, tiny_model.sampling)
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "told"),
     [
@@ -39,6 +48,9 @@ def test_a_saved_model_loads(folder, shared_tiny_model):
         ("vq_tokenizer", "num_groups", -4, "num_groups is -4"),
         ("vq_tokenizer", "num_res_blocks", [1, 1, 1.5], "num_res_blocks is"),
         ("vq_tokenizer", "num_groups", 3, "divisible"),
+        ("prompts", "max_caption_tokens", "many", "max_caption_tokens is 'many'"),
+        ("sampling", "num_steps", -1, "num_steps is -1"),
+        ("sampling", "schedule", 3, "schedule is 3"),
         ("layout", "codebook_size", 64, "codebook_size is 64, the other sizes make it 32"),
         ("layout", "num_image_tokens", 15, "num_image_tokens is 15, the other sizes make it 16"),
     ],
