@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hermesflow.arguments import Arguments, make_parser
-from hermesflow.config import Config, load_config
+from hermesflow.config import DRAWING, Config, load_config
 from hermesflow.runtime.files import InputError, read_text, write_problem
 
 if TYPE_CHECKING:
@@ -151,11 +151,10 @@ def _extrapolate(arguments: Arguments, config: Config) -> None:
 
 
 def _open_for_drawing(arguments: Arguments, config: Config) -> tuple["Model", dict]:
-    """The model, and how its images are drawn: its own way where no option says otherwise."""
+    """The model, and how its images are drawn: as options say, else [drawing], else its own way."""
     model = _open_model(config)
-    names = ("num_steps", "temperature", "guidance_scale", "mask_temperature")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    sampling = replace(model.sampling, **given)
+    given = {name: getattr(arguments, name) for name in DRAWING if getattr(arguments, name) is not None}
+    sampling = replace(model.sampling_of(config.drawing), **given)
     return model, {"num_images": arguments.num_images, "seed": arguments.seed, "sampling": sampling}
 
 

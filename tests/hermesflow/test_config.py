@@ -174,3 +174,11 @@ def test_sections_check_themselves_in_python_too():
         CurationConfig(keep="none")
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().seed = 3
+
+
+def test_how_images_are_drawn_is_said_once_and_may_be_overridden():
+    config = load_config(None, ["drawing.num_steps=4", "drawing.temperature=0.7", "eval.temperature=0"])
+    assert (config.curation.num_steps, config.eval.num_steps) == (4, 4)
+    assert (config.curation.temperature, config.eval.temperature) == (1.0, 0.0)  # curation's default is its own
+    assert config.curation.guidance_scale == -1
+    assert load_config(None, ["drawing.temperature=0.7", "curation.temperature=-1"]).curation.temperature == 0.7
