@@ -3,9 +3,16 @@
 import importlib
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from hermesflow.config import load_config, to_toml
+from hermesflow.algorithms.packing import PairPacker
+from hermesflow.benchmarks.study.runner import settings_digest
+from hermesflow.config import CurationConfig, TrainConfig, load_config, to_toml
+from hermesflow.curation import _fingerprint
+from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.data.records import Question, Record
 from hermesflow.kernels import OPS
 from hermesflow.models import load_model
 from hermesflow.models.family import ASSETS
@@ -65,3 +72,23 @@ def test_a_model_folder_of_before_has_the_built_in_prompts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     old = load_model(str(tmp_path))
     assert (old.prompts, old.sampling) == (model.prompts, model.sampling)
+
+
+def test_fingerprints_of_older_files_are_those_of_today():
+    """Candidates, references and study lines of older versions are found again; a setting that is added must not change
+    these while it has its default."""
+    model = load_model("tiny")
+    asked = Question("is there a circle ?", ("yes", "no"), "yes", "object", "circle")
+    record = Record("r0", "a red circle", "colors", (asked,), codes=np.arange(16, dtype=np.int32))
+    curation = CurationConfig(num_images=3, num_steps=4)
+    assert _fingerprint(model, [record], curation, 7, {}) == "6e2c85a12cb6aa3eaf62cb24c47c3c7f"
+
+    row = dict.fromkeys(PAIRS_SCHEMA.names) | {"record_id": "r0", "category": "colors", "caption": record.caption}
+    row |= {"sides": "both", "record_codes": list(range(16)), "win_codes": list(range(16))}
+    row |= {"lose_codes": list(range(16, 32)), "win_caption_ids": [1, 2], "lose_caption_ids": [3]}
+    row |= {"questions": [asked.question], "answers": ["yes"], "choices": [["yes", "no"]]}
+    train = TrainConfig(masks_per_pair=2, condition_dropout=0.25)
+    packer = PairPacker(model, pa.Table.from_pylist([row], PAIRS_SCHEMA), train, 5)
+    assert packer.fingerprint() == "cadef39b2fd6ada84b36538e6456ea49"
+
+    assert settings_digest(load_config(None, ["eval.num_steps=3"])) == "af6ddb85f1737d84"

@@ -45,6 +45,8 @@ COUNTS = ("right", "asked")
 """By metric, a number for each record: what was right, of how many. A metric is named by its path in an evaluation's
 metrics, such as "samplers 4/0.7 generation_strict"."""
 _FACTS = ("device", "torch", "commit", "date")
+_ADDED = (("model", "family", "auto"), ("eval", "suite", "builtin"), ("selfplay", "algorithm", "pair-dpo"))
+"""Settings that older lines do not have: they count where they are not the default, so that those lines still fit."""
 
 
 def run_study(config: Config, console: Console) -> list[Line]:
@@ -151,10 +153,13 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 def settings_digest(config: Config) -> str:
     """A fingerprint of the settings that a measurement depends on.
 
-    Where a run lies, on which device, and how a study is spread do not count.
+    Where a run lies, on which device, and how a study is spread do not count; [drawing] shows in curation and eval.
     """
     values = asdict(config)
-    del values["run"], values["pretrain"], values["study"], values["model"]["device"]
+    del values["run"], values["pretrain"], values["study"], values["drawing"], values["model"]["device"]
+    for section, name, default in _ADDED:
+        if values[section][name] == default:
+            del values[section][name]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
