@@ -211,7 +211,7 @@ def pad_pairs(layout: TokenLayout, batch: PairBatch, num_text_tokens: int) -> Pa
 
     All have the length of an image sequence; a caption's is [mmu, soi, image, eoi, sot, question, caption, pads].
     """
-    tree, num_pairs = batch.tree, batch.num_pairs
+    tree, num_pairs = batch.tree, len(batch.visits)
     shape = (2, 2 * num_pairs, num_text_tokens + layout.num_image_tokens + 3)
     ids, labels = (torch.full(shape, value, device=tree.token_ids.device) for value in (layout.pad, IGNORED))
     for first, name in ((0, "generation"), (num_pairs, "understanding")):

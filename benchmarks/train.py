@@ -29,10 +29,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairBatch, PairVisit
 from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
-from hermesflow.algorithms.references import LiveReference, Reference, batch_logprobs, cached_reference
+from hermesflow.algorithms.references import LiveReference, Reference, cached_reference
 from hermesflow.benchmarks import e2e, naive_model
 from hermesflow.benchmarks.measuring import Call, Effort, Part
 from hermesflow.benchmarks.runner import Contest, ModelSettings, Run

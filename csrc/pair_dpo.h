@@ -8,7 +8,7 @@
 
 namespace hermesflow {
 
-// In the order of LOSS_TYPES in kernels/pair_dpo.py.
+// In the order of LOSS_TYPES in kernels/__init__.py.
 #define HERMESFLOW_PAIR_LOSSES(DO) DO(kSigmoid, "sigmoid") DO(kIpo, "ipo") DO(kHinge, "hinge") DO(kRobust, "robust")
 #define HERMESFLOW_PAIR_LOSS_NUMBER(number, name) number,
 #define HERMESFLOW_PAIR_LOSS_NAME(number, name) name,

@@ -42,6 +42,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         image_decoder: type = ImageDecoder,
+        text_decoder: type = TextDecoder,
     ) -> None:
         """
         Args:
@@ -51,18 +52,28 @@ class Engine:
             backend: of the sampling and log-probability ops; None takes the first that can run.
             image_decoder: the kind of decoder that draws the model's images: a class with the constructor, `params` and
                 generate of ImageDecoder.
-        Raises: ValueError if the model's vocabulary is not the layout's.
+            text_decoder: likewise of its captions and answers: extend and score_choices of TextDecoder.
+        Raises: ValueError if the model's vocabulary is not the layout's, or the layout does not fit itself.
         """
         if transformer.config.vocab_size != layout.vocab_size:
             raise ValueError(
                 f"Engine: expected a transformer with the layout's vocab_size {layout.vocab_size}, "
                 f"got {transformer.config.vocab_size}; load both from the same model"
             )
+        for name, ids in (("text_ids", layout.text_ids), ("code_ids", layout.code_ids)):
+            if not all(0 <= id < layout.vocab_size for id in (min(ids), max(ids))):
+                raise ValueError(f"Engine: expected the layout's {name} in [0, {layout.vocab_size}), got {ids}")
+        if layout.eot not in layout.text_ids:
+            raise ValueError(f"Engine: expected the layout's eot among its text ids, got {layout.eot}")
+        if layout.image_grid[0] * layout.image_grid[1] != layout.num_image_tokens:
+            raise ValueError(
+                f"Engine: expected an image_grid of {layout.num_image_tokens} codes, got {list(layout.image_grid)}"
+            )
         self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
         if self.device.type == "cuda" and triton_missing() is None:
             transformer.compile_blocks()
         self.image_decoder = image_decoder(transformer, layout, backend)
-        self._text = TextDecoder(transformer, layout, backend)
+        self._text = text_decoder(transformer, layout, backend)
         self._planner = MemoryPlanner(transformer)
 
     @property

@@ -119,7 +119,7 @@ class ModelWork:
 
     def _questions(self, num_images: int, asked: int, question: int) -> list[Spans]:
         image = self._image_prefix
-        return [(num_images, image, 0, False), (asked, question, image, True)]
+        return [(num_images, image, 0, self.layout.prefix_mode == "causal"), (asked, question, image, True)]
 
     @property
     def _image_prefix(self) -> int:

@@ -30,6 +30,7 @@ class PromptSpans:
             self.image_length = len(self._feature_ids)
         else:
             self._codes, self._image, self._ask = images.tolist(), layout.image_prefix, layout.question
+            self._mode = layout.prefix_mode
             self.image_length = len(layout.image_prefix([0] * images.shape[1]))
 
     @property
@@ -42,7 +43,7 @@ class PromptSpans:
         """Root span of an image; features take the place of its pads (embeds)."""
         if self._codes is None:
             return self._feature_ids, -1, self._first
-        return self._image(self._codes[image]), -1, "full"
+        return self._image(self._codes[image]), -1, self._mode
 
     def question(self, image: int, question: int) -> list[int]:
         """Tokens of a question's causal span, whose parent is the image's."""

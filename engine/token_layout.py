@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -31,9 +31,12 @@ class Ids:
         Args:
             ids: distinct; a range of step 1 costs neither copies nor lookups.
         """
-        self.range = ids if isinstance(ids, range) else None
-        self._ids = None if isinstance(ids, range) else np.array(ids, dtype=np.int64)
-        self._number = None if isinstance(ids, range) else {int(id): number for number, id in enumerate(ids)}
+        is_range = isinstance(ids, range) and ids.step == 1
+        self.range = ids if is_range else None
+        self._ids = None if is_range else np.array(ids, dtype=np.int64)
+        self._number = None if is_range else {int(id): number for number, id in enumerate(ids)}
+        if not len(self) or len(self) < len(ids):
+            raise ValueError(f"Ids: expected at least one id, none of them twice, got {list(ids)[:8]}")
         self._tables: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
@@ -41,6 +44,9 @@ class Ids:
 
     def __contains__(self, id: int) -> bool:
         return id in (self._number if self.range is None else self.range)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._number if self.range is None else self.range)
 
     def __getitem__(self, number: int) -> int:
         return int(self._ids[number]) if self.range is None else self.range[number]
@@ -64,7 +70,7 @@ class Ids:
 
     def rows(self, head: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weight [n, D] and bias [n] of a head's rows for these ids; views of a range, else copies."""
-        rows = slice(self.range.start, self.range.stop) if self.range else self._table(head.weight.device)
+        rows = slice(self.range.start, self.range.stop) if self.range is not None else self._table(head.weight.device)
         return head.weight[rows], None if head.bias is None else head.bias[rows]
 
     def _table(self, device: torch.device) -> Tensor:
@@ -78,8 +84,8 @@ class Layout(ABC):
     """What the engine asks of a model's vocabulary and sequences.
 
     Text ids are ids of the joint vocabulary, wherever they lie there; image codes are counted from 0. An image that is
-    drawn is a child of its condition, a causal root, in the mode image_mode. One that is understood is a full root, its
-    question a causal child, and the answer a causal child of that, which ends with eot.
+    drawn is a child of its condition, a causal root. An image that is understood is a root, its question a causal
+    child, and the answer a causal child of that, which ends with eot.
     """
 
     vocab_size: int
@@ -99,6 +105,8 @@ class Layout(ABC):
     """Rows and columns of an image's codes."""
     image_mode: str = "full"
     """Of an image that is drawn: "full", or "causal" where it is drawn code by code."""
+    prefix_mode: str = "full"
+    """Of an image that is understood, likewise."""
     before_image: tuple[int, ...]
     row_end: tuple[int, ...] = ()
     after_image: tuple[int, ...]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hermesflow import __version__
-from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS
+from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS
 
 Arguments = argparse.Namespace
 Option = tuple[list[str], dict[str, Any]]
@@ -122,6 +122,7 @@ _CONFIG = (
 _MODEL = (
     _shortcut("--model NAME", "model.name", 'a folder or hub id; without it, the built-in "tiny"'),
     _shortcut("--device D", "model.device", "cpu, cuda or cuda:N; without it, cuda if there is one"),
+    _shortcut("--family NAME", "model.family", "its family, or module:object of your own; without it, by config.json"),
     _shortcut("--dtype T", "model.dtype", "float32, bfloat16 or float16; without it, the checkpoint's own"),
 )
 _SCORERS = tuple(
@@ -242,6 +243,7 @@ COMMANDS = (
         _option("source MODEL", "a run's folder (its last trained round), or a model's"),
         _output("where it goes", required=True),
         _option("--dtype", "of the weights [as they are kept]", choices=("float32", "bfloat16", "float16")),
+        _option("--family NAME", "a model's family, or module:object of your own [by config.json; a run's own]"),
         configured=False,
     ),
     _command(

@@ -154,7 +154,7 @@ def _open_for_drawing(arguments: Arguments, config: Config) -> tuple["Model", di
     """The model, and how its images are drawn: as options say, else [drawing], else its own way."""
     model = _open_model(config)
     given = {name: getattr(arguments, name) for name in DRAWING if getattr(arguments, name) is not None}
-    sampling = replace(model.sampling_of(config.drawing), **given)
+    sampling = model.sampling_of(replace(config.drawing, **given))
     return model, {"num_images": arguments.num_images, "seed": arguments.seed, "sampling": sampling}
 
 
@@ -192,7 +192,10 @@ def _curate(arguments: Arguments, config: Config) -> None:
     from hermesflow.runs import Run
     from hermesflow.runtime.distributed import process_group
     from hermesflow.selfplay import curate_round
+    from hermesflow.training import check_training
 
+    # What training would refuse shows before the work on candidates, which locks the settings.
+    check_training(config.train, config.selfplay.algorithm)
     with process_group(config.model.device):
         curate_round(Run(config), arguments.round or 1)
 
@@ -228,7 +231,9 @@ def _pairs_export(arguments: Arguments, config: Config) -> None:
 
 def _pairs_import(arguments: Arguments, config: Config) -> None:
     from hermesflow.runs import import_pairs
+    from hermesflow.training import check_training
 
+    check_training(config.train, config.selfplay.algorithm)
     print(import_pairs(config, arguments.round or 1, arguments.file, arguments.root))
 
 
@@ -255,7 +260,7 @@ def _eval(arguments: Arguments, config: Config) -> None:
     from hermesflow.report.tables import print_metrics
     from hermesflow.runtime.files import write_json
 
-    result = {"model": config.model.name} | evaluate(_open_model(config), config.eval)
+    result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
     path, console = config.run_folder / "evaluation.json", Console()
     write_json(path, result)
     print_metrics(result["metrics"], console)
@@ -267,7 +272,8 @@ def _export(arguments: Arguments, config: Config) -> None:
 
     from hermesflow.runs import export_model
 
-    export_model(arguments.source, arguments.output, arguments.dtype and getattr(torch, arguments.dtype))
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    export_model(arguments.source, arguments.output, dtype, arguments.family or "auto")
     print(arguments.output)
 
 

@@ -13,12 +13,12 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hermesflow.kernels.pair_dpo import LOSS_TYPES
+from hermesflow.kernels import LOSS_TYPES
 from hermesflow.runtime.files import InputError, read_bytes
 from hermesflow.runtime.registry import (
     ALGORITHMS,
@@ -431,10 +431,9 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
 
-    def __post_init__(self) -> None:
-        for name in ("curation", "eval"):
-            section = getattr(self, name)
-            object.__setattr__(self, name, replace(section, **self.drawing.drawing() | section.drawing()))
+    def drawn_by(self, section: Any) -> Any:
+        """The curation or eval section, with what it leaves open about drawing taken from [drawing]."""
+        return replace(section, **self.drawing.drawing() | section.drawing())
 
     @property
     def run_folder(self) -> Path:
@@ -465,6 +464,22 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
         values[section][key] = value
         sources[section, key] = f"--set {override}"
     return Config(**{section: _make_section(section, values[section], sources) for section in _SECTIONS})
+
+
+def print_of(section: Any, first: Sequence[str], without: Sequence[str]) -> list[Any]:
+    """The settings of a section that some file depends on, for its fingerprint.
+
+    Args:
+        section: the section.
+        first: names whose values come first, in this order, as files of older versions have them.
+        without: names that the file does not depend on.
+    Returns: their values, then [name, value] of every other setting that is not the default: one that nobody thought of
+        counts, and files that were made before it was added are found again.
+    """
+    others = [item for item in fields(section) if item.name not in (*first, *without)]
+    return [getattr(section, name) for name in first] + [
+        [item.name, getattr(section, item.name)] for item in others if getattr(section, item.name) != item.default
+    ]
 
 
 def to_toml(config: Config) -> str:
@@ -597,8 +612,8 @@ def _check_seed(section: Any) -> None:
 
 
 def _check_drawing(section: Any) -> None:
-    _check(section, DRAWING[:1], lambda value: value >= 0, "at least 1, or 0 for the model's own")
-    _check(section, DRAWING[1:], lambda value: value >= 0 or value == -1, "at least 0, or -1 for the model's own")
+    _check(section, DRAWING[:1], lambda value: value >= 0, "at least 1, or 0 to leave it open")
+    _check(section, DRAWING[1:], lambda value: value >= 0 or value == -1, "at least 0, or -1 to leave it open")
 
 
 def _check_at_least(section: Any, low: float, *names: str) -> None:

@@ -6,14 +6,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from hermesflow.config import DRAWING, CurationConfig
+from hermesflow.config import DRAWING, CurationConfig, print_of
 from hermesflow.data.pairs import PairFile
 from hermesflow.data.records import Record
 from hermesflow.engine.decoders.text import SamplingParams
@@ -45,8 +45,19 @@ an image a list of {"question", "answer", "expected", "probability"}, of a capti
 PreviousImages = dict[str, tuple[list[int], list[int]]]
 """Record id -> (win codes, lose codes) of the previous round."""
 
-# The settings that candidates do not depend on: those that choose among them, and the records of a part, which show
-# in the fingerprint as they are; how images are drawn stands there with the model's own way filled in.
+# What candidates depend on, in the order of older fingerprints, and what only chooses among them or splits them into
+# parts; how images are drawn stands in the fingerprint with the model's own way filled in.
+_DRAWN_BY = (
+    "num_images",
+    "caption_temperatures",
+    "caption_top_k",
+    "include_greedy",
+    "score",
+    "caption_scorer",
+    "answer_scorer",
+    "bert_model",
+    "sentence_model",
+)
 _NOT_DRAWN_BY = ("threshold", "margin", "keep", "batch_records", *DRAWING)
 _FINGERPRINT = b"hermesflow.fingerprint"
 
@@ -239,7 +250,7 @@ def _fingerprint(
     """What a part was made from, the model's weights aside."""
     made_from = [
         seed,
-        [getattr(config, item.name) for item in fields(config) if item.name not in _NOT_DRAWN_BY],
+        print_of(config, _DRAWN_BY, _NOT_DRAWN_BY),
         [asdict(model.sampling_of(config)), asdict(model.prompts)],
         [
             [record.id, record.caption, record.codes.tolist(), repr(record.questions), old.get(record.id)]

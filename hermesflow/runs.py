@@ -53,7 +53,7 @@ from hermesflow.runtime.files import (
     write_problem,
     write_text,
 )
-from hermesflow.runtime.registry import SOURCES, load
+from hermesflow.runtime.registry import SOURCES, resolve
 from hermesflow.training import check_training, train_checked_pairs
 
 _ELSEWHERE = "output folder (-o)"
@@ -93,7 +93,7 @@ class Run:
         data, rounds = self.config.data, self.config.selfplay.num_rounds if self.config.selfplay.fresh_prompts else 1
         count, rejected = data.num_records * rounds, []
         if data.source in SOURCES:
-            records = load(SOURCES, data.source, "data.source")(self.config.run.seed, count)
+            records = resolve(SOURCES, data.source, "data.source")(self.config.run.seed, count)
         else:
             records, rejected = read_source(data.source, data.questions or None, data.root or None)
             records = balance_questions(records)
@@ -164,7 +164,7 @@ class Run:
         """Raises InputError if the run has no such round."""
         if number not in self.rounds:
             raise InputError(
-                f"round {number}: the run has {len(self.rounds)} rounds; give a smaller --round, or a larger "
+                f"round {number}: the run has rounds 1 to {len(self.rounds)}; give one of them, or a larger "
                 "selfplay.num_rounds under another run.name"
             )
 
@@ -183,7 +183,7 @@ class Run:
         result = read_json(path)
         if not isinstance(result, dict) or not {"metrics", "records"} <= result.keys():
             raise damaged(path, "evaluation", ValueError("it has no metrics"))
-        if "understanding" in result["metrics"] and not is_balanced(result["metrics"]):
+        if "by_category" in result["metrics"] and not is_balanced(result["metrics"]):
             raise InputError(
                 f"{path}: was measured by record questions, as an older version did; `hermesflow report {self.folder}` "
                 "shows the run, and another run.name begins one that is measured by balanced questions"
@@ -193,8 +193,8 @@ class Run:
     def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
         """A round's records and candidates, part by part; what is on disk is read, the rest made."""
         options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
-        records = self.round_records(number)
-        return curate(self.model(number - 1), records, self.config.curation, seed=self.seed(number), **options)
+        records, config = self.round_records(number), self.config.drawn_by(self.config.curation)
+        return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
 
     def pairs(self, number: int) -> pa.Table:
         """A round's pairs, at least one. Raises: InputError if they are not made yet, or none was kept."""
@@ -440,13 +440,14 @@ def check_views_codes(model: Model, name: str) -> None:
         )
 
 
-def export_model(source: str, folder: Path, dtype: torch.dtype | None = None) -> None:
+def export_model(source: str, folder: Path, dtype: torch.dtype | None = None, family: str = "auto") -> None:
     """Writes a model in its family's published layout, all at once.
 
     Args:
         source: a run's folder, whose last trained round is taken, or what load_model opens.
         folder: where to; a new or an empty one.
         dtype: of the weights; None keeps theirs.
+        family: see load_model; of a run its own.
     Raises: InputError if there is no such model, its family has no published layout, or the folder holds anything.
     """
     rounds = sorted(Path(source).glob("round-*/model"), key=lambda path: int(path.parent.name.removeprefix("round-")))
@@ -454,7 +455,9 @@ def export_model(source: str, folder: Path, dtype: torch.dtype | None = None) ->
         raise InputError(f"{source}: no round of this run is trained yet; run it first, or give a model")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; choose another folder, or remove it")
-    model = load_model(str(rounds[-1]) if rounds else source)
+    if rounds and (Path(source) / "config.toml").is_file():
+        family = load_config(Path(source) / "config.toml").model.family
+    model = load_model(str(rounds[-1]) if rounds else source, family=family)
     if not model.is_published:
         raise InputError(f"{source}: its family has no published layout; its folder is what load_model opens")
     with atomic_folder(folder) as temporary:

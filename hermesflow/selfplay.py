@@ -108,7 +108,7 @@ def _evaluate(run: Run, number: int) -> dict[str, Any]:
         pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number)
         parts = ((records, of_records, pairs.of(records)) for records, of_records in candidates)
         agreed = {"agreement": suite.judge_candidates(run.model(number), parts)}
-    return evaluate(run.model(number), run.config.eval) | agreed
+    return evaluate(run.model(number), run.config.drawn_by(run.config.eval)) | agreed
 
 
 def _finish(run: Run, console: Console) -> dict[str, Any]:

@@ -19,12 +19,11 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from hermesflow.algorithms.algorithm import Algorithm, Reference, StepSums
-from hermesflow.algorithms.batch import REPLAY, PairVisit
+from hermesflow.algorithms.algorithm import Algorithm, Reference, StepSums, batch_logprobs
+from hermesflow.algorithms.batch import REPLAY
 from hermesflow.algorithms.losses import check_loss
 from hermesflow.algorithms.packing import check_pairs, referenced_sides, trained_pairs
 from hermesflow.algorithms.policy import Policy
-from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import TrainConfig
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model
@@ -33,7 +32,7 @@ from hermesflow.runtime.distributed import reshard, world_size
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.metric_log import Meter, MetricLog
 from hermesflow.runtime.progress import track
-from hermesflow.runtime.registry import ALGORITHMS, load
+from hermesflow.runtime.registry import ALGORITHMS, resolve
 from hermesflow.runtime.trackers import check_tracker, open_tracker
 
 _LOGGER = logging.getLogger(__name__)
@@ -69,19 +68,19 @@ def train_checked_pairs(
     model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
 ) -> dict[str, float]:
     """train_pairs for settings and pairs that check_training and check_pairs have seen."""
-    make = load(ALGORITHMS, algorithm, "selfplay.algorithm")
+    make = find_algorithm(algorithm)
     pairs, held = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
     _tell_what_is_replayed(pairs, config)
     policy = Policy(model, config, seed)
     learner, held_learner = (make(model, table, config, seed) for table in (pairs, held))
-    reference = learner.reference(policy, _all_visits(learner, config), folder / "reference.parquet")
+    reference = learner.reference(policy, range(config.num_steps), folder / "reference.parquet")
     hold_out = HoldOut(policy, held_learner, len(held), folder)
     optimizer = make_optimizer(policy.transformer, config)
     torch.manual_seed(seed)  # a resumed run draws the same numbers, whatever was drawn before
     progress = {"step": 0} | hold_out.progress() | load_checkpoint(folder, policy.transformer, optimizer)
     hold_out.resume(progress)
     start, log = progress["step"], MetricLog(folder / "metrics.jsonl", progress["step"])
-    bar = track(range(start, config.num_steps), "Pair-DPO", "steps", completed=start)
+    bar = track(range(start, config.num_steps), learner.name, "steps", completed=start)
     with open_tracker(config.tracker, asdict(config), folder, start) as send:
         for step in bar:
             began, meter = time.perf_counter(), Meter(policy.work, policy.device, reference.is_live)
@@ -106,14 +105,17 @@ def train_checked_pairs(
     return log.tail_means(max(config.num_steps // 10, 1))
 
 
-def check_training(config: TrainConfig, algorithm: str = "pair-dpo") -> type:
-    """The algorithm's class.
-
-    Raises: InputError with the fix where training could not begin: before the work on its pairs, not after it.
-    """
+def check_training(config: TrainConfig, algorithm: str = "pair-dpo") -> None:
+    """Raises InputError with the fix where training could not begin: before the work on its pairs, not after it."""
     check_tracker(config.tracker)
     check_loss(config)
-    return load(ALGORITHMS, algorithm, "selfplay.algorithm")
+    find_algorithm(algorithm)
+
+
+def find_algorithm(name: str) -> type:
+    """The class of an algorithm. Raises: InputError if there is none."""
+    has = ("visits", "passes", "metric_names", "reference", "loss")
+    return resolve(ALGORITHMS, name, "selfplay.algorithm", has, is_class=True)
 
 
 def forward_backward(
@@ -145,8 +147,9 @@ class HoldOut:
             folder: receives best/ and the reference's log-probabilities.
         """
         self._policy, self._algorithm, self._config, self._folder = policy, algorithm, policy.config, folder
-        self._visits = [PairVisit(pair, 0) for pair in range(num_pairs)]
-        self._reference = algorithm.reference(policy, self._visits, folder / "reference-holdout.parquet")
+        self._visits = algorithm.visits(None) if num_pairs else []
+        steps = [None] if num_pairs else []
+        self._reference = algorithm.reference(policy, steps, folder / "reference-holdout.parquet")
         self._best_loss, self._best_step = None, 0
 
     def progress(self) -> dict[str, Any]:
@@ -237,11 +240,6 @@ def _tell_what_is_replayed(pairs: pa.Table, config: TrainConfig) -> None:
             bare,
             len(pairs),
         )
-
-
-def _all_visits(algorithm: Algorithm, config: TrainConfig) -> list[Any]:
-    """Of a whole training."""
-    return [visit for step in range(config.num_steps) for visit in algorithm.visits(step)]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

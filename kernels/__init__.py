@@ -20,3 +20,6 @@ OPS = (
     "linear_logprob",
     "pair_dpo",
 )
+LOSS_TYPES = {"sigmoid": True, "ipo": False, "hinge": False, "robust": True}
+"""Forms of pair_dpo's loss, in the order in which kernels number them (csrc/pair_dpo.h), and whether label_smoothing
+has a meaning for them. Here, so that settings can be read without torch."""

@@ -10,26 +10,16 @@ are close, so that it keeps the digits which two sums of some thousand nats woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hermesflow.kernels import registry
+from hermesflow.kernels import LOSS_TYPES, registry
 from hermesflow.kernels.checks import can_read_values, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
 
 OP = "pair_dpo"
-
-
-class LossType(NamedTuple):
-    """A form of the loss."""
-
-    formula: Callable[[Tensor, float, float], Tensor]
-    """(h [P], beta, label_smoothing) -> loss of each pair [P]."""
-    smooths_labels: bool
-    """Whether label_smoothing has a meaning."""
 
 
 def _sigmoid(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -50,13 +40,8 @@ def _robust(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
-LOSS_TYPES = {
-    "sigmoid": LossType(_sigmoid, smooths_labels=True),
-    "ipo": LossType(_ipo, smooths_labels=False),
-    "hinge": LossType(_hinge, smooths_labels=False),
-    "robust": LossType(_robust, smooths_labels=True),
-}
-"""By name, in the order in which kernels number them (csrc/pair_dpo.h)."""
+_FORMULAS = dict(zip(LOSS_TYPES, (_sigmoid, _ipo, _hinge, _robust), strict=True))
+"""(h [P], beta, label_smoothing) -> loss of each pair [P]."""
 
 
 class PairDPOOutput(NamedTuple):
@@ -144,8 +129,8 @@ def _check_settings(beta: float, loss_type: str, label_smoothing: float) -> None
         raise ValueError(f"{OP}: expected loss_type to be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{OP}: expected label_smoothing in [0, 0.5), got {label_smoothing}")
-    if label_smoothing and not LOSS_TYPES[loss_type].smooths_labels:
-        smoothed = " or ".join(name for name, of_name in LOSS_TYPES.items() if of_name.smooths_labels)
+    if label_smoothing and not LOSS_TYPES[loss_type]:
+        smoothed = " or ".join(name for name, smooths in LOSS_TYPES.items() if smooths)
         raise ValueError(
             f"{OP}: label_smoothing {label_smoothing} has no meaning for loss_type {loss_type!r}; "
             f"set it to 0 or use {smoothed}"
@@ -183,7 +168,7 @@ def pair_dpo_reference(
     if length_normalize:
         ratio = ratio / _sum_segments(torch.ones_like(reference_logprob), segment, num_pairs).clamp(min=1)
     win, lose = ratio.view(num_pairs, 2).unbind(1)
-    loss = LOSS_TYPES[loss_type].formula(win - lose, beta, label_smoothing)
+    loss = _FORMULAS[loss_type](win - lose, beta, label_smoothing)
     weight = torch.ones_like(loss) if pair_weight is None else pair_weight.detach()
     win_reward, lose_reward = beta * win.detach(), beta * lose.detach()
     margin = win_reward - lose_reward

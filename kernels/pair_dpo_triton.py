@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hermesflow.kernels.pair_dpo import LOSS_TYPES
+from hermesflow.kernels import LOSS_TYPES
 
 BLOCK_T = 1024
 BLOCK_P = 128

@@ -108,7 +108,7 @@ def _pictures(config: Config, effects: Effects) -> str:
             models[arm] = replace(config.model, name=str(folder))
     if len(models) == 1:
         return ""
-    shown = replace(config.eval, images_per_prompt=1)
+    shown = replace(config.drawn_by(config.eval), images_per_prompt=1)
     records = held_out(shown)[1][: min(_NUM_SHOWN, shown.num_prompts)]
     drawn = {arm: draw_images(open_model(model), records, shown)[:, 0] for arm, model in models.items()}
     articles = ""

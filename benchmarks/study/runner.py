@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,8 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     for number in range(1, rounds + 1):
         curate_round(run, number)
         train_round(run, number)
-    line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(evaluate(run.model(rounds), of_arm.eval), of_arm)
+    result = evaluate(run.model(rounds), of_arm.drawn_by(of_arm.eval))
+    line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(result, of_arm)
     del line["asked"]  # the base's line has it
     if arm != PAIR_DPO:  # of which candidates may be looked at later
         for folder in run.folder.glob("round-*/candidates"):
@@ -155,7 +156,7 @@ def settings_digest(config: Config) -> str:
 
     Where a run lies, on which device, and how a study is spread do not count; [drawing] shows in curation and eval.
     """
-    values = asdict(config)
+    values = asdict(replace(config, curation=config.drawn_by(config.curation), eval=config.drawn_by(config.eval)))
     del values["run"], values["pretrain"], values["study"], values["drawing"], values["model"]["device"]
     for section, name, default in _ADDED:
         if values[section][name] == default:
@@ -165,7 +166,7 @@ def settings_digest(config: Config) -> str:
 
 def _measure_base(model: Model, config: Config) -> Line:
     began = time.perf_counter()
-    result = evaluate(model, config.eval)
+    result = evaluate(model, config.drawn_by(config.eval))
     seconds = round(time.perf_counter() - began, 1)
     return {"arm": BASE, "seed": None, "rounds": 0} | _measured(result, config) | {"seconds": seconds}
 

@@ -73,6 +73,12 @@ class ImageDecoder:
     params = ImageSamplingParams
 
     def __init__(self, transformer: Transformer, layout: Layout, backend: str | None = None) -> None:
+        """Raises: ValueError if the layout has no masked codes."""
+        if layout.mask_id is None or layout.image_mode != "full":
+            raise ValueError(
+                f"ImageDecoder: draws masked codes of full images, the layout has mask_id {layout.mask_id} and "
+                f"image_mode {layout.image_mode!r}; give the model another image_decoder"
+            )
         self.transformer, self.layout, self.backend = transformer, layout, backend
         self._session: _Session | None = None
         self._last_key: Hashable = None

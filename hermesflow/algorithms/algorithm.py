@@ -1,20 +1,25 @@
 """The seam of algorithms: what training asks of one.
 
-An algorithm sees span trees and log-probabilities, never a family, so that each works with every model. It is one file,
-and one line in ALGORITHMS of runtime/registry.py.
+An algorithm builds span trees by the model's layout and prompts, and its loss sees log-probabilities alone, so that it
+works with every family. It is one file, and one line in ALGORITHMS of runtime/registry.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from hermesflow.algorithms.policy import Policy
+from hermesflow.config import TrainConfig
+from hermesflow.engine.sequence_logprob import span_logprobs
+from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import sum_over_ranks
 
 
@@ -34,7 +39,7 @@ class Pass(NamedTuple):
     pack: Callable[[torch.device], Batch]
     """Makes its batch when its turn comes, so that one is in memory."""
     counts: bool
-    """Whether it is part of the step: processes that share sharded layers all take as many passes."""
+    """False for a pass that only keeps processes in step; its result is discarded."""
 
 
 class Reference(Protocol):
@@ -48,19 +53,38 @@ class Reference(Protocol):
 
 
 class Algorithm(Protocol):
-    """What a step learns from. A visit is what the algorithm counts a step by, such as a pair at one of its turns."""
+    """What a step learns from. A visit is one item of a step, such as a pair in one epoch."""
 
-    def visits(self, step: int) -> Sequence[Any]:
-        """Of a step: a pure function of its number and the seed, so that a killed run goes on alike."""
+    name: str
+    """For progress bars and messages."""
+
+    def __init__(self, model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> None:
+        """
+        Args:
+            model: its layout and prompts build the trees.
+            pairs: a round's, checked, or those that are held out.
+            config: the settings.
+            seed: of all draws.
+        """
+
+    def visits(self, step: int | None) -> Sequence[Any]:
+        """Of a step: a pure function of its number and the seed, so that a resumed run repeats it. None: every item
+        once, for the held-out loss."""
 
     def passes(self, visits: Sequence[Any]) -> list[Pass]:
         """This process's passes over all processes' visits."""
 
     def metric_names(self, visits: Sequence[Any]) -> list[str]:
-        """Of loss's metrics in a step of these visits, the same in all processes."""
+        """Names of the metrics that loss returns, equal in all processes."""
 
-    def reference(self, policy: Policy, visits: Sequence[Any], path: Path) -> Reference:
-        """The reference, before the first step; path is where log-probabilities may be kept, visits all that come."""
+    def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
+        """The reference, before the first step.
+
+        Args:
+            policy: still with its first weights.
+            steps: all whose visits will come.
+            path: a file where log-probabilities may be kept.
+        """
 
     def loss(self, logprob: Tensor, reference: Tensor, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """A pass's share of the step's loss, 0-dim with its gradient, and of its metrics, 0-dim each.
@@ -72,10 +96,20 @@ class Algorithm(Protocol):
         """
 
 
+def batch_logprobs(transformer: Transformer, batch: Batch) -> Tensor:
+    """Log-probability fp32 [T] of everything that a pass must predict; the head runs on those rows alone."""
+    return span_logprobs(transformer, batch.tree, batch.rows, batch.targets)
+
+
 class StepSums:
     """Adds up the passes' shares, and those of all processes."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        """
+        Args:
+            names: of the metrics.
+            device: of the passes.
+        """
         self._names = names
         self._sums = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
 

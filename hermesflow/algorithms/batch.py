@@ -57,11 +57,6 @@ class PairBatch:
     totals: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def num_pairs(self) -> int:
-        """P."""
-        return len(self.visits)
-
-    @property
     def rows(self) -> Tensor:
         """Rows of all sides, int64 [T], in the order of `sides`."""
         return torch.cat([side.rows for side in self.sides.values()])

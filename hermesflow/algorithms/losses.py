@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hermesflow.algorithms.batch import Side
 from hermesflow.config import TrainConfig
-from hermesflow.kernels.pair_dpo import LOSS_TYPES, PairDPOOutput, pair_dpo
+from hermesflow.kernels import LOSS_TYPES
+from hermesflow.kernels.pair_dpo import PairDPOOutput, pair_dpo
 from hermesflow.runtime.files import InputError
-from hermesflow.runtime.registry import LOSSES, load
+from hermesflow.runtime.registry import LOSSES, resolve
 
 
 class PairLoss:
@@ -51,8 +52,16 @@ class PairLoss:
         if self.means_over_tokens or config.length_normalize:
             sums = sums / counts.clamp(min=1)
         win, lose = sums.view(num_pairs, 2).unbind(1)
-        total = side.pair_weight.sum().clamp(min=1)
-        loss = (self.of_pairs(win, lose, config) * side.pair_weight).sum() / total
+        losses = self.of_pairs(win, lose, config)
+        if not isinstance(losses, Tensor) or losses.shape != win.shape:
+            given = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                f"train.loss_type {config.loss_type}: of_pairs gave {given}, expected a tensor [{num_pairs}], a value "
+                "for each pair; correct it"
+            )
+        # Pairs that lack the side have ratios of 0, whose loss may be anything.
+        has_side, total = side.pair_weight > 0, side.pair_weight.sum().clamp(min=1)
+        loss = torch.where(has_side, losses * side.pair_weight, 0.0).sum() / total
         win, lose = config.beta * win.detach(), config.beta * lose.detach()
         accuracy = ((win > lose) * side.pair_weight).sum() / total
         return PairDPOOutput(loss, win, lose, win - lose, accuracy)
@@ -62,7 +71,7 @@ class OpLoss(PairLoss):
     """A loss of the op, in one kernel."""
 
     def __init__(self, loss_type: str) -> None:
-        self.loss_type, self.smooths_labels = loss_type, LOSS_TYPES[loss_type].smooths_labels
+        self.loss_type, self.smooths_labels = loss_type, LOSS_TYPES[loss_type]
 
     def __call__(self, policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> PairDPOOutput:
         """See PairLoss."""
@@ -90,11 +99,14 @@ class SimPO(OpLoss):
         self.smooths_labels = False
 
     def __call__(self, policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> PairDPOOutput:
-        """See PairLoss; win_reward is without the margin."""
+        """See PairLoss; the rewards are without the margin."""
         # The op takes a mean of (policy - reference): a reference of margin / beta on the win subtracts the margin.
         reference = torch.where(side.segment % 2 == 0, config.simpo_margin / config.beta, 0.0)
         result = super().__call__(policy, reference, side, config)
-        return result._replace(win_reward=result.win_reward + config.simpo_margin * side.pair_weight)
+        win_reward = result.win_reward + config.simpo_margin * side.pair_weight
+        margin = win_reward - result.lose_reward
+        accuracy = ((margin > 0) * side.pair_weight).sum() / side.pair_weight.sum().clamp(min=1)
+        return result._replace(win_reward=win_reward, margin=margin, accuracy=accuracy)
 
 
 SIMPO = SimPO()
@@ -103,14 +115,15 @@ SIMPO = SimPO()
 @functools.cache
 def find_loss(name: str) -> PairLoss:
     """The loss of a name, or "module:object" of your own. Raises: InputError if there is none."""
-    return OpLoss(name) if name in LOSS_TYPES else load(LOSSES, name, "train.loss_type")
+    has = ("needs_reference", "means_over_tokens", "smooths_labels", "__call__")
+    return OpLoss(name) if name in LOSS_TYPES else resolve(LOSSES, name, "train.loss_type", has)
 
 
 def check_loss(config: TrainConfig) -> None:
     """Raises InputError where a setting has no meaning for the loss."""
     loss = find_loss(config.loss_type)
     if config.label_smoothing and not loss.smooths_labels:
-        smoothed = " or ".join(name for name, of_name in LOSS_TYPES.items() if of_name.smooths_labels)
+        smoothed = " or ".join(name for name, smooths in LOSS_TYPES.items() if smooths)
         raise InputError(
             f"train.label_smoothing: expected 0 with loss_type {config.loss_type}, got {config.label_smoothing}; "
             f"take {smoothed}"

@@ -1,6 +1,6 @@
 """Pairs as packed span trees: what a pass of Pair-DPO computes, and what each side must predict in it.
 
-    generation      prompt -> win image, lose image (once a mask, which both share)
+    generation      prompt -> win image, lose image (masked: once a mask, which both share; causal: once)
     understanding   image -> question -> win caption, lose caption
     replay          image -> questions -> each of their choices, or the right answer alone
 
@@ -17,7 +17,6 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit, Side
 from hermesflow.algorithms.losses import find_loss
-from hermesflow.config import TrainConfig
+from hermesflow.config import TrainConfig, print_of
 from hermesflow.data.pairs import SIDES, each_row
 from hermesflow.engine.mask_schedule import mask_ratio
 from hermesflow.kernels.span_tree import Span, SpanTree
@@ -39,7 +38,12 @@ _COLUMNS = {
     "generation": ("win_codes", "lose_codes"),
     "understanding": ("record_codes", "win_caption_ids", "lose_caption_ids"),
 }
-# The settings that do not change what a visit's tokens are and which of them it must predict.
+# The settings that change what a visit's tokens are and which of them it must predict, in the order of older
+# fingerprints, and those that do not.
+_DRAWN_BY = (
+    "condition_dropout", "masks_per_pair", "complementary_masks", "boundary_labels", "replay_target",
+    "replayed_questions",
+)  # fmt: skip
 _NOT_DRAWN_BY = (
     "num_steps", "pairs_per_step", "tokens_per_pass", "lr", "weight_decay", "warmup_steps", "max_grad_norm",
     "loss_type", "beta", "label_smoothing", "simpo_margin", "length_normalize", "generation_weight",
@@ -140,7 +144,7 @@ class PairPacker:
                 self._add_images(builder, index, visit)
             if "understanding" in sides or REPLAY in sides:
                 prefix = self.model.layout.image_prefix(self._tokens["record_codes"][visit.pair])
-                image = builder.add(prefix, -1, "full")
+                image = builder.add(prefix, -1, self.model.layout.prefix_mode)
             if "understanding" in sides:
                 self._add_captions(builder, index, visit.pair, image)
             if REPLAY in sides:
@@ -149,8 +153,7 @@ class PairPacker:
 
     def fingerprint(self) -> str:
         """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
-        names = [item.name for item in fields(self.config) if item.name not in _NOT_DRAWN_BY]
-        drawn_by = [getattr(self.config, name) for name in names]
+        drawn_by = print_of(self.config, _DRAWN_BY, _NOT_DRAWN_BY)
         texts = [self.question_ids, self._captions, self._sides, self._packed_sides, self.seed, drawn_by]
         texts += [self._questions] if REPLAY in referenced_sides(self.config) else []
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
@@ -205,8 +208,9 @@ class PairPacker:
         for hidden, weight in draw_masks(len(codes), config, rng):
             rows, weights = codes[hidden], np.full(len(hidden), weight)
             if config.boundary_labels:
-                rows = np.concatenate([[0], rows, [layout.image_length - 1]])
-                weights = np.pad(weights, 1, constant_values=_mask_share(config))
+                around = np.setdiff1d(np.arange(layout.image_length), codes)
+                rows = np.sort(np.concatenate([rows, around]))
+                weights = np.where(np.isin(rows, around), _mask_share(config), weight)
             for lose, image in enumerate(images):
                 builder.predict("generation", index, 2 * index + lose, builder.packed + rows, image[rows], weights)
                 masked = image.copy()

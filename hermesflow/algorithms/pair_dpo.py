@@ -9,7 +9,7 @@ A step may take several passes: each gives its share of the step's means, so tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -124,6 +124,8 @@ def metric_names(totals: Mapping[str, int], config: TrainConfig) -> list[str]:
 class PairDPO:
     """The algorithm: see Algorithm."""
 
+    name = "Pair-DPO"
+
     def __init__(self, model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> None:
         """
         Args:
@@ -134,8 +136,10 @@ class PairDPO:
         """
         self.config, self.packer = config, PairPacker(model, pairs, config, seed)
 
-    def visits(self, step: int) -> list[PairVisit]:
-        """The pairs of a step."""
+    def visits(self, step: int | None) -> list[PairVisit]:
+        """The pairs of a step; None: every pair under the masks of its first visit."""
+        if step is None:
+            return [PairVisit(pair, 0) for pair in range(len(self.packer.pairs))]
         return self.packer.visits(step)
 
     def passes(self, visits: Sequence[PairVisit]) -> list[Pass]:
@@ -150,8 +154,9 @@ class PairDPO:
         """See Algorithm."""
         return metric_names(self.packer.num_pairs(visits), self.config)
 
-    def reference(self, policy: Policy, visits: Sequence[PairVisit], path: Path) -> Reference:
+    def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
         """See Algorithm."""
+        visits = [visit for step in steps for visit in self.visits(step)]
         return make_reference(policy, self.packer, visits, path)
 
     def loss(self, logprob: Tensor, reference: Tensor, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,11 +18,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hermesflow.algorithms.algorithm import Reference
+from hermesflow.algorithms.algorithm import Reference, batch_logprobs
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
 from hermesflow.algorithms.packing import PairPacker, referenced_sides
 from hermesflow.algorithms.policy import Policy
-from hermesflow.engine.sequence_logprob import span_logprobs
 from hermesflow.engine.transformer import Transformer
 from hermesflow.runtime.distributed import barrier, gather, is_main, reshard
 from hermesflow.runtime.files import InputError, ParquetRows, damaged, read_parquet, write_parquet
@@ -32,11 +31,6 @@ _SCHEMA = pa.schema(
     [("pair", pa.int32()), ("visit", pa.int32()), ("side", pa.string()), ("logprob", pa.list_(pa.float32()))]
 )
 _FINGERPRINT = b"hermesflow.fingerprint"
-
-
-def batch_logprobs(transformer: Transformer, batch: PairBatch) -> Tensor:
-    """Log-probability fp32 [T] of everything that a pass must predict; the head runs on those rows alone."""
-    return span_logprobs(transformer, batch.tree, batch.rows, batch.targets)
 
 
 class LiveReference:

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from hermesflow.config import EvalConfig
 from hermesflow.data.records import Record
-from hermesflow.evaluation.metrics import measure
+from hermesflow.evaluation.metrics import check_rows, measure
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
-from hermesflow.runtime.registry import EVALUATIONS, load
+from hermesflow.runtime.registry import EVALUATIONS, resolve
 
 Parts = Iterable[tuple[Sequence[Record], pa.Table, pa.Table]]
 """(records, their candidates, the pairs made of them), one part at a time in memory."""
@@ -69,11 +69,13 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     """
     suite = find_evaluation(config)
     rows = suite.measure(model, config)
-    if not rows:
-        raise InputError(f"eval.suite {config.suite}: measured no record; check its data")
+    try:
+        check_rows(rows)
+    except ValueError as error:
+        raise InputError(f"eval.suite {config.suite}: {error}") from error
     return {"settings": suite.settings(model, config), "metrics": measure(rows), "records": rows}
 
 
 def find_evaluation(config: EvalConfig) -> Evaluation:
     """The evaluation that the settings name. Raises: InputError if there is none."""
-    return load(EVALUATIONS, config.suite, "eval.suite")
+    return resolve(EVALUATIONS, config.suite, "eval.suite", ("measure", "settings", "known_sources"))

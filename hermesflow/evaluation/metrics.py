@@ -6,17 +6,64 @@ built-in measurement keeps its marks question by question instead (see evaluatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hermesflow.evaluation.stats import percentile_interval, rank_correlation, resample_ratios, roc_auc
+from hermesflow.runtime.files import shown
 
 BEST_OF = 4
 """Images of a prompt of which the model's own judge picks one, for best_of_4_strict."""
 MetricPath = tuple[str, ...]
 """Where a metric stands in nested results, such as ("samplers", "4/0.7", "generation")."""
+
+
+_RESERVED = {"agreement", "by_category", "by_element_type", "change", "gap", "judge", "pairs", "samplers", "seconds"}
+_RESERVED |= {"training", "understanding_by_kind"}
+
+
+def is_own(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the rows carry their own counts, as those of an evaluation that is not the built-in one do."""
+    return "scores" in rows[0]
+
+
+def check_rows(rows: Any) -> None:
+    """Raises ValueError unless these can be rows of an evaluation, as the module says."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"expected a list with a dict for each record, got {shown(rows)}")
+    seen: set[str] = set()
+    for number, row in enumerate(rows):
+        if not isinstance(row.get("id"), str) or row["id"] in seen:
+            raise ValueError(f"row {number}: expected an id of its own, a text, got {shown(row.get('id'))}")
+        seen.add(row["id"])
+    if not is_own(rows) and all("answered" in row for row in rows):
+        return
+    names = set()
+    for row in rows:
+        scores = row.get("scores")
+        if not isinstance(scores, dict) or not scores:
+            raise ValueError(f"row {row['id']!r}: expected scores {{metric: [right, asked]}}, got {shown(scores)}")
+        for name, counts in scores.items():
+            parts = name.split("/") if isinstance(name, str) else [""]
+            if "" in parts or parts[0] in _RESERVED or parts[0].startswith("num_") or name.endswith("_ci95"):
+                raise ValueError(f"row {row['id']!r}: a metric cannot be called {shown(name)}; choose another name")
+            if not _are_counts(counts):
+                raise ValueError(
+                    f"row {row['id']!r}: {name}: expected [right, asked], finite numbers, got {shown(counts)}"
+                )
+        names |= scores.keys()
+    inner = next((name for name in names for other in names if other.startswith(f"{name}/")), None)
+    if inner is not None:
+        raise ValueError(f"{inner!r} is a metric and holds others; choose another name")
+
+
+def _are_counts(counts: Any) -> bool:
+    if not isinstance(counts, list | tuple) or len(counts) != 2:
+        return False
+    return all(type(item) in (int, float) and math.isfinite(item) for item in counts) and counts[1] >= 0
 
 
 def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -33,15 +80,15 @@ def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         model itself scores best among the first four; "judge": {"spearman", "auc"}, how well those scores agree with
         the oracle on the default sampler's images; "by_category", "by_element_type" and counts.
     """
-    if "scores" in rows[0]:
-        return _nest_values(_sums(rows)) | {"num_records": len(rows)}
+    if is_own(rows):
+        return _nest_values(rows) | {"num_records": len(rows)}
     categories = sorted({row["category"] for row in rows})
     by_category = {}
     for category in categories:
         members = [row for row in rows if row["category"] == category]
-        values = _nest_values({path: sums for path, sums in _sums(members).items() if len(path) == 1})
+        values = _nest_values(members, most_names=1)
         by_category[category] = values | {"count": len(members)}
-    return _nest_values(_sums(rows)) | {
+    return _nest_values(rows) | {
         "judge": _judge_agreement(rows),
         "by_category": by_category,
         "by_element_type": _by_element_type(rows),
@@ -98,7 +145,7 @@ def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, An
             f"paired_change: expected the same records measured before and after, got {len(rows[0])} and "
             f"{len(rows[1])} that differ; evaluate both with the same settings"
         )
-    (old, old_samples), (new, new_samples) = (_values_and_samples(_sums(half)) for half in rows)
+    (old, old_samples), (new, new_samples) = map(_values_and_samples, rows)
     changes: dict[str, Any] = {}
     for path in new:
         interval = percentile_interval(new_samples[path] - old_samples[path])
@@ -138,14 +185,15 @@ Sums = dict[MetricPath, tuple[np.ndarray, np.ndarray]]
 """By metric numerators and denominators float64 [n]: what was right in a record, of how many."""
 
 
-def _nest_values(sums: Sums) -> dict[str, Any]:
-    """Each metric's value and interval; None where there is nothing to measure."""
-    values, samples = _values_and_samples(sums)
+def _nest_values(rows: Sequence[dict[str, Any]], most_names: int | None = None) -> dict[str, Any]:
+    """Each metric's value and interval, None where there is nothing to measure; those of at most so many names."""
+    values, samples = _values_and_samples(rows)
     result: dict[str, Any] = {}
     for path, value in values.items():
-        place = _inside(result, path)
-        place[path[-1]] = None if np.isnan(value) else float(value)
-        place[f"{path[-1]}_ci95"] = percentile_interval(samples[path])
+        if most_names is None or len(path) <= most_names:
+            place = _inside(result, path)
+            place[path[-1]] = None if np.isnan(value) else float(value)
+            place[f"{path[-1]}_ci95"] = percentile_interval(samples[path])
     return result
 
 
@@ -156,19 +204,20 @@ def _inside(result: dict[str, Any], path: MetricPath) -> dict[str, Any]:
     return result
 
 
-def _values_and_samples(sums: Sums) -> tuple[dict[MetricPath, float], dict[MetricPath, np.ndarray]]:
+def _values_and_samples(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[dict[MetricPath, float], dict[MetricPath, np.ndarray]]:
     """Each metric's value, and its values over the resamples; NaN where there is nothing to measure."""
+    sums = _sums(rows)
     numerators, denominators = (np.stack(half, axis=1) for half in zip(*sums.values(), strict=True))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         totals = numerators.sum(axis=0) / denominators.sum(axis=0)
     samples = resample_ratios(numerators, denominators)
-    return _with_gap(dict(zip(sums, totals, strict=True))), _with_gap(dict(zip(sums, samples.T, strict=True)))
-
-
-def _with_gap(values: dict[MetricPath, Any]) -> dict[MetricPath, Any]:
-    if not {("understanding",), ("generation",)} <= values.keys():
-        return values
-    return values | {("gap",): values["understanding",] - values["generation",]}
+    found = dict(zip(sums, totals, strict=True)), dict(zip(sums, samples.T, strict=True))
+    if not is_own(rows):
+        for values in found:
+            values["gap",] = values["understanding",] - values["generation",]
+    return found
 
 
 def _sums(rows: Sequence[dict[str, Any]]) -> Sums:

@@ -17,7 +17,7 @@ from hermesflow.models.hub import find_folder
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import local_device
 from hermesflow.runtime.files import InputError, read_json, shown
-from hermesflow.runtime.registry import FAMILIES, load
+from hermesflow.runtime.registry import FAMILIES, resolve
 
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG = "config.json"
@@ -29,8 +29,8 @@ class Family(Protocol):
     files: tuple[str, ...]
     """Patterns of the files that are fetched from the hub, no code among them."""
 
-    def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this config.json is of the family."""
+    def claims(self, config: Any) -> bool:
+        """Whether a checkpoint with this config.json, whatever JSON it is, is of the family."""
 
     def load(
         self,
@@ -80,8 +80,8 @@ def load_model(
             others; what does not fit is listed.
     """
     names = list(FAMILIES) if family == "auto" else [family]
-    families = {name: load(FAMILIES, name, "model.family") for name in names}
-    folder = _find(name_or_path, tuple(dict.fromkeys(file for item in families.values() for file in item.files)))
+    families = {name: resolve(FAMILIES, name, "model.family", ("files", "claims", "load")) for name in names}
+    folder = _find(name_or_path)
     config = read_json(folder / CONFIG)
     options = {} if vq_tokenizer is None else {"vq_tokenizer": vq_tokenizer}
     if family == "auto":
@@ -93,15 +93,18 @@ def load_model(
                 f"{folder / CONFIG}: unknown {told}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
                 "model.family"
             )
-    return next(iter(families.values())).load(folder, config, device, dtype, **options)
+    found = next(iter(families.values()))
+    if folder != ASSETS / name_or_path:
+        folder = find_folder(name_or_path, found.files, "model")  # of a hub's repository the rest
+    return found.load(folder, config, device, dtype, **options)
 
 
-def _find(name: str, files: tuple[str, ...]) -> Path:
-    """The folder of a model."""
+def _find(name: str) -> Path:
+    """The folder of a model's config.json."""
     is_name = name == Path(name).name  # "./tiny" is a folder of the user's
     folder = ASSETS / name if is_name and os.path.isfile(ASSETS / name / CONFIG) else None
     if folder is None and ("/" in name or os.path.isdir(name)):
-        folder = find_folder(name, files, "model")
+        folder = find_folder(name, (CONFIG,), "model")
     if folder is None or not (folder / CONFIG).is_file():
         raise InputError(
             f"no model {shown(name)}: give 'tiny', a folder that holds config.json, or a hub id such as "

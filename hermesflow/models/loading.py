@@ -26,6 +26,8 @@ def published_tensors(table: WeightTable, transformer: Transformer) -> dict[str,
     heads = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     for name, tensor in transformer.state_dict(keep_vars=True).items():
         module, _, kind = name.rpartition(".")
+        if module == "head" and config.tie_embeddings:
+            continue
         layer = re.search(r"\.(\d+)\.", name)
         published = table[re.sub(r"\.\d+\.", ".*.", module)]
         rows = heads if len(published) == 3 else [len(tensor) // len(published)] * len(published)
@@ -65,8 +67,9 @@ def transformer_config(
     values: dict[str, Any] = {"vocab_size": vocab_size}
     for name, value in settings.items():
         values[name] = known.get(value[1:]) if isinstance(value, str) and value.startswith("@") else value
-    values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
-    values["activation"] = activations.get(str(values["activation"]), values["activation"])
+    values["num_kv_heads"] = values.get("num_kv_heads") or values.get("num_heads")
+    if "activation" in values:
+        values["activation"] = activations.get(str(values["activation"]), values["activation"])
     kinds = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     for item in fields(TransformerConfig):
         value = values.get(item.name, item.default)

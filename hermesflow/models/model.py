@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hermesflow.config import DrawingConfig
 from hermesflow.engine.decoders.masked import ImageDecoder
+from hermesflow.engine.decoders.text import TextDecoder
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.images import fit_image
 from hermesflow.models.text_tokenizers import PretrainedTokenizer, WordTokenizer
-from hermesflow.runtime.files import InputError
+from hermesflow.runtime.files import InputError, make_folder
 
 _REMEMBERED_TEXTS = 2**16
 
@@ -59,6 +60,8 @@ class Model:
 
     image_decoder: type = ImageDecoder
     """Draws the images; takes (transformer, layout, backend), and says in `params` what settings it takes."""
+    text_decoder: type = TextDecoder
+    """Writes captions and answers."""
     is_published = True
     """Whether save writes a layout that others read too."""
 
@@ -82,17 +85,17 @@ class Model:
         """
         self.transformer, self.text_tokenizer, self.layout = transformer, text_tokenizer, layout
         self.image_size, self.prompts, self.sampling = image_size, prompts, sampling
+        self._engine: Engine | None = None
         if vq_tokenizer is not None:
             self.vq_tokenizer = vq_tokenizer
 
     @property
     def engine(self) -> Engine:
         """The engine over this model's backbone; it shares the weights, so training shows in it at once."""
-        engine = self.__dict__.get("_engine")
-        if engine is None or engine.transformer is not self.transformer:
-            engine = Engine(self.transformer, self.layout, image_decoder=self.image_decoder)
-            self.__dict__["_engine"] = engine
-        return engine
+        if self._engine is None or self._engine.transformer is not self.transformer:
+            kinds = {"image_decoder": self.image_decoder, "text_decoder": self.text_decoder}
+            self._engine = Engine(self.transformer, self.layout, **kinds)
+        return self._engine
 
     def encode_text(self, text: str) -> list[int]:
         """Text ids without special tokens.
@@ -143,11 +146,13 @@ class Model:
 
         Raises: InputError on a setting that the family's way of drawing does not have.
         """
-        known = {item.name for item in fields(self.sampling)}
-        given = {name: value for name, value in settings.drawing().items() if value is not None}
-        for name in given:
-            if name not in known:
-                raise InputError(f"{name}: the model's images are drawn by {', '.join(sorted(known))}; leave it out")
+        known, given = [item.name for item in fields(self.sampling)], settings.drawing()
+        usual = {item.name: item.default for item in fields(settings)}
+        for name in [name for name in given if name not in known]:
+            if given.pop(name) != usual[name]:  # a default that the user did not choose
+                raise InputError(
+                    f"{name}: the model's images are not drawn by it, but by {', '.join(known)}; leave it as it is"
+                )
         return replace(self.sampling, **given)
 
     @property
@@ -189,8 +194,24 @@ class Model:
         return images.permute(0, 2, 3, 1).numpy()
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the folder that load_model opens; dtype converts the weights (None keeps theirs)."""
+        """Writes the folder that load_model opens.
+
+        Args:
+            folder: made if need be.
+            dtype: of the weights; None keeps theirs.
+        Raises: InputError while adapters stand around the transformer's layers, for no one could read the weights.
+        """
+        if any(".lora_" in name for name, _ in self.transformer.named_parameters()):
+            raise InputError(f"{folder}: the model still has adapters around its layers; merge them before saving")
+        self.write(make_folder(folder), dtype)
+
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """What save does, in the layout of the family, in a folder that is there."""
         raise NotImplementedError(f"{type(self).__name__}: its family does not say how it is saved")
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All whose weights the model's results depend on; model_digest is theirs."""
+        return self.transformer, self.vq_tokenizer
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -199,9 +220,9 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def model_digest(model: Model) -> str:
-    """A fingerprint of a model's weights, backbone and image tokenizer."""
+    """A fingerprint of the weights of a model's modules."""
     digest = hashlib.blake2b(digest_size=16)
-    for module in (model.transformer, model.vq_tokenizer):
+    for module in model.modules():
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

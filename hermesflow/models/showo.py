@@ -174,13 +174,15 @@ class ShowoModel(Model):
     def image_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt; a text that itself begins with the start of text does not get a second one."""
         ids = self.encode_text(text)
-        return ids[ids[:1] == [self.layout.sot] :][: self.prompts.max_prompt_tokens]
+        if ids[:1] == [self.layout.sot]:
+            ids = ids[1:]
+        return ids[: self.prompts.max_prompt_tokens]
 
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """What the model sees of images of any size: codes int64 [n, N], or features [n, F, D]."""
         return super().view_images(images) if self.views_codes else self.vision_encoder.encode(list(images))
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the published layout with the language model's files and the image tokenizer, not the vision encoder.
 
         llm_model_path stays a hub id or an absolute folder where it was one, so that the original code finds the

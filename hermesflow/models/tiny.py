@@ -34,14 +34,8 @@ class TinyModel(Model):
 
     is_published = False
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the four files; dtype converts the weights (None keeps theirs).
-
-        Raises: InputError while adapters stand around the transformer's layers, for no one could read the weights.
-        """
-        if any(".lora_" in name for name, _ in self.transformer.named_parameters()):
-            raise InputError(f"{folder}: the model still has adapters around its layers; merge them before saving")
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes the four files; see Model.save."""
         config = {
             "image_size": self.image_size,
             "transformer": self.transformer.config.to_dict(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from hermesflow.config import Config, load_config
 from hermesflow.data.pairs import pair_statistics
+from hermesflow.evaluation.builtin import BUILTIN
 from hermesflow.evaluation.metrics import MetricPath, is_balanced, summarize
 from hermesflow.models.family import open_model
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
@@ -87,7 +88,7 @@ def write_report(run_folder: Path) -> Path:
         header,
         measurements,
         categories,
-        pairs_section(shown, number, judged=config.data.source == "shapes"),
+        pairs_section(shown, number, judged=config.data.source in BUILTIN.known_sources),
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
     ]

@@ -34,7 +34,7 @@ SAMPLER_LABELS = {"generation": "generation", "generation_strict": "strict", "be
 
 def is_builtin(metrics: dict[str, Any]) -> bool:
     """Whether the metrics are those of the built-in measurement."""
-    return "gap" in metrics
+    return "by_category" in metrics
 
 
 def headline_metrics(metrics: dict[str, Any]) -> dict[MetricPath, str]:
@@ -185,7 +185,7 @@ def _own_headline(before: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> s
     """Of an evaluation that is not the built-in one."""
     labels = headline_metrics(before)
     if not rounds:
-        told = [f"{label} {_percent(find(before, path))} %" for path, label in labels.items()]
+        told = [f"{label} {format_value(find(before, path))} %" for path, label in labels.items()]
         return f"Before self-play, on {before['num_records']} records: {'; '.join(told)}."
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
     changes = {label: find(rounds[-1], ("change", *path)) for path, label in labels.items()}

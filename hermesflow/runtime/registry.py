@@ -7,7 +7,7 @@ it is first asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hermesflow.runtime.files import InputError, reason_of, shown
@@ -40,7 +40,7 @@ ANSWER_SCORERS = {
 ALGORITHMS = {"pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO"}
 """selfplay.algorithm: (model, pairs, config, seed) -> Algorithm."""
 LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
-"""train.loss_type, beside LOSS_TYPES of the op (kernels/pair_dpo.py): PairLoss objects."""
+"""train.loss_type, beside LOSS_TYPES of the op (kernels/__init__.py): PairLoss objects."""
 
 SOURCES = {"shapes": "hermesflow.worlds.shapes:training_records"}
 """data.source, beside files: (seed, count) -> records of training scenes."""
@@ -48,14 +48,16 @@ EVALUATIONS = {"builtin": "hermesflow.evaluation.builtin:BUILTIN"}
 """eval.suite: Evaluation objects."""
 
 
-def load(table: Mapping[str, str], name: str, key: str) -> Any:
-    """What a name means.
+def resolve(table: Mapping[str, str], name: str, key: str, has: Sequence[str] = (), is_class: bool = False) -> Any:
+    """The object that a name stands for.
 
     Args:
         table: one of the tables above.
         name: of the table, or "module:attribute".
-        key: the setting that says so, for messages.
-    Raises: InputError if there is no such name, module or attribute.
+        key: the setting that holds it, for messages.
+        has: attributes that the object must have.
+        is_class: whether it must be a class; else it must be none.
+    Raises: InputError if there is no such name, module or attribute, or the object is of another kind.
     """
     if ":" not in name and name not in table:
         raise InputError(f'{key} {shown(name)}: expected {", ".join(table)}, or "module:attribute"')
@@ -69,4 +71,13 @@ def load(table: Mapping[str, str], name: str, key: str) -> Any:
         ) from error
     if not hasattr(module, attribute):
         raise InputError(f"{key} {name}: the module {module_name} has no {attribute}; check the name")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    missing = [item for item in has if not hasattr(found, item)]
+    if missing:
+        raise InputError(
+            f"{key} {name}: {attribute} is {shown(found)}, which has no {', '.join(missing)}; name another object"
+        )
+    if isinstance(found, type) != is_class and has:
+        wanted, given = ("a class", "none") if is_class else (f"an object such as {attribute}()", "a class")
+        raise InputError(f"{key} {name}: expected {wanted}, got {given}; name another object of {module_name}")
+    return found

@@ -5,6 +5,7 @@ A named scorer is made of the curation settings; see CAPTION_SCORERS and ANSWER_
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,12 +37,12 @@ def bert_cls(config: CurationConfig) -> CaptionScorer:
 
 def sentence(config: CurationConfig) -> CaptionScorer:
     """Cosine of mean-pooled states: Sentence-BERT (arXiv 1908.10084)."""
-    return _by_cosine(_sentence_encoder(config))
+    return _by_cosine(_sentence_encoder(config.sentence_model))
 
 
 def sentence_answers(config: CurationConfig) -> AnswerMatcher:
     """The choice whose sentence embedding is the nearest to the answer's."""
-    encoder = _sentence_encoder(config)
+    encoder = _sentence_encoder(config.sentence_model)
 
     def match(answers: Sequence[str], choices: Sequence[Sequence[str]]) -> list[int]:
         return [max(range(len(row)), key=row.__getitem__) for row in _cosines(encoder, choices, answers)]
@@ -105,9 +106,10 @@ def _find_normalized(answer: str, choices: Sequence[str]) -> int:
     return _find_exact(normalize_text(answer), [normalize_text(choice) for choice in choices])
 
 
-def _sentence_encoder(config: CurationConfig) -> TextEncoder:
-    told = "set curation.sentence_model to a folder, or choose another scorer"
-    return TextEncoder(config.sentence_model, "mean", told)
+@functools.lru_cache(1)
+def _sentence_encoder(name: str) -> TextEncoder:
+    """Scorers of captions and of answers share it."""
+    return TextEncoder(name, "mean", "set curation.sentence_model to a folder, or choose another scorer")
 
 
 def _by_cosine(encoder: TextEncoder) -> CaptionScorer:

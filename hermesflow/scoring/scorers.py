@@ -13,7 +13,7 @@ from hermesflow.config import ConfigError, CurationConfig
 from hermesflow.data.records import Record
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, reason_of, shown
-from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, load
+from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, resolve
 from hermesflow.scoring.self_answers import Judged
 
 
@@ -156,7 +156,7 @@ def score_entries(
 def _load(table: dict[str, str], config: CurationConfig, key: str) -> Callable[..., Any]:
     """What a setting names, if it can be called."""
     spec = getattr(config, key)
-    function = load(table, spec, f"curation.{key}")
+    function = resolve(table, spec, f"curation.{key}")
     if not callable(function):
         name = spec.partition(":")[2]
         raise InputError(f"curation.{key} {spec}: {name} is {shown(function)}, which is no function; name a function")

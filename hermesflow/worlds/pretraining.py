@@ -243,7 +243,7 @@ class SceneBatches:
                 learn("image", hidden, image[hidden])
                 add(np.where(np.isin(np.arange(len(image)), hidden), self.layout.mask_id, image), root, "full")
         for index, caption in zip(chosen[num_generation:], captions[num_generation:], strict=True):
-            root = add(self.layout.image_prefix(self.codes[index]), -1, "full")
+            root = add(self.layout.image_prefix(self.codes[index]), -1, self.layout.prefix_mode)
             questions = shapes.training_questions(self.scenes[index], rng, QUESTIONS_PER_IMAGE)
             asked = self._encode([shapes.CAPTION_QUESTION, *(question.question for question in questions)])
             answers = [caption, *self._encode([question.answer for question in questions])]

@@ -155,7 +155,7 @@ RANGES = {
     "train.replay_weight=-0.5": "at least 0, got -0.5",
     "train.replayed_questions=0": "at least 1, got 0",
     "eval.seed=9223372036854775808": "a seed from 0",
-    "eval.guidance_scale=-0.5": "at least 0, or -1 for the model's own, got -0.5",
+    "eval.guidance_scale=-0.5": "at least 0, or -1 to leave it open, got -0.5",
     "selfplay.num_rounds=0": "at least 1, got 0",
     "pretrain.condition_dropout=2": "0 to 1, got 2.0",
 }
@@ -178,7 +178,8 @@ def test_sections_check_themselves_in_python_too():
 
 def test_how_images_are_drawn_is_said_once_and_may_be_overridden():
     config = load_config(None, ["drawing.num_steps=4", "drawing.temperature=0.7", "eval.temperature=0"])
-    assert (config.curation.num_steps, config.eval.num_steps) == (4, 4)
-    assert (config.curation.temperature, config.eval.temperature) == (1.0, 0.0)  # curation's default is its own
-    assert config.curation.guidance_scale == -1
-    assert load_config(None, ["drawing.temperature=0.7", "curation.temperature=-1"]).curation.temperature == 0.7
+    curation, measured = config.drawn_by(config.curation), config.drawn_by(config.eval)
+    assert (curation.num_steps, measured.num_steps, curation.guidance_scale) == (4, 4, -1)
+    assert (curation.temperature, measured.temperature) == (1.0, 0.0)  # curation's default is its own
+    config = load_config(None, ["drawing.temperature=0.7", "curation.temperature=-1"])
+    assert config.curation.temperature == -1 and config.drawn_by(config.curation).temperature == 0.7

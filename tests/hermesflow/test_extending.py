@@ -49,7 +49,8 @@ FIRST_TEXT = 100
 class ToyLayout(Layout):
     """[4 specials | a gap | codes, backwards, with a gap in their middle | a gap | text]"""
 
-    codebook_size, num_image_tokens, image_grid, image_mode = NUM_CODES, 16, (2, 8), "causal"
+    codebook_size, num_image_tokens, image_grid = NUM_CODES, 16, (2, 8)
+    image_mode = prefix_mode = "causal"
     before_image, row_end, after_image = (BOI,), (ROW_END,), (EOI,)
     eot = FIRST_TEXT
 
@@ -121,8 +122,7 @@ class ToyModel(Model):
         size = self.image_size
         return np.stack([_resize(image, (size, size)) for image in images]) if len(images) else images
 
-    def save(self, folder, dtype=None):
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder, dtype):
         save_weights(self.transformer, folder / "model.safetensors", dtype)
         save_weights(self.vq_tokenizer, folder / "vq_tokenizer.safetensors", dtype)
         self.text_tokenizer.save(folder)
@@ -133,9 +133,9 @@ class ToyFamily:
     files = ("config.json", "*.safetensors", "tokenizer.json")
 
     def claims(self, config):
-        return config.get("model_type") == "toy"
+        return isinstance(config, dict) and config.get("model_type") == "toy"
 
-    def load(self, folder, config, device, dtype):
+    def load(self, folder, config, device, dtype, **options):
         model = make(ToyTokenizer.from_file(folder / "tokenizer.json"))
         load_weights(model.transformer, folder / "model.safetensors", dtype=dtype)
         load_weights(model.vq_tokenizer, folder / "vq_tokenizer.safetensors")
@@ -305,7 +305,9 @@ def test_a_toy_image_is_its_own_whatever_it_is_drawn_beside(toys):
 
 
 def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
-    with pytest.raises(InputError, match="num_steps: the model's images are drawn by temperature; leave it out"):
+    with pytest.raises(
+        InputError, match="num_steps: the model's images are not drawn by it, but by temperature; leave it as it is"
+    ):
         run_selfplay(load_config(None, settings(toys, tmp_path, "drawing.num_steps=4")))
 
 

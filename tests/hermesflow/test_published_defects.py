@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from hermesflow import training
+from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
 from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
-from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, CurationConfig, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA, make_pairs, read_pairs
 from hermesflow.data.published_pairs import write_published_pairs

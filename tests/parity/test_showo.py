@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from hermesflow import load_model
 from hermesflow.algorithms import packing
+from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
 from hermesflow.algorithms.packing import ImageMask, PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
-from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA, SIDES
 from hermesflow.engine.decoders.text import SamplingParams

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.packing import PairPacker, referenced_sides
-from hermesflow.algorithms.references import LiveReference, NoReference, batch_logprobs, cached_reference
+from hermesflow.algorithms.references import LiveReference, NoReference, cached_reference
 from hermesflow.config import TrainConfig
 from hermesflow.runtime.files import InputError
 

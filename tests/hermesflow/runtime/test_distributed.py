@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hermesflow.algorithms.algorithm import StepSums
+from hermesflow.algorithms.algorithm import StepSums, batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
 from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import metric_names, pass_objective
 from hermesflow.algorithms.policy import Policy
-from hermesflow.algorithms.references import batch_logprobs
 from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
 from hermesflow.models import load_model, open_model
 from hermesflow.runtime import distributed
