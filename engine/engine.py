@@ -51,7 +51,7 @@ class Engine:
             device, dtype: where to move the model and what to convert it to; None leaves it.
             backend: of the sampling and log-probability ops; None takes the first that can run.
             image_decoder: the kind of decoder that draws the model's images: a class with the constructor, `params` and
-                generate of ImageDecoder.
+                generate of ImageDecoder, and keeps_known_codes where it draws around known codes.
             text_decoder: likewise of its captions and answers: extend and score_choices of TextDecoder.
         Raises: ValueError if the model's vocabulary is not the layout's, or the layout does not fit itself.
         """
@@ -60,15 +60,7 @@ class Engine:
                 f"Engine: expected a transformer with the layout's vocab_size {layout.vocab_size}, "
                 f"got {transformer.config.vocab_size}; load both from the same model"
             )
-        for name, ids in (("text_ids", layout.text_ids), ("code_ids", layout.code_ids)):
-            if not all(0 <= id < layout.vocab_size for id in (min(ids), max(ids))):
-                raise ValueError(f"Engine: expected the layout's {name} in [0, {layout.vocab_size}), got {ids}")
-        if layout.eot not in layout.text_ids:
-            raise ValueError(f"Engine: expected the layout's eot among its text ids, got {layout.eot}")
-        if layout.image_grid[0] * layout.image_grid[1] != layout.num_image_tokens:
-            raise ValueError(
-                f"Engine: expected an image_grid of {layout.num_image_tokens} codes, got {list(layout.image_grid)}"
-            )
+        _check_layout(layout)
         self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
         if self.device.type == "cuda" and triton_missing() is None:
             transformer.compile_blocks()
@@ -134,6 +126,10 @@ class Engine:
             self._check_text("generate", f"prompt {index}", ids)
         params = self.image_decoder.params(**sampling)
         if known_codes is not None:
+            if not getattr(self.image_decoder, "keeps_known_codes", False):
+                raise ValueError(
+                    f"Engine.generate: {type(self.image_decoder).__name__} keeps no known_codes; pass None"
+                )
             shape = (len(prompt_ids), self.layout.num_image_tokens)
             if known_codes.dtype != torch.int64 or tuple(known_codes.shape) != shape:
                 raise ValueError(
@@ -282,6 +278,28 @@ class Engine:
                 f"Engine.{function}: expected text ids in {self.layout.text_ids} in {name}, got {list(ids)}; "
                 "leave special tokens to the layout"
             )
+
+
+def _check_layout(layout: Layout) -> None:
+    """Raises ValueError unless the layout fits itself."""
+    framing = [*layout.before_image, *layout.row_end, *layout.after_image]
+    framing += [] if layout.mask_id is None else [layout.mask_id]
+    for name, ids in (("text_ids", layout.text_ids), ("code_ids", layout.code_ids), ("ids around codes", framing)):
+        if not all(0 <= id < layout.vocab_size for id in (min(ids, default=0), max(ids, default=0))):
+            raise ValueError(f"Engine: expected the layout's {name} in [0, {layout.vocab_size}), got {ids}")
+    if layout.eot not in layout.text_ids:
+        raise ValueError(f"Engine: expected the layout's eot among its text ids, got {layout.eot}")
+    if len(layout.code_ids) != layout.codebook_size:
+        raise ValueError(f"Engine: expected {layout.codebook_size} code_ids, got {len(layout.code_ids)}")
+    if layout.code_ids[0] in layout.text_ids or layout.code_ids[layout.codebook_size - 1] in layout.text_ids:
+        raise ValueError("Engine: expected ids of text and of codes apart, got codes among text_ids")
+    if layout.image_grid[0] * layout.image_grid[1] != layout.num_image_tokens:
+        raise ValueError(
+            f"Engine: expected an image_grid of {layout.num_image_tokens} codes, got {list(layout.image_grid)}"
+        )
+    for mode in (layout.image_mode, layout.prefix_mode):
+        if mode not in ("full", "causal"):
+            raise ValueError(f"Engine: expected the layout's modes to be full or causal, got {mode!r}")
 
 
 def _check_bound(function: str, name: str, value: int) -> None:

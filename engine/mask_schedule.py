@@ -9,6 +9,8 @@ from torch import Tensor
 
 SCHEDULES = ("cosine", "linear", "sigmoid", "powX with a number X > 0, such as pow2")
 DECAYS = ("linear", "showo")
+MOST_STEPS = 2**16
+"""An image has no more tokens."""
 Schedule = str | tuple[float, ...]
 """One of SCHEDULES, or the share that is masked after each step."""
 
@@ -105,5 +107,5 @@ def _exponent(schedule: str) -> float:
 
 
 def _check_steps(name: str, num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"{name}: expected num_steps of at least 1, got {num_steps}")
+    if not 1 <= num_steps <= MOST_STEPS:
+        raise ValueError(f"{name}: expected num_steps of 1 to {MOST_STEPS}, got {num_steps}")

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hermesflow.arguments import Arguments, make_parser
-from hermesflow.config import DRAWING, Config, load_config
+from hermesflow.config import DRAWING, Config, ConfigError, load_config
 from hermesflow.runtime.files import InputError, read_text, write_problem
 
 if TYPE_CHECKING:
@@ -154,7 +154,10 @@ def _open_for_drawing(arguments: Arguments, config: Config) -> tuple["Model", di
     """The model, and how its images are drawn: as options say, else [drawing], else its own way."""
     model = _open_model(config)
     given = {name: getattr(arguments, name) for name in DRAWING if getattr(arguments, name) is not None}
-    sampling = model.sampling_of(replace(config.drawing, **given))
+    try:
+        sampling = model.sampling_of(replace(config.drawing, **given))
+    except ConfigError as error:
+        raise InputError(f"--{error.key.replace('_', '-')}: {error.reason}") from error
     return model, {"num_images": arguments.num_images, "seed": arguments.seed, "sampling": sampling}
 
 

@@ -612,8 +612,13 @@ def _check_seed(section: Any) -> None:
 
 
 def _check_drawing(section: Any) -> None:
-    _check(section, DRAWING[:1], lambda value: value >= 0, "at least 1, or 0 to leave it open")
-    _check(section, DRAWING[1:], lambda value: value >= 0 or value == -1, "at least 0, or -1 to leave it open")
+    _check(section, DRAWING[:1], lambda value: 0 <= value <= 2**16, "1 to 65536, or 0 to leave it open")
+    _check(
+        section,
+        DRAWING[1:],
+        lambda value: value in (0, -1) or 1e-6 <= value <= 1e6,
+        "at least 0, or -1 to leave it open, and 1e-6 to 1e6 if not 0",
+    )
 
 
 def _check_at_least(section: Any, low: float, *names: str) -> None:

@@ -36,7 +36,7 @@ from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pa
 from hermesflow.data.published_pairs import read_published_pairs
 from hermesflow.data.records import Record, RecordFile, write_records
 from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
-from hermesflow.evaluation.metrics import is_balanced, summarize
+from hermesflow.evaluation.metrics import check_same_records, is_balanced, summarize
 from hermesflow.models.family import load_model, open_model
 from hermesflow.models.model import Model, model_digest
 from hermesflow.runtime.distributed import is_main, on_main
@@ -137,6 +137,8 @@ class Run:
             return self._open(number, self._origin().get("dtype", "float32"))
         model = self._open(0, self.config.model.dtype)
         check_views_codes(model, self.config.model.name)
+        for section in (self.config.curation, self.config.eval):
+            model.sampling_of(self.config.drawn_by(section))  # a setting that the family lacks shows now
         self._check_origin(model)
         return model
 
@@ -234,6 +236,13 @@ class Run:
         unusable = read_parquet(self.folder / "rejected.parquet", UNUSABLE_SCHEMA.names).to_pylist()
         data = {"records": num_records, "rejected": count_reasons(unusable), "yes_share": yes_share(self.records)}
         return {"settings": settings, "seed": self.config.run.seed, "data": data, "before": before, "rounds": rounds}
+
+    def check_comparable(self, result: dict[str, Any]) -> None:
+        """Raises InputError if an evaluation measured other records than that before self-play."""
+        try:
+            check_same_records(self.evaluation(0), result)
+        except ValueError as error:
+            raise InputError(f"eval.suite {self.config.eval.suite}: {error}") from error
 
     def path(self, number: int, *names: str) -> Path:
         """A file of a round."""

@@ -19,6 +19,7 @@ from hermesflow.report.tables import print_summary
 from hermesflow.runs import Run, train_and_save
 from hermesflow.runtime.distributed import barrier, on_main, world_size
 from hermesflow.runtime.files import parquet_writer, write_json
+from hermesflow.scoring.scorers import check_scorers
 from hermesflow.training import check_training
 
 
@@ -33,6 +34,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     """
     console = console or Console()
     check_training(config.train, config.selfplay.algorithm)
+    check_scorers(config.curation)
     find_evaluation(config.eval)
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
@@ -108,7 +110,10 @@ def _evaluate(run: Run, number: int) -> dict[str, Any]:
         pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number)
         parts = ((records, of_records, pairs.of(records)) for records, of_records in candidates)
         agreed = {"agreement": suite.judge_candidates(run.model(number), parts)}
-    return evaluate(run.model(number), run.config.drawn_by(run.config.eval)) | agreed
+    result = evaluate(run.model(number), run.config.drawn_by(run.config.eval)) | agreed
+    if number:
+        run.check_comparable(result)
+    return result
 
 
 def _finish(run: Run, console: Console) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def inpaint_images(
     Raises: InputError if a file is no image, the mask is of another shape or has no white, or on the prompt as in
         generate_images.
     """
+    _check_keeps_codes(model)
     prompt_ids = _prompt_ids(model, prompt, "prompt")
     opened, opened_mask = open_image(image), open_image(mask)
     _check_same_shape(image, opened, mask, opened_mask)
@@ -144,6 +145,7 @@ def extrapolate_image(
         a prompt as in generate_images.
     Source: HermesFlow's published inference_t2i.py, mode "extrapolation".
     """
+    _check_keeps_codes(model)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     grid = model.layout.image_grid
     _check_extensions(prompts, directions, steps, offset, grid)
@@ -274,6 +276,11 @@ def _draw_codes(
         watch=lambda steps: track(steps, "draw"),
         **asdict(sampling or model.sampling),
     )
+
+
+def _check_keeps_codes(model: Model) -> None:
+    if not getattr(model.image_decoder, "keeps_known_codes", False):
+        raise InputError("the model's family draws whole images and keeps no part of one; generate instead")
 
 
 def _images_per_batch(model: Model) -> int:

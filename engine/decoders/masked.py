@@ -38,6 +38,8 @@ Start = tuple[Prompt, tuple[int, ...]]
 Step = tuple[int, int, int, float]
 """(step, tokens masked before it, tokens masked after it, temperature of the re-masking noise)."""
 
+MOST = 1e6
+"""Of temperatures and guidance: beyond it, and below its inverse, logits leave what fp32 can hold."""
 logger = logging.getLogger(__name__)
 
 
@@ -59,10 +61,13 @@ class ImageSamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "mask_temperature"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"ImageSamplingParams: expected {name} of at least 0, got {getattr(self, name)}")
-        if not abs(self.guidance_scale) < float("inf"):
-            raise ValueError(f"ImageSamplingParams: expected a finite guidance_scale, got {self.guidance_scale}")
+            value = getattr(self, name)
+            if not (value == 0 or 1 / MOST <= value <= MOST):
+                raise ValueError(f"ImageSamplingParams: expected {name} of 0 or {1 / MOST:g} to {MOST:g}, got {value}")
+        if not abs(self.guidance_scale) <= MOST:
+            raise ValueError(
+                f"ImageSamplingParams: expected a guidance_scale of at most {MOST:g}, got {self.guidance_scale}"
+            )
         num_to_mask(1, self.num_steps, self.schedule)
         mask_temperatures(self.mask_temperature, self.num_steps, self.mask_decay)
 
@@ -71,6 +76,7 @@ class ImageDecoder:
     """Draws images. A candidate's tokens are a function of the model, its prompt, its seed and the parameters alone."""
 
     params = ImageSamplingParams
+    keeps_known_codes = True
 
     def __init__(self, transformer: Transformer, layout: Layout, backend: str | None = None) -> None:
         """Raises: ValueError if the layout has no masked codes."""

@@ -59,6 +59,10 @@ class PairLoss:
                 f"train.loss_type {config.loss_type}: of_pairs gave {given}, expected a tensor [{num_pairs}], a value "
                 "for each pair; correct it"
             )
+        if policy.requires_grad and not losses.requires_grad:
+            raise InputError(
+                f"train.loss_type {config.loss_type}: of_pairs gave no gradient; compute the loss from win and lose"
+            )
         # Pairs that lack the side have ratios of 0, whose loss may be anything.
         has_side, total = side.pair_weight > 0, side.pair_weight.sum().clamp(min=1)
         loss = torch.where(has_side, losses * side.pair_weight, 0.0).sum() / total

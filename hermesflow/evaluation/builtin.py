@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from hermesflow.evaluation.evaluation import Evaluation, Parts
 from hermesflow.evaluation.stats import rank_correlation, roc_auc
 from hermesflow.models.images import resize_images
 from hermesflow.models.model import Model
+from hermesflow.runtime.files import InputError
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.captions import overlap_f1, token_f1
@@ -53,6 +54,12 @@ class Builtin(Evaluation):
             asked or not drawn.
         Raises: InputError if the model does not know the world's words.
         """
+        lacking = {"num_steps", "temperature"} - {item.name for item in fields(model.sampling)}
+        if lacking:
+            raise InputError(
+                f"eval.suite builtin: draws by steps and temperatures, and the model's family has no "
+                f"{' and no '.join(sorted(lacking))}; name another eval.suite"
+            )
         scenes, records = held_out(config)
         rows = [_empty_row(record) for record in records]
         asked, num_understanding = rows[: config.num_understanding], config.num_understanding

@@ -6,6 +6,7 @@ intervals, paired changes, tables and the report come from the rows alone (metri
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ from hermesflow.config import EvalConfig
 from hermesflow.data.records import Record
 from hermesflow.evaluation.metrics import check_rows, measure
 from hermesflow.models.model import Model
-from hermesflow.runtime.files import InputError
+from hermesflow.runtime.files import InputError, reason_of
 from hermesflow.runtime.registry import EVALUATIONS, resolve
 
 Parts = Iterable[tuple[Sequence[Record], pa.Table, pa.Table]]
@@ -68,14 +69,28 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
     Raises: InputError on an evaluation that cannot be had, or a model that it cannot measure.
     """
     suite = find_evaluation(config)
-    rows = suite.measure(model, config)
+    if ":" not in config.suite:
+        rows, settings = suite.measure(model, config), suite.settings(model, config)
+        return {"settings": settings, "metrics": measure(rows), "records": rows}
     try:
+        rows, settings = suite.measure(model, config), suite.settings(model, config)
         check_rows(rows)
+        json.dumps([rows, settings], ensure_ascii=False, allow_nan=False).encode()
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"eval.suite {config.suite}: {error}") from error
-    return {"settings": suite.settings(model, config), "metrics": measure(rows), "records": rows}
+    except (Exception, SystemExit) as error:  # code of the user's may raise anything
+        raise InputError(
+            f"eval.suite {config.suite}: raised {type(error).__name__} ({reason_of(error)}); correct it "
+            "(HERMESFLOW_DEBUG=1 shows where)"
+        ) from error
+    return {"settings": settings, "metrics": measure(rows), "records": rows}
 
 
 def find_evaluation(config: EvalConfig) -> Evaluation:
-    """The evaluation that the settings name. Raises: InputError if there is none."""
-    return resolve(EVALUATIONS, config.suite, "eval.suite", ("measure", "settings", "known_sources"))
+    """The evaluation that the settings name. Raises: InputError if there is none, or it is none."""
+    suite = resolve(EVALUATIONS, config.suite, "eval.suite", ("measure", "settings", "known_sources"))
+    if not isinstance(suite, Evaluation) or not isinstance(suite.known_sources, tuple):
+        raise InputError(f"eval.suite {config.suite}: expected an Evaluation whose known_sources are a tuple; mend it")
+    return suite

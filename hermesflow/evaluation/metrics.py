@@ -6,7 +6,6 @@ built-in measurement keeps its marks question by question instead (see evaluatio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +24,16 @@ _RESERVED = {"agreement", "by_category", "by_element_type", "change", "gap", "ju
 _RESERVED |= {"training", "understanding_by_kind"}
 
 
+_MOST = 1e15
+
+
 def is_own(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether the rows carry their own counts, as those of an evaluation that is not the built-in one do."""
     return "scores" in rows[0]
 
 
 def check_rows(rows: Any) -> None:
-    """Raises ValueError unless these can be rows of an evaluation, as the module says."""
+    """Raises ValueError unless these can be rows of an evaluation of one's own, as the module says."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"expected a list with a dict for each record, got {shown(rows)}")
     seen: set[str] = set()
@@ -39,8 +41,6 @@ def check_rows(rows: Any) -> None:
         if not isinstance(row.get("id"), str) or row["id"] in seen:
             raise ValueError(f"row {number}: expected an id of its own, a text, got {shown(row.get('id'))}")
         seen.add(row["id"])
-    if not is_own(rows) and all("answered" in row for row in rows):
-        return
     names = set()
     for row in rows:
         scores = row.get("scores")
@@ -48,7 +48,8 @@ def check_rows(rows: Any) -> None:
             raise ValueError(f"row {row['id']!r}: expected scores {{metric: [right, asked]}}, got {shown(scores)}")
         for name, counts in scores.items():
             parts = name.split("/") if isinstance(name, str) else [""]
-            if "" in parts or parts[0] in _RESERVED or parts[0].startswith("num_") or name.endswith("_ci95"):
+            is_taken = parts[0] in _RESERVED or parts[0].startswith("num_") or "_ci95" in name
+            if "" in parts or is_taken or len(parts) > 8 or not name.isprintable():
                 raise ValueError(f"row {row['id']!r}: a metric cannot be called {shown(name)}; choose another name")
             if not _are_counts(counts):
                 raise ValueError(
@@ -63,7 +64,10 @@ def check_rows(rows: Any) -> None:
 def _are_counts(counts: Any) -> bool:
     if not isinstance(counts, list | tuple) or len(counts) != 2:
         return False
-    return all(type(item) in (int, float) and math.isfinite(item) for item in counts) and counts[1] >= 0
+    right, asked = counts
+    if not all(type(item) in (int, float) and abs(item) < _MOST for item in counts):
+        return False
+    return 1 / _MOST < asked or (asked == right == 0)
 
 
 def measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -139,12 +143,8 @@ def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, An
         leaves out zero.
     Raises: ValueError if the two did not measure the same records in the same way.
     """
+    check_same_records(before, after)
     rows = before["records"], after["records"]
-    if [_measured_of(row) for row in rows[0]] != [_measured_of(row) for row in rows[1]]:
-        raise ValueError(
-            f"paired_change: expected the same records measured before and after, got {len(rows[0])} and "
-            f"{len(rows[1])} that differ; evaluate both with the same settings"
-        )
     (old, old_samples), (new, new_samples) = map(_values_and_samples, rows)
     changes: dict[str, Any] = {}
     for path in new:
@@ -154,6 +154,21 @@ def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, An
             change = {"change": float(new[path] - old[path]), "ci95": interval, "significant": significant}
             _inside(changes, path)[path[-1]] = change
     return changes
+
+
+def check_same_records(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Raises ValueError unless two evaluations measured the same records in the same way, whatever came out."""
+    rows = before["records"], after["records"]
+    if len(rows[0]) != len(rows[1]):
+        raise ValueError(
+            f"measured {len(rows[0])} records before and {len(rows[1])} after; a change needs the same ones"
+        )
+    for old, new in zip(*rows, strict=True):
+        if _measured_of(old) != _measured_of(new):
+            raise ValueError(
+                f"record {shown(old.get('id'))} before is {shown(new.get('id'))} after, or was asked something else; a "
+                "change needs the same records, asked the same"
+            )
 
 
 def _measured_of(row: dict[str, Any]) -> tuple:

@@ -16,7 +16,7 @@ from hermesflow.config import ModelConfig
 from hermesflow.models.hub import find_folder
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import local_device
-from hermesflow.runtime.files import InputError, read_json, shown
+from hermesflow.runtime.files import InputError, read_json, reason_of, shown
 from hermesflow.runtime.registry import FAMILIES, resolve
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -96,7 +96,21 @@ def load_model(
     found = next(iter(families.values()))
     if folder != ASSETS / name_or_path:
         folder = find_folder(name_or_path, found.files, "model")  # of a hub's repository the rest
-    return found.load(folder, config, device, dtype, **options)
+    if ":" not in family:
+        return found.load(folder, config, device, dtype, **options)
+    try:
+        model = found.load(folder, config, device, dtype, **options)
+        if not isinstance(model, Model):
+            raise TypeError(f"load gave {shown(model)}, no Model")
+        _ = model.engine  # what does not fit together in its layout shows here
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # code of the user's may raise anything
+        raise InputError(
+            f"model.family {family}: {folder} cannot be opened ({type(error).__name__}: {reason_of(error)}); correct "
+            "it (HERMESFLOW_DEBUG=1 shows where)"
+        ) from error
+    return model
 
 
 def _find(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from hermesflow.models.images import fit_image
 from hermesflow.models.text_tokenizers import PretrainedTokenizer, WordTokenizer
 from hermesflow.runtime.files import InputError, make_folder
 
-_REMEMBERED_TEXTS = 2**16
+_REMEMBERED_TEXTS, _MOST_TOKENS = 2**16, 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,16 @@ class PromptFormat:
     """Captions are cut here."""
     max_answer_tokens: int = 32
     """Answers in the model's own words are cut here."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("question", ("question",)), ("choices", ("question", "choices")), ("answer", ("answer",))):
+            template = getattr(self, name)
+            for _, field, spec, conversion in string.Formatter().parse(template):
+                if field is not None and (field not in known or spec or conversion):
+                    raise ValueError(f"PromptFormat: {name} may hold {{{'} and {'.join(known)}}}, got {template!r:.80}")
+        for name in ("max_prompt_tokens", "max_caption_tokens", "max_answer_tokens"):
+            if not 1 <= (getattr(self, name) or (1 if name == "max_prompt_tokens" else 0)) <= _MOST_TOKENS:
+                raise ValueError(f"PromptFormat: {name} must lie in [1, {_MOST_TOKENS}], got {getattr(self, name)}")
 
 
 class ChoicePrompt(NamedTuple):

@@ -111,6 +111,7 @@ def _check_sizes(
     for name, value, expected in (
         ("image_size", image_size, max(side, 1) * vq_tokenizer.downsampling),
         ("layout.num_image_tokens", layout.num_image_tokens, side**2),
+        ("layout.image_rows", layout.image_rows or side, side),
         ("layout.codebook_size", layout.codebook_size, vq_tokenizer.codebook_size),
         ("transformer.vocab_size", transformer.vocab_size, layout.vocab_size),
     ):

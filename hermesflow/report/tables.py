@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hermesflow.data.balancing import describe_one_sided
@@ -99,7 +100,7 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
         whole.add_column(name, justify=justify)
     for path, label in (headline_metrics(metrics) | sampler_metrics(metrics) | kind_metrics(metrics)).items():
         name = {"samplers": "drawn by ", "understanding_by_kind": "asked for "}.get(path[0], "") + label
-        whole.add_row(name, format_value(find(metrics, path)), format_interval(interval_of(metrics, path)))
+        whole.add_row(escape(name), format_value(find(metrics, path)), format_interval(interval_of(metrics, path)))
     if not is_builtin(metrics):
         console.print(f"{metrics['num_records']} records", whole, sep="\n")
         return
@@ -130,7 +131,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for name, justify in (("", "left"), ("%, 95 % interval", "right"), ("change in points", "left"), ("", "left")):
         table.add_column(name, justify=justify)
     for path, label in headline_metrics(summary["before"]).items():
-        table.add_row(label, style="bold")
+        table.add_row(escape(label), style="bold")
         for stage, metrics in stages:
             table.add_row(f"  {stage}", *_told_value(metrics, path))
     console.print("Self-play, measured on held-out scenes", table, sep="\n")
@@ -153,7 +154,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for stage, metrics in stages:
         for line in describe_round(metrics) + describe_judge(metrics):
             console.print(f"{stage}: {line}", highlight=False)
-    console.print(headline(summary), style="bold", highlight=False)
+    console.print(headline(summary), style="bold", highlight=False, markup=False)
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -64,7 +64,7 @@ def resolve(table: Mapping[str, str], name: str, key: str, has: Sequence[str] = 
     module_name, _, attribute = table.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise InputError(
             f"{key} {name}: the module {module_name} cannot be imported ({reason_of(error)}); install it, or set "
             "PYTHONPATH to its folder"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,9 @@ from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, reason_of, shown
 from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, resolve
 from hermesflow.scoring.self_answers import Judged
+
+_MOST = 3e38
+"""Scores are kept in float32."""
 
 
 class Scorers:
@@ -63,6 +65,16 @@ class Scorers:
         Raises: InputError on what a user's function returns, or a truth that the scorer cannot use.
         """
         return self._score_captions(captions, truths)
+
+
+def check_scorers(config: CurationConfig) -> None:
+    """Raises InputError where a scorer cannot be had: before the work, not after it. Models are not opened."""
+    for table, key in (
+        (IMAGE_SCORERS, "score"),
+        (CAPTION_SCORERS, "caption_scorer"),
+        (ANSWER_SCORERS, "answer_scorer"),
+    ):
+        _load(table, config, key)
 
 
 class _UserImages:
@@ -167,7 +179,7 @@ def _call(key: str, spec: str, function: Callable[..., Any], *arguments: Any) ->
     """What a user's function returns."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"curation.{key} {spec}: raised {type(error).__name__} ({reason_of(error)}) on {shown(arguments)}; correct "
             "the function (HERMESFLOW_DEBUG=1 shows where)"
@@ -178,9 +190,9 @@ def _finite_numbers(name: str, returned: Any, count: int, what: str) -> list[flo
     """What a user's function returned, if it is as many finite numbers."""
     try:
         numbers = [float(number) for number in returned]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         numbers = None
-    if numbers is None or len(numbers) != count or not all(map(math.isfinite, numbers)):
+    if numbers is None or len(numbers) != count or not all(abs(number) < _MOST for number in numbers):
         raise InputError(
             f"{name}: expected a list of {count} finite numbers for the {what}, got {shown(returned)}; correct the "
             "function"

@@ -174,7 +174,7 @@ def test_model_of_another_layout(naive):
         ({"known_codes": torch.zeros(1, 16)}, "expected known_codes int64 .* got torch.float32"),
         ({"known_codes": torch.full((1, 16), -2)}, r"expected known_codes in \[-1, 64\), got -2 to -2"),
         ({"known_codes": seeds(2, 16)}, r"expected known_codes int64 .* = \[1, 16\], got torch.int64 \[2, 16\]"),
-        ({"num_steps": 0}, "num_steps of at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps of 1 to 65536, got 0"),
         ({"schedule": "steep"}, "expected schedule .* got 'steep'"),
     ],
     ids=[

@@ -372,10 +372,13 @@ def test_nan_is_reported_with_image_and_step(naive):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": 0}, "num_steps of at least 1, got 0"),
-        ({"temperature": -1.0}, "ImageSamplingParams: expected temperature of at least 0, got -1"),
-        ({"mask_temperature": float("nan")}, "ImageSamplingParams: expected mask_temperature of at least 0, got nan"),
-        ({"guidance_scale": float("inf")}, "ImageSamplingParams: expected a finite guidance_scale, got inf"),
+        ({"num_steps": 0}, "num_steps of 1 to 65536, got 0"),
+        ({"temperature": -1.0}, "ImageSamplingParams: expected temperature of 0 or 1e-06 to .*, got -1"),
+        (
+            {"mask_temperature": float("nan")},
+            "ImageSamplingParams: expected mask_temperature of 0 or 1e-06 to .*, got nan",
+        ),
+        ({"guidance_scale": float("inf")}, "ImageSamplingParams: expected a guidance_scale of at most .*, got inf"),
         ({"schedule": "cosin"}, "expected schedule .* got 'cosin'"),
         ({"mask_decay": "slow"}, "expected decay .* got 'slow'"),
     ],

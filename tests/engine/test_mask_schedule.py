@@ -76,7 +76,7 @@ def test_unknown_schedule(schedule):
 
 
 def test_other_messages():
-    with pytest.raises(ValueError, match="num_to_mask: expected num_steps of at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_to_mask: expected num_steps of 1 to 65536, got 0"):
         num_to_mask(16, 0)
     with pytest.raises(ValueError, match="num_to_mask: expected num_tokens of at least 1, got 0"):
         num_to_mask(0, 4)
@@ -84,7 +84,7 @@ def test_other_messages():
         message = f"num_to_mask: expected num_unknown of 1 to num_tokens 16, got {num_unknown}"
         with pytest.raises(ValueError, match=message):
             num_to_mask(16, 4, num_unknown=num_unknown)
-    with pytest.raises(ValueError, match="mask_temperatures: expected num_steps of at least 1, got 0"):
+    with pytest.raises(ValueError, match="mask_temperatures: expected num_steps of 1 to 65536, got 0"):
         mask_temperatures(1.0, 0)
     with pytest.raises(ValueError, match="expected decay 'linear' or 'showo', got 'none'"):
         mask_temperatures(1.0, 4, "none")

@@ -155,7 +155,7 @@ RANGES = {
     "train.replay_weight=-0.5": "at least 0, got -0.5",
     "train.replayed_questions=0": "at least 1, got 0",
     "eval.seed=9223372036854775808": "a seed from 0",
-    "eval.guidance_scale=-0.5": "at least 0, or -1 to leave it open, got -0.5",
+    "eval.guidance_scale=-0.5": "at least 0, or -1 to leave it open, and 1e-6 to 1e6 if not 0, got -0.5",
     "selfplay.num_rounds=0": "at least 1, got 0",
     "pretrain.condition_dropout=2": "0 to 1, got 2.0",
 }

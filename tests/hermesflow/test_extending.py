@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hermesflow import tasks
+from hermesflow.algorithms.losses import find_loss
 from hermesflow.config import load_config
 from hermesflow.data.pairs import read_pairs
 from hermesflow.engine.token_layout import Ids
@@ -304,6 +306,57 @@ def test_a_toy_image_is_its_own_whatever_it_is_drawn_beside(toys):
     assert torch.equal(together[1, 1], alone[0, 0]) and together.unique().numel() > 8
 
 
+def test_what_a_family_cannot_do_is_told(toys, tmp_path):
+    model = load_model(str(toys / "model"), family="toy_family:FAMILY")
+    with pytest.raises(InputError, match="draws whole images and keeps no part of one; generate instead"):
+        next(tasks.inpaint_images(model, toys / "0.png", toys / "1.png", "a red circle"))
+    with pytest.raises(InputError, match="eval.suite builtin: .* the model's family has no num_steps; name another"):
+        run_selfplay(load_config(None, settings(toys, tmp_path, "eval.suite=builtin")))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("return (win - lose).sum()", r"of_pairs gave \[\], expected a tensor \[2\], a value for each pair"),
+        ("return 1.0", "of_pairs gave float, expected a tensor"),
+        ("return (win - lose).detach()", "of_pairs gave no gradient; compute the loss from win and lose"),
+    ],
+    ids=["a sum", "a number", "no gradient"],
+)
+def test_a_loss_that_is_none_is_refused(toys, tmp_path, monkeypatch, body, told):
+    (tmp_path / "odd_loss.py").write_text(
+        "from hermesflow.algorithms.losses import PairLoss\n"
+        f"class Odd(PairLoss):\n    def of_pairs(self, win, lose, config):\n        {body}\n"
+        "LOSS = Odd()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_loss", raising=False)
+    find_loss.cache_clear()
+    with pytest.raises(InputError, match=f"train.loss_type odd_loss:LOSS: {told}"):
+        run_selfplay(load_config(None, settings(toys, tmp_path, "train.loss_type=odd_loss:LOSS")))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("FAMILY.load = lambda *_, **__: None", "load gave None, no Model"),
+        ("ToyLayout.eot = 3", "expected the layout's eot among its text ids, got 3"),
+        ("ToyLayout.image_mode = 'full'", "draws masked codes of full images"),
+        ("ToyLayout.image_grid = (4, 8)", r"expected an image_grid of 16 codes, got \[4, 8\]"),
+        ("ToyLayout.codebook_size = 64", "expected 64 code_ids, got 32"),
+        ("ToyLayout.row_end = (999,)", "expected the layout's ids around codes in"),
+        ("ToyLayout.prefix_mode = 'fulll'", "expected the layout's modes to be full or causal, got 'fulll'"),
+    ],
+)
+def test_a_family_that_does_not_fit_itself_is_one_line(toys, tmp_path, monkeypatch, change, told):
+    decoder = "ToyModel.image_decoder = Model.image_decoder\n" if "full'" in change and "image_mode" in change else ""
+    (tmp_path / "odd_family.py").write_text(f"{TOY_FAMILY}\n{decoder}{change}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_family", raising=False)
+    with pytest.raises(InputError, match=f"model.family odd_family:FAMILY: .*{told}"):
+        load_model(str(toys / "model"), family="odd_family:FAMILY")
+
+
 def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
     with pytest.raises(
         InputError, match="num_steps: the model's images are not drawn by it, but by temperature; leave it as it is"
@@ -315,6 +368,7 @@ def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
     ("setting", "told"),
     [
         ("model.family=toy_family:NONE", "model.family toy_family:NONE: the module toy_family has no NONE"),
+        ("curation.score=toy_none:f", "curation.score toy_none:f: the module toy_none cannot be imported"),
         ("train.loss_type=toy_none:LOSS", "train.loss_type toy_none:LOSS: the module toy_none cannot be imported"),
         ("eval.suite=toy_none:SUITE", "eval.suite toy_none:SUITE: the module toy_none cannot be imported"),
         ("selfplay.algorithm=toy_none:A", "selfplay.algorithm toy_none:A: the module toy_none cannot be imported"),

@@ -250,7 +250,7 @@ def test_a_second_process_is_refused(settings, whole):
 
 
 def test_a_round_beyond_the_run_is_refused(settings, whole):
-    with pytest.raises(InputError, match="round 3: the run has 2 rounds"):
+    with pytest.raises(InputError, match="round 3: the run has rounds 1 to 2"):
         curate_round(Run(config_for(settings, whole)), 3)
 
 

@@ -1,6 +1,7 @@
 """The measurement is right where the truth is known, its intervals cover, and pairs are resampled together."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from hermesflow.evaluation.evaluation import evaluate
 from hermesflow.evaluation.metrics import measure, paired_change, summarize
 from hermesflow.models.model import Model
 from hermesflow.report import tables as summaries
-from hermesflow.runtime.files import read_json
+from hermesflow.runtime.files import InputError, read_json
 from hermesflow.worlds import oracle, shapes
 from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
 from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
@@ -45,7 +46,7 @@ class KnowingModel(Model):
         self.pictures = np.stack([record.image for record in self.records] + [black])
         self.blind, self.careless, self.texts, self.seeds, self.drawn_by = blind, careless, [], [], set()
         self.layout, self.prompts = SimpleNamespace(num_image_tokens=1, sot=-1), TINY_PROMPTS
-        self.sampling_of = lambda settings: TINY_SAMPLING
+        self.sampling, self.sampling_of = TINY_SAMPLING, lambda settings: TINY_SAMPLING
         self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices, extend=self._extend)
 
     def encode_text(self, text):
@@ -226,7 +227,7 @@ def test_a_run_of_before_is_measured_by_record_questions():
     assert metrics["understanding"] == 1 / 2 and not summaries.is_balanced(metrics)
     assert "understanding_by_kind" not in metrics and "samplers" not in metrics
     assert summaries.is_balanced(measure([row("01", ["11"], **NEW)]))
-    with pytest.raises(ValueError, match="paired_change: expected the same records measured"):
+    with pytest.raises(ValueError, match="a change needs the same records, asked the same"):
         paired_change({"records": [row("01", ["11"])]}, {"records": [row("01", ["11"], **NEW)]})
 
 
@@ -261,7 +262,7 @@ def test_a_change_is_paired():
     "other", [row("11", ["11"], id="y"), row("11", None), row("11", ["11", "11"])], ids=["id", "drawn", "images"]
 )
 def test_a_change_needs_the_same_records(other):
-    with pytest.raises(ValueError, match="paired_change: expected the same records"):
+    with pytest.raises(ValueError, match="a change needs the same"):
         paired_change({"records": [row("11", ["11"])]}, {"records": [other]})
 
 
@@ -415,3 +416,61 @@ def test_the_headline_before_any_round():
     said = summaries.headline({"before": metrics, "rounds": []})
     assert "75.0 % of the questions" in said and "gap of 0.0 points" in said
     assert "before" in printed({"before": metrics, "rounds": []})
+
+
+ROW = {"id": "a", "scores": {"right": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "expected a list with a dict for each record"),
+        (iter([ROW]), "expected a list with a dict for each record"),
+        ([{"scores": {"right": [1, 2]}}], "row 0: expected an id of its own, a text, got None"),
+        ([ROW, ROW], "row 1: expected an id of its own, a text, got 'a'"),
+        ([{"id": "a", "scores": {}}], "row 'a': expected scores"),
+        ([{"id": "a", "answered": "1"}], "row 'a': expected scores"),
+        ([ROW | {"scores": {"judge": [1, 2]}}], "a metric cannot be called 'judge'"),
+        ([ROW | {"scores": {"a//b": [1, 2]}}], "a metric cannot be called 'a//b'"),
+        ([ROW | {"scores": {"\x1b[31m": [1, 2]}}], "a metric cannot be called"),
+        ([ROW | {"scores": {"a": [1, 2], "a/b": [1, 2]}}], "'a' is a metric and holds others"),
+        ([ROW | {"scores": {"right": [float("nan"), 2]}}], r"right: expected \[right, asked\], finite numbers"),
+        ([ROW | {"scores": {"right": [10**400, 2]}}], r"right: expected \[right, asked\], finite numbers"),
+        ([ROW | {"scores": {"right": [1, 0]}}], r"right: expected \[right, asked\], finite numbers"),
+        ([ROW | {"scores": {"right": np.array([1, 2])}}], r"right: expected \[right, asked\], finite numbers"),
+        ([ROW | {"more": {1, 2}}], "not JSON serializable"),
+        ([ROW | {"more": float("nan")}], "not JSON compliant"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, told, monkeypatch, tmp_path):
+    (tmp_path / "own_suite.py").write_text(
+        "from hermesflow.evaluation.evaluation import Evaluation\n"
+        "class Own(Evaluation):\n    rows = None\n    def measure(self, model, config): return self.rows\n"
+        "SUITE = Own()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_suite", raising=False)
+    import own_suite
+
+    own_suite.SUITE.rows = rows
+    with pytest.raises(InputError, match=f"eval.suite own_suite:SUITE: .*{told}"):
+        evaluate(None, EvalConfig(suite="own_suite:SUITE"))
+
+
+def test_what_an_evaluation_raises_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "own_suite.py").write_text(
+        "from hermesflow.evaluation.evaluation import Evaluation\n"
+        "class Own(Evaluation):\n    def measure(self, model, config): raise SystemExit(0)\n"
+        "class Odd(Own):\n    known_sources = 'shapes'\n"
+        "SUITE, ODD, NUMBER = Own(), Odd(), 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_suite", raising=False)
+    for name, told in (
+        ("SUITE", r"raised SystemExit \(.*\); correct it"),
+        ("ODD", "expected an Evaluation whose known_sources are a tuple"),
+        ("NUMBER", "NUMBER is 3, which has no measure, settings, known_sources"),
+        ("Own", r"expected an object such as Own\(\), got a class"),
+    ):
+        with pytest.raises(InputError, match=told):
+            evaluate(None, EvalConfig(suite=f"own_suite:{name}"))
