@@ -2,7 +2,7 @@
 
 Such a function takes the case's tensors and returns a call without arguments, ready to be timed; it raises Unavailable
 with the reason where the library cannot run. Where a peer does less (no bias, the sum alone, no confidence of the draw)
-its docstring says so: the difference is in the peer's favour.
+its docstring says so: the difference is in the peer's favor.
 """
 
 from __future__ import annotations

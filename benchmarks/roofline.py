@@ -22,7 +22,7 @@ def plot_roofline(lines: Sequence[Line], path: Path) -> None:
     """Draw the lines of one run as a PNG.
 
     Left: operations a second against operations a byte, with the roofs that roof_fraction was taken of. Right: the
-    share of the roof. Cases have numbers, backends colours.
+    share of the roof. Cases have numbers, backends colors.
 
     Args:
         lines: of one device; those without numbers are left out.

@@ -194,7 +194,7 @@ class Engine:
             images: codes or features, see extend.
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none empty.
-            text_only: normalise over the text ids; False over the joint vocabulary.
+            text_only: normalize over the text ids; False over the joint vocabulary.
             max_tokens: bound on the tokens of one pass (memory); one question with its choices always fits. None takes
                 the property of that name.
         Returns: log-probabilities [b][q][c].

@@ -89,7 +89,7 @@ def inpaint_images(
     Args:
         model: the model that draws.
         image: an image file of any size.
-        mask: an image file of the same shape, in any size: white is drawn anew, black is kept. In a mask of one colour
+        mask: an image file of the same shape, in any size: white is drawn anew, black is kept. In a mask of one color
             on a transparent ground, what is painted counts as white; other transparent masks are laid over black.
         prompt: what the image shows in the end.
         num_images, seed, sampling: as in generate_images.
@@ -317,7 +317,7 @@ def _masked_tokens(model: Model, mask: Image.Image) -> Tensor:
 
 
 def _without_transparency(mask: Image.Image) -> Image.Image:
-    """A grey mask: the opacity if nothing but one colour is visible, else the colours laid over black."""
+    """A grey mask: the opacity if nothing but one color is visible, else the colors laid over black."""
     pixels = np.asarray(mask.convert("RGBA"))
     alpha = pixels[..., 3]
     visible = pixels[alpha > 0][:, :3]

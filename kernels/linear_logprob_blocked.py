@@ -43,7 +43,7 @@ and z at the target (NaN until its block comes)."""
 
 
 class Rows:
-    """The labelled rows of x, handed out in contiguous blocks of the dtype that the matmuls take."""
+    """The labeled rows of x, handed out in contiguous blocks of the dtype that the matmuls take."""
 
     def __init__(self, x: Tensor, target: Tensor, ignore_index: int) -> None:
         kept = (target != ignore_index).nonzero().squeeze(1)
@@ -60,11 +60,11 @@ class Rows:
         return self._last[1]
 
     def select(self, values: Tensor) -> Tensor:
-        """The labelled rows' part of a vector [T], contiguous."""
+        """The labeled rows' part of a vector [T], contiguous."""
         return values.contiguous() if self.kept is None else values.index_select(0, self.kept)
 
     def put(self, out: Tensor, start: int, values: Tensor) -> None:
-        """Write the values of the labelled rows from start on to their places in out."""
+        """Write the values of the labeled rows from start on to their places in out."""
         if self.kept is None:
             out[start : start + len(values)] = values
         else:

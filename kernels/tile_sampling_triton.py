@@ -17,7 +17,7 @@ def uniform(word):
 
 @triton.jit
 def add_tiles(logits, tile, state, seed, step, position, greedy, STREAM: tl.constexpr):
-    """The row's state after the logits [TILES, TILE] of neighbouring tiles: score and index of the best tile, and the
+    """The row's state after the logits [TILES, TILE] of neighboring tiles: score and index of the best tile, and the
     maximum and sum of the running log-sum-exp. It begins with (-inf, 0, -inf, 0).
     """
     best, best_tile, running_max, running_sum = state

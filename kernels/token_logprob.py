@@ -49,7 +49,7 @@ def token_logprob(
 
     Args:
         logits: [T, V]; fp32, bf16, fp16 or fp64, any strides. The backends "cuda" and "cpu" copy logits whose columns
-            are not neighbours in memory.
+            are not neighbors in memory.
         target: token ids [T], int64 in [0, V) or ignore_index, on logits' device.
         ignore_index: target of the rows to skip; such a row may hold anything, NaN included.
         return_entropy: return (logprob, entropy), the entropy of softmax(logits) in nats.

@@ -17,7 +17,7 @@ struct Side {
   double sum = 0, length = 0;
 };
 
-// Calls run(segment, begin, end) for each run of neighbouring tokens of one segment: a side's tokens mostly lie together.
+// Calls run(segment, begin, end) for each run of neighboring tokens of one segment: a side's tokens mostly lie together.
 template <typename Run>
 void for_each_run(const int64_t* segments, int64_t num_tokens, Run&& run) {
   for (int64_t begin = 0, end; begin < num_tokens; begin = end) {

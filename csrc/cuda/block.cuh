@@ -67,7 +67,7 @@ __device__ __forceinline__ Fp16 from_float<Fp16>(float value) {
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
 }
 
-// Four neighbouring values at once; `aligned` says that the address is a multiple of the four values' size.
+// Four neighboring values at once; `aligned` says that the address is a multiple of the four values' size.
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T values[4];

@@ -1,5 +1,5 @@
 // The rule of kernels/sampling.py for a block that draws from one row: a warp takes one tile of 128 ids at a time, four
-// neighbouring ids a lane. Of a tile only maximum and mass are used; the winner is read once more at the end.
+// neighboring ids a lane. Of a tile only maximum and mass are used; the winner is read once more at the end.
 #pragma once
 
 #include "block.cuh"

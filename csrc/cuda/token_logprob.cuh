@@ -31,7 +31,7 @@ struct TokenLogprobGradient {
   T* grad_logits;  // rows without gaps
 };
 
-// 16 bytes of neighbouring values.
+// 16 bytes of neighboring values.
 template <typename T>
 struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);

@@ -50,7 +50,7 @@ struct TemperedRow {
   int64_t vocab_size;
   float temperature;
 
-  // Four neighbouring tempered logits; -inf past the vocabulary.
+  // Four neighboring tempered logits; -inf past the vocabulary.
   __device__ __forceinline__ void load(int64_t first, float (&out)[4]) const {
     const int64_t left = vocab_size - first;
     const int count = left > 4 ? 4 : static_cast<int>(left);

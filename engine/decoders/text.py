@@ -97,7 +97,7 @@ class TextDecoder:
             images: codes int64 [B, N], or features [B, F, D] of the model's width D.
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none of them empty.
-            text_only: whether probabilities are normalised over the text ids or over the joint vocabulary.
+            text_only: whether probabilities are normalized over the text ids or over the joint vocabulary.
             max_tokens: tokens of one pass; one question with its choices always fits. Halved where memory runs out.
         Returns: log-probabilities [b][q][c].
         """

@@ -1,4 +1,4 @@
-"""Lookup-free-quantisation image tokenizer: the architecture of MAGVIT-v2 as Show-o uses it, other sizes by config.
+"""Lookup-free-quantization image tokenizer: the architecture of MAGVIT-v2 as Show-o uses it, other sizes by config.
 
 Encoder and decoder are residual convolution stacks; the latent's signs are the code (LFQ, arXiv 2310.05737): channel i
 of code_bits carries the bit 2 ** (code_bits - 1 - i). Module names follow the published state dict.
@@ -100,7 +100,7 @@ class SpatialAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images -> latents before quantisation."""
+    """Images -> latents before quantization."""
 
     def __init__(self, config: VQTokenizerConfig) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
+    """Doubles the resolution: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class VQTokenizer(nn.Module):
         return max(1, 2**20 // (height * width))
 
     def encode_latent(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1] -> z [B, code_bits, h, w] before quantisation.
+        """images [B, 3, H, W] in [-1, 1] -> z [B, code_bits, h, w] before quantization.
 
         Raises:
             ValueError: not three channels, or H or W not a multiple of config.downsampling.

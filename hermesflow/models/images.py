@@ -47,7 +47,7 @@ def fit_image(image: Image.Image, size: int) -> np.ndarray:
     """An image of any mode and size as the model sees it.
 
     It is turned upright by its EXIF orientation, laid on white where it is transparent, resized (bicubic) so that its
-    shorter side is `size`, and cropped at the centre; one of size x size keeps its pixels.
+    shorter side is `size`, and cropped at the center; one of size x size keeps its pixels.
 
     Args:
         image: the image. Grey of 16 bits and integers (mode I) go from 0 to 65,535; floats (mode F) from 0 to 1, or to

@@ -1,4 +1,4 @@
-"""Charts as inline SVG text: no scripts, no fonts, colours by CSS classes that the page defines for light and dark."""
+"""Charts as inline SVG text: no scripts, no fonts, colors by CSS classes that the page defines for light and dark."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
     """A metric by category as pairs of bars with intervals, from 0 to 100 %.
 
     Args:
-        name: "understanding" or "generation", the class that gives the colour.
+        name: "understanding" or "generation", the class that gives the color.
         rows: one a category.
         labels: what before and after are called in the alternative text.
     Returns: an <svg> element.
@@ -118,7 +118,7 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
 
     Args:
         title: what they are effects on, for the alternative text.
-        rows: (label, effect as a fraction, verdict); a verdict of "better" or "worse" gives the colour.
+        rows: (label, effect as a fraction, verdict); a verdict of "better" or "worse" gives the color.
     Returns: an <svg> element.
     """
     width, left, right, top, row_height = 400, 136, 58, 22, 24

@@ -66,7 +66,7 @@ def likelihood(config: CurationConfig) -> None:
 
 
 def token_f1(caption: str, truth: str) -> float:
-    """F1 over the multiset of words and pairs of neighbouring words; the pairs make the order count mildly.
+    """F1 over the multiset of words and pairs of neighboring words; the pairs make the order count mildly.
 
     Args:
         caption: what was written.

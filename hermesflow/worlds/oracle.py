@@ -1,7 +1,7 @@
 """The oracle: reads what a picture of the shapes world shows from its pixels alone, and answers the world's questions.
 
-Each pixel is explained as background mixed with one palette colour; where the colour's share passes one half, the pixel
-belongs to an object of that colour. Connected pixels of one colour are one object. Its shape is the one whose ideal
+Each pixel is explained as background mixed with one palette color; where the color's share passes one half, the pixel
+belongs to an object of that color. Connected pixels of one color are one object. Its shape is the one whose ideal
 picture, of the same area at the same place, overlaps it best; a poor overlap leaves the shape unknown. No learnt part
 and no knowledge of the prompt enters, so a model cannot talk the oracle into a picture that it did not draw.
 """
@@ -39,7 +39,7 @@ MIN_OVERLAP = 0.75
 SIZE_THRESHOLD = 9.0
 """Radius in pixels that divides small from large."""
 MAX_COLOR_DISTANCE = 100.0
-"""Distance in RGB from the nearest colour beyond which an object's or the background's is unknown; half the distance
+"""Distance in RGB from the nearest color beyond which an object's or the background's is unknown; half the distance
 between red and green."""
 _BATCH = 256
 
@@ -55,10 +55,10 @@ class SeenObject:
     size: str
     """One of SIZES."""
     x: float
-    """Centre of mass in pixels; the centre of pixel i is at i + 0.5."""
+    """Center of mass in pixels; the center of pixel i is at i + 0.5."""
     y: float
     cell: int
-    """Quadrant of the centre: an index into PLACES."""
+    """Quadrant of the center: an index into PLACES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def answer(question: str, seen: Seen) -> str | None:
     Args:
         question: in the words of one of the world's templates.
         seen: from read.
-    Returns: the answer; "unknown" where what is asked for could not be recognised; None where the question has no
+    Returns: the answer; "unknown" where what is asked for could not be recognized; None where the question has no
         single answer (nothing of the name is there, or several that differ) or is none of the templates.
     """
     for pattern, reply in _ANSWERS:
@@ -122,7 +122,7 @@ def _read_batch(images: np.ndarray) -> list[Seen]:
     pixels = images.astype(np.float32)
     backgrounds, background_rgb = _find_backgrounds(pixels)
     colors = _classify_pixels(pixels, background_rgb)
-    # Against a background that is neither black nor white, no pixel's colour can be told.
+    # Against a background that is neither black nor white, no pixel's color can be told.
     colors[[name == UNKNOWN for name in backgrounds]] = 0
     objects: list[list[SeenObject]] = [[] for _ in images]
     for index, item in _describe_components(pixels, colors):
@@ -141,10 +141,10 @@ def _find_backgrounds(pixels: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _classify_pixels(pixels: np.ndarray, background_rgb: np.ndarray) -> np.ndarray:
-    """Each pixel's colour int8 [n, 64, 64]: 1 + its index in COLORS, 0 for background.
+    """Each pixel's color int8 [n, 64, 64]: 1 + its index in COLORS, 0 for background.
 
-    The nearest palette colour alone would call the blend of yellow and black green: so a pixel is compared with the
-    whole line from the background to each colour.
+    The nearest palette color alone would call the blend of yellow and black green: so a pixel is compared with the
+    whole line from the background to each color.
     """
     offset = pixels - background_rgb[:, None, None]
     best = np.full(pixels.shape[:3], np.inf, dtype=np.float32)
@@ -163,9 +163,9 @@ def _classify_pixels(pixels: np.ndarray, background_rgb: np.ndarray) -> np.ndarr
 
 
 def _connected_components(colors: np.ndarray) -> np.ndarray:
-    """Component of each pixel int64 [n, 64, 64], -1 for background; it is connected by edges and of one colour.
+    """Component of each pixel int64 [n, 64, 64], -1 for background; it is connected by edges and of one color.
 
-    Runs of one colour in a row are joined to the runs they touch in the next row; the lowest run number spreads until
+    Runs of one color in a row are joined to the runs they touch in the next row; the lowest run number spreads until
     it is everywhere in the component, which halves the longest chain at each turn.
     """
     starts = np.ones(colors.shape, dtype=bool)
@@ -192,9 +192,9 @@ def _describe_components(pixels: np.ndarray, colors: np.ndarray) -> Iterator[tup
     ids, first, area = ids[keep], first[keep], area[keep].astype(np.float32)
     image = first // IMAGE_SIZE**2
     masks = components[image] == ids[:, None, None]
-    centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-    x = masks.sum(axis=1) @ centres / area
-    y = masks.sum(axis=2) @ centres / area
+    centers = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+    x = masks.sum(axis=1) @ centers / area
+    y = masks.sum(axis=2) @ centers / area
     overlaps = np.stack([_overlap(masks, shape, x, y, area) for shape in SHAPES])
     best = overlaps.argmax(axis=0)
     for i in range(len(ids)):
@@ -214,13 +214,13 @@ def _describe_components(pixels: np.ndarray, colors: np.ndarray) -> Iterator[tup
 
 
 def _overlap(masks: np.ndarray, shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """Intersection over union [M] of each mask with the shape of its area and centre of mass."""
+    """Intersection over union [M] of each mask with the shape of its area and center of mass."""
     radius = np.sqrt(area / SHAPE_AREA[shape])
     if shape == "triangle":
-        # A triangle's centre of mass lies a quarter of its circumradius below the middle of its bounding box.
+        # A triangle's center of mass lies a quarter of its circumradius below the middle of its bounding box.
         y = y - 0.25 * TRIANGLE_CIRCUMRADIUS * radius
-    centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-    dx, dy = centres - x[:, None], centres - y[:, None]
+    centers = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+    dx, dy = centers - x[:, None], centers - y[:, None]
     ideal = signed_distance(shape, dx[:, None, :], dy[:, :, None], radius[:, None, None]) <= 0
     both = (ideal & masks).sum(axis=(1, 2))
     return both / (ideal.sum(axis=(1, 2)) + area - both)

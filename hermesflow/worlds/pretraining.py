@@ -169,7 +169,7 @@ def train_tokenizer(config: PretrainConfig) -> VQTokenizer:
 def code_entropy(latent: Tensor) -> Tensor:
     """How evenly and surely each bit is used: entropy of the batch's mean bit less the mean entropy of a bit, in nats.
 
-    latent: [B, code_bits, h, w] in (-1, 1). Bits are taken as independent, as LFQ's factorised entropy does.
+    latent: [B, code_bits, h, w] in (-1, 1). Bits are taken as independent, as LFQ's factorized entropy does.
     """
     probability = torch.sigmoid(4 * latent)
     return _binary_entropy(probability.mean(dim=(0, 2, 3))).mean() - _binary_entropy(probability).mean()
@@ -181,7 +181,7 @@ def _binary_entropy(p: Tensor) -> Tensor:
 
 
 def object_weights(images: Tensor) -> Tensor:
-    """Weights [B, 1, H, W]: OBJECT_WEIGHT within 3 px of anything that is not the corner's colour, else 1."""
+    """Weights [B, 1, H, W]: OBJECT_WEIGHT within 3 px of anything that is not the corner's color, else 1."""
     different = (images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
     near = F.max_pool2d(different.float(), 7, stride=1, padding=3)
     return 1 + (OBJECT_WEIGHT - 1) * near

@@ -1,4 +1,4 @@
-"""A world of coloured shapes: scenes, their pictures, captions from a small grammar, and questions of known answer.
+"""A world of colored shapes: scenes, their pictures, captions from a small grammar, and questions of known answer.
 
 A scene has one to four objects, each in its own quadrant ("cell") of a 64 x 64 picture. Categories follow GenEval
 (arXiv 2310.11513). Everything is a pure function of the seed or generator passed in.
@@ -71,11 +71,11 @@ class Object:
     cell: int
     """Quadrant: an index into PLACES."""
     x: float
-    """Centre of the bounding box in pixels; the centre of pixel i is at i + 0.5."""
+    """Center of the bounding box in pixels; the center of pixel i is at i + 0.5."""
     y: float
     radius: float
     rgb: tuple[int, int, int]
-    """The jittered colour that is drawn."""
+    """The jittered color that is drawn."""
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -220,7 +220,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarr
 
     Args:
         shape: one of SHAPES.
-        dx: offset to the right of the centre of the bounding box; broadcasts with dy and radius.
+        dx: offset to the right of the center of the bounding box; broadcasts with dy and radius.
         dy: offset downwards.
         radius: the object's radius.
     Returns: the distances in the broadcast shape.
@@ -246,7 +246,7 @@ def render(scenes: Sequence[Scene]) -> np.ndarray:
     images[:] = backgrounds[:, None, None]
     # [scene, cell row, cell column, y, x, channel]: an object lies inside its cell, so only that is drawn.
     cells = images.reshape(-1, 2, CELL_SIZE, 2, CELL_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
-    centres = np.arange(CELL_SIZE, dtype=np.float32) + 0.5
+    centers = np.arange(CELL_SIZE, dtype=np.float32) + 0.5
     for shape in SHAPES:
         drawn = [(index, item) for index, scene in enumerate(scenes) for item in scene.objects if item.shape == shape]
         if not drawn:
@@ -255,8 +255,8 @@ def render(scenes: Sequence[Scene]) -> np.ndarray:
         cell = np.array([item.cell for _, item in drawn])
         x, y, radius = np.array([(item.x, item.y, item.radius) for _, item in drawn], dtype=np.float32).T
         rgb = np.array([item.rgb for _, item in drawn], dtype=np.float32)[:, None, None]
-        dx = centres[None, None, :] - (x - cell % 2 * CELL_SIZE)[:, None, None]
-        dy = centres[None, :, None] - (y - cell // 2 * CELL_SIZE)[:, None, None]
+        dx = centers[None, None, :] - (x - cell % 2 * CELL_SIZE)[:, None, None]
+        dy = centers[None, :, None] - (y - cell // 2 * CELL_SIZE)[:, None, None]
         coverage = np.clip(0.5 - signed_distance(shape, dx, dy, radius[:, None, None]), 0, 1)[..., None]
         behind = backgrounds[index].astype(np.float32)[:, None, None]
         cells[index, cell // 2, cell % 2] = np.rint(behind + coverage * (rgb - behind)).astype(np.uint8)
@@ -722,8 +722,8 @@ def training_records(seed: int, count: int) -> Iterator[Record]:
 
 
 def attribute_f1(caption: str, truth: str) -> float:
-    """F1 over what two captions of the built-in world state: its facts (see parse_caption), and each colour and
-    shape that they name, so that a wrong colour does not cost the shape.
+    """F1 over what two captions of the built-in world state: its facts (see parse_caption), and each color and
+    shape that they name, so that a wrong color does not cost the shape.
 
     Raises: InputError if the true caption states nothing of that world.
     """

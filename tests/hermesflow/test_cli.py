@@ -458,7 +458,7 @@ def test_caption_reads_any_kind_and_size(model, tmp_path, capsys):
 
 def test_read_image_crops_the_centre_and_turns_it_upright(tmp_path):
     pixels = np.zeros((8, 24, 3), np.uint8)
-    pixels[:, 8:16] = 255  # the centre
+    pixels[:, 8:16] = 255  # the center
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     assert (tasks.read_image(tmp_path / "wide.png", 8)[:, 1:7] > 200).all()
 

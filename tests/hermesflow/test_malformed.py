@@ -552,7 +552,7 @@ def with_bin(change):
     return damage
 
 
-def quantised(tensor):
+def quantized(tensor):
     return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
 
 
@@ -595,7 +595,7 @@ BINS = {
     "names in bytes": with_bin(lambda state, call: {name.encode(): tensor for name, tensor in state.items()}),
     "odd name": with_bin(lambda state, call: state | {"\n\x1b[2J\ud800": torch.ones(1)}),
     "sparse": with_bin(lambda state, call: with_tensor(lambda tensor: tensor.to_sparse())(state)),
-    "quantised": with_bin(lambda state, call: with_tensor(quantised)(state)),
+    "quantized": with_bin(lambda state, call: with_tensor(quantized)(state)),
     "meta": with_bin(lambda state, call: with_tensor(lambda tensor: tensor.to("meta"))(state)),
     "subclass": with_bin(lambda state, call: with_tensor(lambda tensor: tensor.as_subclass(Subclass))(state)),
     "expanded to a terabyte": with_bin(lambda state, call: state | {"x": torch.ones(1).expand(2**38)}),
@@ -785,7 +785,7 @@ BAITS = {
         {"auto_map": {"AutoConfig": "someone/evil--evil.Evil", "AutoTokenizer": ["someone/evil--evil.Evil", None]}},
         ["config.json", "llm/config.json", "llm/tokenizer_config.json", "clip/config.json"],
     ),
-    "kernels and quantisation": (
+    "kernels and quantization": (
         {"attn_implementation": "someone/evil", "_attn_implementation": "someone/evil",
          "quantization_config": {"quant_method": "evil"}, "use_kernels": True},
         ["config.json", "llm/config.json", "clip/config.json"],
@@ -936,11 +936,11 @@ def chunk(name, data, checksum=None):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
 
-def png(width=4, height=4, depth=8, colour=2, *, before=b"", data=None, after=b"", header=None):
+def png(width=4, height=4, depth=8, color=2, *, before=b"", data=None, after=b"", header=None):
     """A PNG by hand, its rows zero unless data says otherwise."""
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 3)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 3)
     rows = bytes((1 + width * channels) * height) if data is None else data
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0) if header is None else header
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0) if header is None else header
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -983,7 +983,7 @@ SVG = b"""<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/pas
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch ran) (w) file\n"
 BAD_IMAGES = {
     "EXIF garbage in a PNG": png(before=chunk(b"eXIf", GARBAGE)),
-    "colour profile bomb": png(before=chunk(b"iCCP", b"a\0\0" + BOMB)),
+    "color profile bomb": png(before=chunk(b"iCCP", b"a\0\0" + BOMB)),
     "empty": b"", "one byte": b"\x89", "text": b"no image", "HTML": b"<!DOCTYPE html><html></html>", "SVG": SVG,
     "EPS": EPS,
     "EPS in DOS form": b"\xc5\xd0\xd3\xc6" + struct.pack("<IIIIII", 32, len(EPS), 0, 0, 0, 0) + b"\xff\xff" + EPS,
@@ -994,8 +994,8 @@ BAD_IMAGES = {
     "script": b"#!/bin/sh\ntouch ran\n", "zip": b"PK\x03\x04" + bytes(50), "pickle": pickle.dumps(Call(exec, "1")),
     "PNG without pixels": png(0, 0), "PNG of no width": png(0, 4), "PNG of negative width": png(2**31, 4, data=b"\0"),
     "PNG of 100,000 x 100,000": png(100_000, 100_000, data=b"\0"), "PNG of 2**31 - 1": png(2**31 - 1, 1, data=b"\0"),
-    "PNG just over the limit": png(MAX_PIXELS + 1, 1, data=b"\0"), "PNG of colour 5": png(colour=5),
-    "PNG of depth 3": png(depth=3), "PNG without palette, cut": png(colour=3, data=b"\0"),
+    "PNG just over the limit": png(MAX_PIXELS + 1, 1, data=b"\0"), "PNG of color 5": png(color=5),
+    "PNG of depth 3": png(depth=3), "PNG without palette, cut": png(color=3, data=b"\0"),
     "PNG header short": png(header=b"\0\0\0\4"), "PNG header empty": png(header=b""),
     "PNG no header": b"\x89PNG\r\n\x1a\n" + chunk(b"IDAT", zlib.compress(bytes(60))) + chunk(b"IEND", b""),
     "PNG signature alone": WHOLE_PNG[:8], "PNG data no zlib": png().replace(zlib.compress(bytes(52)), b"x" * 11),
@@ -1034,15 +1034,15 @@ ODD_IMAGES = {
     "EXIF garbage in a JPEG": saved_as("JPEG", exif=b"Exif\0\0" + GARBAGE[:500]),
     "EXIF in a circle": saved_as("PNG", exif=b"Exif\0\0" + tiff_in_a_circle()),
     "EXIF orientation 77": saved_as("JPEG", exif=b"Exif\0\0" + tiff(tag274=77)),
-    "colour profile garbage": saved_as("PNG", icc_profile=GARBAGE),
-    "colour profile garbage in a JPEG": saved_as("JPEG", icc_profile=GARBAGE),
-    "colour profile no zlib": png(before=chunk(b"iCCP", b"a\0\0" + b"x" * 30)),
+    "color profile garbage": saved_as("PNG", icc_profile=GARBAGE),
+    "color profile garbage in a JPEG": saved_as("JPEG", icc_profile=GARBAGE),
+    "color profile no zlib": png(before=chunk(b"iCCP", b"a\0\0" + b"x" * 30)),
     "text with markup": png(before=chunk(b"tEXt", b"parameters\0<script>alert(1)</script>")),
     "animated PNG": saved_as("PNG", save_all=True, append_images=[picture()]),
     "animation of unknown length": png(before=chunk(b"acTL", struct.pack(">II", 2**31, 0))),
     "bytes behind the end": WHOLE_PNG + b"<?php system('touch ran'); ?>", "1 x 1": png(1, 1),
     "one row of 100,000": png(100_000, 1), "one column of 100,000": png(1, 100_000),
-    "small TIFF": tiff(), "palette without colours": png(colour=3),
+    "small TIFF": tiff(), "palette without colors": png(color=3),
     "unknown chunk": png(before=chunk(b"abCd", GARBAGE)),
     "resolution of zero": png(before=chunk(b"pHYs", bytes(9))), "16 bits": png(depth=16, data=bytes((1 + 24) * 4)),
 }  # fmt: skip

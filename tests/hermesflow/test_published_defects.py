@@ -1,6 +1,6 @@
 """The twelve defects of the published code (Show-o and HermesFlow), none of which is ours.
 
-Each test has a check that our code passes and that a few lines with the published behaviour fail.
+Each test has a check that our code passes and that a few lines with the published behavior fail.
 """
 
 import copy

@@ -22,7 +22,7 @@ SAMPLING = ImageSamplingParams(num_steps=3, guidance_scale=0.5, mask_temperature
 
 @pytest.fixture
 def image(tmp_path):
-    """A wide photo-like image; the model sees its centre."""
+    """A wide photo-like image; the model sees its center."""
     pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     return tmp_path / "image.png"
@@ -142,7 +142,7 @@ def test_a_token_is_drawn_anew_where_half_its_patch_is_white(shared_tiny_model, 
 
 
 def test_mask_and_image_are_cropped_alike(shared_tiny_model, image, tmp_path):
-    """The centre of 120 x 80 is 80 x 80: the left sixth of the mask is cut off, and with it all that is white."""
+    """The center of 120 x 80 is 80 x 80: the left sixth of the mask is cut off, and with it all that is white."""
     levels = np.zeros((160, 240), np.uint8)
     levels[:, :38] = 255
     Image.fromarray(levels).save(tmp_path / "mask.png")

@@ -224,13 +224,11 @@ def test_ties_are_kept_together(settings, backend, device):
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 0.0}, {"top_p": 0.1}, {"min_p": 1.0}], ids=str)
 def test_ties_that_bits_do_not_show(settings, backend, device):
-    """0 and -0 are one logit; so are neighbours that the division by the temperature makes one."""
-    neighbours = torch.linspace(1.5, 2, 100)
-    neighbours = torch.stack([neighbours, neighbours.nextafter(torch.tensor(3.0))])
-    neighbours = neighbours[:, neighbours[0] / 3 == neighbours[1] / 3][:, 0].tolist()
-    logits = torch.tensor(
-        [[-1.0, 0.0, -2.0, -0.0, -1.0], [-1.0, neighbours[0], 0.0, neighbours[1], 1.0]], device=device
-    )
+    """0 and -0 are one logit; so are neighbors that the division by the temperature makes one."""
+    neighbors = torch.linspace(1.5, 2, 100)
+    neighbors = torch.stack([neighbors, neighbors.nextafter(torch.tensor(3.0))])
+    neighbors = neighbors[:, neighbors[0] / 3 == neighbors[1] / 3][:, 0].tolist()
+    logits = torch.tensor([[-1.0, 0.0, -2.0, -0.0, -1.0], [-1.0, neighbors[0], 0.0, neighbors[1], 1.0]], device=device)
     token, logprob = sample(logits, 3.0, **settings, backend=backend)
     assert torch.isin(token.cpu(), torch.tensor([1, 3])).all()
     torch.testing.assert_close(logprob, torch.full_like(logprob, -math.log(2)))

@@ -20,7 +20,7 @@ def record_of(index, *questions, caption=None):
 
 
 def records_of_things(count=40, **options):
-    """Each record shows two neighbouring things."""
+    """Each record shows two neighboring things."""
     names = [THINGS_SHOWN[index % len(THINGS_SHOWN)] for index in range(count + 1)]
     return [record_of(index, *(thing(name, **options) for name in names[index : index + 2])) for index in range(count)]
 

@@ -178,7 +178,7 @@ def test_captions_need_a_difference(rows: list[dict], reason: str | None) -> Non
 
 
 def test_identical_tokens_never_pair() -> None:
-    """Two judgements of one image may differ by rounding, but it cannot be better than itself."""
+    """Two judgments of one image may differ by rounding, but it cannot be better than itself."""
     rows = [candidate("a", "image", 0, 0.9, [1, 2]), candidate("a", "image", 1, 0.1, [1, 2])]
     _, rejected = choose(rows + captions(GOOD_CAPTIONS))
     assert rejected["generation"] == "win and lose images alike: number 0 and number 1"

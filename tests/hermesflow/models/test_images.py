@@ -41,14 +41,14 @@ def with_info(image, **info):
 WHITE = (255, 255, 255)
 MODES = {
     "RGB": (plain("RGB", RED), RED),
-    "RGB, one colour transparent": (with_info(plain("RGB", RED), transparency=RED), WHITE),
+    "RGB, one color transparent": (with_info(plain("RGB", RED), transparency=RED), WHITE),
     "RGBA, opaque": (plain("RGBA", (*RED, 255)), RED),
     "RGBA, clear": (plain("RGBA", (*RED, 0)), WHITE),
     "RGBA, half clear": (plain("RGBA", (0, 0, 0, 128)), (127, 127, 127)),
     "LA, opaque": (plain("LA", (GREY, 255)), (GREY,) * 3),
     "LA, clear": (plain("LA", (GREY, 0)), WHITE),
     "palette": (palette(), RED),
-    "palette, another colour transparent": (palette(0), RED),
+    "palette, another color transparent": (palette(0), RED),
     "palette, transparent": (palette(1), WHITE),
     "palette, transparency as bytes": (palette(b"\xff\x00"), WHITE),
     "1 bit": (plain("1", 1), WHITE),
@@ -64,11 +64,11 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(("image", "colour"), MODES.values(), ids=MODES.keys())
-def test_every_mode_becomes_rgb(image, colour):
+@pytest.mark.parametrize(("image", "color"), MODES.values(), ids=MODES.keys())
+def test_every_mode_becomes_rgb(image, color):
     pixels = fit_image(image, SIZE)
     assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
-    assert (pixels == colour).all()
+    assert (pixels == color).all()
 
 
 FORMATS = {

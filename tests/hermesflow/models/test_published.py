@@ -518,8 +518,8 @@ def test_a_prompt_that_starts_with_the_start_of_text_has_one(model):
 
 def test_questions_stand_in_the_chat_form(model):
     assert model.decode_text(model.caption_prompt()) == "USER: \nGive a caption for this image. ASSISTANT:"
-    asked = model.choices_prompt("what {colour} is it?", ["red", "b'lue"])
-    assert model.decode_text(asked) == "USER: \nQuestion:what {colour} is it? Choice:['red', \"b'lue\"] ASSISTANT:"
+    asked = model.choices_prompt("what {color} is it?", ["red", "b'lue"])
+    assert model.decode_text(asked) == "USER: \nQuestion:what {color} is it? Choice:['red', \"b'lue\"] ASSISTANT:"
 
 
 def test_special_tokens_in_a_text_are_refused(model):

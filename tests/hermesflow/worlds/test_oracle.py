@@ -62,7 +62,7 @@ def test_sees_every_object_as_it_was_drawn(asked):
         assert seen.background == scene.background
         for item in seen.objects:
             truth = next(o for o in scene.objects if o.cell == item.cell)
-            # A triangle's centre of mass lies a quarter of its circumradius below the middle of its bounding box.
+            # A triangle's center of mass lies a quarter of its circumradius below the middle of its bounding box.
             sag = 0.25 * shapes.TRIANGLE_CIRCUMRADIUS * truth.radius
             assert abs(item.x - truth.x) < 0.5 and abs(item.y - truth.y) < sag + 0.5
 

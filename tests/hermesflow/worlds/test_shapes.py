@@ -78,7 +78,7 @@ def test_categories_can_be_chosen():
     ("arguments", "match"),
     [
         (("dev", 1, 0), "expected split in .* got 'dev'"),
-        (("train", 1, 0, ("colour",)), "expected categories among .* got \\('colour',\\)"),
+        (("train", 1, 0, ("color",)), "expected categories among .* got \\('color',\\)"),
         (("train", 1, 0, ()), "expected categories among"),
     ],
     ids=["split", "category", "no_category"],
