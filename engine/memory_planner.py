@@ -40,7 +40,7 @@ class MemoryPlanner:
         """How many tokens a pass may compute and cache.
 
         Args:
-            work: the kind of work, told in the log.
+            work: the kind of work, for the log.
             most: device type -> tokens beyond which throughput stays level.
             vocab_size: of the logits that are held at once, for one row of every tokens_per_row tokens; 0: no logits.
             tokens_per_row: at least 1.
@@ -98,7 +98,7 @@ def host_free_bytes(root: Path = Path("/")) -> float:
 
     Args:
         root: where proc/ and sys/ are; another one for a test.
-    Returns: the least of them, or infinity where none is told.
+    Returns: the least of them, or infinity where none is known.
     """
     return min([math.inf, *_available(root / "proc/meminfo"), *_cgroup_rooms(root)])
 

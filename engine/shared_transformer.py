@@ -73,7 +73,7 @@ class _Held:
 
 
 class SharedLinear(nn.Module):
-    """Linear layers of another model, their results side by side. What is no plain nn.Linear, an adapter, is called."""
+    """Linear layers of another model, their results side by side. Adapters (all but a plain nn.Linear) are called."""
 
     takes_gelu = True
 

@@ -24,7 +24,7 @@ class Command(NamedTuple):
     """What follows the name."""
     options: tuple[Option, ...]
     continues: bool
-    """The same command goes on where it was stopped."""
+    """The same command resumes."""
 
 
 def make_parser() -> argparse.ArgumentParser:

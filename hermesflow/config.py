@@ -59,7 +59,7 @@ class RunConfig:
     """Where a run lives, and the seed of all its random draws."""
 
     name: str = "selfplay"
-    """Name of the run's folder; the same name goes on with the same run."""
+    """Name of the run's folder; the same name resumes the same run."""
     folder: str = "runs"
     """Folder that holds the runs."""
     seed: int = 0
@@ -223,7 +223,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of pairs that are taken for wrongly ordered, below 0.5; for sigmoid and robust."""
     simpo_margin: float = 0.5
-    """What simpo wants the win's reward to exceed the lose's by."""
+    """Margin by which simpo wants the win's reward to exceed the lose's."""
     length_normalize: bool = False
     """Log-probability of an image or caption: the mean over its tokens instead of their sum; simpo always takes it."""
     generation_weight: float = 1.0
@@ -307,7 +307,7 @@ class EvalConfig(DrawingConfig):
     """What is measured: "builtin", the world of shapes, or "module:object" of your own."""
 
     split: Literal["train", "validation", "test"] = "test"
-    """Scenes that are asked about: settings are chosen on "validation", results are told of "test"."""
+    """Scenes to measure on: choose settings on "validation", report results on "test"."""
     num_prompts: int = 300
     """Prompts that images are drawn for."""
     images_per_prompt: int = 4

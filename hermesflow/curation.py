@@ -1,4 +1,4 @@
-"""Curation: each record's candidate images and captions, with their scores, in parts that a killed run goes on from."""
+"""Curation: each record's candidate images and captions with their scores, in parts from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def curate(
     All records are looked at once before anything is drawn; then each part comes as soon as it is on the disk.
 
     Args:
-        model: draws and judges; a folder must not be gone on with by another model.
+        model: draws and judges. Do not resume a folder with another model.
         records: with codes, questions and ids of their own; gone through twice.
         config: numbers, sampling settings and scorers.
         seed: of this round; from 0 to 2**63 - 1.
@@ -213,7 +213,7 @@ def _batches(records: Sequence[Record], config: CurationConfig) -> Iterator[list
 def _fingerprints(
     model: Model, records: Sequence[Record], config: CurationConfig, seed: int, previous: PairFile | None
 ) -> list[str]:
-    """Each part's, after a look at all records: what would stop the work at the last one is told at once."""
+    """Each part's, after a look at all records: what would stop the work at the last one shows at once."""
     prints, seen = [], set()
     for batch in _batches(records, config):
         for record in batch:

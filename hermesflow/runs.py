@@ -291,7 +291,7 @@ def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str
 def train_on_pairs(
     config: Config, path: str | os.PathLike, folder: str | os.PathLike, root: str | os.PathLike | None = None
 ) -> Path:
-    """Trains a model on a file of pairs, going on where an earlier call of the same settings and pairs stopped.
+    """Trains a model on a file of pairs, resuming an earlier call of the same settings and pairs.
 
     Args:
         config: model and train are used, run.seed, and for a published file curation.threshold.
@@ -420,12 +420,12 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
 
 
 def check_origin(folder: Path, origin: dict[str, str], told: dict[str, str], elsewhere: str) -> None:
-    """Writes origin.json, what a run began with, or holds a run that goes on to it.
+    """Writes origin.json, or raises if it records other weights or pairs.
 
     Args:
         folder: of the run.
         origin: what it would begin with now.
-        told: for each key that must be as it was, in words what another value means.
+        told: for each key that must be as it was, what another value means, for messages.
         elsewhere: as in claim_folder.
     Raises: InputError if a value is another one.
     """

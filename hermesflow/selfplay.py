@@ -48,7 +48,8 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
 
 
 def curate_round(run: Run, number: int) -> None:
-    """Draws and scores candidates of a round's records, and keeps each record's best and worst as a pair."""
+    """Draws and scores candidates of a round's records, and keeps each record's best and worst as a pair. Raises: as
+    curate, or InputError if the run has no such round."""
     run.check_round(number)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
         return
@@ -76,7 +77,7 @@ def curate_round(run: Run, number: int) -> None:
 
 
 def train_round(run: Run, number: int) -> None:
-    """Trains the model of the round before on a round's pairs."""
+    """Trains the model of the round before on a round's pairs. Raises: as train_pairs, InputError without pairs."""
     run.check_round(number)
     if run.is_made(number, "model", "training.json"):
         return
@@ -92,7 +93,8 @@ def train_round(run: Run, number: int) -> None:
 
 
 def evaluate_round(run: Run, number: int) -> None:
-    """Measures the model after a round, and how far the scores of the round's candidates can be trusted."""
+    """Measures the model after a round (0: before the first), and how far its candidates' scores can be trusted.
+    Raises: as evaluate, or InputError if other records were measured before."""
 
     def work() -> None:
         path = run.path(number, "evaluation.json")

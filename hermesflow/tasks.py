@@ -378,7 +378,7 @@ def _write_png(path: Path, image: Image.Image, prompt: str, fields: dict[str, An
 def _view(model: Model, paths: Sequence[str | Path], description: str) -> Iterator[tuple[Sequence[str | Path], Tensor]]:
     """Batches of paths with what the model sees of their images, of which one at a time is open."""
     for path in paths:
-        if not os.path.exists(path):  # told before the work on the others, not after it
+        if not os.path.exists(path):  # shows before the work on the others, not after it
             raise InputError(f"{path}: no such file; check the path")
     for start in track(range(0, len(paths), _BATCH_VIEWS), description, "batches"):
         batch = paths[start : start + _BATCH_VIEWS]

@@ -76,7 +76,7 @@ def train_checked_pairs(
     reference = learner.reference(policy, range(config.num_steps), folder / "reference.parquet")
     hold_out = HoldOut(policy, held_learner, len(held), folder)
     optimizer = make_optimizer(policy.transformer, config)
-    torch.manual_seed(seed)  # a resumed run draws the same numbers, whatever was drawn before
+    torch.manual_seed(seed)  # a resumed run draws the same numbers
     progress = {"step": 0} | hold_out.progress() | load_checkpoint(folder, policy.transformer, optimizer)
     hold_out.resume(progress)
     start, log = progress["step"], MetricLog(folder / "metrics.jsonl", progress["step"])
@@ -121,7 +121,15 @@ def find_algorithm(name: str) -> type:
 def forward_backward(
     policy: Policy, algorithm: Algorithm, reference: Reference, visits: Sequence[Any], meter: Meter
 ) -> dict[str, float]:
-    """Adds the gradient of a step's loss to the weights'; returns the loss and the algorithm's metrics."""
+    """Adds the gradient of a step's loss to that of the weights.
+
+    Args:
+        policy: what is trained.
+        algorithm, reference: what it learns from.
+        visits: of the step.
+        meter: counts the work.
+    Returns: {"loss", the algorithm's metrics}, of all processes together.
+    """
     sums = StepSums(algorithm.metric_names(visits), policy.device)
     for make_batch, counts in algorithm.passes(visits):
         batch = make_batch(policy.device)
@@ -189,7 +197,7 @@ class HoldOut:
 
 @torch.no_grad()
 def measure_loss(transformer: Transformer, algorithm: Algorithm, visits: Sequence[Any], reference: Reference) -> float:
-    """The loss on these visits."""
+    """The loss on these visits, by all processes together; the transformer is in training mode again after it."""
     device = transformer.embed.weight.device
     sums = StepSums(algorithm.metric_names(visits), device)
     transformer.eval()

@@ -50,7 +50,7 @@ _ADDED = (("model", "family", "auto"), ("eval", "suite", "builtin"), ("selfplay"
 
 
 def run_study(config: Config, console: Console) -> list[Line]:
-    """Measures the model before self-play and after each arm of each seed, going on where an earlier call stopped.
+    """Measures the model before self-play and after each arm of each seed, resuming an earlier call.
 
     Args:
         config: the settings; config.study says what is run, config.run names the folder.

@@ -127,7 +127,7 @@ class TextDecoder:
         max_tokens: int,
         slack: int = 0,
     ) -> None:
-        """Calls work(bound), which goes on where it stopped, with half the bound each time that memory runs out.
+        """Calls work(bound), which resumes, with half the bound each time that memory runs out.
 
         The bound is no more than all pairs need with their images, and no less than any one needs with the slack.
         """

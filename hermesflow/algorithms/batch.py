@@ -12,7 +12,7 @@ from torch import Tensor
 from hermesflow.kernels.span_tree import SpanTree
 
 REPLAY = "replay"
-"""What is kept beside the two sides of a pair: answers, of which none is a win or a lose."""
+"""Third side: answers about the real image, without win or lose."""
 
 
 class PairVisit(NamedTuple):

@@ -223,7 +223,7 @@ class PairPacker:
         """Next codes; the row before each predicts it."""
         codes = self.model.layout.code_positions
         for lose, image in enumerate(images):
-            builder.continue_text("generation", index, 2 * index + lose, prompt, image, image, codes)
+            builder.add_next_tokens("generation", index, 2 * index + lose, prompt, image, image, codes)
 
     def _add_captions(self, builder: _TreeBuilder, index: int, pair: int, image: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""
@@ -232,7 +232,7 @@ class PairPacker:
         for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
             caption = self._tokens[name][pair]
             targets = np.append(caption, layout.eot)[: self.model.prompts.max_caption_tokens]
-            builder.continue_text("understanding", index, 2 * index + lose, question, caption, targets)
+            builder.add_next_tokens("understanding", index, 2 * index + lose, question, caption, targets)
 
     def _add_answers(self, builder: _TreeBuilder, index: int, visit: PairVisit, image: int) -> None:
         """Next tokens of the answers, and eot. An answer's weight is one over the visit's tokens; one over its
@@ -245,7 +245,7 @@ class PairPacker:
             for answer in answers:
                 number = builder.number_answer(share)
                 targets = np.array([*answer, self.model.layout.eot])
-                builder.continue_text(REPLAY, index, number, question, answer, targets)
+                builder.add_next_tokens(REPLAY, index, number, question, answer, targets)
 
 
 def referenced_sides(config: TrainConfig) -> tuple[str, ...]:
@@ -460,7 +460,7 @@ class _TreeBuilder:
         """Packed rows predict targets, as part of a segment of visit `index`."""
         self._found[side].append(_Predicted(index, segment, rows, targets.astype(np.int64), weights.astype(np.float32)))
 
-    def continue_text(
+    def add_next_tokens(
         self,
         side: str,
         index: int,

@@ -96,7 +96,7 @@ def _pair_values(policy: Tensor, reference: Tensor, side: Side, config: TrainCon
     values |= {"nll": -_token_means(policy, side)[:, 0]}
     if loss.needs_reference:
         moved = policy.detach() - reference
-        # Of a ratio of exp(20) is enough told: the policy has left the reference.
+        # A ratio beyond exp(20) says nothing more: the policy has left the reference.
         divergence = moved.clamp(max=20).expm1() - moved
         values |= {
             "win_logprob_drift": result.win_reward / config.beta,

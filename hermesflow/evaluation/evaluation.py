@@ -45,7 +45,7 @@ class Evaluation:
         raise NotImplementedError(f"{type(self).__name__}: measures nothing; define measure")
 
     def settings(self, model: Model, config: EvalConfig) -> dict[str, Any]:
-        """What was measured how, kept beside the result."""
+        """Settings of the measurement, saved with its result."""
         return asdict(config)
 
     def judge_candidates(self, model: Model, parts: Parts) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def load_model(
             told = ", ".join(f"{name} {shown(value)}" for name, value in named.items()) or "no family"
             raise InputError(
                 f"{folder / CONFIG}: unknown {told}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
-                "model.family"
+                "model.family (--family)"
             )
     found = next(iter(families.values()))
     if folder != ASSETS / name_or_path:

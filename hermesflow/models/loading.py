@@ -82,7 +82,10 @@ def transformer_config(
 
 
 def make_config(kind: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from JSON, whose values must have the types of its fields; no number is negative."""
+    """A configuration from JSON, whose values must have the types of its fields; no number is negative.
+
+    Raises: ValueError that names the field, or as the configuration itself does.
+    """
     hints = get_type_hints(kind)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, value in values.items():

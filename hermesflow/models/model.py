@@ -36,7 +36,7 @@ class PromptFormat:
     caption_question: str
     """Asks for a caption (HermesFlow, arXiv 2502.12148, section 3)."""
     question: str = "{question}"
-    """What stands around each question that the model reads."""
+    """Template of every question."""
     choices: str = "{question}"
     """A question whose answer is one of {choices}, for an answer in the model's own words."""
     answer: str = "{answer}"
@@ -162,7 +162,8 @@ class Model:
         for name in [name for name in given if name not in known]:
             if given.pop(name) != usual[name]:  # a default that the user did not choose
                 raise InputError(
-                    f"{name}: the model's images are not drawn by it, but by {', '.join(known)}; leave it as it is"
+                    f"{name} (of drawing, curation or eval): the model's images are not drawn by it, but by "
+                    f"{', '.join(known)}; leave it as it is"
                 )
         return replace(self.sampling, **given)
 

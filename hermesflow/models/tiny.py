@@ -74,7 +74,7 @@ class TinyFamily:
                 vq_tokenizer = VQTokenizer(make_config(VQTokenizerConfig, config["vq_tokenizer"]))
             layout, image_size = make_config(TokenLayout, config["layout"]), int(config["image_size"])
             _check_sizes(transformer.config, vq_tokenizer.config, layout, image_size)
-            prompts, sampling = _manners(config)
+            prompts, sampling = _prompts_and_sampling(config)
         except Exception as error:  # wrong values raise many types: ArithmeticError, RuntimeError ...
             raise InputError(
                 f"{folder / CONFIG}: not a model configuration ({reason_of(error)}); restore it from its source"
@@ -96,8 +96,8 @@ class TinyFamily:
 FAMILY = TinyFamily()
 
 
-def _manners(config: Mapping[str, Any]) -> tuple[PromptFormat, ImageSamplingParams]:
-    """Prompts and sampling; folders of before have neither, for all of them were the built-in model's descendants."""
+def _prompts_and_sampling(config: Mapping[str, Any]) -> tuple[PromptFormat, ImageSamplingParams]:
+    """Older folders lack both: they descend from the built-in model."""
     if "prompts" not in config:
         config = read_json(ASSETS / "tiny" / CONFIG)
     return make_config(PromptFormat, config["prompts"]), make_config(ImageSamplingParams, config["sampling"])

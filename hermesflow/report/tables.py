@@ -160,7 +160,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 def headline(summary: dict[str, Any]) -> str:
     """One sentence that says what a run measured.
 
-    Understanding and generation are told beside the gap: one that closes because understanding fell is no success.
+    It names understanding and generation beside the gap: a gap that closes because understanding fell is no success.
 
     Args:
         summary: what summary.json holds; rounds may be empty.

@@ -128,7 +128,7 @@ def _load(path: Path, module: nn.Module, optimizer: Optimizers | None) -> dict[s
     with _storage_errors(path):
         saved = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
     _check_fit(path, {name: tuple(value.shape) for name, value in tensors.items()}, saved)
-    # A process that was not there when the checkpoint was made goes on with the random numbers it has.
+    # A process that joined after the checkpoint keeps its own random numbers.
     states = {name: value for name, value in _rng_states(module).items() if name in saved}
     tensors |= states
     with _storage_errors(path):

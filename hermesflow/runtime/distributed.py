@@ -33,7 +33,7 @@ from hermesflow.runtime.files import InputError, atomic_folder
 
 _Result = TypeVar("_Result")
 _PATIENCE = datetime.timedelta(days=1)
-"""A process that died is told at once by the others' broken connections; one that evaluates alone may take hours."""
+"""A dead process breaks the others' connections at once; one that evaluates alone may take hours."""
 _GOES_ON = "the same command goes on where the run stopped, with any number of processes"
 LOST = f"another process of this run is gone (killed, out of memory, or its machine lost); {_GOES_ON}"
 TERMINATED = f"stopped by torchrun, since another process is gone or the run was told to end; {_GOES_ON}"

@@ -22,13 +22,13 @@ TIMINGS = ("tokens_per_second", "mfu", "peak_memory_gib")
 
 
 class MetricLog:
-    """Lines after the step that a run resumes from are dropped first; the first process writes."""
+    """Appends a JSON line a step; a resumed run drops later lines first. The first process writes."""
 
     def __init__(self, path: Path, start: int) -> None:
         """
         Args:
             path: the file.
-            start: the step that the run goes on with.
+            start: the first step that is not logged yet.
         Raises: InputError if the file lacks one of the steps before.
         """
         self._path = path

@@ -29,7 +29,7 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
         description: what is being done, in a word or two.
         unit: what is counted, for the rate; plural.
         total: how many items there will be, where `items` has no length.
-        completed: how many were done before, when a run goes on.
+        completed: how many were done before a resumed run.
     """
 
     def __init__(

@@ -46,6 +46,7 @@ SOURCES = {"shapes": "hermesflow.worlds.shapes:training_records"}
 """data.source, beside files: (seed, count) -> records of training scenes."""
 EVALUATIONS = {"builtin": "hermesflow.evaluation.builtin:BUILTIN"}
 """eval.suite: Evaluation objects."""
+_MISSING = object()
 
 
 def resolve(table: Mapping[str, str], name: str, key: str, has: Sequence[str] = (), is_class: bool = False) -> Any:
@@ -64,14 +65,19 @@ def resolve(table: Mapping[str, str], name: str, key: str, has: Sequence[str] = 
     module_name, _, attribute = table.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
+        found = getattr(module, attribute, _MISSING)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
+        fix = (
+            "install it, or set PYTHONPATH to its folder"
+            if is_absent
+            else "correct it (HERMESFLOW_DEBUG=1 shows where)"
+        )
         raise InputError(
-            f"{key} {name}: the module {module_name} cannot be imported ({reason_of(error)}); install it, or set "
-            "PYTHONPATH to its folder"
+            f"{key} {name}: the module {module_name} cannot be imported ({reason_of(error)}); {fix}"
         ) from error
-    if not hasattr(module, attribute):
+    if found is _MISSING:
         raise InputError(f"{key} {name}: the module {module_name} has no {attribute}; check the name")
-    found = getattr(module, attribute)
     missing = [item for item in has if not hasattr(found, item)]
     if missing:
         raise InputError(

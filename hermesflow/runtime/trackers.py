@@ -30,14 +30,14 @@ def check_tracker(name: str) -> None:
 def open_tracker(name: str, settings: Mapping[str, Any], folder: Path, start: int) -> Iterator[Log]:
     """A tracker for as long as the block runs; in all processes but the first it takes metrics and keeps none.
 
-    Training that goes on sends the steps after its checkpoint again. TensorBoard drops the older ones; W&B goes on in
-    the same run and keeps the older ones; trackio goes on in the same run and keeps both.
+    Resumed training sends the steps after its checkpoint again. TensorBoard drops the older ones; W&B continues the
+    same run and keeps the older ones; trackio continues the same run and keeps both.
 
     Args:
         name: of the tracker.
         settings: of the run, which the tracker keeps.
         folder: of the run's training; TensorBoard's files go there, and tracker.json, which names the service's run.
-        start: the step that training begins or goes on with.
+        start: the first step.
     Yields: the function that takes metrics.
     Raises: InputError if it is not installed.
     """

@@ -20,7 +20,7 @@ CaptionScorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[list[flo
 """Captions [B][n of the record] and the true ones [B] -> scores [B][n], the higher the better."""
 
 
-def each(score: Callable[[str, str], float]) -> Callable[[CurationConfig], CaptionScorer]:
+def scorer_of(score: Callable[[str, str], float]) -> Callable[[CurationConfig], CaptionScorer]:
     """Makes a scorer of captions of a function (caption, truth) -> score that needs no settings."""
 
     def scorer(captions: Sequence[Sequence[str]], truths: Sequence[str]) -> list[list[float]]:
@@ -90,9 +90,9 @@ def normalize_text(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-EXACT = each(lambda caption, truth: float(caption == truth))
-NORMALIZED = each(lambda caption, truth: float(normalize_text(caption) == normalize_text(truth)))
-TOKEN_F1 = each(token_f1)
+EXACT = scorer_of(lambda caption, truth: float(caption == truth))
+NORMALIZED = scorer_of(lambda caption, truth: float(normalize_text(caption) == normalize_text(truth)))
+TOKEN_F1 = scorer_of(token_f1)
 
 
 def _find_exact(answer: str, choices: Sequence[str]) -> int:
@@ -100,7 +100,7 @@ def _find_exact(answer: str, choices: Sequence[str]) -> int:
 
 
 def _find_normalized(answer: str, choices: Sequence[str]) -> int:
-    """Choices that differ only in what is normalized away are told apart where the answer is exact."""
+    """Of choices that normalize alike, an exact answer finds its own."""
     if answer in choices or not normalize_text(answer):
         return _find_exact(answer, choices)
     return _find_exact(normalize_text(answer), [normalize_text(choice) for choice in choices])

@@ -49,7 +49,7 @@ class Judged(NamedTuple):
 def soft(
     model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None
 ) -> list[list[Judged]]:
-    """Images scored by the mean probability of the right answers, [B][n]; see self_vqa."""
+    """Images int64 [B, n, N] scored by the mean probability of the right answers, [B][n]; see self_vqa."""
     scores = self_vqa(model, codes, records, match_answers)
     return [[Judged(score.soft, score.answers) for score in of_record] for of_record in scores]
 
@@ -57,7 +57,7 @@ def soft(
 def hard(
     model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None
 ) -> list[list[Judged]]:
-    """Images scored by the fraction of questions answered rightly, [B][n]; see self_vqa."""
+    """Images int64 [B, n, N] scored by the fraction of questions answered rightly, [B][n]; see self_vqa."""
     scores = self_vqa(model, codes, records, match_answers)
     return [[Judged(score.hard, score.answers) for score in of_record] for of_record in scores]
 

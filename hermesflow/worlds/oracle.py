@@ -122,7 +122,7 @@ def _read_batch(images: np.ndarray) -> list[Seen]:
     pixels = images.astype(np.float32)
     backgrounds, background_rgb = _find_backgrounds(pixels)
     colors = _classify_pixels(pixels, background_rgb)
-    # Against a background that is neither black nor white, no pixel's color can be told.
+    # Against a background that is neither black nor white, no pixel has a known color.
     colors[[name == UNKNOWN for name in backgrounds]] = 0
     objects: list[list[SeenObject]] = [[] for _ in images]
     for index, item in _describe_components(pixels, colors):

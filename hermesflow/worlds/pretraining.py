@@ -61,7 +61,7 @@ HALF_BATCHES = 2
 
 
 def run_pretraining(config: PretrainConfig) -> Path:
-    """Makes the tiny model, going on where an earlier run in the same folder stopped.
+    """Makes the tiny model, resuming an earlier run in the same folder.
 
     Args:
         config: sizes, steps, rates and seed; config.folder receives checkpoints, metrics of both stages and the model.
@@ -116,7 +116,7 @@ def run_pretraining(config: PretrainConfig) -> Path:
 
 
 def check_settings(config: PretrainConfig, path: Path) -> None:
-    """Keeps the settings beside the checkpoints; refuses to go on under others.
+    """Keeps the settings beside the checkpoints; refuses to resume under others.
 
     Raises: InputError that names the settings which differ.
     """

@@ -17,7 +17,7 @@ import numpy as np
 
 from hermesflow.data.records import Question, Record
 from hermesflow.runtime.files import InputError
-from hermesflow.scoring.captions import each, overlap_f1
+from hermesflow.scoring.captions import overlap_f1, scorer_of
 
 IMAGE_SIZE = 64
 CELL_SIZE = 32
@@ -736,7 +736,7 @@ def attribute_f1(caption: str, truth: str) -> float:
     return overlap_f1(_attributes(caption), wanted)
 
 
-ATTRIBUTE_F1 = each(attribute_f1)
+ATTRIBUTE_F1 = scorer_of(attribute_f1)
 
 
 def _attributes(caption: str) -> Counter:

@@ -358,10 +358,10 @@ def test_a_family_that_does_not_fit_itself_is_one_line(toys, tmp_path, monkeypat
 
 
 def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
-    with pytest.raises(
-        InputError, match="num_steps: the model's images are not drawn by it, but by temperature; leave it as it is"
-    ):
+    told = r"num_steps \(of drawing, curation or eval\): .* not drawn by it, but by temperature; leave it as it is"
+    with pytest.raises(InputError, match=told):
         run_selfplay(load_config(None, settings(toys, tmp_path, "drawing.num_steps=4")))
+    assert not list(tmp_path.glob("toys/round-*"))
 
 
 @pytest.mark.parametrize(
