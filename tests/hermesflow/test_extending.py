@@ -357,6 +357,21 @@ def test_a_family_that_does_not_fit_itself_is_one_line(toys, tmp_path, monkeypat
         load_model(str(toys / "model"), family="odd_family:FAMILY")
 
 
+def test_an_evaluation_of_other_records_is_refused_when_it_is_made(toys, tmp_path, monkeypatch):
+    (tmp_path / "odd_suite.py").write_text(
+        "import itertools\n"
+        "from hermesflow.evaluation.evaluation import Evaluation\n"
+        "class Odd(Evaluation):\n    calls = itertools.count()\n"
+        "    def measure(self, model, config): return [{'id': str(next(self.calls)), 'scores': {'right': [1, 2]}}]\n"
+        "SUITE = Odd()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_suite", raising=False)
+    with pytest.raises(InputError, match="eval.suite odd_suite:SUITE: record '0' before is '1' after"):
+        run_selfplay(load_config(None, settings(toys, tmp_path, "eval.suite=odd_suite:SUITE")))
+    assert (tmp_path / "toys/round-1/model").exists() and not (tmp_path / "toys/round-1/evaluation.json").exists()
+
+
 def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
     told = r"num_steps \(of drawing, curation or eval\): .* not drawn by it, but by temperature; leave it as it is"
     with pytest.raises(InputError, match=told):
