@@ -57,7 +57,7 @@ def train_pairs(
         or a metric that is not finite; the last names it and the step.
 
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
-    result; the others open what it saves. After an error the model is of no more use: open it anew to go on.
+    result; the others open what it saves. After an error the model is of no more use: open it again.
     """
     check_training(config, algorithm)
     check_pairs(pairs, model)
@@ -87,7 +87,7 @@ def train_checked_pairs(
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
             metrics = forward_backward(policy, learner, reference, learner.visits(step), meter)
             metrics |= {"grad_norm": clip_gradients(policy.transformer, config.max_grad_norm), "lr": lr}
-            _check_finite(metrics, step)
+            _check_finite(metrics, step, learner.name)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics |= meter.rates(time.perf_counter() - began)
@@ -165,7 +165,7 @@ class HoldOut:
         return {"best_loss": self._best_loss, "best_step": self._best_step}
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Goes on from what a checkpoint kept."""
+        """Resumes from what a checkpoint kept."""
         self._best_loss, self._best_step = progress["best_loss"], progress["best_step"]
 
     def measure(self, step: int) -> dict[str, float]:
@@ -174,7 +174,7 @@ class HoldOut:
             return {}
         loss = measure_loss(self._policy.transformer, self._algorithm, self._visits, self._reference)
         metrics = {"holdout/loss": loss}
-        _check_finite(metrics, step)
+        _check_finite(metrics, step, self._algorithm.name)
         if self._best_loss is None or loss < self._best_loss:
             self._best_loss, self._best_step = loss, step + 1
             save_state(self._folder / "best", self._policy.transformer, None, {"step": step + 1} | self.progress())
@@ -185,7 +185,10 @@ class HoldOut:
         over = self._visits and step + 1 - self._best_step >= self._config.patience * self._config.holdout_every
         if over:
             _LOGGER.info(
-                "Pair-DPO: stopped after %d steps; the held-out loss was least after %d", step + 1, self._best_step
+                "%s: stopped after %d steps; the held-out loss was least after %d",
+                self._algorithm.name,
+                step + 1,
+                self._best_step,
             )
         return bool(over)
 
@@ -258,10 +261,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _check_finite(metrics: dict[str, float], step: int) -> None:
+def _check_finite(metrics: dict[str, float], step: int, algorithm: str) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise InputError(f"Pair-DPO: {name} is {value} at step {step}; lower train.lr")
+            raise InputError(f"{algorithm}: {name} is {value} at step {step}; lower train.lr")
 
 
 def _told(metrics: dict[str, float]) -> str:

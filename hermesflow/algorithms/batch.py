@@ -39,6 +39,14 @@ class Side:
     token_weight: Tensor
     pair_weight: Tensor
 
+    def pair_sums(self, values: Tensor) -> Tensor:
+        """Sums of values [T] over the tokens of win and lose of each pair, [P, 2]."""
+        return values.new_zeros(2 * len(self.pair_weight)).index_add(0, self.segment, values).view(-1, 2)
+
+    def pair_means(self, values: Tensor) -> Tensor:
+        """Means, likewise; 0 where there are no tokens."""
+        return self.pair_sums(values) / self.pair_sums(torch.ones_like(values)).clamp(min=1)
+
 
 @dataclass(frozen=True)
 class PairBatch:

@@ -43,20 +43,14 @@ class PairLoss:
             side: which token is of which pair's win or lose, and which pairs count.
             config: the settings.
         """
-        num_pairs = len(side.pair_weight)
         ratio = policy - reference if self.needs_reference else policy
-        sums, counts = (
-            values.new_zeros(2 * num_pairs).index_add(0, side.segment, values)
-            for values in (ratio, torch.ones_like(ratio))
-        )
-        if self.means_over_tokens or config.length_normalize:
-            sums = sums / counts.clamp(min=1)
-        win, lose = sums.view(num_pairs, 2).unbind(1)
+        is_mean = self.means_over_tokens or config.length_normalize
+        win, lose = (side.pair_means(ratio) if is_mean else side.pair_sums(ratio)).unbind(1)
         losses = self.of_pairs(win, lose, config)
         if not isinstance(losses, Tensor) or losses.shape != win.shape:
             given = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise InputError(
-                f"train.loss_type {config.loss_type}: of_pairs gave {given}, expected a tensor [{num_pairs}], a value "
+                f"train.loss_type {config.loss_type}: of_pairs gave {given}, expected a tensor [{len(win)}], a value "
                 "for each pair; correct it"
             )
         if policy.requires_grad and not losses.requires_grad:

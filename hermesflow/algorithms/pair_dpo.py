@@ -93,25 +93,16 @@ def _pair_values(policy: Tensor, reference: Tensor, side: Side, config: TrainCon
     # The loss is a mean over this pass's pairs.
     values = {"loss": result.loss * side.pair_weight.sum(), "win_reward": result.win_reward}
     values |= {"lose_reward": result.lose_reward, "margin": margin, "accuracy": (margin > 0).to(margin)}
-    values |= {"nll": -_token_means(policy, side)[:, 0]}
+    values |= {"nll": -side.pair_means(policy)[:, 0]}
     if loss.needs_reference:
         moved = policy.detach() - reference
         # A ratio beyond exp(20) says nothing more: the policy has left the reference.
         divergence = moved.clamp(max=20).expm1() - moved
         values |= {
             "win_logprob_drift": result.win_reward / config.beta,
-            "kl": _token_means(divergence, side).mean(1),
+            "kl": side.pair_means(divergence).mean(1),
         }
     return values
-
-
-def _token_means(values: Tensor, side: Side) -> Tensor:
-    """Mean over the tokens of win and lose of each pair [P, 2]; 0 where there are none."""
-    sums, counts = (
-        values.new_zeros(2 * len(side.pair_weight)).index_add(0, side.segment, each)
-        for each in (values, torch.ones_like(values))
-    )
-    return (sums / counts.clamp(min=1)).view(-1, 2)
 
 
 def metric_names(totals: Mapping[str, int], config: TrainConfig) -> list[str]:

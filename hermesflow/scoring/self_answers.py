@@ -68,9 +68,9 @@ def self_vqa(
     """Has the model answer each record's questions about images of it.
 
     By default every choice is scored: its probability is the softmax over the question's choices of the log-probability
-    of its tokens with the end of text. With match_answers the model is told the choices, answers in its own words
-    (greedily), and the answer counts as the choice it means. An image's questions share its prefix, and all are asked
-    in one call.
+    of its tokens with the end of text. With match_answers the prompt lists the choices, the model answers in its
+    own words (greedily), and the answer counts as the choice it means. An image's questions share its prefix, and all
+    are asked in one call.
 
     Args:
         model: the judge.

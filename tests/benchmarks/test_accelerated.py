@@ -70,7 +70,7 @@ def test_a_wrong_result_is_not_measured(case, monkeypatch, capsys, tmp_path):
 
 def test_the_class_of_a_checkout(tmp_path):
     shutil.copytree(accelerated.STAND_IN, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "models" / "__init__.py").write_text("raise ImportError('a package that is not at hand')\n")
+    (tmp_path / "models" / "__init__.py").write_text("raise ImportError('a package that is not installed')\n")
     out = tmp_path / "lines.jsonl"
     assert bench("--code", tmp_path, "--case", "mmu_generate", "--out", out) == 0
     assert lines.read_lines(out)[0]["baseline"] == "published"
