@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hermesflow.engine.decoders.masked import ImageDecoder, Watch
+from hermesflow.engine.decoders.masked import ImageDecoder, ImageRollout, Watch
 from hermesflow.engine.decoders.text import QuestionIds, SamplingParams, TextDecoder
 from hermesflow.engine.memory_planner import MemoryPlanner
+from hermesflow.engine.rollout_logprob import RolloutStates, code_logprobs
 from hermesflow.engine.sequence_logprob import span_logprobs
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.checks import triton_missing
-from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.kernels.span_tree import SpanForest, SpanTree
 
 # Where throughput stays level, if memory lasts. CUDA, not measured: 32 images of 1,026 tokens are 10 waves of matmul
 # tiles on 132 multiprocessors; in decoding each further answer is nearly free until 64 images with 10 captions each.
@@ -118,12 +120,7 @@ class Engine:
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
-        _check_seeds("generate", seeds, (len(prompt_ids), num_images), "[P, num_images]")
-        _check_bound("generate", "num_images", num_images)
-        max_sequences = self.max_sequences if max_sequences is None else max_sequences
-        _check_bound("generate", "max_sequences", max_sequences)
-        for index, ids in enumerate(prompt_ids):
-            self._check_text("generate", f"prompt {index}", ids)
+        max_sequences = self._checked_drawing("generate", prompt_ids, num_images, seeds, max_sequences)
         params = self.image_decoder.params(**sampling)
         if known_codes is not None:
             if not getattr(self.image_decoder, "keeps_known_codes", False):
@@ -142,6 +139,65 @@ class Engine:
                 prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, watch=watch
             )
         return codes.clone()  # a tensor made in inference mode cannot be used in training
+
+    def rollout(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_images: int,
+        seeds: Tensor,
+        max_sequences: int | None = None,
+        watch: Watch = iter,
+        **sampling: Any,
+    ) -> ImageRollout:
+        """The images that generate draws, with the step and log-probability at which each code was drawn.
+
+        Args: those of generate.
+        Returns: codes [P, n, num_image_tokens] and how they were drawn; see ImageRollout.
+        Raises: as generate; ValueError if the model's image decoder cannot tell how it draws.
+        """
+        max_sequences = self._checked_drawing("rollout", prompt_ids, num_images, seeds, max_sequences)
+        if not hasattr(self.image_decoder, "rollout"):
+            raise ValueError(
+                f"Engine.rollout: {type(self.image_decoder).__name__} does not tell how it draws; use a model of "
+                "masked image tokens"
+            )
+        params = self.image_decoder.params(**sampling)
+        with torch.inference_mode():
+            drawn = self.image_decoder.rollout(prompt_ids, seeds, params, max_sequences=max_sequences, watch=watch)
+        return ImageRollout(*(getattr(drawn, item.name).clone() for item in fields(drawn)))
+
+    def rollout_logprobs(
+        self, prompt_ids: Sequence[Sequence[int]], drawn: ImageRollout, *, remasked: bool = False, **sampling: Any
+    ) -> Tensor:
+        """Log-probability of how images were drawn, by the law of the decoder that drew them, differentiable in the
+        model's weights.
+
+        Args:
+            prompt_ids: P prompts, as they were given to rollout.
+            drawn: from rollout.
+            remasked: count the codes that were drawn and masked again too.
+            sampling: as it was given to rollout.
+        Returns: fp32 [P, n, num_image_tokens], of each code summed over the steps that drew it; 0 where it was known.
+        Raises: ValueError on a temperature of 0, which leaves nothing to chance.
+        """
+        params = self.image_decoder.params(**sampling)
+        forest = SpanForest()
+        states = RolloutStates(self.layout, params, forest)
+        codes, kept_at, tokens = (
+            values.flatten(0, 1).cpu().numpy() for values in (drawn.codes, drawn.kept_at, drawn.drawn)
+        )
+        prompts = [ids for ids in prompt_ids for _ in range(drawn.codes.shape[1])]
+        for image, ids in enumerate(prompts):
+            states.add(ids, codes[image], kept_at[image], drawn=tokens[image] if remasked else None)
+        found = states.drawn(self.device)
+        hidden = self.transformer(forest.build(self.device), rows=torch.cat([found.guided, found.unguided]))
+        guided, unguided = hidden.split([len(found.guided), len(found.unguided)])
+        logprob = code_logprobs(
+            self.transformer.head, self.layout, params, guided, unguided, found.targets, backend=self.backend
+        )
+        places = found.owners * codes.shape[1] + found.positions
+        return logprob.new_zeros(codes.size).index_add(0, places, logprob).view(drawn.codes.shape)
 
     def extend(
         self,
@@ -228,6 +284,18 @@ class Engine:
                 f"and {list(targets.shape)}"
             )
         return span_logprobs(self.transformer, tree, rows, targets, backend=self.backend)
+
+    def _checked_drawing(
+        self, function: str, prompt_ids: Sequence[Sequence[int]], num_images: int, seeds: Tensor, given: int | None
+    ) -> int:
+        """max_sequences, given or the planner's; what is drawn is checked."""
+        _check_seeds(function, seeds, (len(prompt_ids), num_images), "[P, num_images]")
+        _check_bound(function, "num_images", num_images)
+        max_sequences = self.max_sequences if given is None else given
+        _check_bound(function, "max_sequences", max_sequences)
+        for index, ids in enumerate(prompt_ids):
+            self._check_text(function, f"prompt {index}", ids)
+        return max_sequences
 
     def _checked_images(self, function: str, images: Tensor) -> Tensor:
         """The images as codes, or as features in the model's dtype."""

@@ -198,7 +198,7 @@ def _curate(arguments: Arguments, config: Config) -> None:
     from hermesflow.training import check_training
 
     # What training would refuse shows before the work on candidates, which locks the settings.
-    check_training(config.train, config.selfplay.algorithm)
+    check_training(config)
     with process_group(config.model.device):
         curate_round(Run(config), arguments.round or 1)
 
@@ -214,7 +214,7 @@ def _train(arguments: Arguments, config: Config) -> None:
         from hermesflow.selfplay import train_round
         from hermesflow.training import check_training
 
-        check_training(config.train, config.selfplay.algorithm)
+        check_training(config)
         with process_group(config.model.device):
             train_round(Run(config), arguments.round or 1)
         return
@@ -236,7 +236,7 @@ def _pairs_import(arguments: Arguments, config: Config) -> None:
     from hermesflow.runs import import_pairs
     from hermesflow.training import check_training
 
-    check_training(config.train, config.selfplay.algorithm)
+    check_training(config)
     print(import_pairs(config, arguments.round or 1, arguments.file, arguments.root))
 
 

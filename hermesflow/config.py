@@ -28,6 +28,7 @@ from hermesflow.runtime.registry import (
     FAMILIES,
     IMAGE_SCORERS,
     LOSSES,
+    REWARDS,
     SOURCES,
 )
 
@@ -300,6 +301,50 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GRPOConfig:
+    """GRPO on the images that the model draws as it learns (selfplay.algorithm grpo).
+
+    Steps, rates, replay and reference are those of [train]; images are drawn as [curation] says.
+    """
+
+    prompts_per_step: int = 16
+    """Prompts that images are drawn for in one optimizer step, by all processes together."""
+    num_images: int = 8
+    """Images drawn for each prompt: a group, within which rewards are compared."""
+    rewards: tuple[str, ...] = ("log",)
+    """What an image is rewarded for: log, the log-probability of the right answers; soft, their mean probability; hard,
+    the fraction answered right; prompt, the log-probability of its prompt; or "module:function" of your own."""
+    reward_weights: tuple[float, ...] = (1.0,)
+    """Of each reward, in their sum."""
+    likelihood: Literal["kept", "drawn"] = "kept"
+    """Of an image: the codes that each decoding step kept, or all that it drew, those that were masked again too."""
+    trained_steps: int = 0
+    """Decoding steps of each image that the gradient is computed for, drawn at random; 0 takes all of them."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on the same images, of which all but the first are off the policy that drew them."""
+    clip_low: float = 0.1
+    """A decoding step's ratio of policy to the policy that drew counts down to 1 - clip_low."""
+    clip_high: float = 0.2
+    """The same ratio counts up to 1 + clip_high."""
+    kl_weight: float = 0.0
+    """Weight of the divergence from the reference on the images drawn, a code (Schulman's k3); it needs train.reference
+    live."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "prompts_per_step", "updates_per_rollout")
+        _check_at_least(self, 2, "num_images")
+        _check_at_least(self, 0, "trained_steps", "kl_weight")
+        _check_between(self, 0, 1, "clip_low")
+        _check_above(self, 0, "clip_high")
+        _check_name(self, "rewards", REWARDS, "function")
+        _check(self, ("reward_weights",), math.isfinite, "finite numbers")
+        if not self.rewards or len(self.reward_weights) != len(self.rewards):
+            reason = f"expected a weight for each of {len(self.rewards)} rewards, got {len(self.reward_weights)}"
+            raise ConfigError("GRPOConfig", "reward_weights", reason)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig(DrawingConfig):
     """Measurement on prompts that training never sees."""
 
@@ -338,7 +383,8 @@ class SelfPlayConfig:
     fresh_prompts: bool = True
     """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
     algorithm: str = "pair-dpo"
-    """What trains on a round's pairs: pair-dpo, or "module:class" of your own."""
+    """What trains in a round: pair-dpo, on pairs of best and worst; grpo, on images that are drawn and rewarded as the
+    model learns; or "module:class" of your own."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -426,6 +472,7 @@ class Config:
     drawing: DrawingConfig = field(default_factory=DrawingConfig)
     curation: CurationConfig = field(default_factory=CurationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     selfplay: SelfPlayConfig = field(default_factory=SelfPlayConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

@@ -23,7 +23,7 @@ from hermesflow.runtime.files import InputError, ParquetRows, damaged, make_fold
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.scorers import Scorers
-from hermesflow.scoring.self_answers import Judged
+from hermesflow.scoring.self_answers import Judged, check_record
 
 CANDIDATES_SCHEMA = pa.schema(
     [
@@ -220,19 +220,9 @@ def _fingerprints(
             if record.id in seen:
                 raise InputError(f"record {record.id}: the id occurs twice; give each record an id of its own")
             seen.add(record.id)
-            _check_record(model, record)
+            check_record(model, record)
         prints.append(_fingerprint(model, batch, config, seed, _previous_images(batch, previous)))
     return prints
-
-
-def _check_record(model: Model, record: Record) -> None:
-    if not record.questions:
-        raise InputError(f"record {record.id}: has no questions to judge its images by; add some or leave it out")
-    if record.codes is None:
-        raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
-    model.image_prompt(record.caption)
-    for question in record.questions:
-        model.choice_prompt(question.question, question.choices)
 
 
 def _previous_images(records: Sequence[Record], previous: PairFile | None) -> PreviousImages:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import torch
 
 from hermesflow.algorithms.packing import check_pairs
-from hermesflow.config import Config, TrainConfig, load_config, to_toml
+from hermesflow.config import Config, load_config, to_toml
 from hermesflow.curation import curate
 from hermesflow.data.balancing import balance_questions, describe_one_sided, yes_share
 from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pair_statistics, read_pairs
@@ -54,7 +54,7 @@ from hermesflow.runtime.files import (
     write_text,
 )
 from hermesflow.runtime.registry import SOURCES, resolve
-from hermesflow.training import check_training, train_checked_pairs
+from hermesflow.training import check_takes_pairs, check_training, is_online, train_checked_pairs
 
 _ELSEWHERE = "output folder (-o)"
 _LOGGER = logging.getLogger(__name__)
@@ -222,9 +222,10 @@ class Run:
         evaluations = [self.evaluation(number) for number in (0, *self.rounds)]
         before, rounds = summarize(evaluations)
         for number, metrics in enumerate(rounds, start=1):
-            pairs = read_parquet(self.path(number, "pairs.parquet"), ["record_id", "sides"])
-            rejected = read_parquet(self.path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
-            metrics["pairs"] = pair_statistics(pairs, rejected)
+            if not self.is_online:
+                pairs = read_parquet(self.path(number, "pairs.parquet"), ["record_id", "sides"])
+                rejected = read_parquet(self.path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
+                metrics["pairs"] = pair_statistics(pairs, rejected)
             metrics["training"] = read_json(self.path(number, "training.json"))
             if "agreement" in evaluations[number]:
                 metrics["agreement"] = evaluations[number]["agreement"]
@@ -236,6 +237,11 @@ class Run:
         unusable = read_parquet(self.folder / "rejected.parquet", UNUSABLE_SCHEMA.names).to_pylist()
         data = {"records": num_records, "rejected": count_reasons(unusable), "yes_share": yes_share(self.records)}
         return {"settings": settings, "seed": self.config.run.seed, "data": data, "before": before, "rounds": rounds}
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the run's algorithm draws its own images as it learns, and needs no pairs."""
+        return is_online(self.config.selfplay.algorithm)
 
     def check_comparable(self, result: dict[str, Any]) -> None:
         """Raises InputError if an evaluation measured other records than that before self-play."""
@@ -277,6 +283,7 @@ def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str
     Returns: the path of the pairs; rejected.parquet is written beside it.
     Raises: InputError if the file cannot be used, or the round has pairs already.
     """
+    check_takes_pairs(config.selfplay.algorithm)
     run = Run(config)
     run.check_round(number)
     target = run.path(number, "pairs.parquet")
@@ -303,7 +310,8 @@ def train_on_pairs(
     Raises: InputError if the file cannot be used, a pair does not fit the model, or the folder holds results of other
         settings, weights or pairs.
     """
-    check_training(config.train, config.selfplay.algorithm)
+    check_training(config)
+    check_takes_pairs(config.selfplay.algorithm)
     folder, path = Path(folder), Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give pairs.parquet of a run or a published pair_dpo_data.json")
@@ -324,16 +332,13 @@ def train_on_pairs(
         }
         on_main(lambda: check_origin(folder, origin, told, _ELSEWHERE))
         if not on_main(lambda: (folder / "model").exists() and (folder / "training.json").exists()):
-            options = {"seed": config.run.seed, "folder": folder, "algorithm": config.selfplay.algorithm}
-            train_and_save(model, pairs, config.train, **options)
+            options = {"seed": config.run.seed, "folder": folder / "train", "algorithm": config.selfplay.algorithm}
+            save_trained(model, train_checked_pairs(model, pairs, config.train, **options), folder)
     return folder / "model"
 
 
-def train_and_save(
-    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
-) -> None:
-    """Trains on checked pairs in folder/train; then the first process writes folder/training.json and folder/model."""
-    means = train_checked_pairs(model, pairs, config, seed=seed, folder=folder / "train", algorithm=algorithm)
+def save_trained(model: Model, means: dict[str, float], folder: Path) -> None:
+    """The first process writes a training's folder/training.json and folder/model."""
 
     def save() -> None:
         write_json(folder / "training.json", means)

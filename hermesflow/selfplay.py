@@ -10,17 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from hermesflow.algorithms.packing import check_pairs
 from hermesflow.config import Config
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs
 from hermesflow.evaluation.evaluation import evaluate, find_evaluation
 from hermesflow.report.page import write_report
 from hermesflow.report.tables import print_summary
-from hermesflow.runs import Run, train_and_save
+from hermesflow.runs import Run, save_trained
 from hermesflow.runtime.distributed import barrier, on_main, world_size
 from hermesflow.runtime.files import parquet_writer, write_json
 from hermesflow.scoring.scorers import check_scorers
-from hermesflow.training import check_training
+from hermesflow.training import check_takes_pairs, check_training, train_pairs, train_records
 
 
 def run_selfplay(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Raises: InputError on settings, data or a folder that cannot be used, or if a round keeps no pair.
     """
     console = console or Console()
-    check_training(config.train, config.selfplay.algorithm)
+    check_training(config)
     check_scorers(config.curation)
     find_evaluation(config.eval)
     run = Run(config)
@@ -41,16 +40,24 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     _ = run.records  # a mistake in the data shows before the first evaluation
     evaluate_round(run, 0)
     for number in run.rounds:
-        curate_round(run, number)
-        train_round(run, number)
+        play_round(run, number)
         evaluate_round(run, number)
     return on_main(lambda: _finish(run, console))
 
 
+def play_round(run: Run, number: int) -> None:
+    """Curates a round's pairs and trains on them; an online algorithm trains on the round's records. Raises: as
+    curate_round and train_round."""
+    if not run.is_online:
+        curate_round(run, number)
+    train_round(run, number)
+
+
 def curate_round(run: Run, number: int) -> None:
     """Draws and scores candidates of a round's records, and keeps each record's best and worst as a pair. Raises: as
-    curate, or InputError if the run has no such round."""
+    curate, or InputError if the run has no such round, or its algorithm learns from no pairs."""
     run.check_round(number)
+    check_takes_pairs(run.config.selfplay.algorithm)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
         return
 
@@ -77,17 +84,21 @@ def curate_round(run: Run, number: int) -> None:
 
 
 def train_round(run: Run, number: int) -> None:
-    """Trains the model of the round before on a round's pairs. Raises: as train_pairs, InputError without pairs."""
+    """Trains the model of the round before on a round's pairs, or online on its records. Raises: as train_pairs and
+    train_records, InputError without pairs."""
     run.check_round(number)
     if run.is_made(number, "model", "training.json"):
         return
-    pairs, config = run.pairs(number), run.config
+    pairs, config = None if run.is_online else run.pairs(number), run.config
 
     def work() -> None:
-        model = run.policy(number - 1)
-        check_pairs(pairs, model)
-        options = {"seed": run.seed(number), "folder": run.path(number), "algorithm": config.selfplay.algorithm}
-        train_and_save(model, pairs, config.train, **options)
+        model, folder = run.policy(number - 1), run.path(number)
+        options = {"seed": run.seed(number), "folder": folder / "train"}
+        if pairs is None:
+            means = train_records(model, list(run.round_records(number)), config, **options)
+        else:
+            means = train_pairs(model, pairs, config.train, algorithm=config.selfplay.algorithm, **options)
+        save_trained(model, means, folder)
 
     run.timed(number, "training", work)
 

@@ -24,7 +24,8 @@ from hermesflow.algorithms.batch import REPLAY
 from hermesflow.algorithms.losses import check_loss
 from hermesflow.algorithms.packing import check_pairs, referenced_sides, trained_pairs
 from hermesflow.algorithms.policy import Policy
-from hermesflow.config import TrainConfig
+from hermesflow.config import Config, TrainConfig
+from hermesflow.data.records import Record
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model
 from hermesflow.runtime.checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
@@ -59,7 +60,7 @@ def train_pairs(
     Where the weights are sharded (several processes, or bfloat16), the model of the first process alone holds the
     result; the others open what it saves. After an error the model is of no more use: open it again.
     """
-    check_training(config, algorithm)
+    _check_training(config, algorithm)
     check_pairs(pairs, model)
     return train_checked_pairs(model, pairs, config, seed=seed, folder=folder, algorithm=algorithm)
 
@@ -69,12 +70,43 @@ def train_checked_pairs(
 ) -> dict[str, float]:
     """train_pairs for settings and pairs that check_training and check_pairs have seen."""
     make = find_algorithm(algorithm)
+    check_takes_pairs(algorithm)
     pairs, held = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
     _tell_what_is_replayed(pairs, config)
     policy = Policy(model, config, seed)
     learner, held_learner = (make(model, table, config, seed) for table in (pairs, held))
+    return _train(policy, learner, HoldOut(policy, held_learner, len(held), folder), seed, folder)
+
+
+def train_records(
+    model: Model, records: Sequence[Record], config: Config, *, seed: int, folder: Path
+) -> dict[str, float]:
+    """Trains model.transformer in place by an online algorithm, such as GRPO: it learns from images that the model
+    draws of the records' captions as it learns.
+
+    Args:
+        model: the policy, as in train_pairs.
+        records: with codes and questions, and ids of their own.
+        config: selfplay.algorithm names the algorithm; train, curation and the algorithm's own section are used.
+        seed: of all draws.
+        folder: see train_pairs.
+    Returns: means over the last tenth of the steps of every metric.
+    Raises: as train_pairs; InputError on an algorithm that learns from pairs, or records that cannot be judged.
+    """
+    check_training(config)
+    if not is_online(config.selfplay.algorithm):
+        raise InputError(f"selfplay.algorithm {config.selfplay.algorithm}: learns from pairs; call train_pairs")
+    if not records:
+        raise InputError("no records to train on; raise data.num_records")
+    policy = Policy(model, config.train, seed)
+    learner = find_algorithm(config.selfplay.algorithm)(model, records, config, seed)
+    return _train(policy, learner, HoldOut(policy, None, 0, folder), seed, folder)
+
+
+def _train(policy: Policy, learner: Algorithm, hold_out: HoldOut, seed: int, folder: Path) -> dict[str, float]:
+    """The steps of a training, from the last checkpoint on."""
+    config = policy.config
     reference = learner.reference(policy, range(config.num_steps), folder / "reference.parquet")
-    hold_out = HoldOut(policy, held_learner, len(held), folder)
     optimizer = make_optimizer(policy.transformer, config)
     torch.manual_seed(seed)  # a resumed run draws the same numbers
     progress = {"step": 0} | hold_out.progress() | load_checkpoint(folder, policy.transformer, optimizer)
@@ -105,8 +137,14 @@ def train_checked_pairs(
     return log.tail_means(max(config.num_steps // 10, 1))
 
 
-def check_training(config: TrainConfig, algorithm: str = "pair-dpo") -> None:
-    """Raises InputError with the fix where training could not begin: before the work on its pairs, not after it."""
+def check_training(config: Config) -> None:
+    """Raises InputError with the fix where training could not begin: before the work on its data, not after it."""
+    _check_training(config.train, config.selfplay.algorithm)
+    if is_online(config.selfplay.algorithm):
+        find_algorithm(config.selfplay.algorithm).check(config)
+
+
+def _check_training(config: TrainConfig, algorithm: str) -> None:
     check_tracker(config.tracker)
     check_loss(config)
     find_algorithm(algorithm)
@@ -116,6 +154,20 @@ def find_algorithm(name: str) -> type:
     """The class of an algorithm. Raises: InputError if there is none."""
     has = ("visits", "passes", "metric_names", "reference", "loss")
     return resolve(ALGORITHMS, name, "selfplay.algorithm", has, is_class=True)
+
+
+def check_takes_pairs(algorithm: str) -> None:
+    """Raises InputError for an algorithm that draws its images as it learns."""
+    if is_online(algorithm):
+        raise InputError(
+            f"selfplay.algorithm {algorithm}: draws its images as it learns and takes no pairs; run hermesflow "
+            "selfplay, or hermesflow train without --pairs"
+        )
+
+
+def is_online(name: str) -> bool:
+    """Whether an algorithm learns from records, whose images it draws itself, and not from pairs."""
+    return getattr(find_algorithm(name), "is_online", False)
 
 
 def forward_backward(
@@ -146,18 +198,18 @@ def forward_backward(
 class HoldOut:
     """Pairs kept out of training: their loss now and then, the weights where it was least, and when to stop."""
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, num_pairs: int, folder: Path) -> None:
+    def __init__(self, policy: Policy, algorithm: Algorithm | None, num_pairs: int, folder: Path) -> None:
         """
         Args:
             policy: what is measured; it still has its first weights.
-            algorithm: over the held-out pairs; each is measured under the masks of its first visit.
+            algorithm: over the held-out pairs, None without any; each is measured under the masks of its first visit.
             num_pairs: of them; without any nothing is measured.
             folder: receives best/ and the reference's log-probabilities.
         """
         self._policy, self._algorithm, self._config, self._folder = policy, algorithm, policy.config, folder
         self._visits = algorithm.visits(None) if num_pairs else []
-        steps = [None] if num_pairs else []
-        self._reference = algorithm.reference(policy, steps, folder / "reference-holdout.parquet")
+        if num_pairs:
+            self._reference = algorithm.reference(policy, [None], folder / "reference-holdout.parquet")
         self._best_loss, self._best_step = None, 0
 
     def progress(self) -> dict[str, Any]:
@@ -269,5 +321,5 @@ def _check_finite(metrics: dict[str, float], step: int, algorithm: str) -> None:
 
 def _told(metrics: dict[str, float]) -> str:
     """A step in a few words."""
-    margins = [f"{name} {metrics[name]:.2f}" for name in metrics if name.endswith("/margin")]
-    return " ".join([f"loss {metrics['loss']:.3f}", *margins])
+    told = [f"{name} {metrics[name]:.2f}" for name in metrics if name.endswith("/margin") or name == "reward"]
+    return " ".join([f"loss {metrics['loss']:.3f}", *told])

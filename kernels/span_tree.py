@@ -24,6 +24,30 @@ Span = tuple[Sequence[int], int, str | int]
 _EVERY_TOKEN = np.iinfo(np.int64).max
 
 
+class SpanForest:
+    """Spans that are gathered one by one for a tree."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.ends: list[int] = []
+        """By span, the packed row after its last token."""
+
+    def add(self, ids: Sequence[int], parent: int, mode: str | int) -> int:
+        """Appends a span; returns its index."""
+        self.ends.append(self.packed + len(ids))
+        self.spans.append((ids, parent, mode))
+        return len(self.spans) - 1
+
+    @property
+    def packed(self) -> int:
+        """Tokens so far."""
+        return self.ends[-1] if self.ends else 0
+
+    def build(self, device: torch.device | str | None = None) -> SpanTree:
+        """The tree of all spans."""
+        return SpanTree.build(self.spans, device)
+
+
 class AttentionGroup(NamedTuple):
     """Query spans of equal shape class that one batched attention call serves.
 

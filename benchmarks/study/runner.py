@@ -37,7 +37,7 @@ from hermesflow.report.tables import LABELS, format_value
 from hermesflow.runs import Run, check_origin, claim_folder
 from hermesflow.runtime.distributed import local_device
 from hermesflow.runtime.files import InputError, atomic_write
-from hermesflow.selfplay import curate_round, train_round
+from hermesflow.selfplay import play_round
 from hermesflow.training import check_training
 
 BASE, PAIR_DPO = "base", STUDY_ARMS[0]
@@ -60,7 +60,7 @@ def run_study(config: Config, console: Console) -> list[Line]:
     Raises: InputError if the folder holds results of other settings or weights or cannot be written, the settings leave
         an arm nothing to train, or an arm keeps no pair.
     """
-    check_training(config.train, config.selfplay.algorithm)
+    check_training(config)
     _check_arms(config)
     path, guard = config.run_folder / "study.jsonl", threading.Lock()
     with claim_folder(config.run_folder, config, "run.name"):
@@ -140,8 +140,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
         num_shared = rounds if ARMS[arm].same_pairs else int(of_arm.curation == config.curation)
         _share(source, run.folder, num_shared)
     for number in range(1, rounds + 1):
-        curate_round(run, number)
-        train_round(run, number)
+        play_round(run, number)
     result = evaluate(run.model(rounds), of_arm.drawn_by(of_arm.eval))
     line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(result, of_arm)
     del line["asked"]  # the base's line has it

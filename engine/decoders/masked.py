@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -41,6 +41,22 @@ Step = tuple[int, int, int, float]
 MOST = 1e6
 """Of temperatures and guidance: beyond it, and below its inverse, logits leave what fp32 can hold."""
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageRollout:
+    """Images and how they were drawn, on the model's device; num_steps S is that of the parameters.
+
+    codes: int64 [P, n, N].
+    kept_at: int64 [P, n, N], the step that drew a code for good, which was not masked again; -1 where it was known.
+    logprob: fp32 [P, n, N], the log-probability with which it was drawn then, guided and tempered; 0 where known.
+    drawn: int32 [P, n, S, N], what each step drew, kept or not; -1 where it drew nothing.
+    """
+
+    codes: Tensor
+    kept_at: Tensor
+    logprob: Tensor
+    drawn: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +133,36 @@ class ImageDecoder:
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
         """
+        options = {"unguided_ids": unguided_ids, "known_codes": known_codes, "max_sequences": max_sequences}
+        return self._generate(prompt_ids, seeds, params, ("codes",), watch=watch, **options)["codes"]
+
+    def rollout(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Tensor,
+        params: ImageSamplingParams,
+        *,
+        max_sequences: int = 256,
+        watch: Watch = iter,
+    ) -> ImageRollout:
+        """The images of generate, with how they were drawn; arguments and errors are those of generate."""
+        names = tuple(item.name for item in fields(ImageRollout))
+        found = self._generate(prompt_ids, seeds, params, names, max_sequences=max_sequences, watch=watch)
+        return ImageRollout(**found)
+
+    def _generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Tensor,
+        params: ImageSamplingParams,
+        names: Sequence[str],
+        *,
+        unguided_ids: Sequence[Sequence[int]] | None = None,
+        known_codes: Tensor | None = None,
+        max_sequences: int,
+        watch: Watch,
+    ) -> dict[str, Tensor]:
+        """The named fields of ImageRollout."""
         num_prompts, num_images = seeds.shape
         if known_codes is None:
             known_codes = torch.full((num_prompts, self.layout.num_image_tokens), -1)
@@ -128,6 +174,7 @@ class ImageDecoder:
         )
         flat_seeds = seeds.to(self.transformer.embed.weight.device).flatten()
         codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
+        found = {"codes": codes} | {name: _blank(name, codes, params.num_steps) for name in names if name != "codes"}
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
         graphs = device_graph.captures(flat_seeds.device)
 
@@ -137,8 +184,10 @@ class ImageDecoder:
             session = self._session_of(batch, params)
             # Indexed by a tensor: a list would wait for the device in between.
             index = torch.tensor(rows, device=codes.device)
-            drawn = session.draw(batch, codes[index], flat_seeds[index], iter if graphs else watch)
-            codes[index], failed_steps[index] = drawn
+            session.draw(batch, codes[index], flat_seeds[index], iter if graphs else watch)
+            failed_steps[index] = session.failed_steps
+            for name, values in found.items():
+                values[index] = session.state[name]
             self._keep(session)
 
         batches = self._batches(starts, max_sequences, params)
@@ -152,7 +201,7 @@ class ImageDecoder:
                     f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
                     f"image {row % num_images}, step {step}; {likely_cause(self.transformer)}"
                 )
-        return codes.view(num_prompts, num_images, self.layout.num_image_tokens)
+        return {name: values.unflatten(0, (num_prompts, num_images)) for name, values in found.items()}
 
     def release(self) -> None:
         """Gives back the memory that is kept for the next batch."""
@@ -243,8 +292,8 @@ class _Batch:
 class _Session:
     """The state of images under way, in tensors that stay where they are from batch to batch.
 
-    codes int64 [B, N], -1 where none is known; masked bool [B, N]; seeds and failed_steps int64 [B]; the prompts are in
-    the cache, the image spans are computed anew at each step.
+    state is the batch's ImageRollout, by name; its codes are -1 where none is known. masked is bool [B, N], seeds and
+    failed_steps int64 [B]; the prompts are in the cache, the image spans are computed anew at each step.
     """
 
     def __init__(self, decoder: ImageDecoder, batch: _Batch, params: ImageSamplingParams, key: Hashable) -> None:
@@ -253,7 +302,9 @@ class _Session:
         self.was_reused = False
         device = self.transformer.embed.weight.device
         num_rows, num_tokens = len(batch.starts), self.layout.num_image_tokens
-        self.codes = torch.empty(num_rows, num_tokens, dtype=torch.int64, device=device)
+        codes = torch.full((num_rows, num_tokens), -1, device=device)
+        self.state = {item.name: _blank(item.name, codes, params.num_steps) for item in fields(ImageRollout)}
+        self.codes = self.state["codes"]
         self.masked = torch.empty(num_rows, num_tokens, dtype=torch.bool, device=device)
         self.seeds, self.failed_steps = (torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(2))
         self.code_positions = torch.from_numpy(self.layout.code_positions).to(device)
@@ -273,9 +324,11 @@ class _Session:
         self.was_reused = batch.tree.capacity <= self.cache.capacity and self.tree.load_(batch.tree)
         return self.was_reused
 
-    def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
-        """Codes [B, N], and the first step [B] at which an image had no distribution, or num_steps."""
-        self.codes.copy_(codes)
+    def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, watch: Watch) -> None:
+        """Draws the images into state, and into failed_steps the first step at which one had no distribution, or
+        num_steps."""
+        for name, values in self.state.items():
+            values.copy_(_blank(name, codes, self.params.num_steps))
         self.masked.copy_(codes < 0)
         self.seeds.copy_(seeds)
         self.failed_steps.fill_(self.params.num_steps)
@@ -283,7 +336,6 @@ class _Session:
         self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
         self._later = steps
         self.graph()
-        return self.codes.clone(), self.failed_steps.clone()
 
     def _later_steps(self) -> None:
         for step in self._later:
@@ -306,6 +358,10 @@ class _Session:
         )
         token, logprob = (values.view(positions.shape) for values in drawn)
         self.codes.scatter_(1, positions, token)
+        # A code that is masked again is drawn again: the last draw is the one that was kept.
+        self.state["kept_at"].scatter_(1, positions, number)
+        self.state["logprob"].scatter_(1, positions, logprob)
+        self.state["drawn"][:, number].scatter_(1, positions, token.int())
         failed = (token < 0).any(1)
         self.failed_steps.copy_(torch.where(failed, self.failed_steps.clamp(max=number), self.failed_steps))
         if num_masked:
@@ -341,6 +397,15 @@ class _Session:
             return guided
         unguided = hidden[batch.unguided[:, None], positions].flatten(0, 1)
         return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
+
+
+def _blank(name: str, codes: Tensor, num_steps: int) -> Tensor:
+    """A field of ImageRollout before the first step, for codes [B, N], -1 where none is known."""
+    if name == "codes":
+        return codes
+    if name == "drawn":
+        return torch.full((len(codes), num_steps, codes.shape[1]), -1, dtype=torch.int32, device=codes.device)
+    return torch.zeros_like(codes, dtype=torch.float32) if name == "logprob" else torch.full_like(codes, -1)
 
 
 def _changing_steps(num_tokens: int, num_unknown: int, params: ImageSamplingParams) -> list[Step]:

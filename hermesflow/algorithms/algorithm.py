@@ -24,7 +24,10 @@ from hermesflow.runtime.distributed import sum_over_ranks
 
 
 class Batch(Protocol):
-    """One forward pass: a tree, and which of its packed rows predict what."""
+    """One forward pass: a tree, and which of its packed rows predict what.
+
+    A batch whose targets are drawn by a law of their own has logprobs(transformer) -> fp32 [T] in place of targets.
+    """
 
     tree: SpanTree
     rows: Tensor
@@ -53,7 +56,12 @@ class Reference(Protocol):
 
 
 class Algorithm(Protocol):
-    """What a step learns from. A visit is one item of a step, such as a pair in one epoch."""
+    """What a step learns from. A visit is one item of a step, such as a pair in one epoch.
+
+    An online algorithm (is_online = True) learns from what the model draws as it learns. In place of pairs and
+    TrainConfig it is given a round's records and the whole Config, and it has a static check(config), which raises
+    InputError on settings that do not go together.
+    """
 
     name: str
     """For progress bars and messages."""
@@ -68,8 +76,8 @@ class Algorithm(Protocol):
         """
 
     def visits(self, step: int | None) -> Sequence[Any]:
-        """Of a step: a pure function of its number and the seed, so that a resumed run repeats it. None: every item
-        once, for the held-out loss."""
+        """Of a step: a pure function of its number, the seed and, online, the weights, so that a resumed run repeats
+        it; all processes have the same. None: every item once, for the held-out loss."""
 
     def passes(self, visits: Sequence[Any]) -> list[Pass]:
         """This process's passes over all processes' visits."""
@@ -98,6 +106,8 @@ class Algorithm(Protocol):
 
 def batch_logprobs(transformer: Transformer, batch: Batch) -> Tensor:
     """Log-probability fp32 [T] of everything that a pass must predict; the head runs on those rows alone."""
+    if hasattr(batch, "logprobs"):
+        return batch.logprobs(transformer)
     return span_logprobs(transformer, batch.tree, batch.rows, batch.targets)
 
 

@@ -29,7 +29,7 @@ from hermesflow.algorithms.losses import find_loss
 from hermesflow.config import TrainConfig, print_of
 from hermesflow.data.pairs import SIDES, each_row
 from hermesflow.engine.mask_schedule import mask_ratio
-from hermesflow.kernels.span_tree import Span, SpanTree
+from hermesflow.kernels.span_tree import SpanForest
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import rank, world_size
 from hermesflow.runtime.files import InputError
@@ -137,19 +137,23 @@ class PairPacker:
         totals: Mapping[str, int] | None = None,
     ) -> PairBatch:
         """One pass over these visits; device None is the CPU, totals are num_pairs of the whole step."""
-        builder = _TreeBuilder()
+        builder = TreeBuilder()
         for index, visit in enumerate(visits):
             sides = self._sides_of(visit.pair)
             if "generation" in sides:
                 self._add_images(builder, index, visit)
             if "understanding" in sides or REPLAY in sides:
-                prefix = self.model.layout.image_prefix(self._tokens["record_codes"][visit.pair])
-                image = builder.add(prefix, -1, self.model.layout.prefix_mode)
+                image = self._add_real_image(builder, visit)
             if "understanding" in sides:
                 self._add_captions(builder, index, visit.pair, image)
             if REPLAY in sides:
                 self._add_answers(builder, index, visit, image)
-        return builder.build(visits, device, totals or {})
+        return builder.build_batch(visits, device, totals or {})
+
+    def add_replay(self, builder: TreeBuilder, index: int, visit: PairVisit) -> None:
+        """Adds a visit's replay to a pass that holds something else too; index is that of the visit in the pass."""
+        if REPLAY in self._sides_of(visit.pair):
+            self._add_answers(builder, index, visit, self._add_real_image(builder, visit))
 
     def fingerprint(self) -> str:
         """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
@@ -192,14 +196,14 @@ class PairPacker:
         text = "" if is_dropped else self._captions[visit.pair]
         return self.model.layout.text_prompt(self.model.image_prompt(text))
 
-    def _add_images(self, builder: _TreeBuilder, index: int, visit: PairVisit) -> None:
+    def _add_images(self, builder: TreeBuilder, index: int, visit: PairVisit) -> None:
         prompt = builder.add(self._prompt_of(visit), -1, "causal")
         images = [self._tokens[name][visit.pair] for name in ("win_codes", "lose_codes")]
         add = self._add_masked_images if self.model.layout.image_mode == "full" else self._add_causal_images
         add(builder, index, visit, prompt, [np.array(self.model.layout.image(codes)) for codes in images])
 
     def _add_masked_images(
-        self, builder: _TreeBuilder, index: int, visit: PairVisit, prompt: int, images: list[np.ndarray]
+        self, builder: TreeBuilder, index: int, visit: PairVisit, prompt: int, images: list[np.ndarray]
     ) -> None:
         """Each mask hides the same codes of win and lose, which their own rows predict."""
         layout, config = self.model.layout, self.config
@@ -218,14 +222,18 @@ class PairPacker:
                 builder.add(masked, prompt, "full")
 
     def _add_causal_images(
-        self, builder: _TreeBuilder, index: int, visit: PairVisit, prompt: int, images: list[np.ndarray]
+        self, builder: TreeBuilder, index: int, visit: PairVisit, prompt: int, images: list[np.ndarray]
     ) -> None:
         """Next codes; the row before each predicts it."""
         codes = self.model.layout.code_positions
         for lose, image in enumerate(images):
             builder.add_next_tokens("generation", index, 2 * index + lose, prompt, image, image, codes)
 
-    def _add_captions(self, builder: _TreeBuilder, index: int, pair: int, image: int) -> None:
+    def _add_real_image(self, builder: TreeBuilder, visit: PairVisit) -> int:
+        prefix = self.model.layout.image_prefix(self._tokens["record_codes"][visit.pair])
+        return builder.add(prefix, -1, self.model.layout.prefix_mode)
+
+    def _add_captions(self, builder: TreeBuilder, index: int, pair: int, image: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""
         layout = self.model.layout
         question = builder.add(layout.question(self.question_ids), image, "causal")
@@ -234,7 +242,7 @@ class PairPacker:
             targets = np.append(caption, layout.eot)[: self.model.prompts.max_caption_tokens]
             builder.add_next_tokens("understanding", index, 2 * index + lose, question, caption, targets)
 
-    def _add_answers(self, builder: _TreeBuilder, index: int, visit: PairVisit, image: int) -> None:
+    def _add_answers(self, builder: TreeBuilder, index: int, visit: PairVisit, image: int) -> None:
         """Next tokens of the answers, and eot. An answer's weight is one over the visit's tokens; one over its
         questions where the reference is kept."""
         replayed = self._replayed(visit)
@@ -429,25 +437,13 @@ class _Predicted(NamedTuple):
     weights: np.ndarray
 
 
-class _TreeBuilder:
-    """Collects spans and, side by side, what they must predict."""
+class TreeBuilder(SpanForest):
+    """Collects the spans of a pass and, side by side, what they must predict."""
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self._ends: list[int] = []
+        super().__init__()
         self._found: dict[str, list[_Predicted]] = {side: [] for side in (*SIDES, REPLAY)}
         self._answer_shares: list[float] = []
-
-    def add(self, ids: Sequence[int], parent: int, mode: str) -> int:
-        """Appends a span; returns its index."""
-        self._ends.append(self.packed + len(ids))
-        self.spans.append((ids, parent, mode))
-        return len(self.spans) - 1
-
-    @property
-    def packed(self) -> int:
-        """Tokens so far."""
-        return self._ends[-1] if self._ends else 0
 
     def number_answer(self, share: float) -> int:
         """The number of a further answer of the replay, which counts with this share."""
@@ -472,13 +468,13 @@ class _TreeBuilder:
     ) -> None:
         """Appends a causal span; its parent's last token and its own predict targets, as many as there are, or those
         that are scored."""
-        rows = np.append(self._ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)][scored]
+        rows = np.append(self.ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)][scored]
         targets = targets[scored]
         self.predict(side, index, segment, rows, targets, np.ones(len(targets)))
         if len(ids):
             self.add(ids, parent, "causal")
 
-    def build(
+    def build_batch(
         self, visits: Sequence[PairVisit], device: torch.device | str | None, totals: Mapping[str, int]
     ) -> PairBatch:
         """The finished batch."""
@@ -490,7 +486,7 @@ class _TreeBuilder:
                 counts[side][part.index] += len(part.rows)
         visits_of = {side: [visits[index] for index in counts[side]] for side in found}
         num_tokens_of = {side: list(counts[side].values()) for side in found}
-        return PairBatch(tuple(visits), SpanTree.build(self.spans, device), sides, visits_of, num_tokens_of, totals)
+        return PairBatch(tuple(visits), self.build(device), sides, visits_of, num_tokens_of, totals)
 
     def _side(self, name: str, found: list[_Predicted], num_pairs: int, device: torch.device | str | None) -> Side:
         indices, numbers, rows, targets, weights = zip(*found, strict=True)

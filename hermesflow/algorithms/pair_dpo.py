@@ -58,7 +58,7 @@ def pass_objective(
     loss, shares, before = torch.zeros((), device=logprob.device), {}, batch.split(reference)
     for name, policy in batch.split(logprob).items():
         if name == REPLAY:
-            metric, kept = _replay_metric(config), _replay_loss(policy, before[name], batch.sides[name], config)
+            metric, kept = replay_metric(config), replay_loss(policy, before[name], batch.sides[name], config)
             kept = kept / totals[name]
             loss, shares = loss + config.replay_weight * kept, shares | {f"{name}/{metric}": kept.detach()}
             continue
@@ -70,11 +70,12 @@ def pass_objective(
     return loss, shares
 
 
-def _replay_metric(config: TrainConfig) -> str:
+def replay_metric(config: TrainConfig) -> str:
+    """Name of the replay's metric."""
     return "kl" if config.replay_target == "reference" else "nll"
 
 
-def _replay_loss(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> Tensor:
+def replay_loss(policy: Tensor, reference: Tensor, side: Side, config: TrainConfig) -> Tensor:
     """Of the replay's visits, added up."""
     ours, theirs = (
         values.new_zeros(len(side.pair_weight)).index_add(0, side.segment, values) for values in (policy, reference)
@@ -108,7 +109,7 @@ def _pair_values(policy: Tensor, reference: Tensor, side: Side, config: TrainCon
 def metric_names(totals: Mapping[str, int], config: TrainConfig) -> list[str]:
     """Of pass_objective's metrics, in a step with these sides."""
     metrics = _METRICS + _REFERENCE_METRICS if find_loss(config.loss_type).needs_reference else _METRICS
-    of_side = {side: (_replay_metric(config),) if side == REPLAY else metrics for side in totals}
+    of_side = {side: (replay_metric(config),) if side == REPLAY else metrics for side in totals}
     return [f"{side}/{metric}" for side, names in of_side.items() for metric in names]
 
 

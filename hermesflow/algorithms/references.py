@@ -152,11 +152,7 @@ def make_reference(policy: Policy, packer: PairPacker, visits: Sequence[PairVisi
     if not referenced_sides(config) or not visits:
         return NoReference()
     if config.reference == "live":
-        if policy.is_sharded and not config.lora_rank:
-            raise InputError(
-                "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
-            )
-        return LiveReference(transformer, policy.adapters and policy.adapters.off)
+        return live_reference(policy)
 
     def logprobs(batch):
         # Inference-mode tensors cannot be used in autograd, and sharded weights are kept between passes.
@@ -166,6 +162,15 @@ def make_reference(policy: Policy, packer: PairPacker, visits: Sequence[PairVisi
     reference = cached_reference(path, [policy.digest, str(policy.work.dtype)], packer, visits, logprobs)
     reshard(transformer)
     return reference
+
+
+def live_reference(policy: Policy) -> LiveReference:
+    """The policy's first weights beside it. Raises: InputError if that would need a copy of sharded weights."""
+    if policy.is_sharded and policy.adapters is None:
+        raise InputError(
+            "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"
+        )
+    return LiveReference(policy.transformer, policy.adapters and policy.adapters.off)
 
 
 def _is_made(path: Path, fingerprint: bytes) -> bool:

@@ -114,6 +114,14 @@ def make_pairs(
     return pa.Table.from_pylist(pairs, PAIRS_SCHEMA), pa.Table.from_pylist(rejected, REJECTED_SCHEMA)
 
 
+def records_table(records: Iterable[Record]) -> pa.Table:
+    """Records without a side to learn from, with PAIRS_SCHEMA: what is asked about their own images can be replayed.
+
+    Raises: ValueError on a record without codes.
+    """
+    return pa.Table.from_pylist([_pair_row(record, None, None) for record in records], PAIRS_SCHEMA)
+
+
 def pair_statistics(pairs: pa.Table, rejected: pa.Table) -> dict:
     """Counts for a run's summary.
 

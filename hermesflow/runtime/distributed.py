@@ -225,6 +225,21 @@ def reshard(transformer: Transformer) -> None:
         transformer.reshard()
 
 
+@contextlib.contextmanager
+def gathered(transformer: Transformer) -> Iterator[None]:
+    """Every process has the whole weights for as long as the block runs, and passes in it wait for no other process."""
+    sharded = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(module is not transformer, recurse=False)
+            module.reshard()
+
+
 def unshard(sharded: Transformer) -> Transformer:
     """A plain transformer with the weights of a sharded one: whole in the first process, empty elsewhere."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -20,6 +20,13 @@ FAMILIES = {
 
 IMAGE_SCORERS = {"soft": "hermesflow.scoring.self_answers:soft", "hard": "hermesflow.scoring.self_answers:hard"}
 """curation.score: (model, codes, records, match_answers) -> Judged [B][n]; "module:function" is simpler (Scorers)."""
+REWARDS = {
+    "log": "hermesflow.scoring.self_answers:log",
+    "soft": "hermesflow.scoring.self_answers:soft",
+    "hard": "hermesflow.scoring.self_answers:hard",
+    "prompt": "hermesflow.scoring.self_answers:prompt",
+}
+"""grpo.rewards: as IMAGE_SCORERS; the scale is free, since rewards are compared within a prompt alone."""
 CAPTION_SCORERS = {
     "bert-cls": "hermesflow.scoring.captions:bert_cls",
     "sentence": "hermesflow.scoring.captions:sentence",
@@ -37,8 +44,8 @@ ANSWER_SCORERS = {
 }
 """curation.answer_scorer: (config) -> AnswerMatcher, None to score choices; "module:function" is simpler."""
 
-ALGORITHMS = {"pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO"}
-"""selfplay.algorithm: (model, pairs, config, seed) -> Algorithm."""
+ALGORITHMS = {"pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO", "grpo": "hermesflow.algorithms.grpo:GRPO"}
+"""selfplay.algorithm: (model, pairs, config, seed) -> Algorithm; (model, records, config, seed) where it is online."""
 LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
 """train.loss_type, beside LOSS_TYPES of the op (kernels/__init__.py): PairLoss objects."""
 

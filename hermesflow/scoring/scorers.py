@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hermesflow.config import ConfigError, CurationConfig
+from hermesflow.config import ConfigError, CurationConfig, GRPOConfig
 from hermesflow.data.records import Record
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, reason_of, shown
-from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, resolve
-from hermesflow.scoring.self_answers import Judged
+from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, IMAGE_SCORERS, REWARDS, resolve
+from hermesflow.scoring.self_answers import AnswerMatcher, Judged
 
+ImageScorer = Callable[[Model, Tensor, Sequence[Record], AnswerMatcher | None], list[list[Judged]]]
+"""Model, codes int64 [B, n, N], B records and a matcher of answers -> the images' scores, [B][n]."""
 _MOST = 3e38
 """Scores are kept in float32."""
 
@@ -35,12 +37,10 @@ class Scorers:
             config: score, caption_scorer, answer_scorer, and the models that they use.
         Raises: InputError if a model or a function cannot be had.
         """
-        image = _load(IMAGE_SCORERS, config, "score")
-        self._score_images = _UserImages(config.score, image) if ":" in config.score else image
+        self._score_images = _image_scorer(IMAGE_SCORERS, config.score, "curation.score")
         caption, is_own = _load(CAPTION_SCORERS, config, "caption_scorer"), ":" in config.caption_scorer
         self._score_captions = _UserCaptions(config.caption_scorer, caption) if is_own else caption(config)
-        answer, is_own = _load(ANSWER_SCORERS, config, "answer_scorer"), ":" in config.answer_scorer
-        self.match_answers = _UserAnswers(config.answer_scorer, answer) if is_own else answer(config)
+        self.match_answers = find_matcher(config)
         """What finds the choices that free answers mean; None where choices are scored by their likelihood."""
 
     def score_images(self, model: Model, codes: Tensor, records: Sequence[Record]) -> list[list[Judged]]:
@@ -77,19 +77,38 @@ def check_scorers(config: CurationConfig) -> None:
         _load(table, config, key)
 
 
+def find_matcher(config: CurationConfig) -> AnswerMatcher | None:
+    """What finds the choices that free answers mean; None where choices are scored by their likelihood. Raises:
+    InputError if it cannot be had."""
+    answer, is_own = _load(ANSWER_SCORERS, config, "answer_scorer"), ":" in config.answer_scorer
+    return _UserAnswers(config.answer_scorer, answer) if is_own else answer(config)
+
+
+def find_rewards(config: GRPOConfig) -> list[tuple[ImageScorer, float]]:
+    """Each reward with its weight. Raises: InputError if one cannot be had."""
+    found = [_image_scorer(REWARDS, name, "grpo.rewards") for name in config.rewards]
+    return list(zip(found, config.reward_weights, strict=True))
+
+
+def _image_scorer(table: dict[str, str], name: str, key: str) -> ImageScorer:
+    """A scorer of images of a table, or around a user's function."""
+    found = _callable(table, name, key)
+    return _UserImages(name, key, found) if ":" in name else found
+
+
 class _UserImages:
     """A scorer of images around a user's function."""
 
-    def __init__(self, spec: str, function: Callable[..., Any]) -> None:
-        self._spec, self._function = spec, function
+    def __init__(self, spec: str, key: str, function: Callable[..., Any]) -> None:
+        self._spec, self._key, self._function = spec, key, function
 
     def __call__(self, model: Model, codes: Tensor, records: Sequence[Record], _: Any) -> list[list[Judged]]:
         scores = []
         for of_record, record in zip(codes, records, strict=True):
             images = model.decode_images(of_record)
-            returned = _call("score", self._spec, self._function, images, record)
+            returned = _call(self._key, self._spec, self._function, images, record)
             what = f"images of record {record.id!r}"
-            numbers = _finite_numbers(f"curation.score {self._spec}", returned, len(images), what)
+            numbers = _finite_numbers(f"{self._key} {self._spec}", returned, len(images), what)
             scores.append([Judged(number) for number in numbers])
         return scores
 
@@ -104,7 +123,7 @@ class _UserCaptions:
         return [self._score(list(texts), truth) for texts, truth in zip(captions, truths, strict=True)]
 
     def _score(self, captions: list[str], truth: str) -> list[float]:
-        returned = _call("caption_scorer", self._spec, self._function, list(captions), truth)
+        returned = _call("curation.caption_scorer", self._spec, self._function, list(captions), truth)
         name = f"curation.caption_scorer {self._spec}"
         return _finite_numbers(name, returned, len(captions), f"captions of {truth!r}")
 
@@ -119,7 +138,7 @@ class _UserAnswers:
         return [self._find(answer, list(of_answer)) for answer, of_answer in zip(answers, choices, strict=True)]
 
     def _find(self, answer: str, choices: list[str]) -> int:
-        index = _call("answer_scorer", self._spec, self._function, answer, list(choices))
+        index = _call("curation.answer_scorer", self._spec, self._function, answer, list(choices))
         if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(choices):
             raise InputError(
                 f"curation.answer_scorer {self._spec}: expected the index of one of {len(choices)} choices, "
@@ -166,12 +185,15 @@ def score_entries(
 
 
 def _load(table: dict[str, str], config: CurationConfig, key: str) -> Callable[..., Any]:
-    """What a setting names, if it can be called."""
-    spec = getattr(config, key)
-    function = resolve(table, spec, f"curation.{key}")
+    """What a setting of curation names, if it can be called."""
+    return _callable(table, getattr(config, key), f"curation.{key}")
+
+
+def _callable(table: dict[str, str], spec: str, key: str) -> Callable[..., Any]:
+    function = resolve(table, spec, key)
     if not callable(function):
         name = spec.partition(":")[2]
-        raise InputError(f"curation.{key} {spec}: {name} is {shown(function)}, which is no function; name a function")
+        raise InputError(f"{key} {spec}: {name} is {shown(function)}, which is no function; name a function")
     return function
 
 
@@ -181,7 +203,7 @@ def _call(key: str, spec: str, function: Callable[..., Any], *arguments: Any) ->
         return function(*arguments)
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"curation.{key} {spec}: raised {type(error).__name__} ({reason_of(error)}) on {shown(arguments)}; correct "
+            f"{key} {spec}: raised {type(error).__name__} ({reason_of(error)}) on {shown(arguments)}; correct "
             "the function (HERMESFLOW_DEBUG=1 shows where)"
         ) from error
 

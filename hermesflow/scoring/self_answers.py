@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,10 @@ from torch import Tensor
 from hermesflow.data.records import Record
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.model import Model
+from hermesflow.runtime.files import InputError
 
+_LEAST = 1e-3
+"""Of a right answer's probability in the logarithm: below it an image is wrong, however sure the judge is."""
 AnswerMatcher = Callable[[Sequence[str], Sequence[Sequence[str]]], list[int]]
 """Free answers [Q] and the choices of each -> the index of the choice that each means, -1 for none."""
 
@@ -62,6 +66,36 @@ def hard(
     return [[Judged(score.hard, score.answers) for score in of_record] for of_record in scores]
 
 
+def log(
+    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None
+) -> list[list[Judged]]:
+    """Images int64 [B, n, N] scored by the log-probability that all answers are right, each at least log 1e-3, [B][n];
+    see self_vqa."""
+    scores = self_vqa(model, codes, records, match_answers)
+    return [[Judged(_log_of(score), score.answers) for score in of_record] for of_record in scores]
+
+
+def prompt(model: Model, codes: Tensor, records: Sequence[Record], _: AnswerMatcher | None) -> list[list[Judged]]:
+    """Images int64 [B, n, N] scored by the log-probability of their record's caption, its end of text included, as the
+    answer to the question for a caption, [B][n]; of a text that is longer than the model's captions, its beginning."""
+    question, num_images = model.caption_prompt(), codes.shape[1]
+    captions = [model.encode_text(record.caption)[: model.prompts.max_caption_tokens] for record in records]
+    asked = [[[caption]] for caption in captions for _ in range(num_images)]
+    scores = iter(model.engine.score_choices(codes.flatten(0, 1), [[question]] * len(asked), asked))
+    return [[Judged(next(scores)[0][0]) for _ in range(num_images)] for _ in records]
+
+
+def check_record(model: Model, record: Record) -> None:
+    """Raises InputError unless images of the record can be judged by its questions."""
+    if not record.questions:
+        raise InputError(f"record {record.id}: has no questions to judge its images by; add some or leave it out")
+    if record.codes is None:
+        raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
+    model.image_prompt(record.caption)
+    for question in record.questions:
+        model.choice_prompt(question.question, question.choices)
+
+
 def self_vqa(
     model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None = None
 ) -> list[list[ImageScore]]:
@@ -99,6 +133,10 @@ def self_vqa(
         scores = _answer_freely(model, codes.flatten(0, 1), asked, match_answers)
     scores = iter(scores)
     return [[next(scores) for _ in range(num_images)] for _ in records]
+
+
+def _log_of(score: ImageScore) -> float:
+    return sum(math.log(max(answer.probability, _LEAST)) for answer in score.answers)
 
 
 def _answer_by_likelihood(model: Model, codes: Tensor, records: Sequence[Record]) -> list[ImageScore]:

@@ -1,0 +1,398 @@
+"""GRPO (arXiv 2402.03300) for masked image tokens, online, by the law of the decoder itself.
+
+At each rollout the policy draws a group of images of each prompt and judges them. With A an image's advantage within
+its group, and pi_t the probability of the codes that decoding step t kept (engine/rollout_logprob.py), a step learns
+
+    L = -1 / (B N) sum over B images of sum over steps t of min(rho_t A, clip(rho_t, 1 - low, 1 + high) A)
+        + kl_weight * mean over codes of k3(policy || reference) + replay_weight * replay
+
+with N the codes of an image and rho_t the ratio of pi_t to what it was when the images were drawn: exactly 1 in the
+first update on a rollout. Draws are pure functions of the weights, the seed and the step, so that a resumed run repeats
+them.
+
+Sources: the ratio of a decoding step and its clipping are those of Mask-GRPO (arXiv 2510.13418); k3 is J. Schulman,
+"Approximating KL divergence"; the replay is that of Pair-DPO.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hermesflow.algorithms.algorithm import Pass, Reference
+from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
+from hermesflow.algorithms.packing import PairPacker, TreeBuilder, plan_passes
+from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
+from hermesflow.algorithms.policy import Policy
+from hermesflow.algorithms.references import live_reference, make_reference
+from hermesflow.config import Config
+from hermesflow.data.pairs import records_table
+from hermesflow.data.records import Record
+from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.rollout_logprob import DrawnCodes, RolloutStates, code_logprobs
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Transformer
+from hermesflow.kernels.linear_logprob import linear_logprob
+from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.models.model import Model
+from hermesflow.runtime.distributed import gather, gathered, rank, world_size
+from hermesflow.runtime.files import InputError
+from hermesflow.runtime.seeds import candidate_seeds
+from hermesflow.scoring.scorers import find_matcher, find_rewards
+from hermesflow.scoring.self_answers import check_record
+
+_SPREAD = 0.02
+"""Added to a group's standard deviation, so that small differences make small advantages."""
+_LEAST_SPREAD = 0.01
+"""Of the rewards of a group that teaches anything."""
+_LEAST_ADVANTAGE = 0.1
+"""Of an image that is worth a pass."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The images of one prompt in one rollout.
+
+    record, rollout: numbers of the record and of the rollout.
+    codes, kept_at: int64 [G, N]; logprob fp32 [G, N]; drawn int32 [G, S, N]; see ImageRollout.
+    rewards, advantages: fp64 [G]; the advantages of images that teach nothing are 0.
+    """
+
+    record: int
+    rollout: int
+    codes: np.ndarray
+    kept_at: np.ndarray
+    logprob: np.ndarray
+    drawn: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+
+    @property
+    def used(self) -> list[int]:
+        """Images that teach something."""
+        return np.flatnonzero(self.advantages).tolist()
+
+
+@dataclass(frozen=True)
+class GRPOBatch:
+    """One pass: the states of drawn images and the replay in one tree.
+
+    layout, params: of the drawn codes' law.
+    codes: what the rows of the states predict, T in all.
+    replay: the replay's part, over the same tree.
+    segment: int64 [T], of each code its decoding step of its image, of M in all.
+    advantage, weight: fp32 [M]; weight is 1 unless steps were drawn for the gradient.
+    drawn_logprob: fp32 [T], what the decoder found when it drew a code that it kept; NaN of one that was masked again.
+    groups: those of the pass. totals: {"groups", "images", "steps", REPLAY: visits} of the whole step.
+    key: of the pass among those of its rollout.
+    """
+
+    layout: Layout
+    params: ImageSamplingParams
+    codes: DrawnCodes
+    replay: PairBatch
+    segment: Tensor
+    advantage: Tensor
+    weight: Tensor
+    drawn_logprob: Tensor
+    groups: Sequence[Group]
+    totals: Mapping[str, int]
+    key: tuple[int, ...]
+
+    @property
+    def tree(self) -> SpanTree:
+        """Of states and replay."""
+        return self.replay.tree
+
+    @property
+    def rows(self) -> Tensor:
+        """Those whose hidden states are needed: guided, unguided, and the replay's."""
+        replayed = [self.replay.rows] if self.replay.sides else []
+        return torch.cat([self.codes.guided, self.codes.unguided, *replayed])
+
+    def logprobs(self, transformer: Transformer) -> Tensor:
+        """Log-probabilities fp32 of the drawn codes [T], by the decoder's law, and of the replay's targets after
+        them."""
+        hidden = transformer(self.tree, rows=self.rows)
+        guided, unguided = self.codes.guided, self.codes.unguided
+        parts = hidden.split([len(guided), len(unguided), len(hidden) - len(guided) - len(unguided)])
+        head = transformer.head
+        logprob = code_logprobs(head, self.layout, self.params, *parts[:2], self.codes.targets)
+        if not self.replay.sides:
+            return logprob
+        return torch.cat([logprob, linear_logprob(parts[2], head.weight, self.replay.targets, bias=head.bias)])
+
+
+class GRPO:
+    """The algorithm: see Algorithm. It is online: it learns from records, whose images it draws itself."""
+
+    name = "GRPO"
+    is_online = True
+
+    def __init__(self, model: Model, records: Sequence[Record], config: Config, seed: int) -> None:
+        """
+        Args:
+            model: draws, judges and is trained.
+            records: with codes and questions, and ids of their own.
+            config: grpo, train, and from curation and drawing how images are drawn and answers found.
+            seed: of prompts, images, the steps that are trained, and the replay.
+        Raises: InputError on records that cannot be judged, or a model whose decoder does not tell how it draws.
+        """
+        self.model, self.records, self.config, self.seed = model, records, config, seed
+        if not hasattr(model.engine.image_decoder, "rollout"):
+            raise InputError(
+                "selfplay.algorithm grpo: the model's image decoder does not tell how it draws; take pair-dpo"
+            )
+        for record in records:
+            check_record(model, record)
+        self.params: ImageSamplingParams = model.sampling_of(config.drawn_by(config.curation))
+        if not self.params.temperature:
+            raise InputError("curation.temperature: expected above 0 with grpo, got 0; images of a prompt must differ")
+        self.packer = PairPacker(model, records_table(records), config.train, seed).only(REPLAY)
+        self._rewards, self._match_answers = find_rewards(config.grpo), find_matcher(config.curation)
+        self._num_codes = model.layout.num_image_tokens
+        self._groups: tuple[int, list[Group]] = (-1, [])
+        self._old: dict[tuple[int, ...], Tensor] = {}
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raises InputError on settings that do not go together."""
+        train, grpo = config.train, config.grpo
+        find_rewards(grpo)
+        find_matcher(config.curation)
+        if train.holdout_pairs:
+            raise InputError("train.holdout_pairs: expected 0 with grpo, which learns from no pairs; leave it out")
+        if train.checkpoint_every % grpo.updates_per_rollout:
+            raise InputError(
+                f"train.checkpoint_every {train.checkpoint_every}: a run resumes before a rollout; give a multiple of "
+                f"grpo.updates_per_rollout {grpo.updates_per_rollout}"
+            )
+        if grpo.kl_weight and train.reference != "live":
+            raise InputError(
+                "grpo.kl_weight: no reference can be kept of images that are not drawn yet; set train.reference to live"
+            )
+
+    def visits(self, step: int | None) -> list[Group]:
+        """The groups of a step, drawn and judged with the weights as they are now, where they are not there yet.
+
+        Raises: InputError as the rewards do.
+        """
+        number = step // self.config.grpo.updates_per_rollout
+        if self._groups[0] != number:
+            self._old.clear()
+            self._groups = number, self._draw(number)
+        return self._groups[1]
+
+    def passes(self, visits: Sequence[Group]) -> list[Pass]:
+        """See Algorithm."""
+        sizes = [self._num_tokens(group) for group in visits]
+        plan = plan_passes(sizes, self.config.train.tokens_per_pass, world_size())[rank() :: world_size()]
+        replayed = self.packer.num_pairs([_visit(group) for group in visits]).get(REPLAY, 0)
+        totals = {
+            "groups": len(visits),
+            "images": sum(len(group.used) for group in visits),
+            "steps": sum(len(np.unique(group.kept_at[image])) for group in visits for image in group.used),
+            REPLAY: replayed,
+        }
+        return [
+            Pass(functools.partial(self._pack, [visits[item] for item in items or [0]], totals), bool(items))
+            for items in plan
+        ]
+
+    def metric_names(self, visits: Sequence[Group]) -> list[str]:
+        """Means over groups: reward, reward_std (its standard deviation) and left_out (whether it teaches nothing).
+        Means over kept codes: logprob, and drift, how far it is from what the decoder found. clipped: the share of
+        decoding steps whose ratio was clipped. kl: mean k3 a code."""
+        names = ["reward", "reward_std", "left_out", "logprob", "drift", "clipped"]
+        names += ["kl"] if self.config.grpo.kl_weight else []
+        return names + ([f"{REPLAY}/{replay_metric(self.config.train)}"] if self.config.train.replay_weight else [])
+
+    def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
+        """Of the replay, whose questions are known before the first step; of drawn codes too where it is live."""
+        if self.config.grpo.kl_weight:
+            return live_reference(policy)
+        visits = [
+            PairVisit(record, number)
+            for number in sorted({step // self.config.grpo.updates_per_rollout for step in steps if step is not None})
+            for record in self._chosen(number)
+        ]
+        reference = make_reference(policy, self.packer, visits if self.packer.num_pairs(visits) else [], path)
+        return reference if reference.is_live else _ReplayReference(reference)
+
+    def loss(self, logprob: Tensor, reference: Tensor, batch: GRPOBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Algorithm."""
+        train, grpo, num_codes = self.config.train, self.config.grpo, len(batch.codes.targets)
+        ours, replayed = logprob[:num_codes], logprob[num_codes:]
+        num_images, weight = max(batch.totals["images"], 1), batch.weight[batch.segment]
+        old = self._old.setdefault(batch.key, ours.detach())
+        moved = ours.new_zeros(len(batch.advantage)).index_add(0, batch.segment, ours - old)
+        ratio = moved.clamp(max=20).exp()
+        clipped = ratio.clamp(1 - grpo.clip_low, 1 + grpo.clip_high)
+        gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        per_code = 1 / (num_images * self._num_codes)
+        loss = -(gain * batch.weight).sum() * per_code
+        is_kept, found = batch.drawn_logprob.isfinite(), ours.detach()
+        drift = torch.where(is_kept, found - batch.drawn_logprob, 0.0)
+        share = {
+            "logprob": (torch.where(is_kept, found, 0.0) * weight).sum() * per_code,
+            "drift": (drift * weight).sum() * per_code,
+            "clipped": ((ratio != clipped) * batch.weight).sum() / max(batch.totals["steps"], 1),
+        }
+        share |= {name: loss.new_tensor(value) for name, value in _told(batch.groups, batch.totals["groups"]).items()}
+        if grpo.kl_weight:
+            behind = (reference[:num_codes] - ours).clamp(max=20)
+            divergence = ((behind.exp() - 1 - behind) * weight).sum() * per_code
+            loss = loss + grpo.kl_weight * divergence
+            share["kl"] = divergence.detach()
+        if batch.replay.sides:
+            kept = (
+                replay_loss(replayed, reference[num_codes:], batch.replay.sides[REPLAY], train) / batch.totals[REPLAY]
+            )
+            loss = loss + train.replay_weight * kept
+            share[f"{REPLAY}/{replay_metric(train)}"] = kept.detach()
+        return loss, share
+
+    def _chosen(self, rollout: int) -> list[int]:
+        """Records of a rollout: consecutive entries of an endless row of shuffled epochs."""
+        num_records, count = len(self.records), self.config.grpo.prompts_per_step
+        positions = range(rollout * count, (rollout + 1) * count)
+        epochs = {position // num_records for position in positions}
+        order = {epoch: np.random.default_rng([self.seed, 0, epoch]).permutation(num_records) for epoch in epochs}
+        return [int(order[position // num_records][position % num_records]) for position in positions]
+
+    def _draw(self, rollout: int) -> list[Group]:
+        """Each process draws and judges its share of the prompts; all have all groups."""
+        chosen = self._chosen(rollout)
+        with gathered(self.model.transformer):
+            groups = self._draw_groups(list(enumerate(chosen))[rank() :: world_size()], rollout)
+        return [group for _, group in sorted(itertools.chain(*gather(groups)), key=lambda item: item[0])]
+
+    def _draw_groups(self, places: Sequence[tuple[int, int]], rollout: int) -> list[tuple[int, Group]]:
+        """The groups of some of the records of a rollout, each with its place among all."""
+        model, size = self.model, self.config.grpo.num_images
+        records = [self.records[number] for _, number in places]
+        if not records:
+            return []
+        seeds = candidate_seeds(self.seed, [record.id for record in records], f"rollout {rollout}", size)
+        drawn = model.engine.rollout(
+            [model.image_prompt(record.caption) for record in records],
+            num_images=size,
+            seeds=torch.from_numpy(seeds),
+            **asdict(self.params),
+        )
+        rewards = np.zeros((len(records), size))
+        for score, weight in self._rewards:
+            judged = score(model, drawn.codes, records, self._match_answers)
+            rewards += weight * np.array([[item.score for item in row] for row in judged])
+        arrays = [getattr(drawn, item.name).cpu().numpy() for item in fields(drawn)]
+        groups = [
+            Group(number, rollout, *of_record, of_group, advantages(of_group))
+            for (_, number), of_group, *of_record in zip(places, rewards, *arrays, strict=True)
+        ]
+        return [(place, group) for (place, _), group in zip(places, groups, strict=True)]
+
+    def _num_tokens(self, group: Group) -> int:
+        """Of a group, at most; images share the states that are equal."""
+        num_steps = min(len(np.unique(group.kept_at)), self.config.grpo.trained_steps or self.params.num_steps)
+        halves = 2 if self.params.guidance_scale else 1
+        states = halves * num_steps * len(group.used) * self.model.layout.image_length
+        return states + self.packer.num_tokens(_visit(group))
+
+    def _pack(self, groups: Sequence[Group], totals: Mapping[str, int], device: torch.device) -> GRPOBatch:
+        """One pass over these groups."""
+        builder, visits = TreeBuilder(), [_visit(group) for group in groups]
+        states = RolloutStates(self.model.layout, self.params, builder)
+        images = [(group, image) for group in groups for image in group.used]
+        for group in groups:  # one that teaches nothing, too, so that no tree is empty
+            states.add_prompt(self._prompt_of(group))
+        weights = [self._add_image(states, group, image) for group, image in images]
+        for index, visit in enumerate(visits):
+            self.packer.add_replay(builder, index, visit)
+        codes = states.drawn()
+        # Of each image, each of its decoding steps.
+        (owner, _), segment = torch.unique(torch.stack([codes.owners, codes.steps]), dim=1, return_inverse=True)
+        of_image = {"advantages": [group.advantages[image] for group, image in images], "weights": weights}
+        advantage, weight = (torch.tensor(values, dtype=torch.float32)[owner] for values in of_image.values())
+        drawn_logprob = self._drawn_logprob(images, codes)
+        return GRPOBatch(
+            self.model.layout,
+            self.params,
+            DrawnCodes(*(values.to(device) for values in codes)),
+            builder.build_batch(visits, device, totals),
+            *(values.to(device) for values in (segment, advantage, weight, drawn_logprob)),
+            groups,
+            totals,
+            tuple(group.record for group in groups),
+        )
+
+    def _prompt_of(self, group: Group) -> list[int]:
+        return self.model.image_prompt(self.records[group.record].caption)
+
+    def _drawn_logprob(self, images: Sequence[tuple[Group, int]], codes: DrawnCodes) -> Tensor:
+        """What the decoder found when it drew codes that it kept, fp32 [T]; NaN of others."""
+        if not images:
+            return torch.zeros(0)
+        places = codes.owners, codes.positions
+        logprob = torch.from_numpy(np.stack([group.logprob[image] for group, image in images]))[places]
+        kept_at = torch.from_numpy(np.stack([group.kept_at[image] for group, image in images]))[places]
+        return logprob.masked_fill(kept_at != codes.steps, torch.nan)
+
+    def _add_image(self, states: RolloutStates, group: Group, image: int) -> float:
+        """Adds an image's states; returns what its steps weigh, so that those drawn stand for all."""
+        grpo, codes, kept_at = self.config.grpo, group.codes[image], group.kept_at[image]
+        steps, drawn = np.unique(kept_at), group.drawn[image] if grpo.likelihood == "drawn" else None
+        count = grpo.trained_steps or len(steps)
+        rng = np.random.default_rng([self.seed, 5, group.rollout, group.record, image])
+        chosen = rng.permutation(steps)[:count].tolist()
+        states.add(self._prompt_of(group), codes, kept_at, drawn=drawn, steps=chosen)
+        return len(steps) / len(chosen)
+
+
+class _ReplayReference:
+    """Of the replay alone; of drawn codes zeros, which nothing reads."""
+
+    is_live = False
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def logprobs(self, batch: GRPOBatch) -> Tensor:
+        """fp32 [T and the replay's]."""
+        zeros = torch.zeros(len(batch.codes.targets), device=batch.tree.token_ids.device)
+        return torch.cat([zeros, self._reference.logprobs(batch.replay)]) if batch.replay.sides else zeros
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """How much better each image is than its group.
+
+    Args:
+        rewards: fp64 [G].
+    Returns: fp64 [G], (reward - mean) / (standard deviation + 0.02); 0 in a group that all but agrees, and where it is
+        below 0.1.
+    """
+    spread = rewards.std()
+    if spread < _LEAST_SPREAD:
+        return np.zeros_like(rewards)
+    found = (rewards - rewards.mean()) / (spread + _SPREAD)
+    return np.where(np.abs(found) > _LEAST_ADVANTAGE, found, 0.0)
+
+
+def _visit(group: Group) -> PairVisit:
+    """Its replay's."""
+    return PairVisit(group.record, group.rollout)
+
+
+def _told(groups: Sequence[Group], num_groups: int) -> dict[str, float]:
+    """What the rewards were, shares of means over all groups."""
+    return {
+        "reward": sum(group.rewards.mean() for group in groups) / num_groups,
+        "reward_std": sum(group.rewards.std() for group in groups) / num_groups,
+        "left_out": sum(not group.used for group in groups) / num_groups,
+    }
