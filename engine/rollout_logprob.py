@@ -27,7 +27,8 @@ from hermesflow.kernels.span_tree import SpanForest
 class DrawnCodes(NamedTuple):
     """Codes that rows of a tree predict, T in all.
 
-    guided, unguided: int64 [T], packed rows of the tree; unguided is empty without guidance.
+    guided, unguided: int64 [T], packed rows of the tree, or of the unguided half's own; unguided is empty without
+        guidance.
     targets: int64 [T], the codes.
     owners: int64 [T], of which image each is, by the order in which they were added.
     positions: int64 [T], where in its image it stands.
@@ -45,20 +46,28 @@ class DrawnCodes(NamedTuple):
 class RolloutStates:
     """Gathers the states of images in a forest, and the codes that were drawn in them."""
 
-    def __init__(self, layout: Layout, params: ImageSamplingParams, forest: SpanForest) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        params: ImageSamplingParams,
+        forest: SpanForest,
+        unguided_forest: SpanForest | None = None,
+    ) -> None:
         """
         Args:
             layout: of the model.
             params: with which the images were drawn.
             forest: receives the spans; it may hold others.
+            unguided_forest: receives those of the unguided half, so that its pass can be without a gradient; None: they
+                are in the same forest.
         Raises: ValueError on a temperature of 0: argmax leaves nothing to chance.
         """
         if not params.temperature:
             raise ValueError("RolloutStates: expected a temperature above 0, got 0; draw with another temperature")
-        self.layout, self.params, self.forest = layout, params, forest
+        self.layout, self.params = layout, params
+        self.guided = _States(layout, forest)
+        self.unguided = self.guided if unguided_forest is None else _States(layout, unguided_forest)
         self._num_images = 0
-        self._spans: dict[tuple[int, bytes], int] = {}
-        self._roots: dict[tuple[int, ...], int] = {}
         self._found: list[tuple[np.ndarray, ...]] = []
 
     def add(
@@ -87,34 +96,42 @@ class RolloutStates:
                 continue
             state = image.copy()
             state[places[kept_at >= step]] = self.layout.mask_id
-            halves = [prompt_ids, ()] if self.params.guidance_scale else [prompt_ids]
-            rows = [self._row_of(prompt, state) + places[chosen] for prompt in halves]
+            rows = [self.guided.row_of(prompt_ids, state) + places[chosen], chosen[:0]]
+            if self.params.guidance_scale:
+                rows[1] = self.unguided.row_of((), state) + places[chosen]
             owner, number = np.full(len(chosen), self._num_images), np.full(len(chosen), step)
-            self._found.append(
-                (rows[0], rows[1] if len(rows) > 1 else chosen[:0], targets[chosen], owner, chosen, number)
-            )
+            self._found.append((*rows, targets[chosen], owner, chosen, number))
         self._num_images += 1
-
-    def add_prompt(self, prompt_ids: Sequence[int]) -> int:
-        """The span of a prompt's condition, once."""
-        prompt = tuple(prompt_ids)
-        if prompt not in self._roots:
-            self._roots[prompt] = self.forest.add(self.layout.text_prompt(prompt), -1, "causal")
-        return self._roots[prompt]
 
     def drawn(self, device: torch.device | str | None = None) -> DrawnCodes:
         """What the rows of the finished tree predict."""
         columns = zip(*self._found, strict=True) if self._found else [[np.zeros(0)]] * len(DrawnCodes._fields)
         return DrawnCodes(*(torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device) for parts in columns))
 
-    def _row_of(self, prompt_ids: Sequence[int], state: np.ndarray) -> int:
+
+class _States:
+    """Spans of states under their prompts, each once."""
+
+    def __init__(self, layout: Layout, forest: SpanForest) -> None:
+        self.layout, self.forest = layout, forest
+        self._roots: dict[tuple[int, ...], int] = {}
+        self._first_rows: dict[tuple[int, bytes], int] = {}
+
+    def add_prompt(self, prompt_ids: Sequence[int]) -> int:
+        """The span of a prompt's condition."""
+        prompt = tuple(prompt_ids)
+        if prompt not in self._roots:
+            self._roots[prompt] = self.forest.add(self.layout.text_prompt(prompt), -1, "causal")
+        return self._roots[prompt]
+
+    def row_of(self, prompt_ids: Sequence[int], state: np.ndarray) -> int:
         """The packed row of a state's first token."""
         root = self.add_prompt(prompt_ids)
         key = root, state.tobytes()
-        if key not in self._spans:
-            self._spans[key] = self.forest.packed
+        if key not in self._first_rows:
+            self._first_rows[key] = self.forest.packed
             self.forest.add(state, root, self.layout.image_mode)
-        return self._spans[key]
+        return self._first_rows[key]
 
 
 def code_logprobs(

@@ -38,7 +38,8 @@ PAPER_OBJECTIVE = {
 }  # fmt: skip
 """Training settings under which a step computes the objective of HermesFlow (arXiv 2502.12148), section 4, alone."""
 STUDY_ARMS = (
-    "pair-dpo", "no-op", "random-pairs", "sft-best", "generation-only", "understanding-only", "oracle-pairs",
+    "pair-dpo", "grpo", "no-op", "random-pairs", "sft-best", "distill", "best-of-4", "generation-only",
+    "understanding-only", "oracle-pairs", "positive-control",
 )  # fmt: skip
 
 
@@ -153,8 +154,8 @@ class CurationConfig(DrawingConfig):
     include_greedy: bool = True
     """Add the greedy caption."""
     score: str = "soft"
-    """An image's score: soft, the mean probability of the right answers; hard, the fraction answered right; or
-    "module:function" of your own."""
+    """An image's score: soft, the mean probability of the right answers; hard, the fraction answered right; mixed, soft
+    times the probability of its prompt, a token; or "module:function" of your own."""
     threshold: float = 0.6
     """The best image must score above this (HermesFlow, arXiv 2502.12148, section 3)."""
     margin: float = 0.1
@@ -169,6 +170,11 @@ class CurationConfig(DrawingConfig):
     """Hub id or folder of the model of bert-cls (as in the published code)."""
     sentence_model: str = "sentence-transformers/all-mpnet-base-v2"
     """Hub id or folder of the sentence encoder (as in the published code)."""
+    win_image: Literal["best", "real"] = "best"
+    """The win of an image pair: the best candidate, or the record's real image, as SPIN has it (arXiv 2401.01335)."""
+    lose_caption: Literal["worst", "alike"] = "worst"
+    """The lose of a caption pair: the worst candidate, or of those that score lower than the win the one with the most
+    similar wording: about facts alone, where caption_scorer is."""
     keep: Literal["both", "any"] = "both"
     """Keep a record only if both sides make a pair, or for any side that does."""
     batch_records: int = 32
@@ -313,13 +319,16 @@ class GRPOConfig:
     """Images drawn for each prompt: a group, within which rewards are compared."""
     rewards: tuple[str, ...] = ("log",)
     """What an image is rewarded for: log, the log-probability of the right answers; soft, their mean probability; hard,
-    the fraction answered right; prompt, the log-probability of its prompt; or "module:function" of your own."""
+    the fraction answered right; prompt, the log-probability of its prompt; mixed, see curation.score; or
+    "module:function" of your own."""
     reward_weights: tuple[float, ...] = (1.0,)
     """Of each reward, in their sum."""
     likelihood: Literal["kept", "drawn"] = "kept"
     """Of an image: the codes that each decoding step kept, or all that it drew, those that were masked again too."""
     trained_steps: int = 0
     """Decoding steps of each image that the gradient is computed for, drawn at random; 0 takes all of them."""
+    train_unguided: bool = False
+    """Send the gradient through the unguided half of guidance too, which costs as much as the guided one."""
     updates_per_rollout: int = 1
     """Optimizer steps on the same images, of which all but the first are off the policy that drew them."""
     clip_low: float = 0.1

@@ -38,9 +38,10 @@ CANDIDATES_SCHEMA = pa.schema(
         ("answers", pa.string()),
     ]
 )
-"""kind is "image", "caption", "previous_win" or "previous_lose" (the previous round's images, scored again). token_ids
-are image codes, or text ids without the end of text; text is null for images. settings and answers are JSON: answers of
-an image a list of {"question", "answer", "expected", "probability"}, of a caption the empty list."""
+"""kind is "image", "caption", "real" (the record's own image, where it is to be the win), "previous_win" or
+"previous_lose" (the previous round's images, scored again). token_ids are image codes, or text ids without the end of
+text; text is null for images. settings and answers are JSON: answers of an image a list of {"question", "answer",
+"expected", "probability"}, of a caption the empty list."""
 
 PreviousImages = dict[str, tuple[list[int], list[int]]]
 """Record id -> (win codes, lose codes) of the previous round."""
@@ -58,7 +59,7 @@ _DRAWN_BY = (
     "bert_model",
     "sentence_model",
 )
-_NOT_DRAWN_BY = ("threshold", "margin", "keep", "batch_records", *DRAWING)
+_NOT_DRAWN_BY = ("threshold", "margin", "keep", "lose_caption", "batch_records", *DRAWING)
 _FINGERPRINT = b"hermesflow.fingerprint"
 
 
@@ -131,6 +132,8 @@ def _rows(
 ) -> list[dict]:
     """One part's candidates, record by record."""
     rows = [*_image_rows(model, records, config, seed, scorers), *_caption_rows(model, records, config, seed, scorers)]
+    if config.win_image == "real":
+        rows += _real_rows(model, records, scorers)
     rows += _previous_rows(model, records, config, old, scorers)
     order = {record.id: index for index, record in enumerate(records)}
     return sorted(rows, key=lambda row: order[row["record_id"]])
@@ -155,7 +158,7 @@ def _caption_rows(
 ) -> Iterator[dict]:
     sampling = caption_sampling(config, model.prompts.max_caption_tokens)
     seeds = candidate_seeds(seed, [record.id for record in records], "caption", len(sampling))
-    codes = torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
+    codes = _real_codes(records)
     question = model.caption_prompt()
     answers = model.engine.extend(
         codes, [[question]] * len(records), sampling=sampling, seeds=torch.from_numpy(seeds[:, None])
@@ -177,6 +180,19 @@ def _caption_rows(
                 "settings": json.dumps({"temperature": params.temperature, "top_k": params.top_k}),
                 "answers": "[]",
             }
+
+
+def _real_rows(model: Model, records: Sequence[Record], scorers: Scorers) -> Iterator[dict]:
+    codes = _real_codes(records)
+    for record, of_record, [score] in zip(
+        records, codes, scorers.score_images(model, codes[:, None], records), strict=True
+    ):
+        yield _image_row(record, "real", 0, of_record.tolist(), score) | {"settings": "{}"}
+
+
+def _real_codes(records: Sequence[Record]) -> torch.Tensor:
+    """int64 [B, N]."""
+    return torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
 
 
 def _previous_rows(

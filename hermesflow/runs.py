@@ -213,6 +213,11 @@ class Run:
             )
         return pairs
 
+    def learned(self, number: int) -> pa.Table | list[Record]:
+        """What a round's training learns from: its pairs, or its records where the algorithm is online. Raises: as
+        pairs."""
+        return list(self.round_records(number)) if self.is_online else self.pairs(number)
+
     def seed(self, number: int) -> int:
         """Of a round's candidates and training."""
         return self.config.run.seed * 1_000 + number

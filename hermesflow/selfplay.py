@@ -19,7 +19,7 @@ from hermesflow.runs import Run, save_trained
 from hermesflow.runtime.distributed import barrier, on_main, world_size
 from hermesflow.runtime.files import parquet_writer, write_json
 from hermesflow.scoring.scorers import check_scorers
-from hermesflow.training import check_takes_pairs, check_training, train_pairs, train_records
+from hermesflow.training import check_takes_pairs, check_training, train_on
 
 
 def run_selfplay(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -46,16 +46,15 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
 
 
 def play_round(run: Run, number: int) -> None:
-    """Curates a round's pairs and trains on them; an online algorithm trains on the round's records. Raises: as
-    curate_round and train_round."""
+    """A round's pairs, unless its algorithm is online, and its training. Raises: as curate_round and train_round."""
     if not run.is_online:
         curate_round(run, number)
     train_round(run, number)
 
 
 def curate_round(run: Run, number: int) -> None:
-    """Draws and scores candidates of a round's records, and keeps each record's best and worst as a pair. Raises: as
-    curate, or InputError if the run has no such round, or its algorithm learns from no pairs."""
+    """Draws and scores a round's candidates, and keeps each record's best and worst as a pair. Raises: as curate;
+    InputError if the run has no such round, or its algorithm takes no pairs."""
     run.check_round(number)
     check_takes_pairs(run.config.selfplay.algorithm)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
@@ -84,21 +83,15 @@ def curate_round(run: Run, number: int) -> None:
 
 
 def train_round(run: Run, number: int) -> None:
-    """Trains the model of the round before on a round's pairs, or online on its records. Raises: as train_pairs and
-    train_records, InputError without pairs."""
+    """Trains the model of the round before on what the round learns from. Raises: as train_on, or without pairs."""
     run.check_round(number)
     if run.is_made(number, "model", "training.json"):
         return
-    pairs, config = None if run.is_online else run.pairs(number), run.config
+    learned, folder = run.learned(number), run.path(number)
 
     def work() -> None:
-        model, folder = run.policy(number - 1), run.path(number)
-        options = {"seed": run.seed(number), "folder": folder / "train"}
-        if pairs is None:
-            means = train_records(model, list(run.round_records(number)), config, **options)
-        else:
-            means = train_pairs(model, pairs, config.train, algorithm=config.selfplay.algorithm, **options)
-        save_trained(model, means, folder)
+        model, seed = run.policy(number - 1), run.seed(number)
+        save_trained(model, train_on(model, learned, run.config, seed=seed, folder=folder / "train"), folder)
 
     run.timed(number, "training", work)
 
@@ -132,7 +125,6 @@ def _evaluate(run: Run, number: int) -> dict[str, Any]:
 def _finish(run: Run, console: Console) -> dict[str, Any]:
     summary = run.summary()
     write_json(run.folder / "summary.json", summary)
-    page = write_report(run.folder)
     print_summary(summary, console)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"report: {write_report(run.folder)}", soft_wrap=True, highlight=False)
     return summary

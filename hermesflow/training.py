@@ -103,6 +103,15 @@ def train_records(
     return _train(policy, learner, HoldOut(policy, None, 0, folder), seed, folder)
 
 
+def train_on(
+    model: Model, learned: pa.Table | Sequence[Record], config: Config, *, seed: int, folder: Path
+) -> dict[str, float]:
+    """train_records, or train_pairs where config.selfplay.algorithm learns from pairs."""
+    if is_online(config.selfplay.algorithm):
+        return train_records(model, learned, config, seed=seed, folder=folder)
+    return train_pairs(model, learned, config.train, seed=seed, folder=folder, algorithm=config.selfplay.algorithm)
+
+
 def _train(policy: Policy, learner: Algorithm, hold_out: HoldOut, seed: int, folder: Path) -> dict[str, float]:
     """The steps of a training, from the last checkpoint on."""
     config = policy.config

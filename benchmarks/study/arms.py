@@ -19,10 +19,15 @@ class Arm(NamedTuple):
     """Section -> key -> the value that differs from the study's settings."""
     same_pairs: bool = False
     """Whether it trains on pair-dpo's pairs in every round, rather than on those of its own model."""
+    best_of: int = 0
+    """Draw so many images for each one and let the model itself choose, without training; 0 trains."""
 
 
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
+    "grpo": Arm(
+        "Self-play by GRPO: images that the model draws and judges as it learns.", {"selfplay": {"algorithm": "grpo"}}
+    ),
     "no-op": Arm(
         "All steps on pair-dpo's pairs, whose loss counts zero times: what is left to follow is the replay's rounding.",
         {"train": {"preference_weight": 0.0, "nll_weight": 0.0}},
@@ -36,6 +41,23 @@ ARMS = {
         "Supervised training on the wins, without the loses.",
         {"train": {"preference_weight": 0.0, "nll_weight": 1.0}},
     ),
+    "distill": Arm(
+        "Supervised training on images of the default sampler, and on captions, that chance chooses: a better sampler "
+        "without a judge.",
+        {
+            "curation": {
+                "score": f"{_SCORERS}:random_images",
+                "caption_scorer": f"{_SCORERS}:random_captions",
+                "temperature": -1.0,
+                "threshold": 0.0,
+                "margin": 0.0,
+            },
+            "train": {"preference_weight": 0.0, "nll_weight": 1.0},
+        },
+    ),
+    "best-of-4": Arm(
+        "No training: of four images the model's own score chooses one, at four times the cost.", best_of=4
+    ),
     "generation-only": Arm("The image side of each pair alone.", {"train": {"understanding_weight": 0.0}}),
     "understanding-only": Arm(
         "The caption side of each pair alone, with the weight of the paper.",
@@ -44,6 +66,10 @@ ARMS = {
     "oracle-pairs": Arm(
         "Pair-DPO where the oracle scores the images: as well as any score could do.",
         {"curation": {"score": f"{_SCORERS}:oracle_images"}},
+    ),
+    "positive-control": Arm(
+        "Supervised training on right answers about real images, which come from outside: understanding must rise.",
+        {"selfplay": {"algorithm": "hermesflow.benchmarks.study.control:RightAnswers"}},
     ),
 }
 """Arms by the names of hermesflow.config.STUDY_ARMS."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from hermesflow.benchmarks.lines import Line
 from hermesflow.benchmarks.study.arms import ARMS
-from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO
+from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO, SELF_PLAY
 from hermesflow.evaluation.stats import percentile_interval
 from hermesflow.runtime.files import InputError
 
@@ -40,6 +40,8 @@ class Effects:
         seeds = {arm: {line["seed"] for line in lines if line["arm"] == arm} for arm in ARMS}
         self.arms = [arm for arm in ARMS if seeds[arm]]
         """Those that were run."""
+        self.self_play = [arm for arm in SELF_PLAY if arm in self.arms]
+        """Of those the ones that the others are held against."""
         self.seeds = sorted(set.intersection(*(seeds[arm] for arm in self.arms))) if self.arms else []
         if PAIR_DPO not in self.arms or not self.seeds:
             raise InputError(

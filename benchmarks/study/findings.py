@@ -18,6 +18,7 @@ CLAIMS = (
      ("generation", "generation_strict")),
 )  # fmt: skip
 """The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
+CONTROL = "positive-control"
 _ANSWERS = {"better": "yes", "worse": "no, it harms"}
 
 
@@ -53,9 +54,12 @@ def describe_study(effects: Effects) -> str:
 def answer_claims(effects: Effects) -> list[tuple[str, str]]:
     """(question, answer): what becomes of the gap, what of single seeds, and each of CLAIMS whose arms were run."""
     answers = [
-        ("How much of the gap closes?", _tell_gap(effects)),
-        ("Is one run enough to see it?", _tell_seeds(effects)),
+        ("How much of the gap closes?", " ".join(_tell_gap(effects, arm) for arm in effects.self_play)),
+        ("Is one run enough to see it?", " ".join(_tell_seeds(effects, arm) for arm in effects.self_play)),
     ]
+    answers += (
+        [("Could this study show a rise of understanding?", _tell_control(effects))] if CONTROL in effects.arms else []
+    )
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
             told = []
@@ -67,23 +71,29 @@ def answer_claims(effects: Effects) -> list[tuple[str, str]]:
     return answers
 
 
-def _tell_gap(effects: Effects) -> str:
-    closed = effects.closed_gap(PAIR_DPO)
+def _tell_control(effects: Effects) -> str:
+    change = effects.change(CONTROL, "understanding")
+    verdict = "yes" if tell_verdict("understanding", change) == "better" else "not shown"
+    return f"{verdict}: right answers from outside change it by {format_change(change)} points ({CONTROL})."
+
+
+def _tell_gap(effects: Effects, arm: str) -> str:
+    closed = effects.closed_gap(arm)
     if closed is None:
-        return "there was none that is clear of zero."
+        return "There was none that is clear of zero."
     part, low, high = (format_points(value).removeprefix("+") for value in (closed["change"], *closed["ci95"]))
-    before, after = (format_value(effects.value(arm, "gap")) for arm in (BASE, PAIR_DPO))
-    return f"{PAIR_DPO}: {part} % of it [{low}, {high}], from {before} to {after} points."
+    before, after = (format_value(effects.value(name, "gap")) for name in (BASE, arm))
+    return f"{arm}: {part} % of it [{low}, {high}], from {before} to {after} points."
 
 
-def _tell_seeds(effects: Effects) -> str:
-    """How many seeds of pair-dpo show the gain by themselves."""
+def _tell_seeds(effects: Effects, arm: str) -> str:
+    """How many seeds of an arm show the gain by themselves."""
     metric = "generation_strict"
-    changes = effects.seed_changes(PAIR_DPO, metric)
+    changes = effects.seed_changes(arm, metric)
     num_better = sum(tell_verdict(metric, change) == "better" for change in changes)
     least, most = (format_change(pick(changes, key=lambda item: item["change"])) for pick in (min, max))
     return (
-        f"{PAIR_DPO}, {LABELS[metric]}, each seed by itself: significantly better in {num_better} of {len(changes)}; "
+        f"{arm}, {LABELS[metric]}, each seed by itself: significantly better in {num_better} of {len(changes)}; "
         f"changes from {least} to {most} points."
     )
 
@@ -94,23 +104,27 @@ def tell_difference(metric: str, difference: Change) -> str:
 
 
 def console_tables(effects: Effects) -> list[Table]:
-    """A table for each metric: the arms, their changes, and pair-dpo minus each."""
+    """A table for each metric: the arms, their changes, and each way of self-play minus the others."""
     tables = []
     for metric in (metric for group in metric_groups(effects).values() for metric in group):
         table, label = Table(box=None, padding=(0, 2, 0, 0)), metric_label(metric)
-        for name in (label, "%", "change", "pair-dpo minus it"):
+        for name in (label, "%", "change", *(f"{main} minus it" for main in effects.self_play)):
             table.add_column(name, min_width=20 if name == label else None)
         table.add_row(NAMES[BASE], format_value(effects.value(BASE, metric)))
         for arm in effects.arms:
-            less = "" if arm == PAIR_DPO else _marked(effects.difference(PAIR_DPO, arm, metric), "[bold]", "[/bold]")
+            differences = [
+                "" if arm == main else _marked(effects.difference(main, arm, metric), "[bold]", "[/bold]")
+                for main in effects.self_play
+            ]
             change = _marked(effects.change(arm, metric), "[bold]", "[/bold]")
-            table.add_row(NAMES[arm], format_value(effects.value(arm, metric)), change, less)
+            table.add_row(NAMES[arm], format_value(effects.value(arm, metric)), change, *differences)
         tables.append(table)
     return tables
 
 
 def markdown(effects: Effects) -> str:
-    """Of the first two groups of metrics two tables each, changes and pair-dpo minus each control, and the answers.
+    """Of the first two groups of metrics tables of the changes and of each way of self-play minus the other arms, and
+    the answers.
 
     Bold leaves out zero. What is asked for stands on the page, whose tables may be wide.
     """
@@ -129,11 +143,14 @@ def _markdown_tables(effects: Effects, title: str, metrics: list[str]) -> list[l
         values = (format_value(effects.value(arm, metric)) for metric in metrics)
         changes = (_marked(effects.change(arm, metric)) for metric in metrics)
         rows.append([NAMES[arm], *map(", ".join, zip(values, changes, strict=True))])
-    less = [["pair-dpo minus, in points", *header[1:]], ["---"] * len(header)]
-    for arm in effects.arms:
-        if arm != PAIR_DPO:
-            less.append([NAMES[arm], *(_marked(effects.difference(PAIR_DPO, arm, metric)) for metric in metrics)])
-    return [_piped(rows), _piped(less) if len(less) > 2 else []]
+    tables = [_piped(rows)]
+    for main in effects.self_play if len(effects.arms) > 1 else ():
+        less = [[f"{main} minus, in points", *header[1:]], ["---"] * len(header)]
+        for arm in effects.arms:
+            if arm != main:
+                less.append([NAMES[arm], *(_marked(effects.difference(main, arm, metric)) for metric in metrics)])
+        tables.append(_piped(less))
+    return tables
 
 
 def _piped(rows: list[list[str]]) -> list[str]:

@@ -17,7 +17,7 @@ from hermesflow.benchmarks.study.findings import (
     metric_label,
     tell_difference,
 )
-from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO
+from hermesflow.benchmarks.study.runner import BASE
 from hermesflow.config import Config
 from hermesflow.evaluation.builtin import draw_images, held_out
 from hermesflow.models import open_model
@@ -41,11 +41,14 @@ def write_page(config: Config, effects: Effects) -> Path:
     path, arms = config.run_folder / "index.html", effects.arms
     listed = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm].told)}</li>" for arm in arms)
     answers = "".join(f"<p><b>{escape(asked)}</b> {escape(told)}</p>" for asked, told in answer_claims(effects))
-    lead = "; ".join(f"{LABELS[metric]} {format_change(effects.change(PAIR_DPO, metric))}" for metric in HEADLINE)
+    lead = ". ".join(
+        f"{arm}: " + ", ".join(f"{LABELS[metric]} {format_change(effects.change(arm, metric))}" for metric in HEADLINE)
+        for arm in effects.self_play
+    )
     changes = "".join(_changes(effects, title, metrics) for title, metrics in metric_groups(effects).items() if metrics)
     body = f"""<p class="over">Study {escape(config.run.name)}</p>
 <h1>Self-play against its controls</h1>
-<p class="lead">Self-play as it is changes, in points: {escape(lead)}.</p>
+<p class="lead">Self-play changes, in points. {escape(lead)}.</p>
 <p class="note">{escape(describe_study(effects))} All arms are measured on the same scenes, prompts and drawing seeds;
 seeds and scenes are resampled alike for all. Where an interval holds zero, nothing is shown.</p>
 {answers}
@@ -56,17 +59,17 @@ seeds and scenes are resampled alike for all. Where an interval holds zero, noth
 
 
 def _changes(effects: Effects, title: str, metrics: Sequence[str]) -> str:
-    """A group of metrics: changes to before self-play, and pair-dpo minus each control."""
+    """A group of metrics: changes to before self-play, and each way of self-play minus the other arms."""
     arms = effects.arms
     base = _row(NAMES[BASE], [f"<td>{format_value(effects.value(BASE, metric))} %</td>" for metric in metrics])
     changes = {arm: [effects.change(arm, metric) for metric in metrics] for arm in arms}
-    less = {arm: [effects.difference(PAIR_DPO, arm, metric) for metric in metrics] for arm in arms if arm != PAIR_DPO}
     section = f"""
 <section><h2>{escape(title.capitalize())}: changes to before self-play</h2>{_forests(metrics, changes, tell_verdict)}
 {_table(metrics, changes, tell_verdict, base)}</section>"""
-    if less:
+    for main in effects.self_play if len(arms) > 1 else ():
+        less = {arm: [effects.difference(main, arm, metric) for metric in metrics] for arm in arms if arm != main}
         section += f"""
-<section><h2>{escape(title.capitalize())}: {PAIR_DPO} minus each control</h2>{_forests(metrics, less, tell_difference)}
+<section><h2>{escape(title.capitalize())}: {main} minus each other arm</h2>{_forests(metrics, less, tell_difference)}
 {_table(metrics, less, tell_difference)}</section>"""
     return section
 

@@ -22,6 +22,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -29,8 +30,9 @@ from hermesflow.benchmarks.lines import Line, read_objects, write_lines
 from hermesflow.benchmarks.measuring import run_facts
 from hermesflow.benchmarks.study.arms import ARMS, arm_config
 from hermesflow.config import STUDY_ARMS, Config, ConfigError
+from hermesflow.evaluation.builtin import sampler_name
 from hermesflow.evaluation.evaluation import evaluate
-from hermesflow.evaluation.metrics import right_of_asked
+from hermesflow.evaluation.metrics import measure, right_of_asked
 from hermesflow.models import Model, open_model
 from hermesflow.models.model import model_digest
 from hermesflow.report.tables import LABELS, format_value
@@ -40,12 +42,17 @@ from hermesflow.runtime.files import InputError, atomic_write
 from hermesflow.selfplay import play_round
 from hermesflow.training import check_training
 
-BASE, PAIR_DPO = "base", STUDY_ARMS[0]
+BASE, PAIR_DPO, GRPO = "base", *STUDY_ARMS[:2]
+SELF_PLAY = PAIR_DPO, GRPO
+"""The arms that the others are held against."""
 COUNTS = ("right", "asked")
 """By metric, a number for each record: what was right, of how many. A metric is named by its path in an evaluation's
 metrics, such as "samplers 4/0.7 generation_strict"."""
 _FACTS = ("device", "torch", "commit", "date")
-_ADDED = (("model", "family", "auto"), ("eval", "suite", "builtin"), ("selfplay", "algorithm", "pair-dpo"))
+_ADDED = (
+    ("model", "family", "auto"), ("eval", "suite", "builtin"), ("selfplay", "algorithm", "pair-dpo"),
+    ("curation", "win_image", "best"), ("curation", "lose_caption", "worst"),
+)  # fmt: skip
 """Settings that older lines do not have: they count where they are not the default, so that those lines still fit."""
 
 
@@ -79,6 +86,9 @@ def run_study(config: Config, console: Console) -> list[Line]:
 
         if not lines:
             add(_measure_base(model, config))
+        for arm in config.study.arms:
+            if ARMS[arm].best_of:
+                _add_untrained(model, config, arm, lines, add)
         del model  # the arms open it for themselves
         done = {(line["arm"], line["seed"]) for line in lines}
         missing = [[(arm, seed) for arm in config.study.arms if (arm, seed) not in done] for seed in config.study.seeds]
@@ -137,17 +147,50 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     source = arm_config(config, PAIR_DPO, seed).run_folder
     # Where pair-dpo's run was removed since, an arm makes the same for itself, unless it cannot.
     if arm != PAIR_DPO and (ARMS[arm].same_pairs or source.exists()):
-        num_shared = rounds if ARMS[arm].same_pairs else int(of_arm.curation == config.curation)
+        shares_pairs = of_arm.curation == config.curation and not run.is_online
+        num_shared = rounds if ARMS[arm].same_pairs else int(shares_pairs)
         _share(source, run.folder, num_shared)
     for number in range(1, rounds + 1):
         play_round(run, number)
     result = evaluate(run.model(rounds), of_arm.drawn_by(of_arm.eval))
-    line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(result, of_arm)
-    del line["asked"]  # the base's line has it
     if arm != PAIR_DPO:  # of which candidates may be looked at later
         for folder in run.folder.glob("round-*/candidates"):
             shutil.rmtree(folder)
+    return _line(arm, seed, rounds, result, of_arm, began)
+
+
+def _line(arm: str, seed: int, rounds: int, result: dict[str, Any], config: Config, began: float) -> Line:
+    """An arm's; the base's line has what was asked."""
+    line = {"arm": arm, "seed": seed, "rounds": rounds} | _measured(result, config)
+    del line["asked"]
     return line | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _add_untrained(model: Model, config: Config, arm: str, lines: Sequence[Line], add: Callable[[Line], None]) -> None:
+    """Adds an arm that is not trained: measured once, it is the same for every seed."""
+    of_arm = [line for line in lines if line["arm"] == arm]
+    missing = [seed for seed in config.study.seeds if seed not in {line["seed"] for line in of_arm}]
+    if missing and not of_arm:
+        began = time.perf_counter()
+        of_arm = [_line(arm, missing[0], 0, best_of(model, config, ARMS[arm].best_of), config, began)]
+    for seed in missing:
+        add(of_arm[0] | {"seed": seed})
+
+
+def best_of(model: Model, config: Config, count: int) -> dict[str, Any]:
+    """An evaluation where each image is the one of `count` that the model itself scores highest, drawn with seeds of
+    their own."""
+    wide = replace(config.drawn_by(config.eval), images_per_prompt=count * config.eval.images_per_prompt)
+    result = evaluate(model, wide)
+    for row in result["records"]:
+        for of_sampler in row["samplers"].values():
+            groups = np.array(of_sampler["scores"]).reshape(-1, count)
+            chosen = groups.argmax(1) + count * np.arange(len(groups))
+            for name in ("drawn", "scores"):
+                of_sampler[name] = [of_sampler[name][index] for index in chosen]
+        if row["drawn"] is not None:
+            row["drawn"] = row["samplers"][sampler_name(model.sampling_of(wide))]["drawn"]
+    return result | {"metrics": measure(result["records"])}
 
 
 def settings_digest(config: Config) -> str:
@@ -157,6 +200,8 @@ def settings_digest(config: Config) -> str:
     """
     values = asdict(replace(config, curation=config.drawn_by(config.curation), eval=config.drawn_by(config.eval)))
     del values["run"], values["pretrain"], values["study"], values["drawing"], values["model"]["device"]
+    if config.selfplay.algorithm != "grpo":
+        del values["grpo"]
     for section, name, default in _ADDED:
         if values[section][name] == default:
             del values[section][name]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Pass, Reference
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
-from hermesflow.algorithms.packing import PairPacker, TreeBuilder, plan_passes
+from hermesflow.algorithms.packing import PairPacker, TreeBuilder, plan_passes, referenced_sides
 from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import live_reference, make_reference
@@ -40,7 +40,7 @@ from hermesflow.engine.rollout_logprob import DrawnCodes, RolloutStates, code_lo
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_logprob import linear_logprob
-from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.kernels.span_tree import SpanForest, SpanTree
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import gather, gathered, rank, world_size
 from hermesflow.runtime.files import InputError
@@ -87,6 +87,7 @@ class GRPOBatch:
     layout, params: of the drawn codes' law.
     codes: what the rows of the states predict, T in all.
     replay: the replay's part, over the same tree.
+    unguided_tree: the unguided half's states, where its pass is without a gradient; None: they are in the same tree.
     segment: int64 [T], of each code its decoding step of its image, of M in all.
     advantage, weight: fp32 [M]; weight is 1 unless steps were drawn for the gradient.
     drawn_logprob: fp32 [T], what the decoder found when it drew a code that it kept; NaN of one that was masked again.
@@ -98,6 +99,7 @@ class GRPOBatch:
     params: ImageSamplingParams
     codes: DrawnCodes
     replay: PairBatch
+    unguided_tree: SpanTree | None
     segment: Tensor
     advantage: Tensor
     weight: Tensor
@@ -113,21 +115,25 @@ class GRPOBatch:
 
     @property
     def rows(self) -> Tensor:
-        """Those whose hidden states are needed: guided, unguided, and the replay's."""
+        """Those of the tree whose hidden states are needed: guided, unguided, and the replay's."""
+        unguided = [self.codes.unguided] if self.unguided_tree is None else []
         replayed = [self.replay.rows] if self.replay.sides else []
-        return torch.cat([self.codes.guided, self.codes.unguided, *replayed])
+        return torch.cat([self.codes.guided, *unguided, *replayed])
 
     def logprobs(self, transformer: Transformer) -> Tensor:
         """Log-probabilities fp32 of the drawn codes [T], by the decoder's law, and of the replay's targets after
         them."""
-        hidden = transformer(self.tree, rows=self.rows)
         guided, unguided = self.codes.guided, self.codes.unguided
-        parts = hidden.split([len(guided), len(unguided), len(hidden) - len(guided) - len(unguided)])
+        with torch.no_grad():
+            aside = None if self.unguided_tree is None else transformer(self.unguided_tree, rows=unguided)
+        hidden = transformer(self.tree, rows=self.rows)
+        of_guided, hidden = hidden.tensor_split([len(guided)])
+        of_unguided, hidden = hidden.tensor_split([len(unguided)]) if aside is None else (aside, hidden)
         head = transformer.head
-        logprob = code_logprobs(head, self.layout, self.params, *parts[:2], self.codes.targets)
+        logprob = code_logprobs(head, self.layout, self.params, of_guided, of_unguided, self.codes.targets)
         if not self.replay.sides:
             return logprob
-        return torch.cat([logprob, linear_logprob(parts[2], head.weight, self.replay.targets, bias=head.bias)])
+        return torch.cat([logprob, linear_logprob(hidden, head.weight, self.replay.targets, bias=head.bias)])
 
 
 class GRPO:
@@ -218,12 +224,10 @@ class GRPO:
         """Of the replay, whose questions are known before the first step; of drawn codes too where it is live."""
         if self.config.grpo.kl_weight:
             return live_reference(policy)
-        visits = [
-            PairVisit(record, number)
-            for number in sorted({step // self.config.grpo.updates_per_rollout for step in steps if step is not None})
-            for record in self._chosen(number)
-        ]
-        reference = make_reference(policy, self.packer, visits if self.packer.num_pairs(visits) else [], path)
+        rollouts = sorted({step // self.config.grpo.updates_per_rollout for step in steps})
+        is_needed = REPLAY in referenced_sides(self.config.train)
+        visits = [PairVisit(record, number) for number in rollouts for record in self._chosen(number) if is_needed]
+        reference = make_reference(policy, self.packer, visits, path)
         return reference if reference.is_live else _ReplayReference(reference)
 
     def loss(self, logprob: Tensor, reference: Tensor, batch: GRPOBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -308,10 +312,11 @@ class GRPO:
     def _pack(self, groups: Sequence[Group], totals: Mapping[str, int], device: torch.device) -> GRPOBatch:
         """One pass over these groups."""
         builder, visits = TreeBuilder(), [_visit(group) for group in groups]
-        states = RolloutStates(self.model.layout, self.params, builder)
+        aside = None if self.config.grpo.train_unguided else SpanForest()
+        states = RolloutStates(self.model.layout, self.params, builder, aside)
         images = [(group, image) for group in groups for image in group.used]
         for group in groups:  # one that teaches nothing, too, so that no tree is empty
-            states.add_prompt(self._prompt_of(group))
+            states.guided.add_prompt(self._prompt_of(group))
         weights = [self._add_image(states, group, image) for group, image in images]
         for index, visit in enumerate(visits):
             self.packer.add_replay(builder, index, visit)
@@ -326,6 +331,7 @@ class GRPO:
             self.params,
             DrawnCodes(*(values.to(device) for values in codes)),
             builder.build_batch(visits, device, totals),
+            aside.build(device) if aside is not None and aside.packed else None,
             *(values.to(device) for values in (segment, advantage, weight, drawn_logprob)),
             groups,
             totals,

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from hermesflow.config import CurationConfig
 from hermesflow.data.records import Record
+from hermesflow.data.wording import token_f1
 from hermesflow.runtime.files import ParquetRows, damaged, read_parquet
 
 SIDES = ("generation", "understanding")
@@ -45,13 +46,14 @@ PAIRS_SCHEMA = pa.schema(
     ]
 )
 """sides is "both", "generation" or "understanding"; the columns of an absent side are null. An image index counts the
-record's image candidates; PREVIOUS stands for an image of the previous round. Caption ids lack the end of text.
-questions are those about the record's own image, balanced where it has such, with their right answers and their
-choices; null where they are not known, and files of before have no choices."""
+record's image candidates; PREVIOUS stands for an image of the previous round, REAL for the record's own. Caption ids
+lack the end of text. questions are those about the record's own image, balanced where it has such, with their right
+answers and their choices; null where they are not known, and files of before have no choices."""
 _OPTIONAL = ("choices",)
 REJECTED_SCHEMA = pa.schema([("record_id", pa.string()), ("side", pa.string()), ("reason", pa.string())])
 
 PREVIOUS = -1
+REAL = -2
 CAPTION_MARGIN = 0.01
 """The win's caption scores above the lose's by at least this much: a difference in wording, not in rounding. The paper
 asks for none; token-f1 moves by more than this with any word."""
@@ -79,14 +81,16 @@ def make_pairs(
 ) -> tuple[pa.Table, pa.Table]:
     """Chooses each record's win and lose, and says why where there is none.
 
-    Without a previous pair the win is the best and the lose the worst candidate. With one, the win is the new best, and
+    Without a previous pair the win is the best and the lose the worst candidate, or what config.win_image and
+    config.lose_caption say. With one, the win is the new best, and
     its lose is the previous win if the new best beats it by the margin, else the previous lose. In either case the win
     must beat its lose by the margin, and the best image must score above the threshold.
 
     Args:
         records: the records with codes.
         candidates: those of the records, from curate; made with the same `previous`.
-        config: threshold, margin and keep are used; margin is that of images, captions have CAPTION_MARGIN.
+        config: threshold, margin, keep, win_image and lose_caption are used; margin is that of images, captions have
+            CAPTION_MARGIN.
         previous: the pairs of the previous round, if only of these records.
     Returns: (pairs with PAIRS_SCHEMA, rejected with REJECTED_SCHEMA), both in the records' order.
     Raises: ValueError on a record without codes, or a previous pair whose images were not scored again.
@@ -98,7 +102,7 @@ def make_pairs(
     for record in records:
         chosen = {
             "generation": _choose_images(record.id, found[record.id], before.get(record.id), config),
-            "understanding": _choose_captions(found[record.id], before.get(record.id)),
+            "understanding": _choose_captions(found[record.id], before.get(record.id), config),
         }
         kept = {side: outcome for side, outcome in chosen.items() if isinstance(outcome, Preference)}
         if config.keep == "both" and len(kept) < len(SIDES):
@@ -205,6 +209,12 @@ def _choose_images(
     if not found["image"]:
         return "no images: there are no candidates"
     win, lose = _extremes(found["image"])
+    if config.win_image == "real":
+        if not found["real"]:
+            raise ValueError(
+                f"make_pairs: expected a candidate 'real' of record {record_id!r}, got none; give curate these settings"
+            )
+        win = found["real"][0]._replace(index=REAL)
     if win.score <= config.threshold:
         return f"best image not above threshold: it scores {win.score:.3f}, needed is more than {config.threshold:g}"
     if before is not None and before["win_codes"] is not None:
@@ -219,7 +229,9 @@ def _choose_images(
     return _checked(Preference(win, lose), config.margin, "images")
 
 
-def _choose_captions(found: dict[str, list[Candidate]], before: dict | None) -> Preference | str:
+def _choose_captions(
+    found: dict[str, list[Candidate]], before: dict | None, config: CurationConfig
+) -> Preference | str:
     """The win and the lose caption, or why there are none."""
     captions = found["caption"]
     if not captions:
@@ -230,6 +242,8 @@ def _choose_captions(found: dict[str, list[Candidate]], before: dict | None) -> 
         lose = old_win if _beats(win, old_win, CAPTION_MARGIN) else old_lose
     elif len({item.text for item in captions}) == 1:
         return f"all captions alike: all {len(captions)} say {win.text!r}"
+    elif config.lose_caption == "alike":
+        lose = _likest(win, captions) or lose
     return _checked(Preference(win, lose), CAPTION_MARGIN, "captions")
 
 
@@ -242,6 +256,12 @@ def _previous_caption(before: dict, role: str) -> Candidate:
 def _extremes(items: list[Candidate]) -> Preference:
     """The best and the worst, of equals the one with the lower index."""
     return Preference(max(items, key=lambda item: item.score), min(items, key=lambda item: item.score))
+
+
+def _likest(win: Candidate, captions: list[Candidate]) -> Candidate | None:
+    """Of the captions that the win beats the one whose words are most like its own, of equals the worst."""
+    beaten = [item for item in captions if _beats(win, item, CAPTION_MARGIN) and item.text != win.text]
+    return max(beaten, key=lambda item: (token_f1(item.text, win.text), -item.score), default=None)
 
 
 def _beats(win: Candidate, lose: Candidate, margin: float) -> bool:
@@ -260,7 +280,7 @@ def _checked(pair: Preference, margin: float, what: str) -> Preference | str:
 
 
 def _name(item: Candidate) -> str:
-    return "the previous" if item.index == PREVIOUS else f"number {item.index}"
+    return {PREVIOUS: "the previous", REAL: "the real one"}.get(item.index, f"number {item.index}")
 
 
 def _pair_row(record: Record, images: Preference | None, captions: Preference | None) -> dict:

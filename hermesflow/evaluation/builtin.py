@@ -23,6 +23,7 @@ import torch
 
 from hermesflow.config import EvalConfig
 from hermesflow.data.records import Record
+from hermesflow.data.wording import overlap_f1, token_f1
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.evaluation.evaluation import Evaluation, Parts
@@ -32,7 +33,6 @@ from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
-from hermesflow.scoring.captions import overlap_f1, token_f1
 from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.worlds import oracle, shapes
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from hermesflow.data.pairs import PREVIOUS, read_pairs
+from hermesflow.data.pairs import read_pairs
 from hermesflow.models.images import resize_images
 from hermesflow.models.model import Model
 from hermesflow.report.markup import details, picture, scrolling
@@ -109,11 +109,11 @@ def _article(item: Shown, judged: bool) -> str:
 
 
 def _image_role(row: dict[str, Any], pair: dict[str, Any]) -> str:
-    """ "win", "lose" or "": an image of the previous round is known by its codes, the others by their number."""
+    """ "win", "lose" or "": real images and those of the previous round are known by their codes, others by number."""
     for role in ("win", "lose"):
         index = pair[f"{role}_image_index"]
         same = row["token_ids"] == pair[f"{role}_codes"]
-        if same and (row["kind"] != "image" if index == PREVIOUS else row["kind"] == "image" and row["index"] == index):
+        if same and (row["kind"] != "image" if index < 0 else row["kind"] == "image" and row["index"] == index):
             return role
     return ""
 

@@ -18,13 +18,18 @@ FAMILIES = {
 }
 """Of models (models/family.py); a checkpoint finds its own by config.json."""
 
-IMAGE_SCORERS = {"soft": "hermesflow.scoring.self_answers:soft", "hard": "hermesflow.scoring.self_answers:hard"}
+IMAGE_SCORERS = {
+    "soft": "hermesflow.scoring.self_answers:soft",
+    "hard": "hermesflow.scoring.self_answers:hard",
+    "mixed": "hermesflow.scoring.self_answers:mixed",
+}
 """curation.score: (model, codes, records, match_answers) -> Judged [B][n]; "module:function" is simpler (Scorers)."""
 REWARDS = {
     "log": "hermesflow.scoring.self_answers:log",
     "soft": "hermesflow.scoring.self_answers:soft",
     "hard": "hermesflow.scoring.self_answers:hard",
     "prompt": "hermesflow.scoring.self_answers:prompt",
+    "mixed": "hermesflow.scoring.self_answers:mixed",
 }
 """grpo.rewards: as IMAGE_SCORERS; the scale is free, since rewards are compared within a prompt alone."""
 CAPTION_SCORERS = {

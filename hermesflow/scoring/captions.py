@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
 from hermesflow.config import CurationConfig
+from hermesflow.data.wording import token_f1
 from hermesflow.scoring.self_answers import AnswerMatcher
 from hermesflow.scoring.text_models import TextEncoder
 
@@ -65,22 +65,6 @@ def likelihood(config: CurationConfig) -> None:
     return None
 
 
-def token_f1(caption: str, truth: str) -> float:
-    """F1 over the multiset of words and pairs of neighboring words; the pairs make the order count mildly.
-
-    Args:
-        caption: what was written.
-        truth: what it is held against.
-    Returns: 0 to 1; 1 for the same words in the same order (case and punctuation aside), 0 where either has no words.
-    """
-    return overlap_f1(_grams(caption), _grams(truth))
-
-
-def overlap_f1(found: Counter, wanted: Counter) -> float:
-    """F1 of one multiset against another, 0 to 1; 0 where either is empty."""
-    return 2 * (found & wanted).total() / max(found.total() + wanted.total(), 1)
-
-
 def normalize_text(text: str) -> str:
     """Lower-case words split by single blanks, without punctuation and articles.
 
@@ -123,8 +107,3 @@ def _cosines(encoder: TextEncoder, texts: Sequence[Sequence[str]], anchors: Sequ
     anchor_states = states[: len(anchors)].repeat_interleave(torch.tensor(counts, dtype=torch.int64), dim=0)
     scores = (states[len(anchors) :] * anchor_states).sum(1).clamp(-1, 1)
     return [of_anchor.tolist() for of_anchor in scores.split(counts)]
-
-
-def _grams(text: str) -> Counter:
-    words = re.findall(r"\w+", text.lower())
-    return Counter(words) + Counter(zip(words, words[1:], strict=False))

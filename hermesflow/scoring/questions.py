@@ -15,9 +15,9 @@ import torch
 
 from hermesflow.data.records import Question
 from hermesflow.data.sources import read_entries
+from hermesflow.data.wording import overlap_f1
 from hermesflow.runtime.files import InputError, make_folder, read_bytes, write_json
 from hermesflow.runtime.progress import track
-from hermesflow.scoring.captions import overlap_f1
 from hermesflow.scoring.text_models import load_text_model
 
 GENERATOR = "tifa-benchmark/llama2_tifa_question_generation"

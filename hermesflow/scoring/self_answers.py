@@ -76,13 +76,35 @@ def log(
 
 
 def prompt(model: Model, codes: Tensor, records: Sequence[Record], _: AnswerMatcher | None) -> list[list[Judged]]:
-    """Images int64 [B, n, N] scored by the log-probability of their record's caption, its end of text included, as the
-    answer to the question for a caption, [B][n]; of a text that is longer than the model's captions, its beginning."""
-    question, num_images = model.caption_prompt(), codes.shape[1]
-    captions = [model.encode_text(record.caption)[: model.prompts.max_caption_tokens] for record in records]
-    asked = [[[caption]] for caption in captions for _ in range(num_images)]
-    scores = iter(model.engine.score_choices(codes.flatten(0, 1), [[question]] * len(asked), asked))
-    return [[Judged(next(scores)[0][0]) for _ in range(num_images)] for _ in records]
+    """Images int64 [B, n, N] scored by the log-probability of their record's caption, its end included, as the answer
+    to the question for a caption, [B][n]; of a caption that is longer than the model's own, its beginning."""
+    return [[Judged(score) for score in of_record] for of_record in _prompt_logprobs(model, codes, records).tolist()]
+
+
+def mixed(
+    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None
+) -> list[list[Judged]]:
+    """Images int64 [B, n, N] scored by soft times the probability of the record's caption, a token (the geometric
+    mean), [B][n]: two judges in one, whose errors differ."""
+    lengths = torch.tensor([[len(_caption_ids(model, record)) + 1] for record in records])
+    chances = (_prompt_logprobs(model, codes, records) / lengths).exp().tolist()
+    scores = soft(model, codes, records, match_answers)
+    return [
+        [Judged(judged.score * chance, judged.answers) for judged, chance in zip(*of_record, strict=True)]
+        for of_record in zip(scores, chances, strict=True)
+    ]
+
+
+def _caption_ids(model: Model, record: Record) -> list[int]:
+    return model.encode_text(record.caption)[: model.prompts.max_caption_tokens]
+
+
+def _prompt_logprobs(model: Model, codes: Tensor, records: Sequence[Record]) -> Tensor:
+    """fp64 [B, n]."""
+    asked = [[[_caption_ids(model, record)]] for record in records for _ in range(codes.shape[1])]
+    question = model.caption_prompt()
+    logprobs = model.engine.score_choices(codes.flatten(0, 1), [[question]] * len(asked), asked)
+    return torch.tensor(logprobs, dtype=torch.float64).view(codes.shape[:2])
 
 
 def check_record(model: Model, record: Record) -> None:

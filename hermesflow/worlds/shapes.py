@@ -16,8 +16,9 @@ from itertools import combinations, islice
 import numpy as np
 
 from hermesflow.data.records import Question, Record
+from hermesflow.data.wording import overlap_f1
 from hermesflow.runtime.files import InputError
-from hermesflow.scoring.captions import overlap_f1, scorer_of
+from hermesflow.scoring.captions import scorer_of
 
 IMAGE_SIZE = 64
 CELL_SIZE = 32

@@ -18,6 +18,7 @@ from hermesflow.benchmarks.study.effects import HEADLINE, Effects
 from hermesflow.benchmarks.study.runner import BASE, read_study, run_study
 from hermesflow.config import STUDY_ARMS, load_config
 from hermesflow.runtime.files import InputError
+from hermesflow.training import is_online, train_records
 from hermesflow.worlds import oracle, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +145,52 @@ def test_every_arm_changes_what_it_says_and_nothing_else():
         assert {(section, key) for section in changed for key in changed[section]} <= {
             (section, key) for section, keys in arm.settings.items() for key in keys
         }
-        assert bool(changed) == (name != "pair-dpo") and arm.told.endswith(".")
+        assert bool(changed) == (name not in ("pair-dpo", "best-of-4")) and arm.told.endswith(".")
+
+
+def test_online_arms_share_records_and_no_pairs(config, evaluated, console):
+    arms = ("pair-dpo", "grpo", "positive-control")
+    run_study(replace(config, study=replace(config.study, arms=arms, seeds=(1,))), console)
+    of_grpo = [name for folder, name in StubRun.events if folder == "grpo-seed-1"]
+    assert of_grpo == ["round-1/model", "round-2/model"]  # what is shared is not made
+    assert evaluated == [BASE, *(f"{arm}-seed-1" for arm in arms)]
+
+
+def test_an_arm_without_training_is_measured_once(config, evaluated, console, monkeypatch):
+    monkeypatch.setattr(runner, "best_of", lambda model, config, count: runner.evaluate(model, config.eval))
+    settings = replace(config, study=replace(config.study, arms=("pair-dpo", "best-of-4")))
+    lines = run_study(settings, console)
+    assert evaluated == [BASE, BASE, "pair-dpo-seed-1", "pair-dpo-seed-2"]
+    one, other = (line for line in lines if line["arm"] == "best-of-4")
+    assert one | {"seed": 2} == other and one["rounds"] == 0
+    more = replace(settings, study=replace(settings.study, seeds=(1, 2, 3)))
+    assert run_study(more, console)[-2]["arm"] == "best-of-4" and len(evaluated) == 5
+
+
+def test_the_best_is_chosen_by_the_models_own_score(monkeypatch):
+    row = {
+        "id": "a", "category": "colors", "balanced": None, "answered": None, "kinds": [], "element_types": ["color"],
+        "caption": None, "caption_f1": None, "caption_exact": None, "drawn": ["0"] * 8,
+        "samplers": {"8/0.7": {"drawn": list("01000010"), "scores": [0.1, 0.9, 0.2, 0.2, 0.5, 0.8, 0.7, 0.5]}},
+    }  # fmt: skip
+    monkeypatch.setattr(runner, "evaluate", lambda model, config: {"records": [row], "metrics": {}})
+    config = load_config(None, ["eval.images_per_prompt=2"])
+    [chosen] = runner.best_of(runner.open_model(config.model), config, 4)["records"]
+    assert chosen["drawn"] == chosen["samplers"]["8/0.7"]["drawn"] == ["1", "0"]
+    assert chosen["samplers"]["8/0.7"]["scores"] == [0.9, 0.8]
+
+
+def test_the_positive_control_learns_right_answers(tmp_path):
+    arm = ARMS["positive-control"].settings["selfplay"]["algorithm"]
+    settings = ["train.num_steps=6", "train.pairs_per_step=4", "train.warmup_steps=1", f"selfplay.algorithm={arm}"]
+    config = load_config(None, settings)
+    model = runner.open_model(config.model)
+    records = list(shapes.training_records(5, 4))
+    codes = model.encode_images(np.stack([record.image for record in records])).numpy()
+    records = [replace(record, codes=of_record) for record, of_record in zip(records, codes, strict=True)]
+    train_records(model, records, config, seed=0, folder=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["replay/nll"] < lines[0]["replay/nll"] and lines[0]["loss"] == lines[0]["replay/nll"]
 
 
 def test_random_scorers_are_uniform_and_repeat_themselves():
@@ -190,9 +236,18 @@ class StubRun:
         path.write_text(f"{name} of {self.folder.name}")
         self.events.append((self.folder.name, name))
 
-    def curate_round(self, number):
+    @property
+    def is_online(self):
+        return is_online(self.config.selfplay.algorithm)
+
+    def play_round(self, number):
         for name in ("records.parquet", "rejected.parquet"):
             self._make(name)
+        if not self.is_online:
+            self._curate_round(number)
+        self.train_round(number)
+
+    def _curate_round(self, number):
         if not (self.folder / f"round-{number}/pairs.parquet").exists():
             for name in ("candidates/part-00000.parquet", "rejected.parquet", "pairs.parquet"):
                 self._make(f"round-{number}/{name}")
@@ -222,8 +277,7 @@ def evaluated(monkeypatch):
 
     monkeypatch.setattr(StubRun, "events", [])
     monkeypatch.setattr(runner, "Run", StubRun)
-    monkeypatch.setattr(runner, "curate_round", StubRun.curate_round)
-    monkeypatch.setattr(runner, "train_round", StubRun.train_round)
+    monkeypatch.setattr(runner, "play_round", StubRun.play_round)
     monkeypatch.setattr(runner, "evaluate", evaluate)
     monkeypatch.setattr(runner, "open_model", lambda config: BASE)
     monkeypatch.setattr(runner, "model_digest", lambda model: model)
@@ -288,11 +342,11 @@ def test_a_study_that_was_stopped_goes_on(config, evaluated, console, monkeypatc
             raise KeyboardInterrupt
         train(self, number)
 
-    monkeypatch.setattr(runner, "train_round", train_until_killed)
+    monkeypatch.setattr(StubRun, "train_round", train_until_killed)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, console)
     assert evaluated == [BASE, "pair-dpo-seed-1"]
-    monkeypatch.setattr(runner, "train_round", train)
+    monkeypatch.setattr(StubRun, "train_round", train)
     lines = run_study(config, console)
     assert [(line["arm"], line["seed"]) for line in lines[1:]] == [(arm, seed) for seed in (1, 2) for arm in ARMS_RUN]
     assert len(StubRun.events) == len(set(StubRun.events)) and evaluated.count("pair-dpo-seed-1") == 1
@@ -393,7 +447,7 @@ SETTINGS_OF_A_STUDY = {
     "study.seeds=[1, 1]": "none of them twice, got [1, 1]",
     "study.seeds=[-1]": "expected seeds from 0 to 2**63 - 1",
     'study.arms=["no-op", "pair-dpo"]': "expected pair-dpo first",
-    'study.arms=["pair-dpo", "magic"]': "expected some of pair-dpo, no-op",
+    'study.arms=["pair-dpo", "magic"]': "expected some of pair-dpo, grpo, no-op",
     "study.workers=0": "at least 1",
 }
 
@@ -492,7 +546,7 @@ def test_the_part_of_the_gap_that_closes_has_an_interval():
     assert not effects.closed_gap("no-op")["significant"]
     lines[0]["right"]["understanding"] = [0] * 200
     assert Effects(lines).closed_gap("pair-dpo") is None
-    assert findings.answer_claims(Effects(lines))[0][1] == "there was none that is clear of zero."
+    assert findings.answer_claims(Effects(lines))[0][1] == "There was none that is clear of zero."
 
 
 def test_pictures_are_drawn_by_the_models_that_are_there(finished, monkeypatch):

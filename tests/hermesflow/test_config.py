@@ -97,7 +97,7 @@ FILE_MISTAKES = {
     "int for str": ("[run]\nname = 1\n", r"run.name: expected a string in quotes, got 1 \(int\)"),
     "number for list": ("[curation]\ncaption_top_k = 4\n", r"caption_top_k: expected a list of int such as \[2, 4"),
     "string in list": ('[curation]\ncaption_top_k = ["4"]\n', "caption_top_k: expected a list of int"),
-    "choice": ('[curation]\nscore = "mild"\n', 'curation.score: expected soft, hard, or "module:function", got .mild.'),
+    "choice": ('[curation]\nscore = "mild"\n', 'curation.score: expected soft, hard, mixed, or .*, got .mild.'),
     "not finite": ("[train]\nlr = inf\n", "train.lr: expected a finite number"),
     "too large for a float": (f"[train]\nlr = {10**400}\n", "train.lr: expected a finite number"),
 }  # fmt: skip

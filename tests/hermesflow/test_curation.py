@@ -16,10 +16,10 @@ from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, CurationConfig
 from hermesflow.curation import CANDIDATES_SCHEMA, caption_sampling, curate
 from hermesflow.data.pairs import PAIRS_SCHEMA, PairFile, make_pairs
 from hermesflow.data.records import Record
+from hermesflow.data.wording import token_f1
 from hermesflow.models.model import Model, PromptFormat
 from hermesflow.runtime.files import InputError, read_parquet, write_parquet
 from hermesflow.runtime.seeds import candidate_seed
-from hermesflow.scoring.captions import token_f1
 from hermesflow.scoring.scorers import Scorers
 from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
@@ -166,6 +166,21 @@ def test_images_by_every_scorer(
     answers = [answer for row in rows for answer in json.loads(row["answers"])]
     if scorer != "likelihood":
         assert {answer["probability"] for answer in answers} <= {0.0, 1.0}
+
+
+def test_real_images_are_scored_where_they_are_to_win(
+    shared_tiny_model: Model, short_captions, tiny_records: list[Record], tmp_path: Path
+) -> None:
+    records, config = tiny_records[:3], replace(CONFIG, win_image="real")
+    table = curate_all(shared_tiny_model, records, config, seed=5, folder=tmp_path / "candidates")
+    rows = [row for row in table.to_pylist() if row["kind"] == "real"]
+    assert [row["token_ids"] for row in rows] == [record.codes.tolist() for record in records]
+    codes = torch.tensor([row["token_ids"] for row in rows])[:, None]
+    scores = self_vqa(shared_tiny_model, codes, records)
+    assert [row["score"] for row in rows] == pytest.approx([score.soft for [score] in scores], abs=1e-5)
+    pairs, _ = make_pairs(records, table, config)
+    of_images = [row for row in pairs.to_pylist() if row["win_codes"]]
+    assert all(row["win_codes"] == row["record_codes"] for row in of_images)
 
 
 def test_a_scorer_that_is_not_there_is_told_before_any_work(

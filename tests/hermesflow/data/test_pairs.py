@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermesflow.config import CurationConfig
-from hermesflow.data.pairs import PAIRS_SCHEMA, PREVIOUS, SIDES, PairFile, make_pairs, pair_statistics, read_pairs
+from hermesflow.data.pairs import PAIRS_SCHEMA, PREVIOUS, REAL, SIDES, PairFile, make_pairs, pair_statistics, read_pairs
 from hermesflow.data.records import Question, Record
 from hermesflow.runtime.files import InputError, write_parquet
 
@@ -355,3 +355,33 @@ def test_a_file_without_pairs_is_refused(tmp_path) -> None:
     write_parquet(path, pa.table({name: ["x"] for name in PAIRS_SCHEMA.names}))
     with pytest.raises(InputError, match=r"pairs\.parquet: damaged pairs file"):
         read_pairs(path)
+
+
+def real(score: float, codes: tuple[int, ...] = (0, 1, 2, 3)) -> dict:
+    return candidate("a", "real", 0, score, list(codes))
+
+
+def test_the_real_image_wins_where_it_is_to() -> None:
+    (pair,), _ = choose(images(GOOD_IMAGES) + captions(GOOD_CAPTIONS) + [real(0.95)], win_image="real")
+    assert (pair["win_codes"], pair["win_image_index"]) == ([0, 1, 2, 3], REAL)
+    assert pair["win_image_score"] == pytest.approx(0.95) and pair["lose_codes"] == [0, 7, 7, 7]
+    # It must score like any other win.
+    _, reasons = choose(images(GOOD_IMAGES) + captions(GOOD_CAPTIONS) + [real(0.5)], win_image="real", keep="any")
+    assert reasons["generation"].startswith("best image not above threshold")
+    _, reasons = choose(images([0.9]) + [real(0.95)], win_image="real", keep="any")
+    assert reasons["generation"].startswith("margin of images too small: the real one scores 0.950, number 0 0.900")
+    with pytest.raises(ValueError, match="expected a candidate 'real' of record 'a', got none; give curate these"):
+        choose(images(GOOD_IMAGES), win_image="real")
+
+
+def test_a_caption_of_like_wording_loses_where_it_is_to() -> None:
+    texts = [("a red circle on white", 1.0), ("a blue circle on white", 0.5), ("nothing at all", 0.0), ("red", 0.999)]
+    rows = [candidate("a", "caption", index, score, [index], text) for index, (text, score) in enumerate(texts)]
+    (worst,), _ = choose(rows, keep="any")
+    (alike,), _ = choose(rows, keep="any", lose_caption="alike")
+    assert worst["lose_caption"] == "nothing at all" and alike["lose_caption"] == "a blue circle on white"
+    assert worst["win_caption"] == alike["win_caption"] == "a red circle on white"
+    # Nothing that scores lower: as before.
+    same = [candidate("a", "caption", index, 1.0, [index], text) for index, (text, _) in enumerate(texts)]
+    _, reasons = choose(same, keep="any", lose_caption="alike")
+    assert reasons["understanding"].startswith("win and lose captions alike")

@@ -14,10 +14,12 @@ import torch
 
 from hermesflow.algorithms.algorithm import StepSums, batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
+from hermesflow.algorithms.grpo import GRPO
 from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import metric_names, pass_objective
 from hermesflow.algorithms.policy import Policy
 from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
+from hermesflow.data.records import RecordFile, write_records
 from hermesflow.models import load_model, open_model
 from hermesflow.runtime import distributed
 from hermesflow.runtime.checkpointing import load_checkpoint, save_checkpoint
@@ -50,6 +52,12 @@ STEPS = {
     "masks, likelihood and replay": (7, {"nll_weight": 1.0, "replay_weight": 0.5, "tokens_per_pass": 60}),
     "one process without replay": (2, PAPER_OBJECTIVE | {"replay_weight": 0.5}),
 }
+
+
+GRPO_SETTINGS = (
+    "train.dtype=float32", "train.tokens_per_pass=400", "train.replay_target=answers", "grpo.prompts_per_step=5",
+    "grpo.num_images=3", "grpo.updates_per_rollout=2", "drawing.num_steps=3",
+)  # fmt: skip
 
 
 def launch(*command, processes=2):
@@ -91,12 +99,36 @@ def step_of(model, pairs, config):
         (loss * (world_size() if counts else 0)).backward()
         if counts:
             sums.add(loss, shares)
-    gradients = {
+    return sums.metrics(), gradients_of(policy)
+
+
+def grpo_step_of(model, records):
+    """(metrics, whole gradients by name) of the second update on a rollout that the processes share out."""
+    config = load_config(None, GRPO_SETTINGS)
+    policy = Policy(model, config.train, 0)
+    learner = GRPO(model, records, config, 0)
+    reference = learner.reference(policy, range(2), Path(os.devnull) / "none")
+    for step in range(2):
+        policy.transformer.zero_grad()
+        visits = learner.visits(step)
+        sums = StepSums(learner.metric_names(visits), policy.device)
+        for pack, counts in learner.passes(visits):
+            batch = pack(policy.device)
+            logprob = batch_logprobs(policy.transformer, batch)
+            loss, shares = learner.loss(logprob - 0.1 * step, reference.logprobs(batch), batch)
+            (loss * (world_size() if counts else 0)).backward()
+            if counts:
+                sums.add(loss, shares)
+    return sums.metrics(), gradients_of(policy)
+
+
+def gradients_of(policy):
+    """Whole, by name."""
+    return {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in policy.transformer.named_parameters()
         if parameter.requires_grad
     }
-    return sums.metrics(), gradients
 
 
 def untrained(model, lora_rank=0):
@@ -129,6 +161,10 @@ def work_of_a_process(folder):
         found = step_of(load_model(str(model)), pairs.slice(0, count), config)
         if is_main():
             torch.save(found, folder / f"{name}.pt")
+    records = list(RecordFile(folder / "records.parquet"))
+    found = grpo_step_of(load_model(str(model)), records)
+    if is_main():
+        torch.save(found, folder / "grpo.pt")
     for lora_rank in (1, 0):
         policy, optimizer = trained(load_model(str(model)), lora_rank)
         save_checkpoint(folder / f"of-two-{lora_rank}", policy.transformer, optimizer, {"step": 2}, 2)
@@ -153,7 +189,7 @@ def work_of_a_process(folder):
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory, shared_tiny_model, random_pairs, asked):
+def of_two(tmp_path_factory, shared_tiny_model, tiny_records, random_pairs, asked):
     import pyarrow.parquet as pq
 
     folder = tmp_path_factory.mktemp("steps")
@@ -161,6 +197,7 @@ def of_two(tmp_path_factory, shared_tiny_model, random_pairs, asked):
     shared_tiny_model.save(folder / "model")
     pairs = random_pairs(shared_tiny_model, 7, ("both", "generation", "understanding"), asked)
     pq.write_table(pairs, folder / "pairs.parquet")
+    write_records(folder / "records.parquet", tiny_records)
     policy, optimizer = trained(load_model(str(folder / "model")))
     save_checkpoint(folder / "of-one", policy.transformer, optimizer, {"step": 2}, 2)
     finish(launch(__file__, folder))
@@ -180,6 +217,17 @@ def test_a_step_is_the_same(of_two, name):
     for parameter, gradient in gradients.items():
         assert gradient.abs().max() > 0 or "lora_A" in parameter, parameter
         torch.testing.assert_close(gradients_of_two[parameter], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_of_grpo_is_the_same(of_two):
+    """Each process draws and judges its share of the prompts, with whole weights; the passes are shared out after."""
+    records = list(RecordFile(of_two / "records.parquet"))
+    metrics, gradients = grpo_step_of(load_model(str(of_two / "model")), records)
+    metrics_of_two, gradients_of_two = torch.load(of_two / "grpo.pt", weights_only=True)
+    assert metrics_of_two == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    assert metrics["reward_std"] > 0 and metrics["clipped"] > 0
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(gradients_of_two[parameter], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_go_on_from_one(of_two):

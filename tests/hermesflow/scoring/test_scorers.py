@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, ConfigError, CurationConfig
+from hermesflow.config import ANSWER_SCORERS, CAPTION_SCORERS, REWARDS, ConfigError, CurationConfig, GRPOConfig
 from hermesflow.data.records import Question, Record
+from hermesflow.data.wording import token_f1
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models import Model
 from hermesflow.runtime.files import InputError, shown
-from hermesflow.scoring.captions import token_f1
-from hermesflow.scoring.scorers import Scorers, score_entries
+from hermesflow.scoring.scorers import Scorers, find_rewards, score_entries
 from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.scoring.text_models import TextEncoder
 from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
@@ -501,3 +502,28 @@ def test_prompts_are_the_plain_words(tiny_model: Model) -> None:
     prompt = tiny_model.choice_prompt("what color is the circle ?", COLOR.choices)
     assert tiny_model.decode_text(prompt.question) == "what color is the circle ?"
     assert [tiny_model.decode_text(ids) for ids in prompt.choices] == ["red", "green", "blue", "yellow"]
+
+
+def test_the_prompt_and_the_mixed_score(shared_tiny_model, tiny_records):
+    """Mixed is soft times the prompt's probability, a token; log is that of the answers, each at least 1e-3."""
+    records = tiny_records[:3]
+    codes = torch.randint(0, 32, (3, 2, 16), generator=torch.Generator().manual_seed(0))
+    found = {
+        name: np.array([[judged.score for judged in row] for row in score(shared_tiny_model, codes, records, None)])
+        for name, [(score, _)] in ((name, find_rewards(GRPOConfig(rewards=(name,)))) for name in REWARDS)
+    }
+    question = shared_tiny_model.caption_prompt()
+    for record, of_record, prompts, mixed, soft in zip(
+        records, codes, found["prompt"], found["mixed"], found["soft"], strict=True
+    ):
+        caption = shared_tiny_model.encode_text(record.caption)
+        alone = shared_tiny_model.engine.score_choices(of_record, [[question]] * 2, [[[caption]]] * 2)
+        assert prompts == pytest.approx([row[0][0] for row in alone], abs=1e-4)
+        assert mixed == pytest.approx(soft * np.exp(prompts / (len(caption) + 1)), rel=1e-4)
+    answers = self_vqa(shared_tiny_model, codes, records)
+    logs = [[sum(np.log(max(item.probability, 1e-3)) for item in score.answers) for score in row] for row in answers]
+    assert found["log"] == pytest.approx(np.array(logs), rel=1e-5)
+    assert found["hard"].tolist() == [[score.hard for score in row] for row in answers]
+    scored = Scorers(CurationConfig(score="mixed")).score_images(shared_tiny_model, codes, records)
+    assert np.array([[judged.score for judged in row] for row in scored]) == pytest.approx(found["mixed"])
+    assert all(judged.answers for row in scored for judged in row)

@@ -1,0 +1,68 @@
+"""The positive control: supervised training on the right answers to questions about real images, which come from
+outside the model. A study in which this arm shows nothing could show nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hermesflow.algorithms.algorithm import Pass, Reference
+from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
+from hermesflow.algorithms.packing import PairPacker
+from hermesflow.algorithms.pair_dpo import pass_objective
+from hermesflow.algorithms.policy import Policy
+from hermesflow.algorithms.references import NoReference
+from hermesflow.config import Config
+from hermesflow.data.pairs import records_table
+from hermesflow.data.records import Record
+from hermesflow.models.model import Model
+
+
+class RightAnswers:
+    """An algorithm (selfplay.algorithm), online in that it takes records: their questions, and the right answers."""
+
+    name = "right answers"
+    is_online = True
+
+    def __init__(self, model: Model, records: Sequence[Record], config: Config, seed: int) -> None:
+        """
+        Args:
+            model: see Algorithm.
+            records: with codes and questions.
+            config: train is used: pairs_per_step records a step, replayed_questions of each.
+            seed: of the order of records and questions.
+        """
+        self.config = replace(config.train, replay_target="answers", replay_weight=1.0)
+        self.packer = PairPacker(model, records_table(records), self.config, seed).only(REPLAY)
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """All settings go together."""
+
+    def visits(self, step: int | None) -> list[PairVisit]:
+        """The records of a step."""
+        return self.packer.visits(step)
+
+    def passes(self, visits: Sequence[PairVisit]) -> list[Pass]:
+        """See Algorithm."""
+        totals = self.packer.num_pairs(visits)
+        return [
+            Pass(functools.partial(self.packer.pack, chosen, totals=totals), counts)
+            for chosen, counts in self.packer.passes(visits)
+        ]
+
+    def metric_names(self, visits: Sequence[PairVisit]) -> list[str]:
+        """The negative log-likelihood of the answers, a token."""
+        return [f"{REPLAY}/nll"]
+
+    def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
+        """None is needed."""
+        return NoReference()
+
+    def loss(self, logprob: Tensor, reference: Tensor, batch: PairBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See Algorithm."""
+        return pass_objective(logprob, reference, batch, batch.totals, self.config)
