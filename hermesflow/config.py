@@ -325,6 +325,9 @@ class GRPOConfig:
     """Of each reward, in their sum."""
     likelihood: Literal["kept", "drawn"] = "kept"
     """Of an image: the codes that each decoding step kept, or all that it drew, those that were masked again too."""
+    samplers: tuple[str, ...] = ()
+    """Ways to draw, "STEPS/TEMPERATURE" each, that rollouts take in turn, so that a gain does not hang on one; without
+    any, images are drawn as [curation] says."""
     trained_steps: int = 0
     """Decoding steps of each image that the gradient is computed for, drawn at random; 0 takes all of them."""
     train_unguided: bool = False
@@ -348,6 +351,7 @@ class GRPOConfig:
         _check_above(self, 0, "clip_high")
         _check_name(self, "rewards", REWARDS, "function")
         _check(self, ("reward_weights",), math.isfinite, "finite numbers")
+        _check_samplers(self)
         if not self.rewards or len(self.reward_weights) != len(self.rewards):
             reason = f"expected a weight for each of {len(self.rewards)} rewards, got {len(self.reward_weights)}"
             raise ConfigError("GRPOConfig", "reward_weights", reason)
@@ -379,8 +383,7 @@ class EvalConfig(DrawingConfig):
         _check_name(self, "suite", EVALUATIONS)
         _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_understanding")
         _check_drawing(self)
-        expected = 'texts such as "4/0.7", at least one step and a temperature of at least 0'
-        _check(self, ("samplers",), lambda value: re.fullmatch(r"[1-9][0-9]*/([0-9]+\.)?[0-9]+", value), expected)
+        _check_samplers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -520,6 +523,12 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
         values[section][key] = value
         sources[section, key] = f"--set {override}"
     return Config(**{section: _make_section(section, values[section], sources) for section in _SECTIONS})
+
+
+def parse_sampler(text: str) -> dict[str, Any]:
+    """What a way to draw such as "4/0.7" sets: num_steps and temperature."""
+    num_steps, temperature = text.split("/")
+    return {"num_steps": int(num_steps), "temperature": float(temperature)}
 
 
 def print_of(section: Any, first: Sequence[str], without: Sequence[str]) -> list[Any]:
@@ -665,6 +674,11 @@ def _check_name(section: Any, name: str, known: Iterable[str], kind: str = "obje
 
 def _check_seed(section: Any) -> None:
     _check(section, ("seed",), lambda value: 0 <= value < 2**63, "a seed from 0 to 2**63 - 1")
+
+
+def _check_samplers(section: Any) -> None:
+    expected = 'texts such as "4/0.7", at least one step and a temperature of at least 0'
+    _check(section, ("samplers",), lambda value: re.fullmatch(r"[1-9][0-9]*/([0-9]+\.)?[0-9]+", value), expected)
 
 
 def _check_drawing(section: Any) -> None:

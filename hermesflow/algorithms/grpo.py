@@ -17,9 +17,9 @@ Sources: the ratio of a decoding step and its clipping are those of Mask-GRPO (a
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from hermesflow.algorithms.packing import PairPacker, TreeBuilder, plan_passes, 
 from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import live_reference, make_reference
-from hermesflow.config import Config
+from hermesflow.config import Config, parse_sampler
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record
 from hermesflow.engine.decoders.masked import ImageSamplingParams
@@ -48,10 +48,6 @@ from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.scorers import find_matcher, find_rewards
 from hermesflow.scoring.self_answers import check_record
 
-_SPREAD = 0.02
-"""Added to a group's standard deviation, so that small differences make small advantages."""
-_LEAST_SPREAD = 0.01
-"""Of the rewards of a group that teaches anything."""
 _LEAST_ADVANTAGE = 0.1
 """Of an image that is worth a pass."""
 
@@ -158,9 +154,13 @@ class GRPO:
             )
         for record in records:
             check_record(model, record)
-        self.params: ImageSamplingParams = model.sampling_of(config.drawn_by(config.curation))
-        if not self.params.temperature:
-            raise InputError("curation.temperature: expected above 0 with grpo, got 0; images of a prompt must differ")
+        default: ImageSamplingParams = model.sampling_of(config.drawn_by(config.curation))
+        self._ways = [replace(default, **parse_sampler(text)) for text in config.grpo.samplers] or [default]
+        if not all(params.temperature for params in self._ways):
+            raise InputError(
+                "temperature (of grpo.samplers, curation or drawing): expected above 0 with grpo, got 0; images of a "
+                "prompt must differ"
+            )
         self.packer = PairPacker(model, records_table(records), config.train, seed).only(REPLAY)
         self._rewards, self._match_answers = find_rewards(config.grpo), find_matcher(config.curation)
         self._num_codes = model.layout.num_image_tokens
@@ -273,39 +273,40 @@ class GRPO:
 
     def _draw(self, rollout: int) -> list[Group]:
         """Each process draws and judges its share of the prompts; all have all groups."""
-        chosen = self._chosen(rollout)
+        share = slice(rank(), None, world_size())
         with gathered(self.model.transformer):
-            groups = self._draw_groups(list(enumerate(chosen))[rank() :: world_size()], rollout)
-        return [group for _, group in sorted(itertools.chain(*gather(groups)), key=lambda item: item[0])]
+            drawn = self._draw_share(self._chosen(rollout)[share], rollout)
+        groups = [group for of_place in zip_longest(*gather(drawn)) for group in of_place if group is not None]
+        found = advantages(np.stack([group.rewards for group in groups]))
+        return [replace(group, advantages=row) for group, row in zip(groups, found, strict=True)]
 
-    def _draw_groups(self, places: Sequence[tuple[int, int]], rollout: int) -> list[tuple[int, Group]]:
-        """The groups of some of the records of a rollout, each with its place among all."""
+    def _draw_share(self, numbers: Sequence[int], rollout: int) -> list[Group]:
+        """The groups of some records of a rollout, still without advantages."""
         model, size = self.model, self.config.grpo.num_images
-        records = [self.records[number] for _, number in places]
+        records = [self.records[number] for number in numbers]
         if not records:
             return []
-        seeds = candidate_seeds(self.seed, [record.id for record in records], f"rollout {rollout}", size)
         drawn = model.engine.rollout(
             [model.image_prompt(record.caption) for record in records],
             num_images=size,
-            seeds=torch.from_numpy(seeds),
-            **asdict(self.params),
+            seeds=torch.from_numpy(
+                candidate_seeds(self.seed, [item.id for item in records], f"rollout {rollout}", size)
+            ),
+            **asdict(self._params(rollout)),
         )
         rewards = np.zeros((len(records), size))
         for score, weight in self._rewards:
             judged = score(model, drawn.codes, records, self._match_answers)
             rewards += weight * np.array([[item.score for item in row] for row in judged])
         arrays = [getattr(drawn, item.name).cpu().numpy() for item in fields(drawn)]
-        groups = [
-            Group(number, rollout, *of_record, of_group, advantages(of_group))
-            for (_, number), of_group, *of_record in zip(places, rewards, *arrays, strict=True)
-        ]
-        return [(place, group) for (place, _), group in zip(places, groups, strict=True)]
+        rows = zip(numbers, rewards, *arrays, strict=True)
+        return [Group(number, rollout, *of_record, of_group, np.zeros(size)) for number, of_group, *of_record in rows]
 
     def _num_tokens(self, group: Group) -> int:
         """Of a group, at most; images share the states that are equal."""
-        num_steps = min(len(np.unique(group.kept_at)), self.config.grpo.trained_steps or self.params.num_steps)
-        halves = 2 if self.params.guidance_scale else 1
+        params, num_steps = self._params(group.rollout), len(np.unique(group.kept_at))
+        num_steps = min(num_steps, self.config.grpo.trained_steps or num_steps)
+        halves = 2 if params.guidance_scale else 1
         states = halves * num_steps * len(group.used) * self.model.layout.image_length
         return states + self.packer.num_tokens(_visit(group))
 
@@ -313,7 +314,8 @@ class GRPO:
         """One pass over these groups."""
         builder, visits = TreeBuilder(), [_visit(group) for group in groups]
         aside = None if self.config.grpo.train_unguided else SpanForest()
-        states = RolloutStates(self.model.layout, self.params, builder, aside)
+        params = self._params(groups[0].rollout)
+        states = RolloutStates(self.model.layout, params, builder, aside)
         images = [(group, image) for group in groups for image in group.used]
         for group in groups:  # one that teaches nothing, too, so that no tree is empty
             states.guided.add_prompt(self._prompt_of(group))
@@ -328,7 +330,7 @@ class GRPO:
         drawn_logprob = self._drawn_logprob(images, codes)
         return GRPOBatch(
             self.model.layout,
-            self.params,
+            params,
             DrawnCodes(*(values.to(device) for values in codes)),
             builder.build_batch(visits, device, totals),
             aside.build(device) if aside is not None and aside.packed else None,
@@ -337,6 +339,9 @@ class GRPO:
             totals,
             tuple(group.record for group in groups),
         )
+
+    def _params(self, rollout: int) -> ImageSamplingParams:
+        return self._ways[rollout % len(self._ways)]
 
     def _prompt_of(self, group: Group) -> list[int]:
         return self.model.image_prompt(self.records[group.record].caption)
@@ -376,17 +381,16 @@ class _ReplayReference:
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """How much better each image is than its group.
+    """How much better each image is than its group, on the scale of all groups of a rollout.
+
+    The scale is of all groups, since one whose images are all but alike would turn its rounding into lessons.
 
     Args:
-        rewards: fp64 [G].
-    Returns: fp64 [G], (reward - mean) / (standard deviation + 0.02); 0 in a group that all but agrees, and where it is
-        below 0.1.
+        rewards: fp64 [B, G].
+    Returns: fp64 [B, G], (reward - mean of the group) / root mean square of that over all groups; 0 below 0.1.
     """
-    spread = rewards.std()
-    if spread < _LEAST_SPREAD:
-        return np.zeros_like(rewards)
-    found = (rewards - rewards.mean()) / (spread + _SPREAD)
+    found = rewards - rewards.mean(1, keepdims=True)
+    found /= max(np.sqrt(np.square(found).mean()), np.finfo(np.float64).tiny)
     return np.where(np.abs(found) > _LEAST_ADVANTAGE, found, 0.0)
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from hermesflow.config import EvalConfig
+from hermesflow.config import EvalConfig, parse_sampler
 from hermesflow.data.records import Record
 from hermesflow.data.wording import overlap_f1, token_f1
 from hermesflow.engine.decoders.masked import ImageSamplingParams
@@ -100,10 +100,7 @@ def sampler_name(sampling: ImageSamplingParams) -> str:
 def samplers_of(model: Model, config: EvalConfig) -> dict[str, ImageSamplingParams]:
     """The ways to draw that a model is measured by, by name: the default one first, then config.samplers."""
     default = model.sampling_of(config)
-    given = [default]
-    for text in config.samplers:
-        num_steps, temperature = text.split("/")
-        given.append(replace(default, num_steps=int(num_steps), temperature=float(temperature)))
+    given = [default, *(replace(default, **parse_sampler(text)) for text in config.samplers)]
     return {sampler_name(sampling): sampling for sampling in given}
 
 

@@ -33,6 +33,7 @@ from hermesflow.report.tables import (
     tell_verdict,
 )
 from hermesflow.runtime.files import InputError, damaged, read_json, read_parquet, write_text
+from hermesflow.training import is_online
 
 _KEPT = {
     "records": "records",
@@ -88,7 +89,7 @@ def write_report(run_folder: Path) -> Path:
         header,
         measurements,
         categories,
-        pairs_section(shown, number, judged=config.data.source in BUILTIN.known_sources),
+        "" if _is_online(config) else pairs_section(shown, number, config.data.source in BUILTIN.known_sources),
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
     ]
@@ -115,7 +116,7 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     evaluations, missing = [], []
     for number in range(config.selfplay.num_rounds + 1):
         path = folder / f"round-{number}"
-        if number and not (path / "pairs.parquet").exists():
+        if number and not (path / "pairs.parquet").exists() and not _is_online(config):
             missing.append(f"the pairs of round {number}")
         if not (path / "evaluation.json").exists():
             missing.append(f"the evaluation of round {number}" if number else "the evaluation before self-play")
@@ -130,8 +131,10 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     before, rounds = summarize(evaluations)
     for number, metrics in enumerate(rounds, 1):
         path = folder / f"round-{number}"
-        tables = (read_parquet(path / name) for name in ("pairs.parquet", "rejected.parquet"))
-        metrics["pairs"] = pair_statistics(*tables)
+        if not _is_online(config):
+            metrics["pairs"] = pair_statistics(
+                *(read_parquet(path / f"{name}.parquet") for name in ("pairs", "rejected"))
+            )
         metrics["agreement"] = evaluations[number].get("agreement", {})
         for name in ("training", "seconds"):
             source = path / f"{name}.json"
@@ -139,6 +142,14 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
             with _naming(source, name):
                 _rounds([{name: metrics[name]}])
     return {"before": before, "rounds": rounds}, missing
+
+
+def _is_online(config: Config) -> bool:
+    """Whether the run has no pairs to show; False where the user's algorithm is not at hand."""
+    try:
+        return is_online(config.selfplay.algorithm)
+    except InputError:
+        return False
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from hermesflow.algorithms.grpo import GRPO, advantages
 from hermesflow.algorithms.policy import Policy
 from hermesflow.config import Config, ConfigError, GRPOConfig, load_config
 from hermesflow.engine.mask_schedule import num_to_mask
+from hermesflow.report.page import write_report
 from hermesflow.runs import Run, train_on_pairs
 from hermesflow.runtime.checkpointing import checkpoints
 from hermesflow.runtime.files import InputError
@@ -87,11 +88,8 @@ def test_the_gradient_is_the_advantage_times_that_of_the_law(tiny_model, tiny_re
     learner.loss(logprob, reference, batch)[0].backward()
     expected = -batch.advantage[batch.segment] / (batch.totals["images"] * 16)
     torch.testing.assert_close(logprob.grad, expected)
-    for group in batch.groups:
-        spread = group.rewards.std() + 0.02
-        assert group.advantages[group.used] == pytest.approx(
-            ((group.rewards - group.rewards.mean()) / spread)[group.used]
-        )
+    found = advantages(np.array([group.rewards for group in batch.groups]))
+    assert np.array_equal(found, np.array([group.advantages for group in batch.groups]))
 
 
 @pytest.mark.parametrize(("sign", "stopped"), [(1, True), (-1, False)])
@@ -137,8 +135,9 @@ def test_the_unguided_half_has_a_gradient_if_it_is_asked_for(tiny_model, tiny_re
 
 
 def test_advantages_by_hand():
-    assert advantages(np.array([1.0, 2.0, 3.0])) == pytest.approx([-1.195, 0, 1.195], abs=1e-3)
-    assert not advantages(np.array([0.5, 0.505, 0.5])).any()
+    found = advantages(np.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.01]]))
+    assert found == pytest.approx(np.array([[-1.732, 0, 1.732], [0, 0, 0]]), abs=1e-3)
+    assert not advantages(np.full((2, 4), 0.5)).any()
 
 
 @pytest.mark.parametrize("likelihood", ["kept", "drawn"])
@@ -220,6 +219,16 @@ def test_rewards_add_up_by_their_weights(tiny_model, tiny_records, own):
     assert mixed == pytest.approx(rewards("log", weights=[1.0]) + 0.5 * rewards("prompt", weights=[1.0]), rel=1e-5)
 
 
+def test_rollouts_take_the_samplers_in_turn(tiny_model, tiny_records, tmp_path):
+    learner = GRPO(tiny_model, tiny_records, settings(grpo__samplers=["2/1", "5/0.7"]), 0)
+    steps = [max(group.kept_at.max() for group in learner.visits(rollout)) + 1 for rollout in range(4)]
+    assert steps == [2, 5, 2, 5]
+    policy, learner = step_of(tiny_model, tiny_records, settings(grpo__samplers=["5/0.7"]))
+    batch, _ = first_batch(policy, learner, tmp_path)
+    drawn = batch.drawn_logprob
+    torch.testing.assert_close(batch_logprobs(policy.transformer, batch)[: len(drawn)], drawn, rtol=0, atol=1e-5)
+
+
 def test_draws_depend_on_seed_and_step_alone(tiny_model, tiny_records):
     config = settings()
     one, again, other = (GRPO(tiny_model, tiny_records, config, seed) for seed in (0, 0, 1))
@@ -269,7 +278,8 @@ def test_resume_is_bit_identical(tiny_model, tiny_records, tmp_path, monkeypatch
         ({"grpo__updates_per_rollout": 3}, "checkpoint_every 20: .* give a multiple of grpo.updates_per_rollout 3"),
         ({"grpo__kl_weight": 0.1}, "grpo.kl_weight: no reference .* set train.reference to live"),
         ({"grpo__rewards": ["absent_module:f"]}, "grpo.rewards absent_module:f: the module absent_module cannot be"),
-        ({"curation__temperature": 0.0}, "curation.temperature: expected above 0 with grpo"),
+        ({"curation__temperature": 0.0}, r"temperature \(of grpo.samplers, curation or drawing\): expected above 0"),
+        ({"grpo__samplers": ["4/1", "4/0"]}, r"temperature .*: expected above 0 with grpo"),
         ({"grpo__rewards": ["own_rewards:wrong"]}, "grpo.rewards own_rewards:wrong: expected a list of 3 finite"),
         ({"train__dtype": "bfloat16", "grpo__kl_weight": 1.0, "train__reference": "live"}, "has no second copy"),
         ({"selfplay__algorithm": "pair-dpo"}, "pair-dpo: learns from pairs; call train_pairs"),
@@ -326,6 +336,10 @@ def test_a_run_needs_no_pairs(tiny_model, tmp_path):
     folder = tmp_path / "r"
     assert "reward" in (folder / "report/index.html").read_text()
     assert not (folder / "round-1/candidates").exists()
+    # The page of a run that goes on, too.
+    (folder / "summary.json").unlink()
+    text = write_report(folder).read_text()
+    assert "<h2>Pairs" not in text and "the pairs of round" not in text and "reward" in text
     # A round that was lost is trained again, to the same weights.
     before = (folder / "round-2/model/model.safetensors").read_bytes()
     shutil.rmtree(folder / "round-2/model")
