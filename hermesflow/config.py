@@ -317,17 +317,17 @@ class GRPOConfig:
     """Prompts that images are drawn for in one optimizer step, by all processes together."""
     num_images: int = 8
     """Images drawn for each prompt: a group, within which rewards are compared."""
-    rewards: tuple[str, ...] = ("log",)
+    rewards: tuple[str, ...] = ("log", "prompt")
     """What an image is rewarded for: log, the log-probability of the right answers; soft, their mean probability; hard,
     the fraction answered right; prompt, the log-probability of its prompt; mixed, see curation.score; or
     "module:function" of your own."""
-    reward_weights: tuple[float, ...] = (1.0,)
+    reward_weights: tuple[float, ...] = (1.0, 0.5)
     """Of each reward, in their sum."""
     likelihood: Literal["kept", "drawn"] = "kept"
     """Of an image: the codes that each decoding step kept, or all that it drew, those that were masked again too."""
-    samplers: tuple[str, ...] = ()
-    """Ways to draw, "STEPS/TEMPERATURE" each, that rollouts take in turn, so that a gain does not hang on one; without
-    any, images are drawn as [curation] says."""
+    step_fractions: tuple[float, ...] = (0.5, 1.0)
+    """Of the decoding steps that [curation] or the model says, what rollouts take in turn: a gain should not hang on
+    one number of steps."""
     trained_steps: int = 0
     """Decoding steps of each image that the gradient is computed for, drawn at random; 0 takes all of them."""
     train_unguided: bool = False
@@ -351,7 +351,9 @@ class GRPOConfig:
         _check_above(self, 0, "clip_high")
         _check_name(self, "rewards", REWARDS, "function")
         _check(self, ("reward_weights",), math.isfinite, "finite numbers")
-        _check_samplers(self)
+        _check(self, ("step_fractions",), lambda value: 0 < value <= 16, "above 0 to 16")
+        if not self.step_fractions:
+            raise ConfigError("GRPOConfig", "step_fractions", "expected at least one, got none")
         if not self.rewards or len(self.reward_weights) != len(self.rewards):
             reason = f"expected a weight for each of {len(self.rewards)} rewards, got {len(self.reward_weights)}"
             raise ConfigError("GRPOConfig", "reward_weights", reason)

@@ -69,7 +69,11 @@ ARMS = {
     ),
     "positive-control": Arm(
         "Supervised training on right answers about real images, which come from outside: understanding must rise.",
-        {"selfplay": {"algorithm": "hermesflow.benchmarks.study.control:RightAnswers"}},
+        {
+            "selfplay": {"algorithm": "hermesflow.benchmarks.study.control:RightAnswers"},
+            "data": {"num_records": 4096},
+            "train": {"num_steps": 100, "pairs_per_step": 96, "replayed_questions": 12, "lr": 6e-5},
+        },
     ),
 }
 """Arms by the names of hermesflow.config.STUDY_ARMS."""

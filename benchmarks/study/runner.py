@@ -146,7 +146,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     run, rounds = Run(of_arm), of_arm.selfplay.num_rounds
     source = arm_config(config, PAIR_DPO, seed).run_folder
     # Where pair-dpo's run was removed since, an arm makes the same for itself, unless it cannot.
-    if arm != PAIR_DPO and (ARMS[arm].same_pairs or source.exists()):
+    if arm != PAIR_DPO and (ARMS[arm].same_pairs or source.exists()) and of_arm.data == config.data:
         shares_pairs = of_arm.curation == config.curation and not run.is_online
         num_shared = rounds if ARMS[arm].same_pairs else int(shares_pairs)
         _share(source, run.folder, num_shared)

@@ -32,7 +32,7 @@ from hermesflow.algorithms.packing import PairPacker, TreeBuilder, plan_passes, 
 from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import live_reference, make_reference
-from hermesflow.config import Config, parse_sampler
+from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record
 from hermesflow.engine.decoders.masked import ImageSamplingParams
@@ -48,6 +48,7 @@ from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.scorers import find_matcher, find_rewards
 from hermesflow.scoring.self_answers import check_record
 
+_SPREAD_SHARE = 0.25
 _LEAST_ADVANTAGE = 0.1
 """Of an image that is worth a pass."""
 
@@ -155,12 +156,10 @@ class GRPO:
         for record in records:
             check_record(model, record)
         default: ImageSamplingParams = model.sampling_of(config.drawn_by(config.curation))
-        self._ways = [replace(default, **parse_sampler(text)) for text in config.grpo.samplers] or [default]
-        if not all(params.temperature for params in self._ways):
-            raise InputError(
-                "temperature (of grpo.samplers, curation or drawing): expected above 0 with grpo, got 0; images of a "
-                "prompt must differ"
-            )
+        if not default.temperature:
+            raise InputError("curation.temperature: expected above 0 with grpo, got 0; images of a prompt must differ")
+        counts = [max(1, round(fraction * default.num_steps)) for fraction in config.grpo.step_fractions]
+        self._ways = [replace(default, num_steps=count) for count in counts]
         self.packer = PairPacker(model, records_table(records), config.train, seed).only(REPLAY)
         self._rewards, self._match_answers = find_rewards(config.grpo), find_matcher(config.curation)
         self._num_codes = model.layout.num_image_tokens
@@ -381,16 +380,19 @@ class _ReplayReference:
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """How much better each image is than its group, on the scale of all groups of a rollout.
+    """How much better each image is than its group.
 
-    The scale is of all groups, since one whose images are all but alike would turn its rounding into lessons.
+    A group's spread counts, so that no group outweighs the others; and a share of the usual spread, so that one whose
+    images are all but alike does not turn its rounding into lessons.
 
     Args:
         rewards: fp64 [B, G].
-    Returns: fp64 [B, G], (reward - mean of the group) / root mean square of that over all groups; 0 below 0.1.
+    Returns: fp64 [B, G], (reward - mean of the group) / (its standard deviation + 0.25 times the groups' mean one); 0
+        below 0.1.
     """
-    found = rewards - rewards.mean(1, keepdims=True)
-    found /= max(np.sqrt(np.square(found).mean()), np.finfo(np.float64).tiny)
+    found, spread = rewards - rewards.mean(1, keepdims=True), rewards.std(1, keepdims=True)
+    scale = spread + _SPREAD_SHARE * spread.mean()
+    found = np.divide(found, scale, out=np.zeros_like(found), where=scale > 0)
     return np.where(np.abs(found) > _LEAST_ADVANTAGE, found, 0.0)
 
 

@@ -31,15 +31,16 @@ SMALL = {
     "train.lr": 1e-3,
     "grpo.prompts_per_step": 4,
     "grpo.num_images": 3,
+    "grpo.step_fractions": [1.0],
+    "grpo.rewards": ["log"],
     "drawing.num_steps": 3,
 }
 
 
 def settings(**changes):
     """A small GRPO run's settings; names have __ for the dot."""
-    values = (
-        {"selfplay.algorithm": "grpo"} | SMALL | {name.replace("__", "."): value for name, value in changes.items()}
-    )
+    values = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    values = {"selfplay.algorithm": "grpo", "grpo.reward_weights": [1.0] * len(values["grpo.rewards"])} | values
     return load_config(None, [f"{name}={json.dumps(value)}" for name, value in values.items()])
 
 
@@ -136,7 +137,9 @@ def test_the_unguided_half_has_a_gradient_if_it_is_asked_for(tiny_model, tiny_re
 
 def test_advantages_by_hand():
     found = advantages(np.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.01]]))
-    assert found == pytest.approx(np.array([[-1.732, 0, 1.732], [0, 0, 0]]), abs=1e-3)
+    spread = 0.8165
+    usual = 0.25 * (spread + 0.0047) / 2
+    assert found == pytest.approx(np.array([[-1, 0, 1], [0, 0, 0]]) / (spread + usual), abs=1e-3)
     assert not advantages(np.full((2, 4), 0.5)).any()
 
 
@@ -219,11 +222,11 @@ def test_rewards_add_up_by_their_weights(tiny_model, tiny_records, own):
     assert mixed == pytest.approx(rewards("log", weights=[1.0]) + 0.5 * rewards("prompt", weights=[1.0]), rel=1e-5)
 
 
-def test_rollouts_take_the_samplers_in_turn(tiny_model, tiny_records, tmp_path):
-    learner = GRPO(tiny_model, tiny_records, settings(grpo__samplers=["2/1", "5/0.7"]), 0)
+def test_rollouts_take_the_numbers_of_steps_in_turn(tiny_model, tiny_records, tmp_path):
+    learner = GRPO(tiny_model, tiny_records, settings(grpo__step_fractions=[0.6, 1.7]), 0)
     steps = [max(group.kept_at.max() for group in learner.visits(rollout)) + 1 for rollout in range(4)]
     assert steps == [2, 5, 2, 5]
-    policy, learner = step_of(tiny_model, tiny_records, settings(grpo__samplers=["5/0.7"]))
+    policy, learner = step_of(tiny_model, tiny_records, settings(grpo__step_fractions=[1.7]))
     batch, _ = first_batch(policy, learner, tmp_path)
     drawn = batch.drawn_logprob
     torch.testing.assert_close(batch_logprobs(policy.transformer, batch)[: len(drawn)], drawn, rtol=0, atol=1e-5)
@@ -278,8 +281,7 @@ def test_resume_is_bit_identical(tiny_model, tiny_records, tmp_path, monkeypatch
         ({"grpo__updates_per_rollout": 3}, "checkpoint_every 20: .* give a multiple of grpo.updates_per_rollout 3"),
         ({"grpo__kl_weight": 0.1}, "grpo.kl_weight: no reference .* set train.reference to live"),
         ({"grpo__rewards": ["absent_module:f"]}, "grpo.rewards absent_module:f: the module absent_module cannot be"),
-        ({"curation__temperature": 0.0}, r"temperature \(of grpo.samplers, curation or drawing\): expected above 0"),
-        ({"grpo__samplers": ["4/1", "4/0"]}, r"temperature .*: expected above 0 with grpo"),
+        ({"curation__temperature": 0.0}, "curation.temperature: expected above 0 with grpo"),
         ({"grpo__rewards": ["own_rewards:wrong"]}, "grpo.rewards own_rewards:wrong: expected a list of 3 finite"),
         ({"train__dtype": "bfloat16", "grpo__kl_weight": 1.0, "train__reference": "live"}, "has no second copy"),
         ({"selfplay__algorithm": "pair-dpo"}, "pair-dpo: learns from pairs; call train_pairs"),
@@ -308,9 +310,11 @@ def test_records_and_decoders_that_do_not_serve_are_refused(tiny_model, tiny_rec
     [
         ({"num_images": 1}, "num_images"),
         ({"rewards": ()}, "reward_weights: expected a weight for each of 0"),
-        ({"rewards": ("log", "soft")}, "reward_weights: expected a weight for each of 2 rewards, got 1"),
-        ({"rewards": ("nice",)}, "rewards: expected log, soft, hard, prompt"),
+        ({"rewards": ("log", "soft", "hard")}, "reward_weights: expected a weight for each of 3 rewards, got 2"),
+        ({"rewards": ("nice", "log")}, "rewards: expected log, soft, hard, prompt"),
         ({"clip_low": 1.5}, "clip_low"),
+        ({"step_fractions": (0.5, 0.0)}, "step_fractions"),
+        ({"step_fractions": ()}, "step_fractions: expected at least one"),
         ({"likelihood": "all"}, "likelihood"),
     ],
 )
