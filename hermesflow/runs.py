@@ -132,6 +132,11 @@ class Run:
         # A step of 2e-5 is lost in the 8 bits of bf16.
         return model if model.engine.dtype == torch.float32 else self._open(number, "float32")
 
+    def first(self, number: int) -> Model | None:
+        """The model before self-play, in float32, as the reference of an online round after the first one: a reference
+        that moved with the rounds would let answers drift a little in each."""
+        return self._open(0, "float32") if self.is_online and number > 1 else None
+
     def _load(self, number: int) -> Model:
         if number:
             return self._open(number, self._origin().get("dtype", "float32"))

@@ -90,8 +90,8 @@ def train_round(run: Run, number: int) -> None:
     learned, folder = run.learned(number), run.path(number)
 
     def work() -> None:
-        model, seed = run.policy(number - 1), run.seed(number)
-        save_trained(model, train_on(model, learned, run.config, seed=seed, folder=folder / "train"), folder)
+        model, options = run.policy(number - 1), {"seed": run.seed(number), "first": run.first(number)}
+        save_trained(model, train_on(model, learned, run.config, folder=folder / "train", **options), folder)
 
     run.timed(number, "training", work)
 

@@ -79,7 +79,7 @@ def train_checked_pairs(
 
 
 def train_records(
-    model: Model, records: Sequence[Record], config: Config, *, seed: int, folder: Path
+    model: Model, records: Sequence[Record], config: Config, *, seed: int, folder: Path, first: Model | None = None
 ) -> dict[str, float]:
     """Trains model.transformer in place by an online algorithm, such as GRPO: it learns from images that the model
     draws of the records' captions as it learns.
@@ -90,6 +90,7 @@ def train_records(
         config: selfplay.algorithm names the algorithm; train, curation and the algorithm's own section are used.
         seed: of all draws.
         folder: see train_pairs.
+        first: the model before all rounds, another object, which is then the reference; None: the weights at the start.
     Returns: means over the last tenth of the steps of every metric.
     Raises: as train_pairs; InputError on an algorithm that learns from pairs, or records that cannot be judged.
     """
@@ -98,17 +99,23 @@ def train_records(
         raise InputError(f"selfplay.algorithm {config.selfplay.algorithm}: learns from pairs; call train_pairs")
     if not records:
         raise InputError("no records to train on; raise data.num_records")
-    policy = Policy(model, config.train, seed)
+    policy = Policy(model, config.train, seed, first)
     learner = find_algorithm(config.selfplay.algorithm)(model, records, config, seed)
     return _train(policy, learner, HoldOut(policy, None, 0, folder), seed, folder)
 
 
 def train_on(
-    model: Model, learned: pa.Table | Sequence[Record], config: Config, *, seed: int, folder: Path
+    model: Model,
+    learned: pa.Table | Sequence[Record],
+    config: Config,
+    *,
+    seed: int,
+    folder: Path,
+    first: Model | None = None,
 ) -> dict[str, float]:
-    """train_records, or train_pairs where config.selfplay.algorithm learns from pairs."""
+    """train_records, or train_pairs where config.selfplay.algorithm learns from pairs; its reference is the policy."""
     if is_online(config.selfplay.algorithm):
-        return train_records(model, learned, config, seed=seed, folder=folder)
+        return train_records(model, learned, config, seed=seed, folder=folder, first=first)
     return train_pairs(model, learned, config.train, seed=seed, folder=folder, algorithm=config.selfplay.algorithm)
 
 

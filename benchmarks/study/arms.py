@@ -26,7 +26,8 @@ class Arm(NamedTuple):
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
     "grpo": Arm(
-        "Self-play by GRPO: images that the model draws and judges as it learns.", {"selfplay": {"algorithm": "grpo"}}
+        "Self-play by GRPO: images that the model draws and judges as it learns.",
+        {"selfplay": {"algorithm": "grpo"}, "train": {"lr": 5e-5, "replay_weight": 2.0}},
     ),
     "no-op": Arm(
         "All steps on pair-dpo's pairs, whose loss counts zero times: what is left to follow is the replay's rounding.",

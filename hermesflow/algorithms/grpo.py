@@ -220,7 +220,8 @@ class GRPO:
         return names + ([f"{REPLAY}/{replay_metric(self.config.train)}"] if self.config.train.replay_weight else [])
 
     def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
-        """Of the replay, whose questions are known before the first step; of drawn codes too where it is live."""
+        """Of the replay, whose questions are known before the first step; of drawn codes too where it is live. In a run
+        it is the model before the first round."""
         if self.config.grpo.kl_weight:
             return live_reference(policy)
         rollouts = sorted({step // self.config.grpo.updates_per_rollout for step in steps})

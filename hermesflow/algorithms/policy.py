@@ -16,13 +16,15 @@ from hermesflow.runtime.distributed import shard, unshard, world_size
 class Policy:
     """The transformer that is trained, made ready as the settings say."""
 
-    def __init__(self, model: Model, config: TrainConfig, seed: int) -> None:
+    def __init__(self, model: Model, config: TrainConfig, seed: int, first: Model | None = None) -> None:
         """Changes model.transformer in place; finish makes it a plain one again.
 
         Args:
             model: its transformer is on its device, in float32 and whole.
             config: dtype, compile, activation_checkpointing and the adapters' settings are used.
             seed: of new adapters.
+            first: the model before self-play, whole and left as it is, if the reference is to be that; None: the
+                reference is the policy before its first step.
         Raises: InputError as Adapters does.
         """
         self._model, self.transformer, self.config = model, model.transformer, config
@@ -30,7 +32,8 @@ class Policy:
         on_cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_cuda) else torch.float32
         self.is_sharded = world_size() > 1 or dtype != torch.float32
-        self.digest = model_digest(model)  # of the weights at the start, while they are whole
+        self.first = None if first is None else first.transformer
+        self.digest = model_digest(first or model)  # of the reference's weights, while they are whole
         self.work = ModelWork(config=self.transformer.config, layout=model.layout, dtype=dtype)
         self.adapters = Adapters(self.transformer, config, seed) if config.lora_rank else None
         self.transformer.prepare_training(compiled=config.compile, checkpointed=config.activation_checkpointing)

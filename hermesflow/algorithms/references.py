@@ -142,13 +142,13 @@ def make_reference(policy: Policy, packer: PairPacker, visits: Sequence[PairVisi
     """The reference of these visits, as the settings say; the policy still has its first weights.
 
     Args:
-        policy: gives the log-probabilities, or is copied.
+        policy: gives the log-probabilities, or is copied, unless it names the first model as its reference.
         packer: of the pairs.
         visits: all that training will ask for.
         path: where a cached one is kept.
     Raises: InputError if a live reference would need a copy of sharded weights, or as cached_reference does.
     """
-    config, transformer = packer.config, policy.transformer
+    config, transformer = packer.config, policy.first or policy.transformer
     if not referenced_sides(config) or not visits:
         return NoReference()
     if config.reference == "live":
@@ -165,7 +165,9 @@ def make_reference(policy: Policy, packer: PairPacker, visits: Sequence[PairVisi
 
 
 def live_reference(policy: Policy) -> LiveReference:
-    """The policy's first weights beside it. Raises: InputError if that would need a copy of sharded weights."""
+    """The reference's weights beside the policy. Raises: InputError if that would need a copy of sharded weights."""
+    if policy.first is not None:
+        return LiveReference(policy.first, nullcontext)
     if policy.is_sharded and policy.adapters is None:
         raise InputError(
             "train.reference live: a sharded model has no second copy; take cached, or adapters (train.lora_rank)"

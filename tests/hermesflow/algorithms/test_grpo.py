@@ -349,3 +349,17 @@ def test_a_run_needs_no_pairs(tiny_model, tmp_path):
     shutil.rmtree(folder / "round-2/model")
     train_round(Run(config), 2)
     assert (folder / "round-2/model/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("way", ["cached", "live"])
+def test_the_first_model_is_the_reference_of_later_rounds(tiny_model, tiny_records, tmp_path, way):
+    first = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        tiny_model.transformer.blocks[0].mlp.up.weight.mul_(1.5)
+    config = settings(train__num_steps=1, train__reference=way, grpo__kl_weight=0.1 * (way == "live"))
+    kept = {}
+    for name, reference in (("first", first), ("own", None)):
+        folder = tmp_path / name
+        train_records(copy.deepcopy(tiny_model), tiny_records, config, seed=0, folder=folder, first=reference)
+        kept[name] = json.loads((folder / "metrics.jsonl").read_text())["replay/kl"]
+    assert abs(kept["own"]) < 1e-9 and kept["first"] > 1e-7  # answers of random weights are all unlikely
