@@ -468,11 +468,16 @@ class TreeBuilder(SpanForest):
     ) -> None:
         """Appends a causal span; its parent's last token and its own predict targets, as many as there are, or those
         that are scored."""
-        rows = np.append(self.ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)][scored]
-        targets = targets[scored]
+        rows, targets = self.add_predicted(parent, ids)[: len(targets)][scored], targets[scored]
         self.predict(side, index, segment, rows, targets, np.ones(len(targets)))
+
+    def add_predicted(self, parent: int, ids: Sequence[int]) -> np.ndarray:
+        """Appends a causal span; returns the rows that predict its tokens and what follows it, int64 [len(ids) + 1]:
+        its parent's last row and its own."""
+        rows = np.append(self.ends[parent] - 1, self.packed + np.arange(len(ids)))
         if len(ids):
             self.add(ids, parent, "causal")
+        return rows
 
     def build_batch(
         self, visits: Sequence[PairVisit], device: torch.device | str | None, totals: Mapping[str, int]
