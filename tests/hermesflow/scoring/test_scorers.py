@@ -510,7 +510,9 @@ def test_the_prompt_and_the_mixed_score(shared_tiny_model, tiny_records):
     codes = torch.randint(0, 32, (3, 2, 16), generator=torch.Generator().manual_seed(0))
     found = {
         name: np.array([[judged.score for judged in row] for row in score(shared_tiny_model, codes, records, None)])
-        for name, [(score, _)] in ((name, find_rewards(GRPOConfig(rewards=(name,)))) for name in REWARDS)
+        for name, [(score, _)] in (
+            (name, find_rewards(GRPOConfig(rewards=(name,), reward_weights=(1.0,)))) for name in REWARDS
+        )
     }
     question = shared_tiny_model.caption_prompt()
     for record, of_record, prompts, mixed, soft in zip(
