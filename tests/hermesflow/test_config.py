@@ -8,6 +8,7 @@ import pytest
 
 from hermesflow.config import PAPER_OBJECTIVE, Config, CurationConfig, RunConfig, TrainConfig, load_config, to_toml
 from hermesflow.runtime.files import InputError
+from hermesflow.training import check_training
 
 
 def settings_file(tmp_path, text):
@@ -183,3 +184,13 @@ def test_how_images_are_drawn_is_said_once_and_may_be_overridden():
     assert (curation.temperature, measured.temperature) == (1.0, 0.0)  # curation's default is its own
     config = load_config(None, ["drawing.temperature=0.7", "curation.temperature=-1"])
     assert config.curation.temperature == -1 and config.drawn_by(config.curation).temperature == 0.7
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "docs").glob("*.toml")), ids=lambda path: path.name
+)
+def test_the_settings_in_docs_can_be_read(path: Path) -> None:
+    config = load_config(path)
+    check_training(config)
+    if path.name.startswith("grpo"):
+        assert config.selfplay.algorithm == "grpo"
