@@ -215,7 +215,10 @@ class GRPO:
             REPLAY: replayed,
         }
         return [
-            Pass(functools.partial(self._pack, [visits[item] for item in items or [0]], totals), bool(items))
+            Pass(
+                functools.partial(self._pack, [visits[item] for item in items or [0]], totals, tuple(items)),
+                bool(items),
+            )
             for items in plan
         ]
 
@@ -323,7 +326,9 @@ class GRPO:
         states = halves * num_steps * len(group.used) * self.model.layout.image_length
         return states + self.packer.num_tokens(_visit(group))
 
-    def _pack(self, groups: Sequence[Group], totals: Mapping[str, int], device: torch.device) -> GRPOBatch:
+    def _pack(
+        self, groups: Sequence[Group], totals: Mapping[str, int], key: tuple[int, ...], device: torch.device
+    ) -> GRPOBatch:
         """One pass over these groups."""
         builder, visits = TreeBuilder(), [_visit(group) for group in groups]
         aside = None if self.config.grpo.train_unguided else SpanForest()
@@ -351,7 +356,7 @@ class GRPO:
             *(values.to(device) for values in (segment, advantage, weight, drawn_logprob, *answers)),
             groups,
             totals,
-            tuple(group.record for group in groups),
+            key,
         )
 
     def _params(self, rollout: int) -> ImageSamplingParams:

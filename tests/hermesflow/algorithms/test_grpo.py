@@ -389,3 +389,10 @@ def test_the_best_drawing_teaches_its_prompts_answers(tiny_model, tiny_records, 
     _, shares = learner.loss(logprob, reference, batch)
     nll = -sum(total / count for total, count in zip(expected, weights, strict=True)) / len(batch.groups)
     assert shares["answers/nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_a_record_may_come_twice_in_a_rollout(tiny_model, tiny_records, tmp_path):
+    """In passes of their own: each keeps what its ratios started from."""
+    changes = {"grpo__prompts_per_step": 9, "grpo__updates_per_rollout": 2, "train__tokens_per_pass": 1}
+    _, lines = train(tiny_model, tiny_records, settings(train__num_steps=2, **changes), tmp_path)
+    assert [line["clipped"] for line in lines][0] == 0 and lines[0]["reward"] == lines[1]["reward"]
