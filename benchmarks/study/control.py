@@ -3,17 +3,14 @@ outside the model. A study in which this arm shows nothing could show nothing.""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
-from hermesflow.algorithms.algorithm import Pass, Reference
-from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
+from hermesflow.algorithms.algorithm import Reference
+from hermesflow.algorithms.batch import REPLAY
 from hermesflow.algorithms.packing import PairPacker
-from hermesflow.algorithms.pair_dpo import pass_objective
+from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import NoReference
 from hermesflow.config import Config
@@ -22,8 +19,9 @@ from hermesflow.data.records import Record
 from hermesflow.models.model import Model
 
 
-class RightAnswers:
-    """An algorithm (selfplay.algorithm), online in that it takes records: their questions, and the right answers."""
+class RightAnswers(PairDPO):
+    """An algorithm (selfplay.algorithm), online in that it takes records: the replay of Pair-DPO alone, with the right
+    answers."""
 
     name = "right answers"
     is_online = True
@@ -43,26 +41,6 @@ class RightAnswers:
     def check(config: Config) -> None:
         """All settings go together."""
 
-    def visits(self, step: int | None) -> list[PairVisit]:
-        """The records of a step."""
-        return self.packer.visits(step)
-
-    def passes(self, visits: Sequence[PairVisit]) -> list[Pass]:
-        """See Algorithm."""
-        totals = self.packer.num_pairs(visits)
-        return [
-            Pass(functools.partial(self.packer.pack, chosen, totals=totals), counts)
-            for chosen, counts in self.packer.passes(visits)
-        ]
-
-    def metric_names(self, visits: Sequence[PairVisit]) -> list[str]:
-        """The negative log-likelihood of the answers, a token."""
-        return [f"{REPLAY}/nll"]
-
     def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
         """None is needed."""
         return NoReference()
-
-    def loss(self, logprob: Tensor, reference: Tensor, batch: PairBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """See Algorithm."""
-        return pass_objective(logprob, reference, batch, batch.totals, self.config)

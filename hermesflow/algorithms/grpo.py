@@ -50,6 +50,7 @@ from hermesflow.scoring.scorers import find_matcher, find_rewards
 from hermesflow.scoring.self_answers import check_record
 
 _SPREAD_SHARE = 0.25
+"""Of the groups' mean standard deviation, added to each group's own."""
 _YES_NO = {"yes", "no"}
 _LEAST_ADVANTAGE = 0.1
 """Of an image that is worth a pass."""

@@ -145,7 +145,7 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
 
 
 def _is_online(config: Config) -> bool:
-    """Whether the run has no pairs to show; False where the user's algorithm is not at hand."""
+    """Whether the run has no pairs to show. A user's algorithm that cannot be imported counts as one with pairs."""
     try:
         return is_online(config.selfplay.algorithm)
     except InputError:

@@ -341,7 +341,7 @@ def test_a_run_needs_no_pairs(tiny_model, tmp_path):
     folder = tmp_path / "r"
     assert "reward" in (folder / "report/index.html").read_text()
     assert not (folder / "round-1/candidates").exists()
-    # The page of a run that goes on, too.
+    # The page of an unfinished run shows no pairs either.
     (folder / "summary.json").unlink()
     text = write_report(folder).read_text()
     assert "<h2>Pairs" not in text and "the pairs of round" not in text and "reward" in text
