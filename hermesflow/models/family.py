@@ -121,7 +121,7 @@ def _find(name: str) -> Path:
         folder = find_folder(name, (CONFIG,), "model")
     if folder is None or not (folder / CONFIG).is_file():
         raise InputError(
-            f"no model {shown(name)}: give 'tiny', a folder that holds config.json, or a hub id such as "
+            f"no model {name!r}: give 'tiny', a folder that holds config.json, or a hub id such as "
             "showlab/show-o-512x512"
         )
     return folder
