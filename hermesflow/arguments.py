@@ -136,7 +136,6 @@ _SCORERS = tuple(
 _ROUND = _option("--round N", "the round, from 1 [1]", _positive)
 _output = partial(_option, "-o --output FOLDER", kind=Path)
 _root = partial(_option, "--root FOLDER", kind=Path)
-_readme = partial(_option, "--readme FILE.md", kind=Path)
 _IMAGE = _option("image IMAGE", "an image file of any size")
 _IMAGES = _option("images IMAGE", "image files of any size", nargs="+")
 _DRAWING = (
@@ -254,7 +253,12 @@ COMMANDS = (
         "study", "run self-play and its controls over several seeds, and tell what they show",
         "--config benchmarks/study/default.toml --set study.workers=2",
         _option("--lines FILE.jsonl", "tell of this study.jsonl, and measure nothing", Path),
-        _readme("write the table into this file, between <!-- study --> and <!-- /study -->"),
+        _repeated(
+            "--readme FILE.md",
+            "write the tables into this file, between <!-- study --> (or, for one table, <!-- study short -->) and "
+            "<!-- /study -->; may be repeated",
+            Path, dest="readmes",
+        ),
         _option("--plot FILE.png", "where to draw the effects (needs matplotlib)", _png), continues=True,
     ),
     _command("doctor", "show what this machine can run, and for the rest why not", "", configured=False),
@@ -294,7 +298,7 @@ COMMANDS = (
         "benchmarks/results/ops-cpu-small.jsonl --backend cpu",
         _option("files FILE.jsonl", "files that a benchmark wrote", Path, nargs="+"),
         _repeated("--backend NAME", "may be repeated [all]", dest="backends"),
-        _readme("write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->"),
+        _option("--readme FILE.md", "write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->", Path),
         configured=False,
     ),
 )  # fmt: skip

@@ -291,7 +291,7 @@ def _study(arguments: Arguments, config: Config) -> None:
 
     if arguments.config is None:
         raise InputError("study: give --config FILE, for instance benchmarks/study/default.toml")
-    publish_study(config, lines=arguments.lines, readme=arguments.readme, plot=arguments.plot)
+    publish_study(config, lines=arguments.lines, readmes=arguments.readmes, plot=arguments.plot)
 
 
 def _doctor(arguments: Arguments, config: Config) -> None:

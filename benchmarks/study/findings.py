@@ -122,20 +122,29 @@ def console_tables(effects: Effects) -> list[Table]:
     return tables
 
 
-def markdown(effects: Effects) -> str:
-    """Of the first two groups of metrics tables of the changes and of each way of self-play minus the other arms, and
-    the answers.
+def markdown(effects: Effects, marker: str = "study") -> str:
+    """What stands between the markers of a Markdown file. Bold leaves out zero.
 
-    Bold leaves out zero. What is asked for stands on the page, whose tables may be wide.
+    Args:
+        effects: what was measured.
+        marker: study, for all tables but what is asked for, which stands on the page, and the answers; or study short,
+            for one table: understanding, and strict generation by sampler.
     """
-    told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
-    parts = [[describe_study(effects)]]
-    for title, metrics in list(metric_groups(effects).items())[:2]:
-        parts += _markdown_tables(effects, title, metrics) if metrics else []
-    return "\n\n".join("\n".join(part) for part in [*parts, told] if part) + "\n"
+    measured, drawn = list(metric_groups(effects).items())[:2]
+    if marker == "study short":
+        metrics = ["understanding", *drawn[1]]
+        parts = [[describe_study(effects)], _changes_table(effects, "measured", metrics)]
+    else:
+        told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
+        parts = [[describe_study(effects)]]
+        for title, metrics in (measured, drawn):
+            if metrics:
+                parts += [_changes_table(effects, title, metrics), *_difference_tables(effects, metrics)]
+        parts += [told]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _markdown_tables(effects: Effects, title: str, metrics: list[str]) -> list[list[str]]:
+def _changes_table(effects: Effects, title: str, metrics: list[str]) -> list[str]:
     header = [f"{title}: %, change in points", *map(metric_label, metrics)]
     rows = [header, ["---"] * len(header)]
     rows.append([NAMES[BASE], *(format_value(effects.value(BASE, metric)) for metric in metrics)])
@@ -143,13 +152,19 @@ def _markdown_tables(effects: Effects, title: str, metrics: list[str]) -> list[l
         values = (format_value(effects.value(arm, metric)) for metric in metrics)
         changes = (_marked(effects.change(arm, metric)) for metric in metrics)
         rows.append([NAMES[arm], *map(", ".join, zip(values, changes, strict=True))])
-    tables = [_piped(rows)]
+    return _piped(rows)
+
+
+def _difference_tables(effects: Effects, metrics: list[str]) -> list[list[str]]:
+    """Each way of self-play minus the other arms."""
+    tables = []
     for main in effects.self_play if len(effects.arms) > 1 else ():
-        less = [[f"{main} minus, in points", *header[1:]], ["---"] * len(header)]
+        header = [f"{main} minus, in points", *map(metric_label, metrics)]
+        rows = [header, ["---"] * len(header)]
         for arm in effects.arms:
             if arm != main:
-                less.append([NAMES[arm], *(_marked(effects.difference(main, arm, metric)) for metric in metrics)])
-        tables.append(_piped(less))
+                rows.append([NAMES[arm], *(_marked(effects.difference(main, arm, metric)) for metric in metrics)])
+        tables.append(_piped(rows))
     return tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,14 +18,15 @@ from hermesflow.config import Config
 
 
 def publish_study(
-    config: Config, *, lines: Path | None = None, readme: Path | None = None, plot: Path | None = None
+    config: Config, *, lines: Path | None = None, readmes: Sequence[Path] = (), plot: Path | None = None
 ) -> None:
     """Measures what is still to be measured, and writes down what all seeds show that have every arm.
 
     Args:
         config: the study's settings.
         lines: a study.jsonl to tell of; then nothing is run. It may be of a study that still runs.
-        readme: a Markdown file with the markers `<!-- study -->` and `<!-- /study -->`, for the tables.
+        readmes: Markdown files with the markers `<!-- study -->` and `<!-- /study -->`, for all tables, or with
+            `<!-- study short -->`, for one.
         plot: a PNG.
     Raises: InputError as run_study and read_study; if no seed is complete, a file cannot be written, or matplotlib is
         missing for the picture.
@@ -39,8 +41,8 @@ def publish_study(
     console.print(describe_study(effects), highlight=False, markup=False)
     for question, answer in answer_claims(effects):
         console.print(f"{question} {answer}", highlight=False, markup=False)
-    if readme:
-        replace_marked(readme, "study", lambda _: markdown(effects), "study")
+    for readme in readmes:
+        replace_marked(readme, "study", lambda marker: markdown(effects, marker), "study")
     if plot:
         plot_effects(effects, plot)
     console.print(f"page: {write_page(config, effects)}", soft_wrap=True, highlight=False, markup=False)

@@ -19,6 +19,7 @@ from hermesflow.report.markup import details, document, scrolling
 from hermesflow.report.tables import (
     LABELS,
     ONE_SIDED,
+    describe_cost,
     describe_data,
     find,
     format_change,
@@ -177,7 +178,8 @@ def _header(config: Config, summary: dict[str, Any], missing: Sequence[str]) -> 
     lead = headline(summary) if summary["before"] is not None else "Nothing has been measured yet."
     waiting = ", ".join(missing)
     notice = f'<p class="notice">This run is not finished. Not there yet: {escape(waiting)}.</p>' if missing else ""
-    data = "".join(f'<p class="note">{escape(line)}</p>' for line in describe_data(summary))
+    notes = describe_data(summary) + (describe_cost(summary) if summary["before"] is not None else [])
+    data = "".join(f'<p class="note">{escape(line)}</p>' for line in notes)
     return (
         f'<header><p class="over">HermesFlow, run {escape(config.run.name)}</p>'
         f"<h1>What self-play changed</h1>{notice}<p class='lead'>{escape(lead)}</p>{data}</header>"

@@ -154,6 +154,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for stage, metrics in stages:
         for line in describe_round(metrics) + describe_judge(metrics):
             console.print(f"{stage}: {line}", highlight=False)
+    for line in describe_cost(summary):
+        console.print(line, highlight=False, markup=False)
     console.print(headline(summary), style="bold", highlight=False, markup=False)
 
 
@@ -203,6 +205,19 @@ def describe_judge(metrics: dict[str, Any]) -> list[str]:
         f"the model's own scores of these images and the oracle: rank correlation {judge['spearman']:.2f}, "
         f"AUC {judge['auc']:.2f}"
     ]
+
+
+def describe_cost(summary: dict[str, Any]) -> list[str]:
+    """What a run took, in a line; none where its seconds are not known.
+
+    Args:
+        summary: what summary.json holds.
+    """
+    stages = [metrics.get("seconds", {}) for metrics in (summary["before"], *summary["rounds"])]
+    phases = dict.fromkeys(phase for stage in stages for phase in stage)
+    spent = {phase: sum(stage.get(phase, 0.0) for stage in stages) for phase in sorted(phases)}
+    told = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
+    return [f"cost: {sum(spent.values()):.0f} s of computing ({told})"] if spent else []
 
 
 def describe_data(summary: dict[str, Any]) -> list[str]:

@@ -475,11 +475,12 @@ def test_other_weights_do_not_join_a_study(config, evaluated, console, monkeypat
         run_study(config, console)
 
 
-def test_the_readme_shows_the_study_in_benchmarks_results():
-    text = (ROOT / "README.md").read_text()
-    shown = text.partition("<!-- study -->\n\n")[2].partition("\n\n<!-- /study -->")[0]
+def test_readme_and_its_page_show_the_study_in_benchmarks_results():
     effects = Effects(read_study(ROOT / "benchmarks/results/study-cpu-tiny.jsonl"))
-    assert shown == findings.markdown(effects).strip()
+    for name, marker in (("README.md", "study short"), ("docs/study.md", "study")):
+        text = (ROOT / name).read_text()
+        shown = text.partition(f"<!-- {marker} -->\n\n")[2].partition("\n\n<!-- /study -->")[0]
+        assert shown == findings.markdown(effects, marker).strip()
     config = load_config(ROOT / "benchmarks/study/default.toml")
     assert tuple(effects.seeds) == config.study.seeds
     assert {"pair-dpo", "no-op", "generation-only"} <= set(effects.arms)
@@ -517,6 +518,16 @@ def test_lines_are_enough_for_table_readme_and_page(finished, capsys):
     assert study(finished, *chosen, "--readme", str(finished / "README.md")) == 0
     text = (finished / "README.md").read_text()
     assert "2 seeds of each arm" in text and "| no-op |" in text and "generation-only" not in text
+
+
+def test_a_short_table_for_one_file_and_all_tables_for_another(finished):
+    short, full = finished / "README.md", finished / "study.md"
+    full.write_text(short.read_text())
+    short.write_text("<!-- study short -->\n<!-- /study -->\n")
+    assert study(finished, "--readme", str(short), "--readme", str(full)) == 0
+    assert "minus" in full.read_text() and "minus" not in short.read_text()
+    [header] = [line for line in short.read_text().splitlines() if line.startswith("| measured")]
+    assert header == "| measured: %, change in points | understanding | 8/0.7, strict |"
 
 
 def test_one_arm_alone_has_no_comparisons(finished):
