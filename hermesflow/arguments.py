@@ -298,7 +298,10 @@ COMMANDS = (
         "benchmarks/results/ops-cpu-small.jsonl --backend cpu",
         _option("files FILE.jsonl", "files that a benchmark wrote", Path, nargs="+"),
         _repeated("--backend NAME", "may be repeated [all]", dest="backends"),
-        _option("--readme FILE.md", "write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->", Path),
+        _option(
+            "--readme FILE.md",
+            "write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->", Path,
+        ),
         configured=False,
     ),
 )  # fmt: skip

@@ -39,7 +39,7 @@ PAPER_OBJECTIVE = {
 """Training settings under which a step computes the objective of HermesFlow (arXiv 2502.12148), section 4, alone."""
 STUDY_ARMS = (
     "pair-dpo", "grpo", "no-op", "random-pairs", "sft-best", "distill", "best-of-4", "generation-only",
-    "understanding-only", "oracle-pairs", "positive-control",
+    "understanding-only", "oracle-pairs", "positive-control", "own-drawings",
 )  # fmt: skip
 
 
@@ -325,9 +325,6 @@ class GRPOConfig:
     """Of each reward, in their sum."""
     likelihood: Literal["kept", "drawn"] = "kept"
     """Of an image: the codes that each decoding step kept, or all that it drew, those that were masked again too."""
-    answers_weight: float = 0.0
-    """Weight of the answers that prompts give about the best drawing of each group, whose negative log-likelihood (mean
-    over tokens) is lowered: what the model paints well it can learn to read. Questions of yes or no are left out."""
     step_fractions: tuple[float, ...] = (0.5, 1.0)
     """Of the decoding steps that [curation] or the model says, what rollouts take in turn: a gain should not hang on
     one number of steps."""
@@ -349,7 +346,7 @@ class GRPOConfig:
         _check_types(self)
         _check_at_least(self, 1, "prompts_per_step", "updates_per_rollout")
         _check_at_least(self, 2, "num_images")
-        _check_at_least(self, 0, "trained_steps", "kl_weight", "answers_weight")
+        _check_at_least(self, 0, "trained_steps", "kl_weight")
         _check_between(self, 0, 1, "clip_low")
         _check_above(self, 0, "clip_high")
         _check_name(self, "rewards", REWARDS, "function")

@@ -26,8 +26,12 @@ class Arm(NamedTuple):
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
     "grpo": Arm(
-        "Self-play by GRPO: images that the model draws and judges as it learns.",
-        {"selfplay": {"algorithm": "grpo"}, "train": {"lr": 5e-5, "replay_weight": 2.0}},
+        "Self-play by GRPO: images that the model draws and judges as it learns, in one round as long as three.",
+        {
+            "selfplay": {"algorithm": "grpo", "num_rounds": 1},
+            "data": {"num_records": 1536},
+            "train": {"num_steps": 144, "lr": 5e-5, "replay_weight": 2.0},
+        },
     ),
     "no-op": Arm(
         "All steps on pair-dpo's pairs, whose loss counts zero times: what is left to follow is the replay's rounding.",
@@ -74,6 +78,15 @@ ARMS = {
             "selfplay": {"algorithm": "hermesflow.benchmarks.study.control:RightAnswers"},
             "data": {"num_records": 4096},
             "train": {"num_steps": 100, "pairs_per_step": 96, "replayed_questions": 12, "lr": 6e-5},
+        },
+    ),
+    "own-drawings": Arm(
+        "Training on answers about the model's own drawings, whose labels are the prompts: reading learned from "
+        "painting.",
+        {
+            "selfplay": {"algorithm": "hermesflow.benchmarks.study.own_drawings:OwnDrawings", "num_rounds": 1},
+            "data": {"num_records": 4096},
+            "train": {"num_steps": 120, "pairs_per_step": 128, "lr": 3e-5},
         },
     ),
 }

@@ -5,7 +5,6 @@ its group, and pi_t the probability of the codes that decoding step t kept (engi
 
     L = -1 / (B N) sum over B images of sum over steps t of min(rho_t A, clip(rho_t, 1 - low, 1 + high) A)
         + kl_weight * mean over codes of k3(policy || reference) + replay_weight * replay
-        + answers_weight * NLL of the prompts' answers about the best drawings
 
 with N the codes of an image and rho_t the ratio of pi_t to what it was when the images were drawn: exactly 1 in the
 first update on a rollout. Draws are pure functions of the weights, the seed and the step, so that a resumed run repeats
@@ -35,7 +34,7 @@ from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import live_reference, make_reference
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
-from hermesflow.data.records import Question, Record
+from hermesflow.data.records import Record
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.rollout_logprob import DrawnCodes, RolloutStates, code_logprobs
 from hermesflow.engine.token_layout import Layout
@@ -45,13 +44,12 @@ from hermesflow.kernels.span_tree import SpanForest, SpanTree
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import gather, gathered, rank, world_size
 from hermesflow.runtime.files import InputError
-from hermesflow.runtime.seeds import candidate_seeds
+from hermesflow.runtime.seeds import candidate_seeds, shuffled_epochs
 from hermesflow.scoring.scorers import find_matcher, find_rewards
 from hermesflow.scoring.self_answers import check_record
 
 _SPREAD_SHARE = 0.25
 """Of the groups' mean standard deviation, added to each group's own."""
-_YES_NO = {"yes", "no"}
 _LEAST_ADVANTAGE = 0.1
 """Of an image that is worth a pass."""
 
@@ -90,9 +88,8 @@ class GRPOBatch:
     unguided_tree: the unguided half's states, where its pass is without a gradient; None: they are in the same tree.
     segment: int64 [T], of each code its decoding step of its image, of M in all.
     advantage, weight: fp32 [M]; weight is 1 unless steps were drawn for the gradient.
-    answer_rows, answer_targets: int64 [A], of the answers about own drawings; answer_weight: fp32 [A], of each token.
     drawn_logprob: fp32 [T], what the decoder found when it drew a code that it kept; NaN of one that was masked again.
-    groups: those of the pass. totals: {"groups", "images", "steps", "taught", REPLAY: visits} of the whole step.
+    groups: those of the pass. totals: {"groups", "images", "steps", REPLAY: visits} of the whole step.
     key: of the pass among those of its rollout.
     """
 
@@ -105,9 +102,6 @@ class GRPOBatch:
     advantage: Tensor
     weight: Tensor
     drawn_logprob: Tensor
-    answer_rows: Tensor
-    answer_targets: Tensor
-    answer_weight: Tensor
     groups: Sequence[Group]
     totals: Mapping[str, int]
     key: tuple[int, ...]
@@ -119,14 +113,14 @@ class GRPOBatch:
 
     @property
     def rows(self) -> Tensor:
-        """Those of the tree whose hidden states are needed: guided, unguided, of own answers, and the replay's."""
+        """Those of the tree whose hidden states are needed: guided, unguided, and the replay's."""
         unguided = [self.codes.unguided] if self.unguided_tree is None else []
         replayed = [self.replay.rows] if self.replay.sides else []
-        return torch.cat([self.codes.guided, *unguided, self.answer_rows, *replayed])
+        return torch.cat([self.codes.guided, *unguided, *replayed])
 
     def logprobs(self, transformer: Transformer) -> Tensor:
-        """Log-probabilities fp32 of the drawn codes [T], by the decoder's law; after them of the answers about own
-        drawings [A], and of the replay's targets."""
+        """Log-probabilities fp32 of the drawn codes [T], by the decoder's law, and of the replay's targets after
+        them."""
         guided, unguided = self.codes.guided, self.codes.unguided
         with torch.no_grad():
             aside = None if self.unguided_tree is None else transformer(self.unguided_tree, rows=unguided)
@@ -135,10 +129,9 @@ class GRPOBatch:
         of_unguided, hidden = hidden.tensor_split([len(unguided)]) if aside is None else (aside, hidden)
         head = transformer.head
         logprob = code_logprobs(head, self.layout, self.params, of_guided, of_unguided, self.codes.targets)
-        targets = torch.cat([self.answer_targets, *([self.replay.targets] if self.replay.sides else [])])
-        if not len(targets):
+        if not self.replay.sides:
             return logprob
-        return torch.cat([logprob, linear_logprob(hidden, head.weight, targets, bias=head.bias)])
+        return torch.cat([logprob, linear_logprob(hidden, head.weight, self.replay.targets, bias=head.bias)])
 
 
 class GRPO:
@@ -212,7 +205,6 @@ class GRPO:
             "groups": len(visits),
             "images": sum(len(group.used) for group in visits),
             "steps": sum(len(np.unique(group.kept_at[image])) for group in visits for image in group.used),
-            "taught": sum(bool(self._taught(group)) for group in visits),
             REPLAY: replayed,
         }
         return [
@@ -229,7 +221,6 @@ class GRPO:
         decoding steps whose ratio was clipped. kl: mean k3 a code."""
         names = ["reward", "reward_std", "left_out", "logprob", "drift", "clipped"]
         names += ["kl"] if self.config.grpo.kl_weight else []
-        names += ["answers/nll"] if self.config.grpo.answers_weight else []
         return names + ([f"{REPLAY}/{replay_metric(self.config.train)}"] if self.config.train.replay_weight else [])
 
     def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
@@ -246,7 +237,7 @@ class GRPO:
     def loss(self, logprob: Tensor, reference: Tensor, batch: GRPOBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Algorithm."""
         train, grpo, num_codes = self.config.train, self.config.grpo, len(batch.codes.targets)
-        ours, answers, replayed = logprob.tensor_split([num_codes, num_codes + len(batch.answer_rows)])
+        ours, replayed = logprob[:num_codes], logprob[num_codes:]
         num_images, weight = max(batch.totals["images"], 1), batch.weight[batch.segment]
         old = self._old.setdefault(batch.key, ours.detach())
         moved = ours.new_zeros(len(batch.advantage)).index_add(0, batch.segment, ours - old)
@@ -268,13 +259,9 @@ class GRPO:
             divergence = ((behind.exp() - 1 - behind) * weight).sum() * per_code
             loss = loss + grpo.kl_weight * divergence
             share["kl"] = divergence.detach()
-        if grpo.answers_weight:
-            missed = -(answers * batch.answer_weight).sum() / max(batch.totals["taught"], 1)
-            loss, share["answers/nll"] = loss + grpo.answers_weight * missed, missed.detach()
         if batch.replay.sides:
             kept = (
-                replay_loss(replayed, reference[-len(replayed) :], batch.replay.sides[REPLAY], train)
-                / batch.totals[REPLAY]
+                replay_loss(replayed, reference[num_codes:], batch.replay.sides[REPLAY], train) / batch.totals[REPLAY]
             )
             loss = loss + train.replay_weight * kept
             share[f"{REPLAY}/{replay_metric(train)}"] = kept.detach()
@@ -282,11 +269,9 @@ class GRPO:
 
     def _chosen(self, rollout: int) -> list[int]:
         """Records of a rollout: consecutive entries of an endless row of shuffled epochs."""
-        num_records, count = len(self.records), self.config.grpo.prompts_per_step
+        count = self.config.grpo.prompts_per_step
         positions = range(rollout * count, (rollout + 1) * count)
-        epochs = {position // num_records for position in positions}
-        order = {epoch: np.random.default_rng([self.seed, 0, epoch]).permutation(num_records) for epoch in epochs}
-        return [int(order[position // num_records][position % num_records]) for position in positions]
+        return [number for number, _ in shuffled_epochs([self.seed, 0], len(self.records), positions)]
 
     def _draw(self, rollout: int) -> list[Group]:
         """Each process draws and judges its share of the prompts; all have all groups."""
@@ -341,7 +326,6 @@ class GRPO:
         weights = [self._add_image(states, group, image) for group, image in images]
         for index, visit in enumerate(visits):
             self.packer.add_replay(builder, index, visit)
-        answers = self._add_answers(builder, groups)
         codes = states.drawn()
         # Of each image, each of its decoding steps.
         (owner, _), segment = torch.unique(torch.stack([codes.owners, codes.steps]), dim=1, return_inverse=True)
@@ -354,7 +338,7 @@ class GRPO:
             DrawnCodes(*(values.to(device) for values in codes)),
             builder.build_batch(visits, device, totals),
             aside.build(device) if aside is not None and aside.packed else None,
-            *(values.to(device) for values in (segment, advantage, weight, drawn_logprob, *answers)),
+            *(values.to(device) for values in (segment, advantage, weight, drawn_logprob)),
             groups,
             totals,
             key,
@@ -374,29 +358,6 @@ class GRPO:
         logprob = torch.from_numpy(np.stack([group.logprob[image] for group, image in images]))[places]
         kept_at = torch.from_numpy(np.stack([group.kept_at[image] for group, image in images]))[places]
         return logprob.masked_fill(kept_at != codes.steps, torch.nan)
-
-    def _taught(self, group: Group) -> list[Question]:
-        """Questions about the group's best drawing that the prompt answers; none where all drawings are alike."""
-        if not self.config.grpo.answers_weight or not group.used:
-            return []
-        return [question for question in self.records[group.record].questions if set(question.choices) != _YES_NO]
-
-    def _add_answers(self, builder: TreeBuilder, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, targets and weights [A] of the answers about own drawings; of a group the weights add up to 1."""
-        layout, model = self.model.layout, self.model
-        rows, targets, weights = [np.zeros(0)], [], []
-        for group in groups:
-            questions = self._taught(group)
-            answers = [[*model.answer_ids(question.answer), layout.eot] for question in questions]
-            if questions:
-                image = builder.add(layout.image_prefix(group.codes[group.rewards.argmax()]), -1, layout.prefix_mode)
-            for question, answer in zip(questions, answers, strict=True):
-                asked = builder.add(layout.question(model.question_prompt(question.question)), image, "causal")
-                rows.append(builder.add_predicted(asked, answer[:-1]))
-                targets += answer
-                weights += [1 / sum(map(len, answers))] * len(answer)
-        found = torch.from_numpy(np.concatenate(rows)).long()
-        return found, torch.tensor(targets, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32)
 
     def _add_image(self, states: RolloutStates, group: Group, image: int) -> float:
         """Adds an image's states; returns what its steps weigh, so that those drawn stand for all."""
@@ -418,9 +379,8 @@ class _ReplayReference:
         self._reference = reference
 
     def logprobs(self, batch: GRPOBatch) -> Tensor:
-        """fp32 [T + A and the replay's]."""
-        num_others = len(batch.codes.targets) + len(batch.answer_rows)
-        zeros = torch.zeros(num_others, device=batch.tree.token_ids.device)
+        """fp32 [T and the replay's]."""
+        zeros = torch.zeros(len(batch.codes.targets), device=batch.tree.token_ids.device)
         return torch.cat([zeros, self._reference.logprobs(batch.replay)]) if batch.replay.sides else zeros
 
 

@@ -33,6 +33,7 @@ from hermesflow.kernels.span_tree import SpanForest
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import rank, world_size
 from hermesflow.runtime.files import InputError
+from hermesflow.runtime.seeds import shuffled_epochs
 
 _COLUMNS = {
     "generation": ("win_codes", "lose_codes"),
@@ -92,14 +93,9 @@ class PairPacker:
 
     def visits(self, step: int) -> list[PairVisit]:
         """The pairs of a step: consecutive entries of an endless row of shuffled epochs."""
-        num_pairs, count = len(self.pairs), self.config.pairs_per_step
+        count = self.config.pairs_per_step
         positions = range(step * count, (step + 1) * count)
-        epochs = {position // num_pairs for position in positions}
-        order = {epoch: np.random.default_rng([self.seed, 0, epoch]).permutation(num_pairs) for epoch in epochs}
-        return [
-            PairVisit(int(order[position // num_pairs][position % num_pairs]), position // num_pairs)
-            for position in positions
-        ]
+        return [PairVisit(*place) for place in shuffled_epochs([self.seed, 0], len(self.pairs), positions)]
 
     def passes(self, visits: Sequence[PairVisit]) -> list[tuple[list[PairVisit], bool]]:
         """This process's passes over all processes' visits, and whether each counts.
@@ -468,16 +464,11 @@ class TreeBuilder(SpanForest):
     ) -> None:
         """Appends a causal span; its parent's last token and its own predict targets, as many as there are, or those
         that are scored."""
-        rows, targets = self.add_predicted(parent, ids)[: len(targets)][scored], targets[scored]
+        rows = np.append(self.ends[parent] - 1, self.packed + np.arange(len(ids)))[: len(targets)][scored]
+        targets = targets[scored]
         self.predict(side, index, segment, rows, targets, np.ones(len(targets)))
-
-    def add_predicted(self, parent: int, ids: Sequence[int]) -> np.ndarray:
-        """Appends a causal span; returns the rows that predict its tokens and what follows it, int64 [len(ids) + 1]:
-        its parent's last row and its own."""
-        rows = np.append(self.ends[parent] - 1, self.packed + np.arange(len(ids)))
         if len(ids):
             self.add(ids, parent, "causal")
-        return rows
 
     def build_batch(
         self, visits: Sequence[PairVisit], device: torch.device | str | None, totals: Mapping[str, int]

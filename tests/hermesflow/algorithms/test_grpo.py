@@ -176,7 +176,6 @@ WAYS = {
         "train__lora_rank": 4, "train__lr": 1e-2, "grpo__kl_weight": 0.01, "train__reference": "live",
     },
     "bfloat16": {"train__dtype": "bfloat16"},
-    "answers about own drawings": {"grpo__answers_weight": 0.3},
     "no guidance": {"drawing__guidance_scale": 0.0},
     "answers replayed": {"train__replay_target": "answers", "train__replay_weight": 0.3},
 }  # fmt: skip
@@ -364,31 +363,6 @@ def test_the_first_model_is_the_reference_of_later_rounds(tiny_model, tiny_recor
         train_records(copy.deepcopy(tiny_model), tiny_records, config, seed=0, folder=folder, first=reference)
         kept[name] = json.loads((folder / "metrics.jsonl").read_text())["replay/kl"]
     assert abs(kept["own"]) < 1e-9 and kept["first"] > 1e-7  # answers of random weights are all unlikely
-
-
-def test_the_best_drawing_teaches_its_prompts_answers(tiny_model, tiny_records, tmp_path):
-    config = settings(grpo__answers_weight=1.0, train__replay_weight=0.0)
-    policy, learner = step_of(tiny_model, tiny_records, config)
-    batch, reference = first_batch(policy, learner, tmp_path)
-    assert len(reference) == len(batch.codes.targets) + len(batch.answer_rows)
-    logprob = batch_logprobs(policy.transformer, batch)
-    answers = logprob[len(batch.codes.targets) :].detach()
-    expected, weights = [], []
-    for group in batch.groups:
-        record = tiny_records[group.record]
-        asked = [question for question in record.questions if set(question.choices) != {"yes", "no"}]
-        prompts = [tiny_model.choice_prompt(question.question, [question.answer]) for question in asked]
-        image = torch.from_numpy(group.codes[group.rewards.argmax()])[None]
-        scored = tiny_model.engine.score_choices(
-            image, [[prompt.question for prompt in prompts]], [[prompt.choices for prompt in prompts]], text_only=False
-        )
-        expected.append(sum(row[0] for row in scored[0]))
-        weights.append(sum(len(prompt.choices[0]) + 1 for prompt in prompts))
-    assert batch.answer_weight.tolist() == pytest.approx([1 / count for count in weights for _ in range(count)])
-    assert [part.sum().item() for part in answers.split(weights)] == pytest.approx(expected, rel=1e-4)
-    _, shares = learner.loss(logprob, reference, batch)
-    nll = -sum(total / count for total, count in zip(expected, weights, strict=True)) / len(batch.groups)
-    assert shares["answers/nll"] == pytest.approx(nll, rel=1e-4)
 
 
 def test_a_record_may_come_twice_in_a_rollout(tiny_model, tiny_records, tmp_path):
