@@ -72,7 +72,7 @@ def train_checked_pairs(
     make = find_algorithm(algorithm)
     check_takes_pairs(algorithm)
     pairs, held = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
-    _tell_what_is_replayed(pairs, config)
+    _tell_what_is_replayed(pairs, config, make.name)
     policy = Policy(model, config, seed)
     learner, held_learner = (make(model, table, config, seed) for table in (pairs, held))
     return _train(policy, learner, HoldOut(policy, held_learner, len(held), folder), seed, folder)
@@ -168,7 +168,7 @@ def _check_training(config: TrainConfig, algorithm: str) -> None:
 
 def find_algorithm(name: str) -> type:
     """The class of an algorithm. Raises: InputError if there is none."""
-    has = ("visits", "passes", "metric_names", "reference", "loss")
+    has = ("name", "visits", "passes", "metric_names", "reference", "loss")
     return resolve(ALGORITHMS, name, "selfplay.algorithm", has, is_class=True)
 
 
@@ -306,16 +306,17 @@ def _hold_out(pairs: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Tabl
     return pairs.filter(pa.array(~is_held)), pairs.filter(pa.array(is_held))
 
 
-def _tell_what_is_replayed(pairs: pa.Table, config: TrainConfig) -> None:
+def _tell_what_is_replayed(pairs: pa.Table, config: TrainConfig, algorithm: str) -> None:
     asked = list(zip(pairs["questions"].to_pylist(), pairs["choices"].to_pylist(), strict=True))
     without = sum(not questions for questions, _ in asked)
     if config.replay_weight and without:
-        _LOGGER.info("Pair-DPO: %d of %d pairs have no questions to replay", without, len(pairs))
+        _LOGGER.info("%s: %d of %d pairs have no questions to replay", algorithm, without, len(pairs))
     bare = sum(bool(questions) and not choices for questions, choices in asked)
     if REPLAY in referenced_sides(config) and bare:
         _LOGGER.warning(
-            "Pair-DPO: %d of %d pairs have no choices, so that the replay keeps the probability of their right answers "
+            "%s: %d of %d pairs have no choices, so that the replay keeps the probability of their right answers "
             "alone; curate again for pairs that have them",
+            algorithm,
             bare,
             len(pairs),
         )

@@ -19,9 +19,20 @@ class Arm(NamedTuple):
     """Section -> key -> the value that differs from the study's settings."""
     same_pairs: bool = False
     """Whether it trains on pair-dpo's pairs in every round, rather than on those of its own model."""
+    after: str = ""
+    """The arm whose model it goes on from; empty: the study's."""
     best_of: int = 0
     """Draw so many images for each one and let the model itself choose, without training; 0 trains."""
 
+
+_OWN_DRAWINGS = Arm(
+    "Training on answers about the model's own drawings, whose labels are the prompts: reading learned from painting.",
+    {
+        "selfplay": {"algorithm": "hermesflow.benchmarks.study.own_drawings:OwnDrawings", "num_rounds": 1},
+        "data": {"num_records": 4096},
+        "train": {"num_steps": 120, "pairs_per_step": 128, "lr": 3e-5},
+    },
+)
 
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
@@ -80,14 +91,9 @@ ARMS = {
             "train": {"num_steps": 100, "pairs_per_step": 96, "replayed_questions": 12, "lr": 6e-5},
         },
     ),
-    "own-drawings": Arm(
-        "Training on answers about the model's own drawings, whose labels are the prompts: reading learned from "
-        "painting.",
-        {
-            "selfplay": {"algorithm": "hermesflow.benchmarks.study.own_drawings:OwnDrawings", "num_rounds": 1},
-            "data": {"num_records": 4096},
-            "train": {"num_steps": 120, "pairs_per_step": 128, "lr": 3e-5},
-        },
+    "own-drawings": _OWN_DRAWINGS,
+    "grpo+own-drawings": _OWN_DRAWINGS._replace(
+        told="GRPO, and then training on answers about the drawings of the model that came out.", after="grpo"
     ),
 }
 """Arms by the names of hermesflow.config.STUDY_ARMS."""

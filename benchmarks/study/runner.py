@@ -29,7 +29,7 @@ from rich.console import Console
 from hermesflow.benchmarks.lines import Line, read_objects, write_lines
 from hermesflow.benchmarks.measuring import run_facts
 from hermesflow.benchmarks.study.arms import ARMS, arm_config
-from hermesflow.config import STUDY_ARMS, Config, ConfigError
+from hermesflow.config import STUDY_ARMS, Config, ConfigError, ModelConfig
 from hermesflow.evaluation.builtin import sampler_name
 from hermesflow.evaluation.evaluation import evaluate
 from hermesflow.evaluation.metrics import measure, right_of_asked
@@ -42,8 +42,8 @@ from hermesflow.runtime.files import InputError, atomic_write
 from hermesflow.selfplay import play_round
 from hermesflow.training import check_training
 
-BASE, PAIR_DPO, GRPO = "base", *STUDY_ARMS[:2]
-SELF_PLAY = PAIR_DPO, GRPO
+BASE, PAIR_DPO = "base", STUDY_ARMS[0]
+SELF_PLAY = PAIR_DPO, "grpo", "grpo+own-drawings"
 """The arms that the others are held against."""
 COUNTS = ("right", "asked")
 """By metric, a number for each record: what was right, of how many. A metric is named by its path in an evaluation's
@@ -137,13 +137,13 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 
     Args:
         config: the study's settings.
-        arm: a name in ARMS; but for pair-dpo, that of the seed must be done.
+        arm: a name in ARMS; but for pair-dpo, that of the seed must be done, and the arm that it goes on from.
         seed: of the run.
     Returns: its line; see run_study.
     Raises: InputError if the arm's run has other settings or keeps no pair, or what it shares is missing.
     """
     began, of_arm = time.perf_counter(), arm_config(config, arm, seed)
-    run, rounds = Run(of_arm), of_arm.selfplay.num_rounds
+    run, rounds = Run(replace(of_arm, model=_start(config, arm, seed))), of_arm.selfplay.num_rounds
     source = arm_config(config, PAIR_DPO, seed).run_folder
     # Where pair-dpo's run was removed since, an arm makes the same for itself, unless it cannot.
     if arm != PAIR_DPO and (ARMS[arm].same_pairs or source.exists()) and of_arm.data == config.data:
@@ -157,6 +157,17 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
         for folder in run.folder.glob("round-*/candidates"):
             shutil.rmtree(folder)
     return _line(arm, seed, rounds, result, of_arm, began)
+
+
+def _start(config: Config, arm: str, seed: int) -> ModelConfig:
+    """The model that an arm goes on from."""
+    if not ARMS[arm].after:
+        return config.model
+    before = arm_config(config, ARMS[arm].after, seed)
+    folder = before.run_folder / f"round-{before.selfplay.num_rounds}" / "model"
+    if not folder.exists():
+        raise InputError(f"{folder}: is missing, and {arm} goes on from it; add {ARMS[arm].after} to study.arms")
+    return replace(config.model, name=str(folder))
 
 
 def _line(arm: str, seed: int, rounds: int, result: dict[str, Any], config: Config, began: float) -> Line:

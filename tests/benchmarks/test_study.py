@@ -158,6 +158,27 @@ def test_online_arms_share_records_and_no_pairs(config, evaluated, console, monk
     assert evaluated == [BASE, *(f"{arm}-seed-1" for arm in arms)]
 
 
+def test_an_arm_goes_on_from_another_of_its_seed(config, evaluated, console, monkeypatch):
+    begun = {}
+
+    def play_round(run, number):
+        begun[run.folder.name] = run.config.model.name
+        run.play_round(number)
+
+    monkeypatch.setattr(runner, "play_round", play_round)
+    arms = ("pair-dpo", "grpo", "grpo+own-drawings")
+    lines = run_study(replace(config, study=replace(config.study, arms=arms)), console)
+    for seed in (1, 2):
+        assert begun[f"grpo-seed-{seed}"] == "tiny"
+        expected = config.run_folder / f"grpo-seed-{seed}/round-1/model"
+        assert begun[f"grpo+own-drawings-seed-{seed}"] == str(expected) and expected.exists()
+    elsewhere = replace(config, run=replace(config.run, name="other"))  # where it lies is no setting
+    digest = runner.settings_digest(runner.arm_config(elsewhere, "grpo+own-drawings", 1))
+    assert [line["settings"] for line in lines if line["arm"] == "grpo+own-drawings"] == [digest] * 2
+    with pytest.raises(InputError, match="goes on from it; add grpo to study.arms"):
+        runner.run_arm(elsewhere, "grpo+own-drawings", 1)
+
+
 def test_an_arm_without_training_is_measured_once(config, evaluated, console, monkeypatch):
     monkeypatch.setattr(runner, "best_of", lambda model, config, count: runner.evaluate(model, config.eval))
     settings = replace(config, study=replace(config.study, arms=("pair-dpo", "best-of-4")))
