@@ -1,17 +1,28 @@
 """What the `hermesflow` command reads: its commands, their options, and how each is explained."""
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hermesflow import __version__
+from hermesflow.config import SECTIONS
 from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS
 
 Arguments = argparse.Namespace
 Option = tuple[list[str], dict[str, Any]]
 """Names, and how argparse reads the option."""
+
+
+def with_settings(argv: Sequence[str]) -> list[str]:
+    """Arguments with a --set before each bare section.key=value."""
+    found: list[str] = []
+    for argument in argv:
+        is_bare = re.match(rf"({'|'.join(SECTIONS)})\.\w+=", argument) and found[-1:] != ["--set"] and "--" not in found
+        found += ["--set", argument] if is_bare else [argument]
+    return found
 
 
 class Command(NamedTuple):
@@ -117,7 +128,10 @@ def _command(
 _repeated = partial(_option, action="append", default=[])
 _CONFIG = (
     _option("--config FILE", "settings in TOML, one table a section", Path),
-    _repeated("--set KEY=VALUE", "one setting, such as train.lr=1e-5; may be repeated; wins over the file"),
+    _repeated(
+        "--set KEY=VALUE",
+        "one setting, such as train.lr=1e-5; may be repeated; wins over the file; the --set itself may be left out",
+    ),
 )
 _MODEL = (
     _shortcut("--model NAME", "model.name", 'a folder or hub id; without it, the built-in "tiny"'),
@@ -260,6 +274,10 @@ COMMANDS = (
             Path, dest="readmes",
         ),
         _option("--plot FILE.png", "where to draw the effects (needs matplotlib)", _png), continues=True,
+    ),
+    _command(
+        "config", "print all settings with their meaning, as a TOML file to start from", "train.lr=1e-5 -o mine.toml",
+        _option("-o --output FILE.toml", "write them into this file", Path),
     ),
     _command("doctor", "show what this machine can run, and for the rest why not", "", configured=False),
     _command(

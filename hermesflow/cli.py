@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from hermesflow.arguments import Arguments, make_parser
-from hermesflow.config import DRAWING, Config, ConfigError, load_config
-from hermesflow.runtime.files import InputError, read_text, write_problem
+from hermesflow.arguments import Arguments, make_parser, with_settings
+from hermesflow.config import DRAWING, Config, ConfigError, load_config, to_toml
+from hermesflow.runtime.files import InputError, read_text, write_problem, write_text
 
 if TYPE_CHECKING:
     from hermesflow.models import Model
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit code: 0, 1 if a benchmark met a wrong result, 2 on bad input (with one line on stderr), 130 when
         interrupted.
     """
-    arguments = make_parser().parse_args(argv)
+    arguments = make_parser().parse_args(with_settings(sys.argv[1:] if argv is None else argv))
     debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
@@ -294,6 +294,16 @@ def _study(arguments: Arguments, config: Config) -> None:
     publish_study(config, lines=arguments.lines, readmes=arguments.readmes, plot=arguments.plot)
 
 
+def _config(arguments: Arguments, config: Config) -> None:
+    if arguments.output is None:
+        print(to_toml(config), end="")
+    elif arguments.output.exists():
+        raise InputError(f"{arguments.output}: is there already; give another name, or remove it")
+    else:
+        write_text(arguments.output, to_toml(config))
+        print(arguments.output)
+
+
 def _doctor(arguments: Arguments, config: Config) -> None:
     from hermesflow.runtime.doctor import run_doctor
 
@@ -355,6 +365,7 @@ _RUN: dict[str, Callable[[Arguments, Config], int | None]] = {
     "selfplay": _selfplay, "pretrain": _pretrain, "generate": _generate, "inpaint": _inpaint,
     "extrapolate": _extrapolate, "caption": _caption, "answer": _answer, "curate": _curate, "train": _train,
     "pairs export": _pairs_export, "pairs import": _pairs_import, "score": _score, "questions": _questions,
-    "eval": _eval, "export": _export, "report": _report, "study": _study, "doctor": _doctor, "bench ops": _bench_ops,
-    "bench e2e": _bench_e2e, "bench train": _bench_train, "bench drop-in": _bench_drop_in, "bench table": _bench_table,
+    "eval": _eval, "export": _export, "report": _report, "study": _study, "config": _config, "doctor": _doctor,
+    "bench ops": _bench_ops, "bench e2e": _bench_e2e, "bench train": _bench_train, "bench drop-in": _bench_drop_in,
+    "bench table": _bench_table,
 }  # fmt: skip

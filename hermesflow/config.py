@@ -5,6 +5,7 @@ resolved settings, with the meaning of each key, as they are kept beside a run.
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
@@ -503,7 +504,19 @@ class Config:
         return Path(self.run.folder) / self.run.name
 
 
+ALSO_CALLED = {
+    "learning_rate": "train.lr", "batch_size": "train.pairs_per_step", "max_steps": "train.num_steps",
+    "num_train_epochs": "train.num_steps", "epochs": "train.num_steps", "warmup_ratio": "train.warmup_steps",
+    "gradient_clipping": "train.max_grad_norm", "gradient_checkpointing": "train.activation_checkpointing",
+    "bf16": "train.dtype", "report_to": "train.tracker", "save_steps": "train.checkpoint_every",
+    "lora_r": "train.lora_rank", "rounds": "selfplay.num_rounds", "output_dir": "run.folder",
+    "num_generations": "grpo.num_images", "epsilon": "grpo.clip_low", "cfg_scale": "drawing.guidance_scale",
+    "num_inference_steps": "drawing.num_steps", "model_name_or_path": "model.name", "dataset": "data.source",
+}  # fmt: skip
+"""Keys by what other trainers call them; a message names them."""
+
 _SECTIONS: dict[str, type] = get_type_hints(Config)
+SECTIONS = tuple(_SECTIONS)
 _KEYS: dict[str, list[str]] = {name: [item.name for item in fields(cls)] for name, cls in _SECTIONS.items()}
 
 
@@ -512,7 +525,8 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
 
     Args:
         path: a TOML file with a table a section, or None for the defaults.
-        overrides: "section.key=value" each, with the value in TOML; what is no TOML is taken as a string.
+        overrides: "section.key=value" each, with the value in TOML or as Python writes it (False, .5, 1e3); what is
+            neither is taken as a string.
     Returns: the checked settings.
     Raises: InputError on a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
@@ -593,14 +607,25 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     if name not in _dotted_keys():
         raise _unknown(source, name, _dotted_keys())
     section, key = name.split(".")
+    return section, key, _parse_value(text, get_type_hints(_SECTIONS[section])[key])
+
+
+def _parse_value(text: str, expected: Any) -> Any:
+    """A value of the command line, for a setting of this type."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
-        parsed = {"value": text}
+        parsed = {}
     value = parsed["value"] if set(parsed) == {"value"} else text
-    if get_type_hints(_SECTIONS[section])[key] is str and not isinstance(value, str):
-        value = text  # run.name=3 means the name "3"
-    return section, key, value
+    if expected is str and not isinstance(value, str):
+        return text  # run.name=3 means the name "3"
+    if expected is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if expected in (int, float) and isinstance(value, str | float):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            return int(number) if expected is int and number.is_integer() else number
+    return value
 
 
 def _make_section(section: str, values: dict[str, Any], sources: dict[tuple[str, str], str]) -> Any:
@@ -621,6 +646,8 @@ def _unknown(source: str, name: str, candidates: Iterable[str]) -> InputError:
     # A right key in the wrong section is the likelier slip than a misspelt section.
     same = [candidate for candidate in candidates if candidate.rpartition(".")[2] == last]
     nearest = difflib.get_close_matches(name, same or candidates, n=1, cutoff=0.0)[0]
+    if not same and ALSO_CALLED.get(last) in candidates:
+        nearest = ALSO_CALLED[last]
     return InputError(f"{source}: unknown key {name}; the nearest is {nearest}")
 
 

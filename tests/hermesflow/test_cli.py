@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from hermesflow import arguments, cli, tasks
+from hermesflow.arguments import with_settings
 from hermesflow.config import load_config
 from hermesflow.kernels.registry import BackendError
 from hermesflow.models import family
@@ -28,8 +29,8 @@ from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "score",
-    "questions", "eval", "export", "pairs", "pairs export", "pairs import", "report", "study", "doctor", "bench",
-    "bench ops", "bench e2e", "bench train", "bench drop-in", "bench table",
+    "questions", "eval", "export", "pairs", "pairs export", "pairs import", "report", "study", "config", "doctor",
+    "bench", "bench ops", "bench e2e", "bench train", "bench drop-in", "bench table",
 ]  # fmt: skip
 SIZE = 16
 
@@ -136,7 +137,7 @@ def example(command, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_that_parses(command, capsys):
-    arguments = cli.make_parser().parse_args(example(command, capsys))
+    arguments = cli.make_parser().parse_args(with_settings(example(command, capsys)))
     load_config(arguments.config, arguments.set)
 
 
@@ -226,6 +227,30 @@ def test_wrong_settings_stop_a_command(command, settings, message, capsys, stand
     assert cli.main([command, *settings]) == 2
     assert message in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_need_no_set_before_them(stand_in, capsys):
+    runs = []
+    stand_in("selfplay", run_selfplay=runs.append)
+    assert cli.main(["selfplay", "train.lr=.5", "--set", "train.beta=2", "run.name=a=b"]) == 0
+    assert (runs[0].train.lr, runs[0].train.beta, runs[0].run.name) == (0.5, 2.0, "a=b")
+    assert cli.main(["selfplay", "train.learning_rate=1"]) == 2
+    assert "--set train.learning_rate=1: unknown key train.learning_rate; the nearest is train.lr" in error_line(capsys)
+    given = ["generate", "a=b", "trainer.lr=1", "x", "--", "train.lr=1"]  # prompts
+    assert with_settings(given) == given
+
+
+def test_config_prints_and_writes_all_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["config", "train.lr=1e-5"]) == 0
+    text = capsys.readouterr().out
+    assert "lr = 1e-05  # Peak learning rate of AdamW." in text
+    assert cli.main(["config", "train.lr=1e-5", "-o", "mine.toml"]) == 0
+    assert capsys.readouterr().out == "mine.toml\n" and (tmp_path / "mine.toml").read_text() == text
+    assert load_config("mine.toml") == load_config(None, ["train.lr=1e-5"])
+    assert cli.main(["config", "-o", "mine.toml"]) == 2
+    assert "mine.toml: is there already; give another name" in error_line(capsys)
+    assert (tmp_path / "mine.toml").read_text() == text
 
 
 ERRORS = {

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from hermesflow.config import PAPER_OBJECTIVE, Config, CurationConfig, RunConfig, TrainConfig, load_config, to_toml
+from hermesflow.config import (
+    ALSO_CALLED,
+    PAPER_OBJECTIVE,
+    Config,
+    CurationConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+    to_toml,
+)
 from hermesflow.runtime.files import InputError
 from hermesflow.training import check_training
 
@@ -80,6 +89,35 @@ def test_a_string_needs_no_quotes_on_the_command_line(override, value):
     assert load_config(None, [override]).run.name == value
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.compile=True", True),
+        ("train.compile=FALSE", False),
+        ("train.lr=.5", 0.5),
+        ("train.lr=5.", 5.0),
+        ("train.lr=+1E-4", 1e-4),
+        ("train.num_steps=1e3", 1000),
+        ("train.num_steps=1_000", 1000),
+        ("eval.seed=9007199254740993", 2**53 + 1),
+    ],
+)
+def test_values_are_read_as_people_write_them(override, value):
+    section, key = override.partition("=")[0].split(".")
+    found = getattr(getattr(load_config(None, [override]), section), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_keys_by_what_other_trainers_call_them():
+    for name, key in ALSO_CALLED.items():
+        section, _, name_of_key = key.partition(".")
+        assert hasattr(getattr(load_config(), section), name_of_key), key
+        with pytest.raises(InputError, match=f"unknown key train.{name}; the nearest is {key}$"):
+            load_config(None, [f"train.{name}=1"])
+        with pytest.raises(InputError, match=f"unknown key {name}; the nearest is {key}$"):
+            load_config(None, [f"{name}=1"])
+
+
 def test_run_folder():
     assert load_config(None, ["run.folder=out", "run.name=demo"]).run_folder.parts == ("out", "demo")
 
@@ -127,6 +165,9 @@ def test_a_file_that_is_not_there(tmp_path):
 SET_MISTAKES = {
     "no equals": ("train.lr", "expected section.key=value"),
     "no section": ("lr=1", r"unknown key lr; the nearest is \w+\.lr$"),
+    "a fraction for a count": ("train.num_steps=1.5", r"expected a whole number \(int\), got 1.5"),
+    "no number": ("train.num_steps=many", r"expected a whole number \(int\), got 'many'"),
+    "no truth": ("train.compile=yes", "expected true or false, got 'yes'"),
     "misspelt": ("train.betta=1", "unknown key train.betta; the nearest is train.beta$"),
     "two values": ("train.num_steps=1\nx=2", "train.num_steps: expected a whole number"),
 }
