@@ -362,6 +362,26 @@ class GRPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OwnDrawingsConfig:
+    """Answers learned from the model's own drawings, whose labels are the captions (selfplay.algorithm own-drawings).
+
+    Steps, rates and questions of real images are those of [train]; images are drawn as [drawing] says.
+    """
+
+    element_types: tuple[str, ...] = ("spatial",)
+    """Questions of these types are taught: choose what the model paints better than it reads. Of a drawing, all other
+    questions must be answered as its caption does."""
+    num_images: int = 2
+    """Images drawn of each caption."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "num_images")
+        if not self.element_types:
+            raise ConfigError("OwnDrawingsConfig", "element_types", "expected at least one, got none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig(DrawingConfig):
     """Measurement on prompts that training never sees."""
 
@@ -400,7 +420,7 @@ class SelfPlayConfig:
     """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
     algorithm: str = "pair-dpo"
     """What trains in a round: pair-dpo, on pairs of best and worst; grpo, on images that are drawn and rewarded as the
-    model learns; or "module:class" of your own."""
+    model learns; own-drawings, on answers about own drawings; or "module:class" of your own."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -489,6 +509,7 @@ class Config:
     curation: CurationConfig = field(default_factory=CurationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    own_drawings: OwnDrawingsConfig = field(default_factory=OwnDrawingsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     selfplay: SelfPlayConfig = field(default_factory=SelfPlayConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

@@ -155,9 +155,12 @@ def _train(policy: Policy, learner: Algorithm, hold_out: HoldOut, seed: int, fol
 
 def check_training(config: Config) -> None:
     """Raises InputError with the fix where training could not begin: before the work on its data, not after it."""
-    _check_training(config.train, config.selfplay.algorithm)
-    if is_online(config.selfplay.algorithm):
-        find_algorithm(config.selfplay.algorithm).check(config)
+    name = config.selfplay.algorithm
+    _check_training(config.train, name)
+    if is_online(name):
+        if config.train.holdout_pairs:
+            raise InputError(f"train.holdout_pairs: expected 0 with {name}, which learns from no pairs; leave it out")
+        find_algorithm(name).check(config)
 
 
 def _check_training(config: TrainConfig, algorithm: str) -> None:

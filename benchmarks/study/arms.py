@@ -28,7 +28,7 @@ class Arm(NamedTuple):
 _OWN_DRAWINGS = Arm(
     "Training on answers about the model's own drawings, whose labels are the prompts: reading learned from painting.",
     {
-        "selfplay": {"algorithm": "hermesflow.benchmarks.study.own_drawings:OwnDrawings", "num_rounds": 1},
+        "selfplay": {"algorithm": "own-drawings", "num_rounds": 1},
         "data": {"num_records": 4096},
         "train": {"num_steps": 120, "pairs_per_step": 128, "lr": 3e-5},
     },

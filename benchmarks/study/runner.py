@@ -211,8 +211,9 @@ def settings_digest(config: Config) -> str:
     """
     values = asdict(replace(config, curation=config.drawn_by(config.curation), eval=config.drawn_by(config.eval)))
     del values["run"], values["pretrain"], values["study"], values["drawing"], values["model"]["device"]
-    if config.selfplay.algorithm != "grpo":
-        del values["grpo"]
+    for name in ("grpo", "own_drawings"):
+        if config.selfplay.algorithm != name.replace("_", "-"):
+            del values[name]
     for section, name, default in _ADDED:
         if values[section][name] == default:
             del values[section][name]

@@ -173,8 +173,6 @@ class GRPO:
         train, grpo = config.train, config.grpo
         find_rewards(grpo)
         find_matcher(config.curation)
-        if train.holdout_pairs:
-            raise InputError("train.holdout_pairs: expected 0 with grpo, which learns from no pairs; leave it out")
         if train.checkpoint_every % grpo.updates_per_rollout:
             raise InputError(
                 f"train.checkpoint_every {train.checkpoint_every}: a run resumes before a rollout; give a multiple of "

@@ -49,7 +49,10 @@ ANSWER_SCORERS = {
 }
 """curation.answer_scorer: (config) -> AnswerMatcher, None to score choices; "module:function" is simpler."""
 
-ALGORITHMS = {"pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO", "grpo": "hermesflow.algorithms.grpo:GRPO"}
+ALGORITHMS = {
+    "pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO", "grpo": "hermesflow.algorithms.grpo:GRPO",
+    "own-drawings": "hermesflow.algorithms.own_drawings:OwnDrawings",
+}  # fmt: skip
 """selfplay.algorithm: (model, pairs, config, seed) -> Algorithm; (model, records, config, seed) where it is online."""
 LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
 """train.loss_type, beside LOSS_TYPES of the op (kernels/__init__.py): PairLoss objects."""

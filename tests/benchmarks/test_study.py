@@ -18,7 +18,7 @@ from hermesflow.benchmarks.study.effects import HEADLINE, Effects
 from hermesflow.benchmarks.study.runner import BASE, read_study, run_study
 from hermesflow.config import STUDY_ARMS, load_config
 from hermesflow.runtime.files import InputError
-from hermesflow.training import find_algorithm, is_online, train_records
+from hermesflow.training import is_online, train_records
 from hermesflow.worlds import oracle, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -203,50 +203,17 @@ def test_the_best_is_chosen_by_the_models_own_score(monkeypatch):
     assert chosen["samplers"]["8/0.7"]["scores"] == [0.9, 0.8]
 
 
-def encoded(model, records):
-    codes = model.encode_images(np.stack([record.image for record in records])).numpy()
-    return [replace(record, codes=of_record) for record, of_record in zip(records, codes, strict=True)]
-
-
-def train_arm(arm, records, folder, *settings):
-    """The arm's algorithm, its records, and the lines of a short training."""
-    algorithm = ARMS[arm].settings["selfplay"]["algorithm"]
-    config = load_config(None, [f"selfplay.algorithm={algorithm}", "train.warmup_steps=1", *settings])
-    model = runner.open_model(config.model)
-    records = encoded(model, records)
-    learner = find_algorithm(algorithm)(model, records, config, 0)
-    train_records(model, records, config, seed=0, folder=folder)
-    return learner, records, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_positive_control_learns_right_answers(tmp_path):
-    settings = "train.num_steps=6", "train.pairs_per_step=4"
-    _, _, lines = train_arm("positive-control", list(shapes.training_records(5, 4)), tmp_path, *settings)
+    arm = ARMS["positive-control"].settings["selfplay"]["algorithm"]
+    settings = ["train.num_steps=6", "train.pairs_per_step=4", "train.warmup_steps=1", f"selfplay.algorithm={arm}"]
+    config = load_config(None, settings)
+    model = runner.open_model(config.model)
+    records = list(shapes.training_records(5, 4))
+    codes = model.encode_images(np.stack([record.image for record in records])).numpy()
+    records = [replace(record, codes=of_record) for record, of_record in zip(records, codes, strict=True)]
+    train_records(model, records, config, seed=0, folder=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["replay/nll"] < lines[0]["replay/nll"] and lines[0]["loss"] == lines[0]["replay/nll"]
-
-
-def test_own_drawings_teach_the_relations_of_their_prompts(tmp_path):
-    records = [
-        record
-        for record in shapes.training_records(5, 40)
-        if any(shapes.question_kind(question) == "relation" for question in record.questions)
-    ]
-    settings = "train.num_steps=12", "train.pairs_per_step=8", "train.lr=5e-5"
-    learner, records, lines = train_arm("own-drawings", records, tmp_path, *settings)
-    pairs = learner.packer.pairs.to_pylist()
-    drawn, real = pairs[: -len(records)], pairs[-len(records) :]
-    told = {record.id: {question.question: question.answer for question in record.questions} for record in records}
-    assert 0 < len(drawn) <= 2 * len(records) and len({row["record_id"] for row in drawn}) == len(drawn)
-    for row in drawn:
-        answers = told[row["record_id"].partition(",")[0]]
-        assert [answers[question] for question in row["questions"]] == row["answers"]
-        assert row["choices"] == [[answer] for answer in row["answers"]]
-    codes = {record.id: record.codes.tolist() for record in records}
-    assert [row["record_codes"] for row in real] == [codes[row["record_id"]] for row in real]
-    assert all(row["record_codes"] != codes[row["record_id"].partition(",")[0]] for row in drawn)
-    visits = learner.visits(3)
-    assert sum(visit.pair < len(drawn) for visit in visits) == 4 and len(visits) == 8
-    assert lines[-1]["replay/kl"] < lines[0]["replay/kl"]  # at first of the labels alone
 
 
 def test_random_scorers_are_uniform_and_repeat_themselves():
