@@ -1,6 +1,7 @@
 """What the `hermesflow` command reads: its commands, their options, and how each is explained."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hermesflow import __version__
-from hermesflow.config import SECTIONS
+from hermesflow.config import setting_names
 from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS
 
 Arguments = argparse.Namespace
@@ -17,12 +18,29 @@ Option = tuple[list[str], dict[str, Any]]
 
 
 def with_settings(argv: Sequence[str]) -> list[str]:
-    """Arguments with a --set before each bare section.key=value."""
-    found: list[str] = []
-    for argument in argv:
-        is_bare = re.match(rf"({'|'.join(SECTIONS)})\.\w+=", argument) and found[-1:] != ["--set"] and "--" not in found
-        found += ["--set", argument] if is_bare else [argument]
-    return found
+    """Arguments with each bare section.key=value as a --set, after the others.
+
+    Beside prompts and files only what begins with the name of a setting, has no blank and is no file is taken for one;
+    an option's value and what follows "--" never are.
+    """
+    named = {command.name: command for command in COMMANDS}
+    command = named.get(" ".join(argv[:2])) or named.get(" ".join(argv[:1]))
+    if command is None or not any("--set" in names for names, _ in command.options):
+        return list(argv)
+    takes_texts = any(not names[0].startswith("-") for names, _ in command.options)
+    end = argv.index("--") if "--" in argv else len(argv)
+    others, settings = [], []
+    for before, argument in zip(["", *argv], argv[:end], strict=False):
+        name, equals, _ = argument.partition("=")
+        is_value = before.startswith("-") and "=" not in before
+        is_setting = bool(equals) and not is_value and re.fullmatch(r"\w[\w.-]*", name)
+        if is_setting and takes_texts:
+            is_setting = name in setting_names() and " " not in argument and not os.path.exists(argument)
+        if is_setting:
+            settings += ["--set", argument]
+        else:
+            others.append(argument)
+    return [*others, *settings, *argv[end:]]
 
 
 class Command(NamedTuple):
@@ -46,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="hermesflow",
+        allow_abbrev=False,
         description="Narrow the gap between what a unified multimodal model understands and what it can draw.",
         epilog="example: hermesflow selfplay --set run.name=demo",
     )
@@ -57,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=command.told,
             description=f"{command.told[0].upper()}{command.told[1:]}.",
+            allow_abbrev=False,
             epilog=f"example:\n  hermesflow {command.name} {command.example}".rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line, to be copied
         )

@@ -534,10 +534,9 @@ ALSO_CALLED = {
     "num_generations": "grpo.num_images", "epsilon": "grpo.clip_low", "cfg_scale": "drawing.guidance_scale",
     "num_inference_steps": "drawing.num_steps", "model_name_or_path": "model.name", "dataset": "data.source",
 }  # fmt: skip
-"""Keys by what other trainers call them; a message names them."""
+"""Our keys by other trainers' names, for the message on an unknown key."""
 
 _SECTIONS: dict[str, type] = get_type_hints(Config)
-SECTIONS = tuple(_SECTIONS)
 _KEYS: dict[str, list[str]] = {name: [item.name for item in fields(cls)] for name, cls in _SECTIONS.items()}
 
 
@@ -546,8 +545,8 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
 
     Args:
         path: a TOML file with a table a section, or None for the defaults.
-        overrides: "section.key=value" each, with the value in TOML or as Python writes it (False, .5, 1e3); what is
-            neither is taken as a string.
+        overrides: "section.key=value" each, with the value in TOML; a number or truth value also as Python writes it
+            (.5, False), and a whole number as 1e3. What is neither is taken as a string.
     Returns: the checked settings.
     Raises: InputError on a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
@@ -615,7 +614,7 @@ def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
             raise InputError(f"{path}: {section}: expected a table [{section}], got {_describe(table)}")
         for key, value in table.items():
             if key not in _KEYS[section]:
-                raise _unknown(str(path), f"{section}.{key}", _dotted_keys())
+                raise _unknown(str(path), f"{section}.{key}", setting_names())
             yield section, key, value
 
 
@@ -625,8 +624,8 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     if not equals:
         raise InputError(f"{source}: expected section.key=value, got no '='; write for example --set train.lr=1e-5")
     name, text = name.strip(), text.strip()
-    if name not in _dotted_keys():
-        raise _unknown(source, name, _dotted_keys())
+    if name not in setting_names():
+        raise _unknown(source, name, setting_names())
     section, key = name.split(".")
     return section, key, _parse_value(text, get_type_hints(_SECTIONS[section])[key])
 
@@ -640,13 +639,15 @@ def _parse_value(text: str, expected: Any) -> Any:
     value = parsed["value"] if set(parsed) == {"value"} else text
     if expected is str and not isinstance(value, str):
         return text  # run.name=3 means the name "3"
-    if expected is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if expected in (int, float) and isinstance(value, str | float):
+    if expected is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if expected in (int, float) and value is text:
         with contextlib.suppress(ValueError):
-            number = float(value)
-            return int(number) if expected is int and number.is_integer() else number
-    return value
+            value = int(text)
+        with contextlib.suppress(ValueError):
+            value = float(text) if value is text else value
+    is_whole = expected is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if is_whole else value
 
 
 def _make_section(section: str, values: dict[str, Any], sources: dict[tuple[str, str], str]) -> Any:
@@ -657,7 +658,8 @@ def _make_section(section: str, values: dict[str, Any], sources: dict[tuple[str,
         raise InputError(f"{source}: {section}.{error.key}: {error.reason}") from error
 
 
-def _dotted_keys() -> list[str]:
+def setting_names() -> list[str]:
+    """All settings, as section.key."""
     return [f"{section}.{key}" for section, keys in _KEYS.items() for key in keys]
 
 

@@ -99,8 +99,8 @@ def train_records(
         raise InputError(f"selfplay.algorithm {config.selfplay.algorithm}: learns from pairs; call train_pairs")
     if not records:
         raise InputError("no records to train on; raise data.num_records")
+    learner = find_algorithm(config.selfplay.algorithm)(model, records, config, seed)  # it may draw: weights are whole
     policy = Policy(model, config.train, seed, first)
-    learner = find_algorithm(config.selfplay.algorithm)(model, records, config, seed)
     return _train(policy, learner, HoldOut(policy, None, 0, folder), seed, folder)
 
 

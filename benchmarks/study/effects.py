@@ -50,7 +50,6 @@ class Effects:
         right = {(line["arm"], line["seed"]): line["right"] for line in lines}
         asked = next(line["asked"] for line in lines if line["arm"] == BASE)
         asked = {name: counts for name, counts in asked.items() if any(counts)}
-        self.rounds = max(line["rounds"] for line in lines)
         of_base = {name: np.array(counts) for name, counts in asked.items()}
         self.num_understanding, self.num_prompts = (
             int((of_base[name] > 0).sum()) for name in ("understanding", "generation_strict")

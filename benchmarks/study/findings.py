@@ -8,6 +8,7 @@ from hermesflow.benchmarks.study.arms import ARMS
 from hermesflow.benchmarks.study.effects import HEADLINE, Change, Effects
 from hermesflow.benchmarks.study.runner import BASE, PAIR_DPO
 from hermesflow.report.tables import LABELS, SAMPLER_LABELS, format_change, format_points, format_value, tell_verdict
+from hermesflow.runtime.files import InputError
 
 NAMES = {BASE: "before self-play"} | {arm: arm for arm in ARMS}
 """Of the arms in tables."""
@@ -19,6 +20,7 @@ CLAIMS = (
 )  # fmt: skip
 """The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
 CONTROL = "positive-control"
+OWN = "own-drawings", "grpo+own-drawings"
 _ANSWERS = {"better": "yes", "worse": "no, it harms"}
 
 
@@ -44,9 +46,8 @@ def metric_groups(effects: Effects) -> dict[str, list[str]]:
 def describe_study(effects: Effects) -> str:
     """How much was measured, in a sentence."""
     seeds = f"{len(effects.seeds)} seed{'s' if len(effects.seeds) > 1 else ''}"
-    rounds = f"{effects.rounds} round{'s' if effects.rounds > 1 else ''}"
     return (
-        f"{seeds} of each arm after {rounds}, {effects.num_prompts} prompts with {effects.num_images} images and "
+        f"{seeds} of each arm, {effects.num_prompts} prompts with {effects.num_images} images and "
         f"{effects.num_understanding} real images; changes in points with 95 % intervals over seeds and scenes."
     )
 
@@ -60,6 +61,9 @@ def answer_claims(effects: Effects) -> list[tuple[str, str]]:
     answers += (
         [("Could this study show a rise of understanding?", _tell_control(effects))] if CONTROL in effects.arms else []
     )
+    own = [arm for arm in OWN if arm in effects.arms]
+    told = "; ".join(f"{arm} {format_change(effects.change(arm, 'understanding'))} points" for arm in own)
+    answers += [("Does understanding rise without answers from outside?", f"{told}.")] if own else []
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
             told = []
@@ -127,9 +131,12 @@ def markdown(effects: Effects, marker: str = "study") -> str:
 
     Args:
         effects: what was measured.
-        marker: study, for all tables but what is asked for, which stands on the page, and the answers; or study short,
-            for one table: understanding, and strict generation by sampler.
+        marker: "study": all tables and answers, without understanding by question, which stands on the page; "study
+            short": one table, of understanding, and strict generation by sampler.
+    Raises: InputError on another marker.
     """
+    if marker not in ("study", "study short"):
+        raise InputError(f"<!-- {marker} -->: expected study or study short; correct the marker")
     measured, drawn = list(metric_groups(effects).items())[:2]
     if marker == "study short":
         metrics = ["understanding", *drawn[1]]

@@ -106,7 +106,8 @@ def _pictures(config: Config, effects: Effects) -> str:
     """For the first prompts what the model draws before, and each arm of the first seed after; empty without models."""
     models = {BASE: config.model}
     for arm in effects.arms:
-        folder = arm_config(config, arm, effects.seeds[0]).run_folder / f"round-{effects.rounds}" / "model"
+        of_arm = arm_config(config, arm, effects.seeds[0])
+        folder = of_arm.run_folder / f"round-{of_arm.selfplay.num_rounds}" / "model"
         if folder.exists():
             models[arm] = replace(config.model, name=str(folder))
     if len(models) == 1:

@@ -156,7 +156,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     if arm != PAIR_DPO:  # of which candidates may be looked at later
         for folder in run.folder.glob("round-*/candidates"):
             shutil.rmtree(folder)
-    return _line(arm, seed, rounds, result, of_arm, began)
+    return _line(arm, seed, rounds, result, of_arm, began) | {"settings": _arm_digest(config, arm, seed)}
 
 
 def _start(config: Config, arm: str, seed: int) -> ModelConfig:
@@ -166,7 +166,10 @@ def _start(config: Config, arm: str, seed: int) -> ModelConfig:
     before = arm_config(config, ARMS[arm].after, seed)
     folder = before.run_folder / f"round-{before.selfplay.num_rounds}" / "model"
     if not folder.exists():
-        raise InputError(f"{folder}: is missing, and {arm} goes on from it; add {ARMS[arm].after} to study.arms")
+        raise InputError(
+            f"{folder}: is missing, and {arm} goes on from it; remove the line of {ARMS[arm].after} and seed {seed} from "
+            "study.jsonl, so that it is made again"
+        )
     return replace(config.model, name=str(folder))
 
 
@@ -218,6 +221,14 @@ def settings_digest(config: Config) -> str:
         if values[section][name] == default:
             del values[section][name]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _arm_digest(config: Config, arm: str, seed: int) -> str:
+    """Of an arm's settings, and of the arm's that it goes on from."""
+    if arm == BASE:
+        return settings_digest(config)
+    before = f"{_arm_digest(config, ARMS[arm].after, seed)}+" if ARMS[arm].after else ""
+    return before + settings_digest(arm_config(config, arm, seed))
 
 
 def _measure_base(model: Model, config: Config) -> Line:
@@ -299,7 +310,10 @@ def _share(source: Path, folder: Path, num_rounds: int) -> None:
 
 def _check_arms(config: Config) -> None:
     """Refuses settings that an arm cannot have, before anything is run."""
-    for arm in config.study.arms:
+    for place, arm in enumerate(config.study.arms):
+        after = ARMS[arm].after
+        if after and after not in config.study.arms[:place]:
+            raise InputError(f"study: {arm} goes on from {after}; name {after} before it in study.arms")
         try:
             arm_config(config, arm, config.study.seeds[0])
         except ConfigError as error:
@@ -309,8 +323,7 @@ def _check_arms(config: Config) -> None:
 def _check_settings(path: Path, lines: Sequence[Line], config: Config) -> None:
     """Refuses lines that were measured under other settings."""
     for line in lines:
-        expected = config if line["arm"] == BASE else arm_config(config, line["arm"], line["seed"])
-        if line["settings"] != settings_digest(expected):
+        if line["settings"] != _arm_digest(config, line["arm"], line["seed"]):
             raise InputError(
                 f"{path}: {line['arm']} was measured under other settings; choose another run.name, or delete "
                 f"{path.parent} to start over"

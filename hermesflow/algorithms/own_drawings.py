@@ -1,9 +1,9 @@
 """Reading learned from painting: answers about the model's own drawings, whose labels are the prompts.
 
-A model may paint well what it reads badly. It draws the captions that state such things; of the drawings those are kept
-about which it answers every other question as the caption does, since they mostly show the rest rightly too; and the
-questions that are left are trained on them. With q the probability of the caption's answer, and p and q those of a
-choice by the model before the first round and now, a step learns
+A model may paint well what it reads badly. It draws the captions that state such things. It keeps a drawing if it
+answers all other questions about it as the caption does, for then the drawing is mostly right in full, and trains the
+taught questions with the caption's answers. With q the probability of an answer now, and p what it was before the first
+round, a step learns
 
     L = mean over its visits of the mean over a drawing's questions of -log q + q - 1,
         or over a real image's questions of the sum over choices of p log(p / q) - p + q
@@ -32,7 +32,7 @@ from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Question, Record
 from hermesflow.models.model import Model
-from hermesflow.runtime.distributed import gather, gathered, rank, world_size
+from hermesflow.runtime.distributed import gather, rank, world_size
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.seeds import candidate_seeds, shuffled_epochs
 from hermesflow.scoring.scorers import find_matcher
@@ -53,24 +53,23 @@ class OwnDrawings(PairDPO):
         Args:
             model: draws, judges and is trained.
             records: with codes and questions, and ids of their own.
-            config: own_drawings, drawing, and of train what the replay takes: pairs_per_step visits,
-                replayed_questions of each.
-            seed: of the drawings, and the order of visits and questions.
+            config: own_drawings, drawing, curation.answer_scorer, and of train what the replay takes: pairs_per_step
+                visits, an even number, and replayed_questions of each.
+            seed: of the drawings, which a resumed run makes again, and the order of visits and questions.
         Raises: InputError if no caption states what is asked for, no drawing can be used, or a record has no questions.
         """
         self.config = replace(config.train, replay_target="reference", replay_weight=1.0)
-        self._all, self._types = config, set(config.own_drawings.element_types)
+        self._settings, self._types = config, set(config.own_drawings.element_types)
         for record in records:
             check_record(model, record)
-        asked = [record for record in records if any(map(self._is_taught, record.questions))]
+        asked = [record for record in records if len(set(map(self._is_taught, record.questions))) == 2]
         if not asked:
             raise InputError(
-                f"own_drawings.element_types: no record asks for {', '.join(sorted(self._types))}; name types that "
-                f"questions have, such as {', '.join(_types_of(records))}"
+                f"own_drawings.element_types: no record asks for {', '.join(sorted(self._types))} and for something "
+                f"else; name some of the types that questions have: {', '.join(_types_of(records)) or 'none'}"
             )
         share = np.array_split(np.arange(len(asked)), world_size())[rank()]
-        with gathered(model.transformer):
-            mine = list(self._draw(model, [asked[place] for place in share], seed))
+        mine = list(self._draw(model, [asked[place] for place in share], seed))
         own = [record for of_rank in gather(mine) for record in of_rank]
         if not own:
             raise InputError(
@@ -84,10 +83,14 @@ class OwnDrawings(PairDPO):
     def check(config: Config) -> None:
         """Raises InputError on settings that do not go together."""
         find_matcher(config.curation)
+        if config.train.pairs_per_step % 2:
+            raise InputError(
+                f"train.pairs_per_step {config.train.pairs_per_step}: half of them are of drawings; give an even number"
+            )
 
     def visits(self, step: int) -> list[PairVisit]:
         """Of a step."""
-        half, seed = max(self.config.pairs_per_step // 2, 1), self.packer.seed
+        half, seed = self.config.pairs_per_step // 2, self.packer.seed
         positions = range(step * half, (step + 1) * half)
         own = shuffled_epochs([seed, 0], self._num_own, positions)
         real = shuffled_epochs([seed, 1], self._num_real, positions)
@@ -99,10 +102,10 @@ class OwnDrawings(PairDPO):
         return _Labelled(make_reference(policy, self.packer, visits, path), self._num_own)
 
     def _draw(self, model: Model, records: Sequence[Record], seed: int) -> Iterator[Record]:
-        """Drawings that may be used, as records with the taught questions. A question's only choice is its answer, for
-        that the others are wrong is not said."""
-        sampling, count = asdict(model.sampling_of(self._all.drawing)), self._all.own_drawings.num_images
-        match_answers = find_matcher(self._all.curation)
+        """Drawings that may be used, as records with the taught questions. A question's only choice is its answer: the
+        other choices are not known to be wrong."""
+        sampling, count = asdict(model.sampling_of(self._settings.drawing)), self._settings.own_drawings.num_images
+        match_answers = find_matcher(self._settings.curation)
         for start in range(0, len(records), _RECORDS_AT_ONCE):
             part = records[start : start + _RECORDS_AT_ONCE]
             seeds = torch.from_numpy(candidate_seeds(seed, [record.id for record in part], "own drawing", count))
@@ -138,4 +141,4 @@ class _Labelled:
 
 
 def _types_of(records: Sequence[Record]) -> list[str]:
-    return sorted({question.element_type for record in records for question in record.questions})
+    return sorted({question.element_type for record in records for question in record.questions} - {""})

@@ -208,16 +208,17 @@ def describe_judge(metrics: dict[str, Any]) -> list[str]:
 
 
 def describe_cost(summary: dict[str, Any]) -> list[str]:
-    """What a run took, in a line; none where its seconds are not known.
+    """What the phases of a run took, in a line; of a phase that was resumed after a kill, the time since then. None
+    where no seconds were noted.
 
     Args:
         summary: what summary.json holds.
     """
     stages = [metrics.get("seconds", {}) for metrics in (summary["before"], *summary["rounds"])]
-    phases = dict.fromkeys(phase for stage in stages for phase in stage)
-    spent = {phase: sum(stage.get(phase, 0.0) for stage in stages) for phase in sorted(phases)}
+    phases = sorted({phase for stage in stages for phase in stage})
+    spent = {phase: sum(stage.get(phase, 0.0) for stage in stages) for phase in phases}
     told = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
-    return [f"cost: {sum(spent.values()):.0f} s of computing ({told})"] if spent else []
+    return [f"time: {sum(spent.values()):.0f} s ({told})"] if spent else []
 
 
 def describe_data(summary: dict[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ def make_lines(rng, gains, *, size=200, seeds=(1, 2, 3, 4), seed_spread=0.01):
 
 def test_effects_find_what_is_there_and_nothing_else():
     effects = Effects(make_lines(np.random.default_rng(2), {"pair-dpo": 0.08, "no-op": 0.0}))
-    assert effects.arms == ["pair-dpo", "no-op"] and effects.seeds == [1, 2, 3, 4] and effects.rounds == 3
+    assert effects.arms == ["pair-dpo", "no-op"] and effects.seeds == [1, 2, 3, 4]
     assert (effects.num_prompts, effects.num_images, effects.num_understanding) == (200, 400, 150)
     for metric in HEADLINE[:3]:
         assert effects.change("pair-dpo", metric)["significant"] and not effects.change("no-op", metric)["significant"]
@@ -173,10 +173,14 @@ def test_an_arm_goes_on_from_another_of_its_seed(config, evaluated, console, mon
         expected = config.run_folder / f"grpo-seed-{seed}/round-1/model"
         assert begun[f"grpo+own-drawings-seed-{seed}"] == str(expected) and expected.exists()
     elsewhere = replace(config, run=replace(config.run, name="other"))  # where it lies is no setting
-    digest = runner.settings_digest(runner.arm_config(elsewhere, "grpo+own-drawings", 1))
-    assert [line["settings"] for line in lines if line["arm"] == "grpo+own-drawings"] == [digest] * 2
-    with pytest.raises(InputError, match="goes on from it; add grpo to study.arms"):
-        runner.run_arm(elsewhere, "grpo+own-drawings", 1)
+    of_grpo, own = (runner.settings_digest(runner.arm_config(elsewhere, arm, 1)) for arm in arms[1:])
+    assert [line["settings"] for line in lines if line["arm"] == arms[2]] == [f"{of_grpo}+{own}"] * 2
+    with pytest.raises(InputError, match="goes on from it; remove the line of grpo and seed 1 from study.jsonl"):
+        runner.run_arm(elsewhere, arms[2], 1)
+    for some in (("pair-dpo", arms[2]), ("pair-dpo", arms[2], "grpo")):
+        with pytest.raises(InputError, match="goes on from grpo; name grpo before it in study.arms"):
+            run_study(replace(elsewhere, study=replace(config.study, arms=some)), console)
+    assert not elsewhere.run_folder.exists() or not (elsewhere.run_folder / "study.jsonl").exists()
 
 
 def test_an_arm_without_training_is_measured_once(config, evaluated, console, monkeypatch):
@@ -527,7 +531,7 @@ def study(folder, *options):
 def test_lines_are_enough_for_table_readme_and_page(finished, capsys):
     assert study(finished, "--readme", str(finished / "README.md")) == 0
     shown, text = " ".join(capsys.readouterr().out.split()), (finished / "README.md").read_text()
-    assert "4 seeds of each arm after 3 rounds, 200 prompts with 400 images and 150 real images" in shown
+    assert "4 seeds of each arm, 200 prompts with 400 images and 150 real images" in shown
     assert "pair-dpo minus understanding-only: understanding: yes, +" in shown
     assert "pair-dpo minus generation-only: generation: not shown" in shown
     assert text.startswith("# A\n\n<!-- study -->\n\n4 seeds of each arm") and text.endswith("\n<!-- /study -->\nB\n")
@@ -549,6 +553,12 @@ def test_a_short_table_for_one_file_and_all_tables_for_another(finished):
     short.write_text("<!-- study short -->\n<!-- /study -->\n")
     assert study(finished, "--readme", str(short), "--readme", str(full)) == 0
     assert "minus" in full.read_text() and "minus" not in short.read_text()
+    short.write_text("<!-- study shrt -->\n<!-- /study -->\n")
+    assert (
+        study(finished, "--readme", str(short)) == 2 and short.read_text() == "<!-- study shrt -->\n<!-- /study -->\n"
+    )
+    short.write_text("<!-- study short -->\n<!-- /study -->\n")
+    assert study(finished, "--readme", str(short)) == 0
     [header] = [line for line in short.read_text().splitlines() if line.startswith("| measured")]
     assert header == "| measured: %, change in points | understanding | 8/0.7, strict |"
 
@@ -585,14 +595,17 @@ def test_the_part_of_the_gap_that_closes_has_an_interval():
 
 def test_pictures_are_drawn_by_the_models_that_are_there(finished, monkeypatch):
     config = load_config(finished / "study.toml", ["eval.num_prompts=8"])
-    effects, opened = Effects(make_lines(np.random.default_rng(9), {"pair-dpo": 0.1, "no-op": 0.0})), []
-    folder = arm_config(config, "pair-dpo", 1).run_folder / "round-3/model"
-    folder.mkdir(parents=True)
+    gains = {"pair-dpo": 0.1, "grpo": 0.1, "no-op": 0.0}
+    effects, opened = Effects(make_lines(np.random.default_rng(9), gains)), []
+    rounds = {"pair-dpo": 3, "grpo": 1}
+    folders = [arm_config(config, arm, 1).run_folder / f"round-{last}/model" for arm, last in rounds.items()]
+    for folder in folders:
+        folder.mkdir(parents=True)
     monkeypatch.setattr(page, "open_model", lambda model: opened.append(model.name))
     pixels = np.zeros((6, 1, 8, 8, 3), np.uint8)
     monkeypatch.setattr(page, "draw_images", lambda model, records, settings: pixels[: len(records)])
     html = page.write_page(config, effects).read_text()
-    assert opened == ["tiny", str(folder)] and html.count("<img") == 12
+    assert opened == ["tiny", *map(str, folders)] and html.count("<img") == 18
     assert html.count("<figcaption>before self-play</figcaption>") == 6
 
 

@@ -236,8 +236,27 @@ def test_settings_need_no_set_before_them(stand_in, capsys):
     assert (runs[0].train.lr, runs[0].train.beta, runs[0].run.name) == (0.5, 2.0, "a=b")
     assert cli.main(["selfplay", "train.learning_rate=1"]) == 2
     assert "--set train.learning_rate=1: unknown key train.learning_rate; the nearest is train.lr" in error_line(capsys)
-    given = ["generate", "a=b", "trainer.lr=1", "x", "--", "train.lr=1"]  # prompts
-    assert with_settings(given) == given
+    assert cli.main(["selfplay", "lr=1"]) == 2
+    assert "--set lr=1: unknown key lr; the nearest is " in error_line(capsys)
+
+
+def test_what_is_no_setting_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.name=a.png").touch()
+    for given in (
+        ["generate", "a=b", "trainer.lr=1", "drawing.num_steps=4 red circles", "x", "--", "train.lr=1"],
+        ["generate", "x", "-o", "run.name=1", "--set", "train.lr=1"],
+        ["caption", "run.name=a.png", "x.png"],
+        ["selfplay", "--config", "data.source=2.toml", "--model=a=b"],
+        ["bench", "table", "data.source=1.jsonl"],
+        ["unknown", "train.lr=1"],
+        [],
+    ):
+        assert with_settings(given) == given
+    given = ["generate", "a", "drawing.num_steps=4", "b", "--", "c"]
+    assert with_settings(given) == ["generate", "a", "b", "--set", "drawing.num_steps=4", "--", "c"]
+    with pytest.raises(SystemExit):
+        cli.main(["selfplay", "--se", "train.lr=1"])
 
 
 def test_config_prints_and_writes_all_settings(tmp_path, monkeypatch, capsys):

@@ -100,6 +100,7 @@ def test_a_string_needs_no_quotes_on_the_command_line(override, value):
         ("train.num_steps=1e3", 1000),
         ("train.num_steps=1_000", 1000),
         ("eval.seed=9007199254740993", 2**53 + 1),
+        ("eval.seed=09007199254740993", 2**53 + 1),
     ],
 )
 def test_values_are_read_as_people_write_them(override, value):
@@ -166,6 +167,10 @@ SET_MISTAKES = {
     "no equals": ("train.lr", "expected section.key=value"),
     "no section": ("lr=1", r"unknown key lr; the nearest is \w+\.lr$"),
     "a fraction for a count": ("train.num_steps=1.5", r"expected a whole number \(int\), got 1.5"),
+    "too large": ("train.num_steps=1e300", r"expected a whole number \(int\), got 1e\+300"),
+    "infinite": ("train.lr=1e400", "expected a finite number"),
+    "not a number": ("train.lr=NaN", "expected a finite number"),
+    "a number in quotes": ('train.num_steps="12"', "expected a whole number"),
     "no number": ("train.num_steps=many", r"expected a whole number \(int\), got 'many'"),
     "no truth": ("train.compile=yes", "expected true or false, got 'yes'"),
     "misspelt": ("train.betta=1", "unknown key train.betta; the nearest is train.beta$"),

@@ -9,6 +9,7 @@ import torch
 
 from hermesflow.algorithms.batch import REPLAY
 from hermesflow.algorithms.own_drawings import OwnDrawings
+from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.config import load_config
 from hermesflow.models import load_model
@@ -109,6 +110,19 @@ def test_the_labels_are_learned_and_a_resumed_run_ends_alike(relations, tmp_path
     assert lines[-1]["replay/kl"] < lines[0]["replay/kl"]  # at first of the labels alone
 
 
+def test_bfloat16_learns_from_the_same_drawings(relations, learner, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(OwnDrawings, "passes", lambda self, visits: made.append(self) or PairDPO.passes(self, visits))
+    train_records(
+        load_model("tiny"),
+        relations,
+        config_of("train.dtype=bfloat16", "train.num_steps=2"),
+        seed=0,
+        folder=tmp_path,
+    )
+    assert made[0].packer.pairs.equals(learner.packer.pairs)
+
+
 def _killed_at(last, visits):
     seen = []
 
@@ -124,7 +138,7 @@ def _killed_at(last, visits):
 def test_what_cannot_be_taught_is_refused(relations):
     model = load_model("tiny")
     with pytest.raises(
-        InputError, match="no record asks for food; name types that questions have, such as background, "
+        InputError, match="no record asks for food and for something else; .* have: background, color, "
     ):
         OwnDrawings(model, relations, config_of('own_drawings.element_types=["food"]'), 0)
     with pytest.raises(InputError, match="has no questions to judge its images by"):
@@ -145,5 +159,10 @@ def test_what_cannot_be_taught_is_refused(relations):
         OwnDrawings(model, wrong, config_of(), 0)
     with pytest.raises(InputError, match="own_drawings.element_types: expected at least one, got none"):
         config_of("own_drawings.element_types=[]")
+    with pytest.raises(InputError, match="train.pairs_per_step 3: half of them are of drawings; give an even number"):
+        check_training(config_of("train.pairs_per_step=3"))
+    every = 'own_drawings.element_types=["background","color","count","location","object","size","spatial"]'
+    with pytest.raises(InputError, match="and for something else"):  # nothing is left to judge a drawing by
+        OwnDrawings(model, relations, config_of(every), 0)
     with pytest.raises(InputError, match="train.holdout_pairs: expected 0 with own-drawings"):
         check_training(config_of("train.holdout_pairs=2"))

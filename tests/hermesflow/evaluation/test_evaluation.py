@@ -390,7 +390,7 @@ def test_the_closing_table_says_what_changed():
     after = {name: lines[lines.index(name) + 2] for name in ("record questions", "generation", "gap")}
     assert after["record questions"].endswith("no significant change")
     assert after["generation"].endswith("better") and after["gap"].endswith("down")
-    assert "7 of 9 records gave pairs" in text and "cost: 3 s of computing (training 3 s)" in text
+    assert "7 of 9 records gave pairs" in text and "time: 3 s (training 3 s)" in text
     said = summaries.headline({"before": before, "rounds": rounds})
     assert said.startswith("After 1 round, on 300 held-out prompts: gap: down") and "generation: up" in said
     assert "understanding (record questions, which ask only of what is there): no significant change" in said
