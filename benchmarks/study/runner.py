@@ -167,8 +167,8 @@ def _start(config: Config, arm: str, seed: int) -> ModelConfig:
     folder = before.run_folder / f"round-{before.selfplay.num_rounds}" / "model"
     if not folder.exists():
         raise InputError(
-            f"{folder}: is missing, and {arm} goes on from it; remove the line of {ARMS[arm].after} and seed {seed} from "
-            "study.jsonl, so that it is made again"
+            f"{folder}: is missing, and {arm} goes on from it; remove the line of {ARMS[arm].after} and seed {seed} "
+            "from study.jsonl, so that it is made again"
         )
     return replace(config.model, name=str(folder))
 
