@@ -130,6 +130,10 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     if not evaluations:
         return {"before": None, "rounds": []}, missing
     before, rounds = summarize(evaluations)
+    seconds = folder / "round-0" / "seconds.json"
+    with _naming(seconds, "seconds"):
+        before["seconds"] = read_json(seconds) if seconds.exists() else {}
+        describe_cost({"before": before, "rounds": []})
     for number, metrics in enumerate(rounds, 1):
         path = folder / f"round-{number}"
         if not _is_online(config):

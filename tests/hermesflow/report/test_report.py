@@ -235,6 +235,8 @@ def test_an_unfinished_run_says_what_is_missing(run, gone, told, shows):
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     page = read(run)
     assert told in page.text and shows in page.text
+    assert ("time: 2 s (evaluation 2 s)" in page.text) == (gone == [])
+    assert ("time: 1 s (evaluation 1 s)" in page.text) == (bool(gone) and "round-0" not in gone)
     assert ("This run is not finished" in page.text) == bool(gone)
 
 
@@ -296,10 +298,11 @@ def test_json_that_is_something_else_is_named(run, name, value):
 
 
 @pytest.mark.parametrize("value", [[], {"a": "x"}, {"a": []}], ids=["list", "text", "nested"])
-@pytest.mark.parametrize("name", ["training", "seconds"])
+@pytest.mark.parametrize("name", ["round-1/training", "round-1/seconds", "round-0/seconds"])
 def test_numbers_of_a_round_that_are_something_else_are_named(run, name, value):
     (run / "summary.json").unlink()
-    write_json(run / "round-1" / f"{name}.json", value)
+    write_json(run / f"{name}.json", value)
+    name = name.partition("/")[2]
     with pytest.raises(InputError, match=f"{name}.json: damaged {name} file"):
         write_report(run)
 
