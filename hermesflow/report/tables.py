@@ -214,10 +214,11 @@ def describe_cost(summary: dict[str, Any]) -> list[str]:
     Args:
         summary: what summary.json holds.
     """
-    stages = [metrics.get("seconds", {}) for metrics in (summary["before"], *summary["rounds"])]
-    phases = sorted({phase for stage in stages for phase in stage})
-    spent = {phase: sum(stage.get(phase, 0.0) for stage in stages) for phase in phases}
-    told = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())
+    spent: dict[str, float] = {}
+    for metrics in (summary["before"], *summary["rounds"]):
+        for phase, seconds in metrics.get("seconds", {}).items():
+            spent[phase] = spent.get(phase, 0.0) + seconds
+    told = ", ".join(f"{phase} {spent[phase]:.0f} s" for phase in sorted(spent))
     return [f"time: {sum(spent.values()):.0f} s ({told})"] if spent else []
 
 
