@@ -121,7 +121,8 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
         rows: (label, effect as a fraction, verdict); a verdict of "better" or "worse" gives the color.
     Returns: an <svg> element.
     """
-    width, left, right, top, row_height = 400, 136, 58, 22, 24
+    width, right, top, row_height = 400, 58, 22, 24
+    left = max(136, 16 + 8 * max(len(label) for label, _, _ in rows))  # a letter of a name is 8 wide at most
     height = top + row_height * len(rows)
     low, high = min(0.0, *(row[1].low for row in rows)), max(0.0, *(row[1].high for row in rows))
     scale = (width - left - right) / (high - low or 1)
