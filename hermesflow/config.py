@@ -643,9 +643,9 @@ def _parse_value(text: str, expected: Any) -> Any:
         return text.lower() == "true"
     if expected in (int, float) and value is text:
         with contextlib.suppress(ValueError):
-            value = int(text)
+            value = float(text)
         with contextlib.suppress(ValueError):
-            value = float(text) if value is text else value
+            value = int(text)
     is_whole = expected is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     return int(value) if is_whole else value
 

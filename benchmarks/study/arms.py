@@ -20,7 +20,7 @@ class Arm(NamedTuple):
     same_pairs: bool = False
     """Whether it trains on pair-dpo's pairs in every round, rather than on those of its own model."""
     after: str = ""
-    """The arm whose model it goes on from; empty: the study's."""
+    """The arm whose model it starts from; empty: the model of the study."""
     best_of: int = 0
     """Draw so many images for each one and let the model itself choose, without training; 0 trains."""
 

@@ -137,7 +137,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 
     Args:
         config: the study's settings.
-        arm: a name in ARMS; but for pair-dpo, that of the seed must be done, and the arm that it goes on from.
+        arm: a name in ARMS. The seed's pair-dpo must be done before it, and so must the arm that it starts from.
         seed: of the run.
     Returns: its line; see run_study.
     Raises: InputError if the arm's run has other settings or keeps no pair, or what it shares is missing.
@@ -160,14 +160,14 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 
 
 def _start(config: Config, arm: str, seed: int) -> ModelConfig:
-    """The model that an arm goes on from."""
+    """The model that an arm starts from."""
     if not ARMS[arm].after:
         return config.model
     before = arm_config(config, ARMS[arm].after, seed)
     folder = before.run_folder / f"round-{before.selfplay.num_rounds}" / "model"
     if not folder.exists():
         raise InputError(
-            f"{folder}: is missing, and {arm} goes on from it; remove the line of {ARMS[arm].after} and seed {seed} "
+            f"{folder}: is missing, and {arm} starts from it; remove the line of {ARMS[arm].after} and seed {seed} "
             "from study.jsonl, so that it is made again"
         )
     return replace(config.model, name=str(folder))
@@ -224,7 +224,7 @@ def settings_digest(config: Config) -> str:
 
 
 def _arm_digest(config: Config, arm: str, seed: int) -> str:
-    """Of an arm's settings, and of the arm's that it goes on from."""
+    """A fingerprint of an arm's settings and of those of the arm that it starts from."""
     if arm == BASE:
         return settings_digest(config)
     before = f"{_arm_digest(config, ARMS[arm].after, seed)}+" if ARMS[arm].after else ""
@@ -313,7 +313,7 @@ def _check_arms(config: Config) -> None:
     for place, arm in enumerate(config.study.arms):
         after = ARMS[arm].after
         if after and after not in config.study.arms[:place]:
-            raise InputError(f"study: {arm} goes on from {after}; name {after} before it in study.arms")
+            raise InputError(f"study: {arm} starts from {after}; name {after} before it in study.arms")
         try:
             arm_config(config, arm, config.study.seeds[0])
         except ConfigError as error:

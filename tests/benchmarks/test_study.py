@@ -158,7 +158,7 @@ def test_online_arms_share_records_and_no_pairs(config, evaluated, console, monk
     assert evaluated == [BASE, *(f"{arm}-seed-1" for arm in arms)]
 
 
-def test_an_arm_goes_on_from_another_of_its_seed(config, evaluated, console, monkeypatch):
+def test_an_arm_starts_from_another_of_its_seed(config, evaluated, console, monkeypatch):
     begun = {}
 
     def play_round(run, number):
@@ -175,10 +175,10 @@ def test_an_arm_goes_on_from_another_of_its_seed(config, evaluated, console, mon
     elsewhere = replace(config, run=replace(config.run, name="other"))  # where it lies is no setting
     of_grpo, own = (runner.settings_digest(runner.arm_config(elsewhere, arm, 1)) for arm in arms[1:])
     assert [line["settings"] for line in lines if line["arm"] == arms[2]] == [f"{of_grpo}+{own}"] * 2
-    with pytest.raises(InputError, match="goes on from it; remove the line of grpo and seed 1 from study.jsonl"):
+    with pytest.raises(InputError, match="starts from it; remove the line of grpo and seed 1 from study.jsonl"):
         runner.run_arm(elsewhere, arms[2], 1)
     for some in (("pair-dpo", arms[2]), ("pair-dpo", arms[2], "grpo")):
-        with pytest.raises(InputError, match="goes on from grpo; name grpo before it in study.arms"):
+        with pytest.raises(InputError, match="starts from grpo; name grpo before it in study.arms"):
             run_study(replace(elsewhere, study=replace(config.study, arms=some)), console)
     assert not elsewhere.run_folder.exists() or not (elsewhere.run_folder / "study.jsonl").exists()
 
