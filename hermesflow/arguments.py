@@ -280,6 +280,14 @@ COMMANDS = (
         configured=False,
     ),
     _command(
+        "merge", "write the mean of the weights of models that were trained from one start",
+        "runs/pairs runs/online -o runs/merged",
+        _option("sources MODEL", "runs' folders (their last trained rounds), or models'", nargs="+"),
+        _output("where it goes", required=True),
+        _option("--family NAME", "the models' family, or module:object of your own [by config.json; a run's own]"),
+        configured=False,
+    ),
+    _command(
         "report", "write the page that shows a run", "runs/demo",
         _option("run_folder RUN", "the run's folder [as configured]", Path, nargs="?"),
     ),

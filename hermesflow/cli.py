@@ -280,6 +280,13 @@ def _export(arguments: Arguments, config: Config) -> None:
     print(arguments.output)
 
 
+def _merge(arguments: Arguments, config: Config) -> None:
+    from hermesflow.runs import merge_trained
+
+    merge_trained(arguments.sources, arguments.output, arguments.family or "auto")
+    print(arguments.output)
+
+
 def _report(arguments: Arguments, config: Config) -> None:
     from hermesflow.report.page import write_report
 
@@ -365,7 +372,7 @@ _RUN: dict[str, Callable[[Arguments, Config], int | None]] = {
     "selfplay": _selfplay, "pretrain": _pretrain, "generate": _generate, "inpaint": _inpaint,
     "extrapolate": _extrapolate, "caption": _caption, "answer": _answer, "curate": _curate, "train": _train,
     "pairs export": _pairs_export, "pairs import": _pairs_import, "score": _score, "questions": _questions,
-    "eval": _eval, "export": _export, "report": _report, "study": _study, "config": _config, "doctor": _doctor,
-    "bench ops": _bench_ops, "bench e2e": _bench_e2e, "bench train": _bench_train, "bench drop-in": _bench_drop_in,
-    "bench table": _bench_table,
+    "eval": _eval, "export": _export, "merge": _merge, "report": _report, "study": _study, "config": _config,
+    "doctor": _doctor, "bench ops": _bench_ops, "bench e2e": _bench_e2e, "bench train": _bench_train,
+    "bench drop-in": _bench_drop_in, "bench table": _bench_table,
 }  # fmt: skip

@@ -38,6 +38,7 @@ from hermesflow.data.records import Record, RecordFile, write_records
 from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
 from hermesflow.evaluation.metrics import check_same_records, is_balanced, summarize
 from hermesflow.models.family import load_model, open_model
+from hermesflow.models.merging import merge_models
 from hermesflow.models.model import Model, model_digest
 from hermesflow.runtime.distributed import is_main, on_main
 from hermesflow.runtime.files import (
@@ -474,15 +475,49 @@ def export_model(source: str, folder: Path, dtype: torch.dtype | None = None, fa
         family: see load_model; of a run its own.
     Raises: InputError if there is no such model, its family has no published layout, or the folder holds anything.
     """
-    rounds = sorted(Path(source).glob("round-*/model"), key=lambda path: int(path.parent.name.removeprefix("round-")))
-    if not rounds and (Path(source) / "config.toml").is_file():
-        raise InputError(f"{source}: no round of this run is trained yet; run it first, or give a model")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there is something already; choose another folder, or remove it")
-    if rounds and (Path(source) / "config.toml").is_file():
-        family = load_config(Path(source) / "config.toml").model.family
-    model = load_model(str(rounds[-1]) if rounds else source, family=family)
+    _check_empty(folder)
+    model = load_trained(source, family)
     if not model.is_published:
         raise InputError(f"{source}: its family has no published layout; its folder is what load_model opens")
     with atomic_folder(folder) as temporary:
         model.save(temporary, dtype)
+
+
+def merge_trained(sources: Sequence[str], folder: Path, family: str = "auto") -> None:
+    """Writes the mean of several models' weights as a model, all at once.
+
+    Args:
+        sources: two or more, trained from one start; as load_trained takes them.
+        folder: where to; a new or an empty one.
+        family: see load_model; of runs their own.
+    Raises: InputError as load_trained and merge_models do, or if there are fewer than two or the folder holds anything.
+    """
+    if len(sources) < 2:
+        raise InputError(f"merge: expected two models or more, got {len(sources)}; name those whose mean is wanted")
+    _check_empty(folder)
+    model = load_trained(sources[0], family)
+    merge_models(model, (load_trained(source, family) for source in sources[1:]))
+    with atomic_folder(folder) as temporary:
+        model.save(temporary)
+
+
+def load_trained(source: str, family: str = "auto") -> Model:
+    """The model of a run's last trained round, or what load_model opens.
+
+    Args:
+        source: a run's folder, or a name for load_model.
+        family: see load_model; of a run its own.
+    Raises: InputError if there is no such model, or no round of the run is trained yet.
+    """
+    rounds = sorted(Path(source).glob("round-*/model"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+    is_run = (Path(source) / "config.toml").is_file()
+    if is_run and not rounds:
+        raise InputError(f"{source}: no round of this run is trained yet; run it first, or give a model")
+    if is_run:
+        family = load_config(Path(source) / "config.toml").model.family
+    return load_model(str(rounds[-1]) if rounds else source, family=family)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there is something already; choose another folder, or remove it")

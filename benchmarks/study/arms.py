@@ -21,10 +21,20 @@ class Arm(NamedTuple):
     """Whether it trains on pair-dpo's pairs in every round, rather than on those of its own model."""
     after: str = ""
     """The arm whose model it starts from; empty: the model of the study."""
+    mean_of: tuple[str, ...] = ()
+    """The arms whose models' weights it takes the mean of, without training of its own."""
     best_of: int = 0
     """Draw so many images for each one and let the model itself choose, without training; 0 trains."""
 
 
+_GRPO = Arm(
+    "Self-play by GRPO: images that the model draws and judges as it learns, in one round as long as three.",
+    {
+        "selfplay": {"algorithm": "grpo", "num_rounds": 1},
+        "data": {"num_records": 1536},
+        "train": {"num_steps": 144, "lr": 5e-5, "replay_weight": 2.0},
+    },
+)
 _OWN_DRAWINGS = Arm(
     "Training on answers about the model's own drawings, whose labels are the prompts: reading learned from painting.",
     {
@@ -36,14 +46,7 @@ _OWN_DRAWINGS = Arm(
 
 ARMS = {
     "pair-dpo": Arm("Self-play as it is: Pair-DPO on pairs that the model itself chose."),
-    "grpo": Arm(
-        "Self-play by GRPO: images that the model draws and judges as it learns, in one round as long as three.",
-        {
-            "selfplay": {"algorithm": "grpo", "num_rounds": 1},
-            "data": {"num_records": 1536},
-            "train": {"num_steps": 144, "lr": 5e-5, "replay_weight": 2.0},
-        },
-    ),
+    "grpo": _GRPO,
     "no-op": Arm(
         "All steps on pair-dpo's pairs, whose loss counts zero times: what is left to follow is the replay's rounding.",
         {"train": {"preference_weight": 0.0, "nll_weight": 0.0}},
@@ -95,8 +98,18 @@ ARMS = {
     "grpo+own-drawings": _OWN_DRAWINGS._replace(
         told="GRPO, and then training on answers about the drawings of the model that came out.", after="grpo"
     ),
+    "pair-dpo+grpo": _GRPO._replace(told="Pair-DPO, and then GRPO on the model that came out.", after="pair-dpo"),
+    "pair-dpo+grpo+own-drawings": _OWN_DRAWINGS._replace(
+        told="Pair-DPO, then GRPO, and then answers about own drawings.", after="pair-dpo+grpo"
+    ),
+    "merged": Arm("The mean of the weights that pair-dpo and grpo end with.", mean_of=("pair-dpo", "grpo")),
 }
 """Arms by the names of hermesflow.config.STUDY_ARMS."""
+
+
+def comes_from(arm: str) -> tuple[str, ...]:
+    """The arms whose models an arm begins with."""
+    return (ARMS[arm].after,) if ARMS[arm].after else ARMS[arm].mean_of
 
 
 def arm_config(config: Config, arm: str, seed: int) -> Config:

@@ -28,12 +28,13 @@ from rich.console import Console
 
 from hermesflow.benchmarks.lines import Line, read_objects, write_lines
 from hermesflow.benchmarks.measuring import run_facts
-from hermesflow.benchmarks.study.arms import ARMS, arm_config
+from hermesflow.benchmarks.study.arms import ARMS, arm_config, comes_from
 from hermesflow.config import STUDY_ARMS, Config, ConfigError, ModelConfig
 from hermesflow.evaluation.builtin import sampler_name
 from hermesflow.evaluation.evaluation import evaluate
 from hermesflow.evaluation.metrics import measure, right_of_asked
 from hermesflow.models import Model, open_model
+from hermesflow.models.merging import merge_models
 from hermesflow.models.model import model_digest
 from hermesflow.report.tables import LABELS, format_value
 from hermesflow.runs import Run, check_origin, claim_folder
@@ -43,7 +44,7 @@ from hermesflow.selfplay import play_round
 from hermesflow.training import check_training
 
 BASE, PAIR_DPO = "base", STUDY_ARMS[0]
-SELF_PLAY = PAIR_DPO, "grpo", "grpo+own-drawings"
+SELF_PLAY = PAIR_DPO, "grpo", "grpo+own-drawings", "pair-dpo+grpo", "pair-dpo+grpo+own-drawings", "merged"
 """The arms that the others are held against."""
 COUNTS = ("right", "asked")
 """By metric, a number for each record: what was right, of how many. A metric is named by its path in an evaluation's
@@ -142,6 +143,8 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     Returns: its line; see run_study.
     Raises: InputError if the arm's run has other settings or keeps no pair, or what it shares is missing.
     """
+    if ARMS[arm].mean_of:
+        return _measure_mean(config, arm, seed)
     began, of_arm = time.perf_counter(), arm_config(config, arm, seed)
     run, rounds = Run(replace(of_arm, model=_start(config, arm, seed))), of_arm.selfplay.num_rounds
     source = arm_config(config, PAIR_DPO, seed).run_folder
@@ -159,16 +162,29 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     return _line(arm, seed, rounds, result, of_arm, began) | {"settings": _arm_digest(config, arm, seed)}
 
 
+def _measure_mean(config: Config, arm: str, seed: int) -> Line:
+    """The line of an arm that takes the mean of others."""
+    began, of_arm = time.perf_counter(), arm_config(config, arm, seed)
+    first, *others = (_start_of(config, arm, before, seed) for before in ARMS[arm].mean_of)
+    model = open_model(first)
+    merge_models(model, map(open_model, others))
+    result = evaluate(model, of_arm.drawn_by(of_arm.eval))
+    return _line(arm, seed, 0, result, of_arm, began) | {"settings": _arm_digest(config, arm, seed)}
+
+
 def _start(config: Config, arm: str, seed: int) -> ModelConfig:
     """The model that an arm starts from."""
-    if not ARMS[arm].after:
-        return config.model
-    before = arm_config(config, ARMS[arm].after, seed)
-    folder = before.run_folder / f"round-{before.selfplay.num_rounds}" / "model"
+    return _start_of(config, arm, ARMS[arm].after, seed) if ARMS[arm].after else config.model
+
+
+def _start_of(config: Config, arm: str, before: str, seed: int) -> ModelConfig:
+    """The model that another arm ended with."""
+    of_before = arm_config(config, before, seed)
+    folder = of_before.run_folder / f"round-{of_before.selfplay.num_rounds}" / "model"
     if not folder.exists():
         raise InputError(
-            f"{folder}: is missing, and {arm} starts from it; remove the line of {ARMS[arm].after} and seed {seed} "
-            "from study.jsonl, so that it is made again"
+            f"{folder}: is missing, and {arm} starts from it; remove the line of {before} and seed {seed} from "
+            "study.jsonl, so that it is made again"
         )
     return replace(config.model, name=str(folder))
 
@@ -224,10 +240,10 @@ def settings_digest(config: Config) -> str:
 
 
 def _arm_digest(config: Config, arm: str, seed: int) -> str:
-    """A fingerprint of an arm's settings and of those of the arm that it starts from."""
+    """A fingerprint of an arm's settings and of those of the arms that it comes from."""
     if arm == BASE:
         return settings_digest(config)
-    before = f"{_arm_digest(config, ARMS[arm].after, seed)}+" if ARMS[arm].after else ""
+    before = "".join(f"{_arm_digest(config, name, seed)}+" for name in comes_from(arm))
     return before + settings_digest(arm_config(config, arm, seed))
 
 
@@ -311,9 +327,9 @@ def _share(source: Path, folder: Path, num_rounds: int) -> None:
 def _check_arms(config: Config) -> None:
     """Refuses settings that an arm cannot have, before anything is run."""
     for place, arm in enumerate(config.study.arms):
-        after = ARMS[arm].after
-        if after and after not in config.study.arms[:place]:
-            raise InputError(f"study: {arm} starts from {after}; name {after} before it in study.arms")
+        for before in comes_from(arm):
+            if before not in config.study.arms[:place]:
+                raise InputError(f"study: {arm} starts from {before}; name {before} before it in study.arms")
         try:
             arm_config(config, arm, config.study.seeds[0])
         except ConfigError as error:

@@ -145,7 +145,7 @@ def test_every_arm_changes_what_it_says_and_nothing_else():
         assert {(section, key) for section in changed for key in changed[section]} <= {
             (section, key) for section, keys in arm.settings.items() for key in keys
         }
-        assert bool(changed) == (name not in ("pair-dpo", "best-of-4")) and arm.told.endswith(".")
+        assert bool(changed) == (name != "pair-dpo" and not arm.best_of and not arm.mean_of) and arm.told.endswith(".")
 
 
 def test_online_arms_share_records_and_no_pairs(config, evaluated, console, monkeypatch):
@@ -181,6 +181,29 @@ def test_an_arm_starts_from_another_of_its_seed(config, evaluated, console, monk
         with pytest.raises(InputError, match="starts from grpo; name grpo before it in study.arms"):
             run_study(replace(elsewhere, study=replace(config.study, arms=some)), console)
     assert not elsewhere.run_folder.exists() or not (elsewhere.run_folder / "study.jsonl").exists()
+
+
+def test_an_arm_takes_the_mean_of_others(config, evaluated, console, monkeypatch):
+    opened = {}
+
+    def merge(model, others):
+        opened["merged"] = [str(other) for other in others]
+
+    monkeypatch.setattr(runner, "merge_models", merge)
+    monkeypatch.setattr(runner, "open_model", lambda model: model.name)
+    monkeypatch.setattr(runner, "model_digest", lambda model: "digest")
+    arms = ("pair-dpo", "grpo", "merged")
+    lines = run_study(replace(config, study=replace(config.study, arms=arms, seeds=(1,))), console)
+    pair_dpo, grpo = (
+        config.run_folder / f"{arm}-seed-1/round-{last}/model" for arm, last in (("pair-dpo", 2), ("grpo", 1))
+    )
+    assert evaluated[-1] == str(pair_dpo) and opened["merged"] == [str(grpo)]
+    of_pairs, of_grpo, merged = (line["settings"] for line in lines[1:])
+    assert merged == f"{of_pairs}+{of_grpo}+{runner.settings_digest(runner.arm_config(config, 'merged', 1))}"
+    assert lines[-1]["rounds"] == 0
+    with pytest.raises(InputError, match="merged starts from grpo; name grpo before it in study.arms"):
+        few = replace(config.study, arms=("pair-dpo", "merged"))
+        run_study(replace(config, study=few, run=replace(config.run, name="few")), console)
 
 
 def test_an_arm_without_training_is_measured_once(config, evaluated, console, monkeypatch):
