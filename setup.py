@@ -128,7 +128,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 setup(
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"hermesflow": ["assets/**/*"], "hermesflow.benchmarks.study": ["*.toml"]},
+    package_data={"hermesflow": ["assets/**/*", "py.typed"], "hermesflow.benchmarks.study": ["*.toml"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
 )

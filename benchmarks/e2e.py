@@ -176,7 +176,7 @@ class Tasks:
                     return f"a choice's log-probability is {score}, by the published algorithm {truth}"
 
         seeds = torch.zeros(1, len(questions), 1, dtype=torch.int64)
-        answered = self.engine.extend(
+        answered = self.engine.generate_text(
             self.viewed[:1], [questions], sampling=[ANSWER_SAMPLING], seeds=seeds, text_only=False
         )[0]
         expected = [self._naive_answer(question, ANSWER_SAMPLING) for question in questions]
@@ -310,11 +310,15 @@ class Tasks:
 
     def _caption(self, images: Tensor) -> list:
         questions, seeds = [[self.caption_question]] * len(images), torch.arange(len(images) * len(CAPTION_SAMPLING))
-        return self.engine.extend(images, questions, sampling=CAPTION_SAMPLING, seeds=seeds.view(len(images), 1, -1))
+        return self.engine.generate_text(
+            images, questions, sampling=CAPTION_SAMPLING, seeds=seeds.view(len(images), 1, -1)
+        )
 
     def _answer(self, images: Tensor) -> list:
         seeds = torch.zeros(len(images), len(self.questions), 1, dtype=torch.int64)
-        return self.engine.extend(images, [self.questions] * len(images), sampling=[ANSWER_SAMPLING], seeds=seeds)
+        return self.engine.generate_text(
+            images, [self.questions] * len(images), sampling=[ANSWER_SAMPLING], seeds=seeds
+        )
 
     def _naive_images(self) -> Part:
         shape = self.shape

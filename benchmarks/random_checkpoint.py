@@ -211,7 +211,7 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
     sampling = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
     seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
     seen, question = model.view_images([Image.fromarray(image[0])]), model.caption_prompt()
-    (((ids,),),) = model.engine.extend(seen, [[question]], sampling=sampling, seeds=seeds)
+    (((ids,),),) = model.engine.generate_text(seen, [[question]], sampling=sampling, seeds=seeds)
     captioned = time.perf_counter()
     return {
         "checkpoint_mib": round(checkpoint_bytes / 2**20),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hermesflow.engine.decoders.masked import ImageDecoder, ImageRollout, Watch
+from hermesflow.engine.decoders.masked import ImageDecoder, ImageRollout, Progress
 from hermesflow.engine.decoders.text import QuestionIds, SamplingParams, TextDecoder
 from hermesflow.engine.memory_planner import MemoryPlanner
 from hermesflow.engine.rollout_logprob import RolloutStates, code_logprobs
@@ -87,7 +87,7 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a batch of extend, and of a pass of score_choices: what free memory holds and speed asks for."""
+        """Tokens of a batch of generate_text or a pass of score_choices: what free memory holds and speed asks for."""
         return self._planner.max_tokens(
             "text", _MOST_TEXT_TOKENS, vocab_size=self.layout.vocab_size, tokens_per_row=_TOKENS_PER_ANSWER
         )
@@ -98,10 +98,11 @@ class Engine:
         *,
         num_images: int,
         seeds: Tensor,
+        sampling: Any = None,
         known_codes: Tensor | None = None,
         max_sequences: int | None = None,
-        watch: Watch = iter,
-        **sampling: Any,
+        progress: Progress = iter,
+        **fields: Any,
     ) -> Tensor:
         """Draw num_images images of each prompt. An image depends on its prompt, its known codes, its seed and the
         settings, on nothing else.
@@ -110,18 +111,19 @@ class Engine:
             prompt_ids: P prompts of plain text ids.
             num_images: n, at least 1.
             seeds: int64 [P, n].
+            sampling: how images are drawn, of the decoder's params, such as ImageSamplingParams; None: their defaults.
             known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
                 None draws all.
             max_sequences: bound on the image spans of one pass (memory); a guided image is two. None takes the
                 property of that name.
-            watch: is given the steps of each pass, on CUDA the passes, and gives them back one by one: where a progress
-                bar fits.
-            sampling: how images are drawn: fields of the decoder's params, such as ImageSamplingParams.
+            progress: is given the steps of each pass, on CUDA the passes, and gives them back one by one, as a
+                progress bar does.
+            fields: of sampling, each taken in place of the one there, such as num_steps=8.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
         max_sequences = self._checked_drawing("generate", prompt_ids, num_images, seeds, max_sequences)
-        params = self.image_decoder.params(**sampling)
+        params = self._params("generate", sampling, fields)
         if known_codes is not None:
             if not getattr(self.image_decoder, "keeps_known_codes", False):
                 raise ValueError(
@@ -136,7 +138,7 @@ class Engine:
             self._check_range("generate", "known_codes", known_codes, -1)
         with torch.inference_mode():
             codes = self.image_decoder.generate(
-                prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, watch=watch
+                prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, progress=progress
             )
         return codes.clone()  # a tensor made in inference mode cannot be used in training
 
@@ -146,9 +148,10 @@ class Engine:
         *,
         num_images: int,
         seeds: Tensor,
+        sampling: Any = None,
         max_sequences: int | None = None,
-        watch: Watch = iter,
-        **sampling: Any,
+        progress: Progress = iter,
+        **fields: Any,
     ) -> ImageRollout:
         """The images that generate draws, with the step and log-probability at which each code was drawn.
 
@@ -162,13 +165,21 @@ class Engine:
                 f"Engine.rollout: {type(self.image_decoder).__name__} does not tell how it draws; use a model of "
                 "masked image tokens"
             )
-        params = self.image_decoder.params(**sampling)
+        params = self._params("rollout", sampling, fields)
         with torch.inference_mode():
-            drawn = self.image_decoder.rollout(prompt_ids, seeds, params, max_sequences=max_sequences, watch=watch)
-        return ImageRollout(*(getattr(drawn, item.name).clone() for item in fields(drawn)))
+            drawn = self.image_decoder.rollout(
+                prompt_ids, seeds, params, max_sequences=max_sequences, progress=progress
+            )
+        return ImageRollout(*(getattr(drawn, item.name).clone() for item in dataclasses.fields(drawn)))
 
     def rollout_logprobs(
-        self, prompt_ids: Sequence[Sequence[int]], drawn: ImageRollout, *, remasked: bool = False, **sampling: Any
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        drawn: ImageRollout,
+        *,
+        sampling: Any = None,
+        remasked: bool = False,
+        **fields: Any,
     ) -> Tensor:
         """Log-probability of how images were drawn, by the law of the decoder that drew them, differentiable in the
         model's weights.
@@ -176,12 +187,12 @@ class Engine:
         Args:
             prompt_ids: P prompts, as they were given to rollout.
             drawn: from rollout.
+            sampling, fields: as they were given to rollout.
             remasked: count the codes that were drawn and masked again too.
-            sampling: as it was given to rollout.
         Returns: fp32 [P, n, num_image_tokens], of each code summed over the steps that drew it; 0 where it was known.
         Raises: ValueError on a temperature of 0, which leaves nothing to chance.
         """
-        params = self.image_decoder.params(**sampling)
+        params = self._params("rollout_logprobs", sampling, fields)
         forest = SpanForest()
         states = RolloutStates(self.layout, params, forest)
         codes, kept_at, tokens = (
@@ -199,7 +210,7 @@ class Engine:
         places = found.owners * codes.shape[1] + found.positions
         return logprob.new_zeros(codes.size).index_add(0, places, logprob).view(drawn.codes.shape)
 
-    def extend(
+    def generate_text(
         self,
         images: Tensor,
         question_ids: QuestionIds,
@@ -223,17 +234,20 @@ class Engine:
         Returns: ids [b][q][s], lists of token ids without eot.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
-        images = self._checked_images("extend", images)
-        self._check_questions("extend", images, question_ids)
+        images = self._checked_images("generate_text", images)
+        self._check_questions("generate_text", images, question_ids)
         if len(sampling) == 0:
-            raise ValueError("Engine.extend: expected at least one SamplingParams in sampling, got none")
+            raise ValueError("Engine.generate_text: expected at least one SamplingParams in sampling, got none")
         num_questions = max((len(questions) for questions in question_ids), default=0)
         given = seeds.shape[1] if seeds.dim() == 3 else 0  # an image with fewer questions leaves seeds unused
-        _check_seeds("extend", seeds, (len(images), max(num_questions, given), len(sampling)), "[B, Q, S]")
+        _check_seeds("generate_text", seeds, (len(images), max(num_questions, given), len(sampling)), "[B, Q, S]")
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
-        _check_bound("extend", "max_tokens", max_tokens)
+        _check_bound("generate_text", "max_tokens", max_tokens)
         with torch.inference_mode():
             return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
+
+    extend = generate_text
+    """The name that generate_text had."""
 
     def score_choices(
         self,
@@ -247,7 +261,7 @@ class Engine:
         """Log-probability of each given answer, its tokens and the eot after them.
 
         Args:
-            images: codes or features, see extend.
+            images: codes or features, see generate_text.
             question_ids: plain text ids [B][Q of the image].
             choice_ids: plain text ids [B][Q][C of the question], none empty.
             text_only: normalize over the text ids; False over the joint vocabulary.
@@ -284,6 +298,17 @@ class Engine:
                 f"and {list(targets.shape)}"
             )
         return span_logprobs(self.transformer, tree, rows, targets, backend=self.backend)
+
+    def _params(self, function: str, sampling: Any, fields: dict[str, Any]) -> Any:
+        kind = self.image_decoder.params
+        if sampling is None:
+            return kind(**fields)
+        if not isinstance(sampling, kind):
+            raise ValueError(
+                f"Engine.{function}: expected sampling of {kind.__name__}, got {type(sampling).__name__}; give one, or "
+                "its fields by name"
+            )
+        return dataclasses.replace(sampling, **fields)
 
     def _checked_drawing(
         self, function: str, prompt_ids: Sequence[Sequence[int]], num_images: int, seeds: Tensor, given: int | None

@@ -1,5 +1,5 @@
 """The decoder of masked images, which lives in engine/decoders/masked.py."""
 
-from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams, Watch
+from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams, Progress
 
-__all__ = ["ImageDecoder", "ImageSamplingParams", "Watch"]
+__all__ = ["ImageDecoder", "ImageSamplingParams", "Progress"]

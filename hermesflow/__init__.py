@@ -3,20 +3,50 @@
 The names below load on first use, so that `import hermesflow.kernels` does not load the whole library.
 """
 
+# ruff: noqa: F401
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from hermesflow.config import Config, CurationConfig, EvalConfig, TrainConfig, load_config
+    from hermesflow.curation import curate
+    from hermesflow.data.pairs import make_pairs, read_pairs
+    from hermesflow.drop_in.acceleration import accelerate, restore
+    from hermesflow.engine.decoders.masked import ImageSamplingParams
+    from hermesflow.engine.decoders.text import SamplingParams
+    from hermesflow.engine.engine import Engine
+    from hermesflow.evaluation.evaluation import evaluate
+    from hermesflow.models import Model, load_model
+    from hermesflow.models.merging import merge_models
+    from hermesflow.selfplay import run_selfplay
+    from hermesflow.training import train_pairs, train_records
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Config": "hermesflow.config",
+    "CurationConfig": "hermesflow.config",
     "Engine": "hermesflow.engine.engine",
+    "EvalConfig": "hermesflow.config",
+    "ImageSamplingParams": "hermesflow.engine.decoders.masked",
+    "Model": "hermesflow.models",
+    "SamplingParams": "hermesflow.engine.decoders.text",
+    "TrainConfig": "hermesflow.config",
     "accelerate": "hermesflow.drop_in.acceleration",
+    "curate": "hermesflow.curation",
+    "evaluate": "hermesflow.evaluation.evaluation",
+    "load_config": "hermesflow.config",
     "load_model": "hermesflow.models",
+    "make_pairs": "hermesflow.data.pairs",
+    "merge_models": "hermesflow.models.merging",
     "read_pairs": "hermesflow.data.pairs",
     "restore": "hermesflow.drop_in.acceleration",
+    "run_selfplay": "hermesflow.selfplay",
     "train_pairs": "hermesflow.training",
+    "train_records": "hermesflow.training",
 }
 
-__all__ = ["Engine", "__version__", "accelerate", "load_model", "read_pairs", "restore", "train_pairs"]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> object:

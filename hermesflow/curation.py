@@ -19,7 +19,7 @@ from hermesflow.data.records import Record
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import rank, world_size
-from hermesflow.runtime.files import InputError, ParquetRows, damaged, make_folder, read_parquet, write_parquet
+from hermesflow.runtime.files import InputError, ParquetRows, StrPath, damaged, make_folder, read_parquet, write_parquet
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.scorers import Scorers
@@ -69,7 +69,7 @@ def curate(
     config: CurationConfig,
     *,
     seed: int,
-    folder: Path,
+    folder: StrPath,
     previous: PairFile | None = None,
 ) -> Iterator[tuple[list[Record], pa.Table]]:
     """Draws and scores every record's candidates, part by part: what is in memory does not grow with the records.
@@ -142,15 +142,16 @@ def _rows(
 def _image_rows(
     model: Model, records: Sequence[Record], config: CurationConfig, seed: int, scorers: Scorers
 ) -> Iterator[dict]:
-    settings = asdict(model.sampling_of(config))
+    sampling = model.sampling_of(config)
     seeds = candidate_seeds(seed, [record.id for record in records], "image", config.num_images)
     prompts = [model.image_prompt(record.caption) for record in records]
-    codes = model.engine.generate(prompts, num_images=config.num_images, seeds=torch.from_numpy(seeds), **settings)
+    options = {"num_images": config.num_images, "seeds": torch.from_numpy(seeds), "sampling": sampling}
+    codes, settings = model.engine.generate(prompts, **options), json.dumps(asdict(sampling))
     scores = scorers.score_images(model, codes, records)
     for record, record_codes, record_seeds, record_scores in zip(records, codes.cpu(), seeds, scores, strict=True):
         for index, score in enumerate(record_scores):
             row = _image_row(record, "image", index, record_codes[index].tolist(), score)
-            yield row | {"seed": int(record_seeds[index]), "settings": json.dumps(settings)}
+            yield row | {"seed": int(record_seeds[index]), "settings": settings}
 
 
 def _caption_rows(
@@ -160,7 +161,7 @@ def _caption_rows(
     seeds = candidate_seeds(seed, [record.id for record in records], "caption", len(sampling))
     codes = _real_codes(records)
     question = model.caption_prompt()
-    answers = model.engine.extend(
+    answers = model.engine.generate_text(
         codes, [[question]] * len(records), sampling=sampling, seeds=torch.from_numpy(seeds[:, None])
     )
     texts_of = [[model.decode_text(ids) for ids in captions] for (captions,) in answers]

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -43,6 +42,7 @@ from hermesflow.models.model import Model, model_digest
 from hermesflow.runtime.distributed import is_main, on_main
 from hermesflow.runtime.files import (
     InputError,
+    StrPath,
     atomic_folder,
     damaged,
     make_folder,
@@ -283,7 +283,7 @@ class Run:
         return read_json(path) if path.exists() else {}
 
 
-def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str | os.PathLike | None = None) -> Path:
+def import_pairs(config: Config, number: int, path: StrPath, root: StrPath | None = None) -> Path:
     """Gives a round of a run the pairs of a published pair_dpo_data.json, so that training takes them.
 
     Args:
@@ -306,9 +306,7 @@ def import_pairs(config: Config, number: int, path: str | os.PathLike, root: str
     return target
 
 
-def train_on_pairs(
-    config: Config, path: str | os.PathLike, folder: str | os.PathLike, root: str | os.PathLike | None = None
-) -> Path:
+def train_on_pairs(config: Config, path: StrPath, folder: StrPath, root: StrPath | None = None) -> Path:
     """Trains a model on a file of pairs, resuming an earlier call of the same settings and pairs.
 
     Args:
@@ -359,7 +357,7 @@ def save_trained(model: Model, means: dict[str, float], folder: Path) -> None:
     on_main(save)
 
 
-def _open(config: Config, path: Path, root: str | os.PathLike | None, pairs: pa.Table | None) -> tuple[Model, pa.Table]:
+def _open(config: Config, path: Path, root: StrPath | None, pairs: pa.Table | None) -> tuple[Model, pa.Table]:
     """The model, and the pairs, which fit it; None are still to be read from a published file."""
     # A step of 2e-5 is lost in the 8 bits of bf16.
     model = open_model(replace(config.model, dtype="float32"))
@@ -465,7 +463,7 @@ def check_views_codes(model: Model, name: str) -> None:
         )
 
 
-def export_model(source: str, folder: Path, dtype: torch.dtype | None = None, family: str = "auto") -> None:
+def export_model(source: StrPath, folder: StrPath, dtype: torch.dtype | None = None, family: str = "auto") -> None:
     """Writes a model in its family's published layout, all at once.
 
     Args:
@@ -483,7 +481,7 @@ def export_model(source: str, folder: Path, dtype: torch.dtype | None = None, fa
         model.save(temporary, dtype)
 
 
-def merge_trained(sources: Sequence[str], folder: Path, family: str = "auto") -> None:
+def merge_trained(sources: Sequence[StrPath], folder: StrPath, family: str = "auto") -> None:
     """Writes the mean of several models' weights as a model, all at once.
 
     Args:
@@ -501,7 +499,7 @@ def merge_trained(sources: Sequence[str], folder: Path, family: str = "auto") ->
         model.save(temporary)
 
 
-def load_trained(source: str, family: str = "auto") -> Model:
+def load_trained(source: StrPath, family: str = "auto") -> Model:
     """The model of a run's last trained round, or what load_model opens.
 
     Args:
@@ -515,9 +513,10 @@ def load_trained(source: str, family: str = "auto") -> Model:
         raise InputError(f"{source}: no round of this run is trained yet; run it first, or give a model")
     if is_run:
         family = load_config(Path(source) / "config.toml").model.family
-    return load_model(str(rounds[-1]) if rounds else source, family=family)
+    return load_model(rounds[-1] if rounds else source, family=family)
 
 
-def _check_empty(folder: Path) -> None:
+def _check_empty(folder: StrPath) -> None:
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; choose another folder, or remove it")

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from hermesflow import __version__
 from hermesflow.engine.decoders.masked import ImageSamplingParams
-from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.contact_sheet import draw_contact_sheet
 from hermesflow.models.images import fit_image, open_image, read_image
 from hermesflow.models.model import Model
-from hermesflow.runtime.files import InputError, atomic_write
+from hermesflow.runtime.files import InputError, StrPath, atomic_write
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seed
 
@@ -73,8 +71,8 @@ def generate_images(
 
 def inpaint_images(
     model: Model,
-    image: str | Path,
-    mask: str | Path,
+    image: StrPath,
+    mask: StrPath,
     prompt: str,
     *,
     num_images: int = 1,
@@ -115,7 +113,7 @@ def inpaint_images(
 
 def extrapolate_image(
     model: Model,
-    image: str | Path,
+    image: StrPath,
     prompts: str | Sequence[str],
     directions: Sequence[str],
     *,
@@ -165,7 +163,7 @@ def extrapolate_image(
         yield from _show(model, [" | ".join(prompts)], [own], codes[None])
 
 
-def save_image(folder: Path, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:
+def save_image(folder: StrPath, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:
     """Write an image as PNG with its prompt, seed and settings in the PNG's text fields.
 
     Args:
@@ -182,7 +180,9 @@ def save_image(folder: Path, image: GeneratedImage, settings: dict[str, Any], la
     return path
 
 
-def save_contact_sheet(path: Path, images: Sequence[GeneratedImage], settings: dict[str, Any], num_images: int) -> Path:
+def save_contact_sheet(
+    path: StrPath, images: Sequence[GeneratedImage], settings: dict[str, Any], num_images: int
+) -> Path:
     """Write all images on one, as PNG, each with its prompt and seed below.
 
     Args:
@@ -198,10 +198,10 @@ def save_contact_sheet(path: Path, images: Sequence[GeneratedImage], settings: d
     sheet = draw_contact_sheet([image.pixels for image in images], captions, columns)
     prompts = "\n".join(dict.fromkeys(image.prompt for image in images))
     _write_png(path, sheet, prompts, {"seeds": [image.seed for image in images], "settings": settings})
-    return path
+    return Path(path)
 
 
-def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[str, str]]:
+def caption_images(model: Model, paths: Sequence[StrPath]) -> Iterator[dict[str, str]]:
     """Describe images.
 
     Args:
@@ -210,15 +210,13 @@ def caption_images(model: Model, paths: Sequence[str | Path]) -> Iterator[dict[s
     Yields: {"image": path, "caption": text} for each, in order; the caption is the greedy one.
     Raises: InputError if a file is missing, before the first is described, or is no image.
     """
-    question = model.caption_prompt()
-    for batch, seen in _view(model, paths, "caption"):
-        texts = _say(model, seen, question, model.prompts.max_caption_tokens)
-        for path, text in zip(batch, texts, strict=True):
+    for batch in _batches(paths, "caption"):
+        for path, text in zip(batch, model.caption(batch), strict=True):
             yield {"image": str(path), "caption": text}
 
 
 def answer_question(
-    model: Model, paths: Sequence[str | Path], question: str, choices: Sequence[str] = ()
+    model: Model, paths: Sequence[StrPath], question: str, choices: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Answer a question about each of some images.
 
@@ -231,21 +229,11 @@ def answer_question(
     Raises: InputError if a file is missing or no image, the question is empty or has a word that the model does not
         know, or the choices are fewer than two or not distinct.
     """
-    choices = [choice.strip() for choice in choices]
-    if choices and (len(set(choices)) < max(2, len(choices)) or "" in choices):
-        raise InputError(
-            f"choices {','.join(choices)}: expected two or more distinct answers, none empty, such as yes,no"
-        )
-    _check_words(question, "question")
-    question_ids = model.question_prompt(question)
-    choice_ids = [model.answer_ids(choice) for choice in choices]
-    for batch, seen in _view(model, paths, "answer"):
+    for batch in _batches(paths, "answer"):
         if choices:
-            scores = model.engine.score_choices(seen, [[question_ids]] * len(batch), [[choice_ids]] * len(batch))
-            answers = [_chosen(choices, of_image[0]) for of_image in scores]
+            answers = [_chosen(chances) for chances in model.score(batch, question, choices)]
         else:
-            texts = _say(model, seen, question_ids, model.prompts.max_answer_tokens)
-            answers = [{"answer": text} for text in texts]
+            answers = [{"answer": text} for text in model.answer(batch, question)]
         for path, answer in zip(batch, answers, strict=True):
             yield {"image": str(path), "question": question} | answer
 
@@ -273,8 +261,8 @@ def _draw_codes(
         num_images=seeds.shape[1],
         seeds=seeds,
         known_codes=known_codes,
-        watch=lambda steps: track(steps, "draw"),
-        **asdict(sampling or model.sampling),
+        sampling=sampling or model.sampling,
+        progress=lambda steps: track(steps, "draw"),
     )
 
 
@@ -295,7 +283,7 @@ def _show(model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Ten
     yield from map(GeneratedImage, prompts, seeds, images, codes.cpu())
 
 
-def _check_same_shape(path: str | Path, image: Image.Image, mask_path: str | Path, mask: Image.Image) -> None:
+def _check_same_shape(path: StrPath, image: Image.Image, mask_path: StrPath, mask: Image.Image) -> None:
     """Refuses a mask of another aspect ratio; what rounding to whole pixels does to one is let through."""
     skew = abs(image.width * mask.height - image.height * mask.width)
     if skew > max(*image.size, *mask.size):
@@ -364,7 +352,7 @@ def _extended(
     return canvas, [(strip, edge) if sideways else (edge, strip) for strip in strips]
 
 
-def _write_png(path: Path, image: Image.Image, prompt: str, fields: dict[str, Any]) -> None:
+def _write_png(path: StrPath, image: Image.Image, prompt: str, fields: dict[str, Any]) -> None:
     """Write a PNG with the prompt, our name and fields, as JSON, in its text."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("prompt", prompt)
@@ -375,27 +363,16 @@ def _write_png(path: Path, image: Image.Image, prompt: str, fields: dict[str, An
         image.save(temporary, format="PNG", pnginfo=text)
 
 
-def _view(model: Model, paths: Sequence[str | Path], description: str) -> Iterator[tuple[Sequence[str | Path], Tensor]]:
-    """Batches of paths with what the model sees of their images, of which one at a time is open."""
+def _batches(paths: Sequence[StrPath], description: str) -> Iterator[Sequence[StrPath]]:
+    """Images that are looked at together."""
     for path in paths:
         if not os.path.exists(path):  # shows before the work on the others, not after it
             raise InputError(f"{path}: no such file; check the path")
     for start in track(range(0, len(paths), _BATCH_VIEWS), description, "batches"):
-        batch = paths[start : start + _BATCH_VIEWS]
-        yield batch, model.view_images(map(open_image, batch))
+        yield paths[start : start + _BATCH_VIEWS]
 
 
-def _chosen(choices: list[str], scores: list[float]) -> dict[str, Any]:
+def _chosen(chances: dict[str, float]) -> dict[str, Any]:
     """The most likely choice, and the probabilities of all of them."""
-    chances = torch.as_tensor(scores, dtype=torch.float64).softmax(0).tolist()
-    best = max(range(len(choices)), key=chances.__getitem__)
-    probabilities = {choice: round(chance, 6) for choice, chance in zip(choices, chances, strict=True)}
-    return {"answer": choices[best], "probabilities": probabilities}
-
-
-def _say(model: Model, seen: Tensor, question: list[int], max_new_tokens: int) -> list[str]:
-    """The greedy text after one question, for each of the images that view_images gave."""
-    greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=max_new_tokens)
-    seeds = torch.zeros(len(seen), 1, 1, dtype=torch.int64)
-    ids = model.engine.extend(seen, [[question]] * len(seen), sampling=[greedy], seeds=seeds)
-    return [model.decode_text(of_image[0][0]) for of_image in ids]
+    probabilities = {choice: round(chance, 6) for choice, chance in chances.items()}
+    return {"answer": max(chances, key=chances.__getitem__), "probabilities": probabilities}

@@ -30,7 +30,7 @@ from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model
 from hermesflow.runtime.checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
 from hermesflow.runtime.distributed import reshard, world_size
-from hermesflow.runtime.files import InputError
+from hermesflow.runtime.files import InputError, StrPath
 from hermesflow.runtime.metric_log import Meter, MetricLog
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.registry import ALGORITHMS, resolve
@@ -40,7 +40,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def train_pairs(
-    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
+    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: StrPath, algorithm: str = "pair-dpo"
 ) -> dict[str, float]:
     """Trains model.transformer in place on one round's pairs; the weights at the start are the reference.
 
@@ -66,20 +66,20 @@ def train_pairs(
 
 
 def train_checked_pairs(
-    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: Path, algorithm: str = "pair-dpo"
+    model: Model, pairs: pa.Table, config: TrainConfig, *, seed: int, folder: StrPath, algorithm: str = "pair-dpo"
 ) -> dict[str, float]:
     """train_pairs for settings and pairs that check_training and check_pairs have seen."""
     make = find_algorithm(algorithm)
     check_takes_pairs(algorithm)
     pairs, held = _hold_out(trained_pairs(pairs, config), config.holdout_pairs, seed)
     _tell_what_is_replayed(pairs, config, make.name)
-    policy = Policy(model, config, seed)
+    policy, folder = Policy(model, config, seed), Path(folder)
     learner, held_learner = (make(model, table, config, seed) for table in (pairs, held))
     return _train(policy, learner, HoldOut(policy, held_learner, len(held), folder), seed, folder)
 
 
 def train_records(
-    model: Model, records: Sequence[Record], config: Config, *, seed: int, folder: Path, first: Model | None = None
+    model: Model, records: Sequence[Record], config: Config, *, seed: int, folder: StrPath, first: Model | None = None
 ) -> dict[str, float]:
     """Trains model.transformer in place by an online algorithm, such as GRPO: it learns from images that the model
     draws of the records' captions as it learns.
@@ -100,7 +100,7 @@ def train_records(
     if not records:
         raise InputError("no records to train on; raise data.num_records")
     learner = find_algorithm(config.selfplay.algorithm)(model, records, config, seed)  # it may draw: weights are whole
-    policy = Policy(model, config.train, seed, first)
+    policy, folder = Policy(model, config.train, seed, first), Path(folder)
     return _train(policy, learner, HoldOut(policy, None, 0, folder), seed, folder)
 
 
@@ -110,7 +110,7 @@ def train_on(
     config: Config,
     *,
     seed: int,
-    folder: Path,
+    folder: StrPath,
     first: Model | None = None,
 ) -> dict[str, float]:
     """train_records, or train_pairs where config.selfplay.algorithm learns from pairs; its reference is the policy."""

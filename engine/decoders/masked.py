@@ -31,7 +31,7 @@ from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.span_tree import SpanTree
 
 Prompt = tuple[int, ...]
-Watch = Callable[[list], Iterable]
+Progress = Callable[[list], Iterable]
 """Gives back the items of a list, in order and all of them."""
 Start = tuple[Prompt, tuple[int, ...]]
 """What an image starts from: its prompt, and its codes, -1 where one is to be drawn."""
@@ -115,7 +115,7 @@ class ImageDecoder:
         unguided_ids: Sequence[Sequence[int]] | None = None,
         known_codes: Tensor | None = None,
         max_sequences: int = 256,
-        watch: Watch = iter,
+        progress: Progress = iter,
     ) -> Tensor:
         """Draw the candidates of each prompt.
 
@@ -128,13 +128,13 @@ class ImageDecoder:
                 draws all.
             max_sequences: image spans that one pass may compute; a guided candidate is two. Where memory runs out it
                 is halved, for later calls too.
-            watch: is given the steps of each pass, on CUDA the passes, and gives them back one by one: where a progress
-                bar fits.
+            progress: is given the steps of each pass, on CUDA the passes, and gives them back one by one, as a
+                progress bar does.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: RuntimeError naming the candidate and the step if the model's logits hold NaN.
         """
         options = {"unguided_ids": unguided_ids, "known_codes": known_codes, "max_sequences": max_sequences}
-        return self._generate(prompt_ids, seeds, params, ("codes",), watch=watch, **options)["codes"]
+        return self._generate(prompt_ids, seeds, params, ("codes",), progress=progress, **options)["codes"]
 
     def rollout(
         self,
@@ -143,11 +143,11 @@ class ImageDecoder:
         params: ImageSamplingParams,
         *,
         max_sequences: int = 256,
-        watch: Watch = iter,
+        progress: Progress = iter,
     ) -> ImageRollout:
         """The images of generate, with how they were drawn; arguments and errors are those of generate."""
         names = tuple(item.name for item in fields(ImageRollout))
-        found = self._generate(prompt_ids, seeds, params, names, max_sequences=max_sequences, watch=watch)
+        found = self._generate(prompt_ids, seeds, params, names, max_sequences=max_sequences, progress=progress)
         return ImageRollout(**found)
 
     def _generate(
@@ -160,7 +160,7 @@ class ImageDecoder:
         unguided_ids: Sequence[Sequence[int]] | None = None,
         known_codes: Tensor | None = None,
         max_sequences: int,
-        watch: Watch,
+        progress: Progress,
     ) -> dict[str, Tensor]:
         """The named fields of ImageRollout."""
         num_prompts, num_images = seeds.shape
@@ -184,14 +184,14 @@ class ImageDecoder:
             session = self._session_of(batch, params)
             # Indexed by a tensor: a list would wait for the device in between.
             index = torch.tensor(rows, device=codes.device)
-            session.draw(batch, codes[index], flat_seeds[index], iter if graphs else watch)
+            session.draw(batch, codes[index], flat_seeds[index], iter if graphs else progress)
             failed_steps[index] = session.failed_steps
             for name, values in found.items():
                 values[index] = session.state[name]
             self._keep(session)
 
         batches = self._batches(starts, max_sequences, params)
-        for rows in watch(batches) if graphs else batches:
+        for rows in progress(batches) if graphs else batches:
             self._draw_within_memory(rows, draw, 2 if params.guidance_scale else 1)
         if not graphs:
             self.release()
@@ -324,7 +324,7 @@ class _Session:
         self.was_reused = batch.tree.capacity <= self.cache.capacity and self.tree.load_(batch.tree)
         return self.was_reused
 
-    def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, watch: Watch) -> None:
+    def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, progress: Progress) -> None:
         """Draws the images into state, and into failed_steps the first step at which one had no distribution, or
         num_steps."""
         for name, values in self.state.items():
@@ -332,7 +332,7 @@ class _Session:
         self.masked.copy_(codes < 0)
         self.seeds.copy_(seeds)
         self.failed_steps.fill_(self.params.num_steps)
-        steps = iter(watch(self.steps))
+        steps = iter(progress(self.steps))
         self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
         self._later = steps
         self.graph()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -292,7 +292,7 @@ class GRPO:
             seeds=torch.from_numpy(
                 candidate_seeds(self.seed, [item.id for item in records], f"rollout {rollout}", size)
             ),
-            **asdict(self._params(rollout)),
+            sampling=self._params(rollout),
         )
         rewards = np.zeros((len(records), size))
         for score, weight in self._rewards:

@@ -15,7 +15,7 @@ outside but the captions that self-play draws from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +104,13 @@ class OwnDrawings(PairDPO):
     def _draw(self, model: Model, records: Sequence[Record], seed: int) -> Iterator[Record]:
         """Drawings that may be used, as records with the taught questions. A question's only choice is its answer: the
         other choices are not known to be wrong."""
-        sampling, count = asdict(model.sampling_of(self._settings.drawing)), self._settings.own_drawings.num_images
+        sampling, count = model.sampling_of(self._settings.drawing), self._settings.own_drawings.num_images
         match_answers = find_matcher(self._settings.curation)
         for start in range(0, len(records), _RECORDS_AT_ONCE):
             part = records[start : start + _RECORDS_AT_ONCE]
             seeds = torch.from_numpy(candidate_seeds(seed, [record.id for record in part], "own drawing", count))
             prompts = [model.image_prompt(record.caption) for record in part]
-            codes = model.engine.generate(prompts, num_images=count, seeds=seeds, **sampling)
+            codes = model.engine.generate(prompts, num_images=count, seeds=seeds, sampling=sampling)
             scores = self_vqa(model, codes, part, match_answers)
             for record, of_record, scores_of_record in zip(part, codes.cpu().numpy(), scores, strict=True):
                 taught = tuple(filter(self._is_taught, record.questions))

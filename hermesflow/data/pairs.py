@@ -6,7 +6,6 @@ record is either in the pairs or among the rejected.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import pyarrow as pa
 from hermesflow.config import CurationConfig
 from hermesflow.data.records import Record
 from hermesflow.data.wording import token_f1
-from hermesflow.runtime.files import ParquetRows, damaged, read_parquet
+from hermesflow.runtime.files import ParquetRows, StrPath, damaged, read_parquet
 
 SIDES = ("generation", "understanding")
 
@@ -146,7 +145,7 @@ def pair_statistics(pairs: pa.Table, rejected: pa.Table) -> dict:
 class PairFile:
     """The pairs of a file, found by their record and read where they are used."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: StrPath) -> None:
         """Raises: InputError if the file is missing, damaged or holds no pairs, here or where it is read."""
         self._rows = ParquetRows(path, _names(ParquetRows(path).schema.names))
         ids = ParquetRows(path, ["record_id"]).read(0, len(self._rows))["record_id"].to_pylist()
@@ -159,7 +158,7 @@ class PairFile:
         return _cast(self._rows.path, table)
 
 
-def read_pairs(path: str | os.PathLike) -> pa.Table:
+def read_pairs(path: StrPath) -> pa.Table:
     """Reads a file of pairs that files.write_parquet wrote.
 
     Args:
@@ -181,7 +180,7 @@ def _names(columns: Sequence[str]) -> list[str]:
     return [name for name in PAIRS_SCHEMA.names if name not in _OPTIONAL or name in columns]
 
 
-def _cast(path: str | os.PathLike, table: pa.Table) -> pa.Table:
+def _cast(path: StrPath, table: pa.Table) -> pa.Table:
     for name in set(_OPTIONAL) - set(table.column_names):
         table = table.append_column(name, pa.nulls(len(table), PAIRS_SCHEMA.field(name).type))
     try:

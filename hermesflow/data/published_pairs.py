@@ -6,7 +6,6 @@ The published code keeps images as PNG, and decoding and encoding again changes 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from hermesflow.data.sources import describe_rejected, encode_lazily, id_of, pat
 from hermesflow.models.family import open_model
 from hermesflow.models.images import read_image
 from hermesflow.models.model import Model
-from hermesflow.runtime.files import InputError, atomic_write, write_json
+from hermesflow.runtime.files import InputError, StrPath, atomic_write, write_json
 from hermesflow.runtime.progress import track
 
 FILE_NAME = "pair_dpo_data.json"
@@ -49,7 +48,7 @@ class _Entry(NamedTuple):
     images: dict[str, Path]
 
 
-def export_pairs(run_folder: str | os.PathLike, number: int, folder: str | os.PathLike) -> Path:
+def export_pairs(run_folder: StrPath, number: int, folder: StrPath) -> Path:
     """Writes the pairs of a run's round in the published layout, decoded by the model that the run began with.
 
     Args:
@@ -64,7 +63,7 @@ def export_pairs(run_folder: str | os.PathLike, number: int, folder: str | os.Pa
     return write_published_pairs(open_model(config.model), pairs, folder)
 
 
-def write_published_pairs(model: Model, pairs: pa.Table, folder: str | os.PathLike) -> Path:
+def write_published_pairs(model: Model, pairs: pa.Table, folder: StrPath) -> Path:
     """Writes pairs as pair_dpo_data.json, valid JSON, with images/*.png beside it.
 
     Paths are relative to the folder. Prompt and caption are the same text. What belongs to a side that a pair lacks is
@@ -96,7 +95,7 @@ def write_published_pairs(model: Model, pairs: pa.Table, folder: str | os.PathLi
 
 
 def read_published_pairs(
-    model: Model, path: str | os.PathLike, root: str | os.PathLike | None = None, threshold: float = 0.6
+    model: Model, path: StrPath, root: StrPath | None = None, threshold: float = 0.6
 ) -> tuple[pa.Table, pa.Table]:
     """Reads pair_dpo_data.json, valid or as the published scripts write it; images are encoded a batch at a time.
 

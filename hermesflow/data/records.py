@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from hermesflow.runtime.files import InputError, ParquetRows, parquet_writer
+from hermesflow.runtime.files import InputError, ParquetRows, StrPath, parquet_writer
 
 ELEMENT_TYPES = ("object", "count", "color", "location", "spatial", "size", "background")
 
@@ -144,7 +143,7 @@ def records_from_table(table: pa.Table) -> list[Record]:
     return [_record(row) for row in rows]
 
 
-def write_records(path: str | os.PathLike, records: Iterable[Record], include_images: bool = False) -> None:
+def write_records(path: StrPath, records: Iterable[Record], include_images: bool = False) -> None:
     """Writes records as Parquet, all at once.
 
     Args:
@@ -163,7 +162,7 @@ class RecordFile(Sequence[Record]):
     """The records of a file that write_records wrote, read where they are used; for files of others see
     hermesflow.data.sources. A slice is another of its kind and reads nothing yet."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: StrPath) -> None:
         """Raises: InputError if the file is missing or damaged or is no table of records, here or where it is read."""
         self._rows = ParquetRows(path)
         self._span = range(len(self._rows))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from PIL import Image
 from hermesflow.data.records import Question, Record
 from hermesflow.models.images import decode_image, fit_image, read_image
 from hermesflow.models.model import Model
-from hermesflow.runtime.files import InputError, damaged, read_bytes, read_parquet, shown
+from hermesflow.runtime.files import InputError, StrPath, damaged, read_bytes, read_parquet, shown
 from hermesflow.runtime.progress import track
 
 UNUSABLE_SCHEMA = pa.schema([("record_id", pa.string()), ("reason", pa.string())])
@@ -34,9 +33,9 @@ _Item = TypeVar("_Item")
 
 
 def read_source(
-    path: str | os.PathLike,
-    questions: str | os.PathLike | None = None,
-    root: str | os.PathLike | None = None,
+    path: StrPath,
+    questions: StrPath | None = None,
+    root: StrPath | None = None,
     *,
     need_questions: bool = True,
 ) -> tuple[list[Record], list[dict[str, str]]]:
@@ -122,7 +121,7 @@ def encode_lazily(
     yield from _encode(model, batch)
 
 
-def read_entries(path: str | os.PathLike) -> list[Any]:
+def read_entries(path: StrPath) -> list[Any]:
     """The entries of a JSON file: a list, one object a line, or objects one after the other.
 
     Commas between entries may be missing and one may follow the last, as the published scripts write them.
@@ -217,7 +216,7 @@ def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
     return f"{', '.join(told)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
 
 
-def _read_rows(path: str | os.PathLike) -> list[Any]:
+def _read_rows(path: StrPath) -> list[Any]:
     if Path(path).suffix != ".parquet":
         return read_entries(path)
     try:
@@ -226,9 +225,7 @@ def _read_rows(path: str | os.PathLike) -> list[Any]:
         raise damaged(path, "Parquet", error) from error
 
 
-def _join_questions(
-    path: str | os.PathLike, rows: Iterable[Any], rejected: list[dict[str, str]]
-) -> dict[str, list[dict]]:
+def _join_questions(path: StrPath, rows: Iterable[Any], rejected: list[dict[str, str]]) -> dict[str, list[dict]]:
     """Rows by id; of those that are questions the first carries the list of all with its id."""
     found: dict[str, list[dict]] = {}
     for number, row in enumerate(rows, 1):

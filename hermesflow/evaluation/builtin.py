@@ -240,7 +240,7 @@ def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
     for start in track(range(0, len(codes), _BATCH), "captions", "batches"):
         batch = codes[start : start + _BATCH]
         seeds = torch.zeros(len(batch), 1, 1, dtype=torch.int64)
-        ids = model.engine.extend(batch, [[question]] * len(batch), sampling=[greedy], seeds=seeds)
+        ids = model.engine.generate_text(batch, [[question]] * len(batch), sampling=[greedy], seeds=seeds)
         texts += [model.decode_text(of_image[0][0]) for of_image in ids]
     return texts
 
@@ -270,7 +270,7 @@ def _draw(model: Model, records: Sequence[Record], config: EvalConfig, sampling:
         seeds=torch.from_numpy(
             candidate_seeds(config.seed, [record.id for record in records], "image", config.images_per_prompt)
         ),
-        **asdict(sampling),
+        sampling=sampling,
     )
 
 

@@ -16,7 +16,7 @@ from hermesflow.config import ModelConfig
 from hermesflow.models.hub import find_folder
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import local_device
-from hermesflow.runtime.files import InputError, read_json, reason_of, shown
+from hermesflow.runtime.files import InputError, StrPath, read_json, reason_of, shown
 from hermesflow.runtime.registry import FAMILIES, resolve
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -59,11 +59,11 @@ def open_model(config: ModelConfig) -> Model:
 
 
 def load_model(
-    name_or_path: str = "tiny",
+    name_or_path: StrPath = "tiny",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     *,
-    vq_tokenizer: str | None = None,
+    vq_tokenizer: StrPath | None = None,
     family: str = "auto",
 ) -> Model:
     """Opens the built-in model "tiny", a folder that Model.save wrote, or a published checkpoint.
@@ -79,11 +79,12 @@ def load_model(
         InputError: no such model, the hub cannot be reached, or a file of it is missing, damaged or does not fit the
             others; what does not fit is listed.
     """
+    name_or_path = os.fspath(name_or_path)
     names = list(FAMILIES) if family == "auto" else [family]
     families = {name: resolve(FAMILIES, name, "model.family", ("files", "claims", "load")) for name in names}
     folder = _find(name_or_path)
     config = read_json(folder / CONFIG)
-    options = {} if vq_tokenizer is None else {"vq_tokenizer": vq_tokenizer}
+    options = {} if vq_tokenizer is None else {"vq_tokenizer": os.fspath(vq_tokenizer)}
     if family == "auto":
         families = {name: item for name, item in families.items() if item.claims(config)}
         if not families:

@@ -11,17 +11,19 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from hermesflow.runtime.files import InputError, read_bytes
+from hermesflow.runtime.files import InputError, StrPath, read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read; Pillow knows others whose reading starts a program, such as EPS."""
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes. Pillow warns from here."""
 
+ImageLike = StrPath | Image.Image | np.ndarray
+"""The path of an image file, an image of Pillow, or pixels, uint8 [H, W, 3] or [H, W]."""
 _Result = TypeVar("_Result")
 
 
-def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
+def read_image(path: StrPath, size: int) -> np.ndarray:
     """Read an image file of any kind and size as the model sees it.
 
     Args:
@@ -38,9 +40,21 @@ def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
     return _decode(data, name, lambda image: fit_image(image, size))
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: StrPath) -> Image.Image:
     """An image file as it is, upright, in its own mode and size. Raises: InputError as read_image."""
     return _decode(read_bytes(path), str(path), _upright)
+
+
+def as_image(image: ImageLike) -> Image.Image:
+    """An image, whatever holds it. Raises: InputError as read_image, or if nothing holds one."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)) and image.size:
+        return Image.fromarray(image)
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
+    kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise InputError(f"image: expected a path, an image of Pillow or uint8 [H, W, 3], got {kind}; convert it")
 
 
 def fit_image(image: Image.Image, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from hermesflow.config import TrainConfig
 from hermesflow.engine.transformer import Linear, Transformer
 from hermesflow.engine.weights import WEIGHT_DTYPES, read_tensors
 from hermesflow.runtime.distributed import is_main
-from hermesflow.runtime.files import InputError, atomic_folder, read_json, shown
+from hermesflow.runtime.files import InputError, StrPath, atomic_folder, read_json, shown
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -73,7 +73,7 @@ class Adapters:
         transformer.requires_grad_(True)
 
 
-def load_adapter(transformer: Transformer, folder: Path) -> None:
+def load_adapter(transformer: Transformer, folder: StrPath) -> None:
     """Adds the adapters that Adapters.save or peft wrote to a transformer's weights, in place.
 
     Args:
@@ -82,8 +82,8 @@ def load_adapter(transformer: Transformer, folder: Path) -> None:
     Raises: InputError if a file is missing, damaged, no plain LoRA, or made for other layers or shapes; then the
         transformer is as it was.
     """
-    rank, scale = _read_config(folder / _CONFIG)
-    path = folder / _WEIGHTS
+    rank, scale = _read_config(Path(folder, _CONFIG))
+    path = Path(folder, _WEIGHTS)
     try:
         tensors = read_tensors(path)
     except ValueError as error:

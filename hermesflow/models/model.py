@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from hermesflow.config import DrawingConfig
 from hermesflow.engine.decoders.masked import ImageDecoder
-from hermesflow.engine.decoders.text import TextDecoder
+from hermesflow.engine.decoders.text import SamplingParams, TextDecoder
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
-from hermesflow.models.images import fit_image
+from hermesflow.models.images import ImageLike, as_image, fit_image
 from hermesflow.models.text_tokenizers import PretrainedTokenizer, WordTokenizer
-from hermesflow.runtime.files import InputError, make_folder
+from hermesflow.runtime.files import InputError, StrPath, make_folder
 
 _REMEMBERED_TEXTS, _MOST_TOKENS = 2**16, 2**16
 
@@ -107,6 +107,88 @@ class Model:
             kinds = {"image_decoder": self.image_decoder, "text_decoder": self.text_decoder}
             self._engine = Engine(self.transformer, self.layout, **kinds)
         return self._engine
+
+    def generate(
+        self, prompts: str | Sequence[str], *, num_images: int = 1, seed: int = 0, sampling: Any = None
+    ) -> list[Image.Image]:
+        """Draws images.
+
+        Args:
+            prompts: what they show; one text, or several.
+            num_images: images of each prompt.
+            seed: of the first image; each further one counts up, so that any can be drawn again alone.
+            sampling: how they are drawn, such as replace(model.sampling, num_steps=8); None: the model's own way.
+        Returns: RGB images of image_size pixels a side, prompt by prompt.
+        Raises: InputError on an empty prompt or a word that the model does not know; ValueError on the numbers.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.image_prompt(_said(prompt, f"prompt {number}")) for number, prompt in enumerate(prompts, 1)]
+        if not ids:
+            return []
+        seeds = seed + torch.arange(len(ids) * num_images).view(len(ids), num_images)
+        codes = self.engine.generate(ids, num_images=num_images, seeds=seeds, sampling=sampling or self.sampling)
+        return [Image.fromarray(pixels) for pixels in self.decode_images(codes.flatten(0, 1))]
+
+    def caption(self, images: Sequence[ImageLike]) -> list[str]:
+        """Says what images show, greedily.
+
+        Args:
+            images: paths, images of Pillow, or pixels (uint8 [H, W, 3]), of any size.
+        Returns: a caption each.
+        Raises: InputError if an image cannot be read.
+        """
+        return self._say(images, [self.caption_prompt()] * len(images), self.prompts.max_caption_tokens)
+
+    def answer(
+        self, images: Sequence[ImageLike], questions: str | Sequence[str], choices: Sequence[str] | None = None
+    ) -> list[str]:
+        """Answers questions about images.
+
+        Args:
+            images: as in caption.
+            questions: one for all images, or one for each.
+            choices: the answers to choose from by their likelihood; None lets the model answer freely, greedily.
+        Returns: an answer for each image.
+        Raises: InputError on an image that cannot be read, an empty question, a word that the model does not know,
+            choices that are fewer than two or not distinct, or another number of questions than of images.
+        """
+        if choices is not None:
+            return [max(chances, key=chances.__getitem__) for chances in self.score(images, questions, choices)]
+        asked = [self.question_prompt(question) for question in _one_each(questions, images)]
+        return self._say(images, asked, self.prompts.max_answer_tokens)
+
+    def score(
+        self, images: Sequence[ImageLike], questions: str | Sequence[str], choices: Sequence[str]
+    ) -> list[dict[str, float]]:
+        """How likely the model finds each of several answers to questions about images.
+
+        Args:
+            images, questions: as in answer.
+            choices: two or more distinct answers.
+        Returns: for each image the probability of each choice; they sum to 1.
+        Raises: as answer.
+        """
+        choices = [choice.strip() for choice in choices]
+        if len(set(choices)) < max(2, len(choices)) or "" in choices:
+            raise InputError(
+                f"choices {','.join(choices)}: expected two or more distinct answers, none empty, such as yes,no"
+            )
+        asked = [[self.question_prompt(question)] for question in _one_each(questions, images)]
+        answers = [[[self.answer_ids(choice) for choice in choices]]] * len(images)
+        if not asked:
+            return []
+        scores = self.engine.score_choices(self.view_images(map(as_image, images)), asked, answers)
+        chances = [torch.tensor(of_image[0], dtype=torch.float64).softmax(0).tolist() for of_image in scores]
+        return [dict(zip(choices, of_image, strict=True)) for of_image in chances]
+
+    def _say(self, images: Sequence[ImageLike], questions: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+        """The greedy text after a question about each image."""
+        if not questions:
+            return []
+        greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=max_new_tokens)
+        asked, seeds = [[question] for question in questions], torch.zeros(len(questions), 1, 1, dtype=torch.int64)
+        ids = self.engine.generate_text(self.view_images(map(as_image, images)), asked, sampling=[greedy], seeds=seeds)
+        return [self.decode_text(of_image[0][0]) for of_image in ids]
 
     def encode_text(self, text: str) -> list[int]:
         """Text ids without special tokens.
@@ -205,7 +287,7 @@ class Model:
         )
         return images.permute(0, 2, 3, 1).numpy()
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: StrPath, dtype: torch.dtype | None = None) -> None:
         """Writes the folder that load_model opens.
 
         Args:
@@ -224,6 +306,20 @@ class Model:
     def modules(self) -> tuple[nn.Module, ...]:
         """All whose weights the model's results depend on; model_digest is theirs."""
         return self.transformer, self.vq_tokenizer
+
+
+def _said(text: str, name: str) -> str:
+    if not text.strip():
+        raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
+    return text
+
+
+def _one_each(questions: str | Sequence[str], images: Sequence[ImageLike]) -> list[str]:
+    """A question for each image."""
+    listed = [questions] * len(images) if isinstance(questions, str) else list(questions)
+    if len(listed) != len(images):
+        raise InputError(f"questions: expected one, or one for each of {len(images)} images, got {len(listed)}")
+    return [_said(question, "question") for question in listed]
 
 
 def to_pixels(images: Tensor) -> Tensor:

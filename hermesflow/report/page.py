@@ -33,7 +33,7 @@ from hermesflow.report.tables import (
     sampler_metrics,
     tell_verdict,
 )
-from hermesflow.runtime.files import InputError, damaged, read_json, read_parquet, write_text
+from hermesflow.runtime.files import InputError, StrPath, damaged, read_json, read_parquet, write_text
 from hermesflow.training import is_online
 
 _KEPT = {
@@ -68,7 +68,7 @@ _RANKS = {
 }
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: StrPath) -> Path:
     """Writes report/index.html of a run, finished or not.
 
     Args:

@@ -24,6 +24,10 @@ _ROWS_PER_GROUP = 1024
 _OLDER = "old.tmp"
 
 
+StrPath = str | os.PathLike[str]
+"""Paths as users give them."""
+
+
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that names it and says how to mend it.
 
@@ -37,7 +41,7 @@ class InputError(ValueError):
         super().__init__("".join(_on_one_line(char) for char in message))
 
 
-def write_problem(path: str | os.PathLike, error: BaseException) -> InputError | None:
+def write_problem(path: StrPath, error: BaseException) -> InputError | None:
     """The InputError that explains a failed write to `path`, or None if the error is about something else.
 
     Args:
@@ -54,7 +58,7 @@ def write_problem(path: str | os.PathLike, error: BaseException) -> InputError |
     return None
 
 
-def make_folder(path: str | os.PathLike) -> Path:
+def make_folder(path: StrPath) -> Path:
     """Make a folder and its parents.
 
     Args:
@@ -74,7 +78,7 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: StrPath) -> Iterator[Path]:
     """Write a file all at once: `with atomic_write(path) as temporary: temporary.write_text(...)`.
 
     The temporary file lies in the same folder; it replaces `path` when the block ends, or is removed if it raises.
@@ -102,7 +106,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: StrPath) -> Iterator[Path]:
     """Write a folder all at once; the block fills the temporary folder it is given, which then replaces `path`.
 
     Args:
@@ -132,7 +136,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
+def remove_leftovers(folder: StrPath) -> None:
     """Remove the temporary files and folders that a killed process left anywhere below `folder`.
 
     A folder that was out of its place, since a new one was about to take it, is put back.
@@ -150,13 +154,13 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """Write text as UTF-8, all at once. Raises: InputError if it cannot be written."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: StrPath, value: Any) -> None:
     """Write a value as indented JSON, all at once.
 
     Args:
@@ -167,7 +171,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: StrPath) -> Any:
     """Read a JSON file.
 
     Raises: InputError if it is missing, unreadable or damaged.
@@ -179,14 +183,14 @@ def read_json(path: str | os.PathLike) -> Any:
         raise damaged(path, "JSON", error) from error
 
 
-def write_parquet(path: str | os.PathLike, table: pa.Table) -> None:
+def write_parquet(path: StrPath, table: pa.Table) -> None:
     """Write a table as Parquet, all at once. Raises: InputError if it cannot be written."""
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
 @contextlib.contextmanager
-def parquet_writer(path: str | os.PathLike, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+def parquet_writer(path: StrPath, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """Write a table part by part, with no more than a row group of it in memory.
 
     `with parquet_writer(path, schema) as write: write(part)`: the file appears whole when the block ends, or not at all
@@ -215,7 +219,7 @@ def parquet_writer(path: str | os.PathLike, schema: pa.Schema) -> Iterator[Calla
 class ParquetRows:
     """The rows of a Parquet file, read where they are used; one row group at a time is in memory."""
 
-    def __init__(self, path: str | os.PathLike, columns: list[str] | None = None) -> None:
+    def __init__(self, path: StrPath, columns: list[str] | None = None) -> None:
         """
         Args:
             path: the file.
@@ -254,7 +258,7 @@ class ParquetRows:
         return self._group[1]
 
 
-def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> pa.Table:
+def read_parquet(path: StrPath, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file.
 
     Args:
@@ -267,13 +271,13 @@ def read_parquet(path: str | os.PathLike, columns: list[str] | None = None) -> p
     return _arrow(path, lambda: file.read(columns))
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
+def read_bytes(path: StrPath) -> bytes:
     """Read a file whole. Raises: InputError if it is missing, cannot be read or is larger than the memory."""
     with _reading(path):
         return Path(path).read_bytes()
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: StrPath) -> str:
     """Read a text file whole. Raises: InputError as read_bytes, and if it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
@@ -282,7 +286,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path: str | os.PathLike) -> Iterator[None]:
+def _reading(path: StrPath) -> Iterator[None]:
     """Tells what goes wrong in the block, which opens or reads a file, as an InputError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe may never end, nor a device such as /dev/zero
@@ -297,7 +301,7 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({reason}); give a file you can read") from error
 
 
-def _open_parquet(path: str | os.PathLike, source: Any, size: int, columns: list[str] | None) -> pq.ParquetFile:
+def _open_parquet(path: StrPath, source: Any, size: int, columns: list[str] | None) -> pq.ParquetFile:
     """The open file, once its footer and its columns were looked at."""
 
     def work() -> pq.ParquetFile:
@@ -313,7 +317,7 @@ def _open_parquet(path: str | os.PathLike, source: Any, size: int, columns: list
     return _arrow(path, work)
 
 
-def _arrow(path: str | os.PathLike, work: Callable[[], _Result]) -> _Result:
+def _arrow(path: StrPath, work: Callable[[], _Result]) -> _Result:
     """What the work returns. Raises: InputError where it finds the file damaged."""
     try:
         return work()
@@ -321,7 +325,7 @@ def _arrow(path: str | os.PathLike, work: Callable[[], _Result]) -> _Result:
         raise damaged(path, "Parquet", error) from error
 
 
-def damaged(path: str | os.PathLike, kind: str, error: BaseException) -> InputError:
+def damaged(path: StrPath, kind: str, error: BaseException) -> InputError:
     """The InputError for a file that was read but makes no sense.
 
     Args:
@@ -350,7 +354,7 @@ def _on_one_line(char: str) -> str:
     return char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
 
 
-def _disk_full(path: str | os.PathLike) -> InputError:
+def _disk_full(path: StrPath) -> InputError:
     return InputError(f"{path}: the disk is full; free some space or choose another folder, then run again")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import string
 from collections import Counter
@@ -16,7 +15,7 @@ import torch
 from hermesflow.data.records import Question
 from hermesflow.data.sources import read_entries
 from hermesflow.data.wording import overlap_f1
-from hermesflow.runtime.files import InputError, make_folder, read_bytes, write_json
+from hermesflow.runtime.files import InputError, StrPath, make_folder, read_bytes, write_json
 from hermesflow.runtime.progress import track
 from hermesflow.scoring.text_models import load_text_model
 
@@ -201,8 +200,8 @@ def answers_freely(text: str, answer: str) -> bool:
 
 
 def write_questions(
-    captions_path: str | os.PathLike,
-    output: str | os.PathLike,
+    captions_path: StrPath,
+    output: StrPath,
     generator: str = GENERATOR,
     qa_filter: str | None = None,
 ) -> int:

@@ -206,7 +206,7 @@ def _answer_freely(
     ]
     greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_answer_tokens)
     seeds = torch.zeros(len(records), max(map(len, prompts), default=0), 1, dtype=torch.int64)
-    said = model.engine.extend(codes, prompts, sampling=[greedy], seeds=seeds)
+    said = model.engine.generate_text(codes, prompts, sampling=[greedy], seeds=seeds)
     texts = [model.decode_text(ids) for of_image in said for [ids] in of_image]
     found = match_answers(texts, [question.choices for question in questions])
     answers = iter(

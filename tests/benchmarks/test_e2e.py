@@ -242,7 +242,11 @@ def test_answers_have_their_full_length():
     ("method", "spoil", "message"),
     [
         ("score_choices", lambda scores: [[[s + 0.1 for s in c] for c in q] for q in scores], "log-probability is"),
-        ("extend", lambda ids: [[[[t + 1 for t in a] for a in q] for q in i] for i in ids], "greedy answers have 0%"),
+        (
+            "generate_text",
+            lambda ids: [[[[t + 1 for t in a] for a in q] for q in i] for i in ids],
+            "greedy answers have 0%",
+        ),
         ("generate", lambda codes: codes.roll(1, -1), "greedy images have"),
     ],
     ids=["score", "answers", "images"],

@@ -64,13 +64,13 @@ def test_a_pass_is_bounded_by_free_memory_once(naive, monkeypatch, caplog):
 def test_the_steps_of_each_pass_can_be_watched(engine):
     passes = []
 
-    def watch(steps):
+    def progress(steps):
         passes.append(0)
         for step in steps:
             passes[-1] += 1
             yield step
 
-    watched = engine.generate([[5, 6], [7]], **GENERATE, seeds=seeds(2, 2), max_sequences=4, watch=watch)
+    watched = engine.generate([[5, 6], [7]], **GENERATE, seeds=seeds(2, 2), max_sequences=4, progress=progress)
     assert passes == [4, 4]
     assert torch.equal(watched, engine.generate([[5, 6], [7]], **GENERATE, seeds=seeds(2, 2)))
 
@@ -83,7 +83,7 @@ def test_drawn_codes_can_be_trained_on(engine):
 
 def test_extend_and_score(naive, engine, codes):
     questions = [[[5], [6, 7]], [[8]]]
-    ids = engine.extend(codes, questions, sampling=[GREEDY], seeds=seeds(2, 2, 1))
+    ids = engine.generate_text(codes, questions, sampling=[GREEDY], seeds=seeds(2, 2, 1))
     assert ids[1][0][0] == naive.answer(engine.transformer, naive.LAYOUT, codes[1].tolist(), [8], GREEDY, seed=2)
     scores = engine.score_choices(codes, questions, [[[[5], [6]], [[7]]], [[[8, 9]]]])
     truth = naive.choice_logprob(engine.transformer, naive.LAYOUT, codes[1].tolist(), [8], [8, 9])
@@ -92,8 +92,8 @@ def test_extend_and_score(naive, engine, codes):
 
 def test_nothing_in_nothing_out(engine, codes):
     assert engine.generate([], **GENERATE, seeds=seeds(0, 2)).shape == (0, 2, 16)
-    assert engine.extend(codes[:0], [], sampling=[GREEDY], seeds=seeds(0, 0, 1)) == []
-    assert engine.extend(codes, [[], []], sampling=[GREEDY], seeds=seeds(2, 0, 1)) == [[], []]
+    assert engine.generate_text(codes[:0], [], sampling=[GREEDY], seeds=seeds(0, 0, 1)) == []
+    assert engine.generate_text(codes, [[], []], sampling=[GREEDY], seeds=seeds(2, 0, 1)) == [[], []]
     assert engine.score_choices(codes[:0], [], []) == []
 
 
@@ -131,7 +131,7 @@ def test_engine_shares_the_model(naive):
     assert (engine.dtype, engine.device) == (torch.bfloat16, torch.device("cpu"))
     drawn = engine.generate([[5]], **GENERATE, seeds=seeds(1, 2))
     assert ((drawn >= 0) & (drawn < 64)).all()
-    assert engine.extend(drawn[0], [[[5]]] * 2, sampling=[GREEDY], seeds=seeds(2, 1, 1))
+    assert engine.generate_text(drawn[0], [[[5]]] * 2, sampling=[GREEDY], seeds=seeds(2, 1, 1))
 
 
 def test_training_shows_at_once(engine, codes):
@@ -238,8 +238,8 @@ def test_bad_generate(engine, change, message):
 )
 def test_bad_extend(engine, codes, change, message):
     arguments = {"images": codes, "question_ids": [[[5]], [[6]]], "sampling": [GREEDY], "seeds": seeds(2, 1, 1)}
-    with pytest.raises(ValueError, match=f"Engine.extend: .*{message}"):
-        engine.extend(**(arguments | change))
+    with pytest.raises(ValueError, match=f"Engine.generate_text: .*{message}"):
+        engine.generate_text(**(arguments | change))
 
 
 @pytest.mark.parametrize(

@@ -289,17 +289,17 @@ def test_kept_memory_is_given_back(naive, recorded_graphs):
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["steps", "batches"])
-def test_watch_sees_steps_or_batches(naive, graphs, request):
+def test_progress_sees_steps_or_batches(naive, graphs, request):
     if graphs:
         request.getfixturevalue("recorded_graphs")
     seen = []
 
-    def watch(items):
+    def progress(items):
         for item in items:
             yield item
             seen.append(len(items))
 
-    decode(naive, naive.tiny_model(), [[3]], torch.arange(6).view(1, 6), PARAMS, max_sequences=4, watch=watch)
+    decode(naive, naive.tiny_model(), [[3]], torch.arange(6).view(1, 6), PARAMS, max_sequences=4, progress=progress)
     assert seen == ([3] * 3 if graphs else [6] * 18)
 
 

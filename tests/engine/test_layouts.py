@@ -69,9 +69,9 @@ def test_text_is_the_same_in_any_order_of_the_vocabulary(engines):
     images, questions = torch.arange(32).view(2, 16), [[[5, 6], [7]], [[8]]]
     sampling = [SamplingParams(temperature=temperature, max_new_tokens=6) for temperature in (0.0, 1.0)]
     seeds = torch.arange(8).view(2, 2, 2)
-    expected = plain.extend(images, questions, sampling=sampling, seeds=seeds)
+    expected = plain.generate_text(images, questions, sampling=sampling, seeds=seeds)
     asked = [renamed(of_image, order) for of_image in questions]
-    answers = shuffled.extend(images, asked, sampling=sampling, seeds=seeds)
+    answers = shuffled.generate_text(images, asked, sampling=sampling, seeds=seeds)
     assert answers == [[renamed(samples, order) for samples in of_image] for of_image in expected]
 
     choices = [[[[9], [10, 11]], [[12], [13]]], [[[14, 15], [16]]]]
@@ -87,7 +87,9 @@ def test_ids_of_another_kind_are_refused(engines):
     with pytest.raises(ValueError, match=rf"expected text ids in 40 ids in prompt 0, got \[{code}\]"):
         shuffled.generate([[code]], **GENERATE, seeds=SEEDS[:1])
     with pytest.raises(ValueError, match="Shuffled: the model understands images by their codes, got features"):
-        shuffled.extend(torch.zeros(1, 3, 32), [[[order[5]]]], sampling=[SamplingParams()], seeds=SEEDS[:1, :1, None])
+        shuffled.generate_text(
+            torch.zeros(1, 3, 32), [[[order[5]]]], sampling=[SamplingParams()], seeds=SEEDS[:1, :1, None]
+        )
 
 
 class InRows(Layout):

@@ -43,13 +43,13 @@ class StandInEngine:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompt_ids, *, num_images, num_steps, seeds, known_codes=None, **sampling):
+    def generate(self, prompt_ids, *, num_images, seeds, sampling, known_codes=None, progress=iter):
         assert seeds.shape == (len(prompt_ids), num_images)
         assert known_codes is None or known_codes.shape == (len(prompt_ids), 4)
-        self.calls.append((prompt_ids, num_steps))
+        self.calls.append((prompt_ids, sampling.num_steps))
         return seeds[:, :, None].repeat(1, 1, 4)
 
-    def extend(self, image_codes, question_ids, *, sampling, seeds):
+    def generate_text(self, image_codes, question_ids, *, sampling, seeds):
         assert len(question_ids) == len(image_codes) and seeds.shape == (len(image_codes), 1, len(sampling))
         assert sampling[0].temperature == 0
         return [[[[int(codes[0])]]] for codes in image_codes]

@@ -197,7 +197,7 @@ def test_captions_are_of_the_records_image(candidates: pa.Table, tiny_model: Mod
     for record in tiny_records:
         codes = torch.from_numpy(record.codes.astype(np.int64))[None]
         seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
-        (((ids,),),) = tiny_model.engine.extend(codes, [[question]], sampling=greedy, seeds=seeds)
+        (((ids,),),) = tiny_model.engine.generate_text(codes, [[question]], sampling=greedy, seeds=seeds)
         (row,) = (
             row
             for row in candidates.to_pylist()
@@ -259,7 +259,7 @@ def test_lost_parts_come_back_the_same(
     assert curate_all(tiny_model, tiny_records, CONFIG, seed=5, folder=folder).equals(candidates)
 
 
-@pytest.mark.parametrize("stage", ["generate", "extend", "score_choices"])
+@pytest.mark.parametrize("stage", ["generate", "generate_text", "score_choices"])
 def test_a_killed_run_goes_on_and_ends_the_same(
     candidates: pa.Table, tiny_model: Model, tiny_records: list[Record], tmp_path: Path, monkeypatch, stage: str
 ) -> None:
@@ -283,7 +283,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
 def test_finished_parts_need_no_model(
     candidates: pa.Table, tiny_model: Model, tiny_records: list[Record], tmp_path: Path, monkeypatch
 ) -> None:
-    for name in ("generate", "extend", "score_choices"):
+    for name in ("generate", "generate_text", "score_choices"):
         monkeypatch.setattr(tiny_model.engine, name, None)
     chosen = replace(CONFIG, threshold=0.9, margin=0.5, keep="both")  # these only choose among candidates
     assert curate_all(tiny_model, tiny_records, chosen, seed=5, folder=tmp_path / "candidates").equals(candidates)

@@ -94,7 +94,7 @@ class ToyDecoder:
     def __init__(self, transformer, layout, backend=None):
         self.transformer, self.layout, self.backend = transformer, layout, backend
 
-    def generate(self, prompt_ids, seeds, params, *, known_codes=None, max_sequences=256, watch=iter):
+    def generate(self, prompt_ids, seeds, params, *, known_codes=None, max_sequences=256, progress=iter):
         num_images, layout = seeds.shape[1], self.layout
         codes = torch.zeros(*seeds.shape, layout.num_image_tokens, dtype=torch.int64)
         weight, bias = layout.code_ids.rows(self.transformer.head)
@@ -206,8 +206,8 @@ class Brightness(Evaluation):
                                           temperature=model.sampling_of(config).temperature)
             bright = model.decode_images(codes[0]) > 127
             asked = model.question_prompt("is there a circle ?")
-            [[[answer]]] = model.engine.extend(codes[:, 0], [[asked]], seeds=torch.zeros(1, 1, 1, dtype=torch.int64),
-                                               sampling=[SamplingParams(temperature=0.0, max_new_tokens=1)])
+            sampling, seeds = SamplingParams(temperature=0.0, max_new_tokens=1), torch.zeros(1, 1, 1, dtype=torch.int64)
+            [[[answer]]] = model.engine.generate_text(codes[:, 0], [[asked]], sampling=[sampling], seeds=seeds)
             scores = {"bright": [int(bright.sum()), bright.size], "answers/any": [len(answer), 1]}
             rows.append({"id": f"prompt-{number}", "scores": scores})
         return rows

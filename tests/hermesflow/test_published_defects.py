@@ -324,7 +324,7 @@ def test_9_captions_compute_each_token_once(naive, model, pairs, monkeypatch):
     counts = []
     handle = model.transformer.embed.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].numel()))
     seeds = torch.arange(3)[None, None]
-    captions = model.engine.extend(torch.tensor([codes]), [[question]], sampling=sampling, seeds=seeds)[0][0]
+    captions = model.engine.generate_text(torch.tensor([codes]), [[question]], sampling=sampling, seeds=seeds)[0][0]
     assert [len(ids) for ids in captions] == [8, 8, 8]
     check(counts)
     handle.remove()

@@ -318,11 +318,11 @@ def test_a_long_prompt_is_cut_as_the_model_was_trained(shared_tiny_model, monkey
 @pytest.mark.parametrize("question", ["a circle {question} ?", "{question}"])
 def test_questions_are_put_as_the_model_expects(shared_tiny_model, square, monkeypatch, question):
     asked = []
-    extend = type(shared_tiny_model.engine).extend
+    generate_text = type(shared_tiny_model.engine).generate_text
     monkeypatch.setattr(
         type(shared_tiny_model.engine),
-        "extend",
-        lambda engine, codes, ids, **options: asked.append(ids[0][0]) or extend(engine, codes, ids, **options),
+        "generate_text",
+        lambda engine, codes, ids, **options: asked.append(ids[0][0]) or generate_text(engine, codes, ids, **options),
     )
     monkeypatch.setattr(shared_tiny_model, "prompts", replace(shared_tiny_model.prompts, question=question))
     (answer,) = tasks.answer_question(shared_tiny_model, [square], "what color")

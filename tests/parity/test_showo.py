@@ -162,7 +162,7 @@ def test_greedy_answers(original):
     wanted = [golden[f"mmu{number}.greedy"].tolist() for number in numbers]
     sampling = [SamplingParams(temperature=0.0, max_new_tokens=max(map(len, wanted)))]
     seeds = torch.zeros(len(rows), 1, 1, dtype=torch.int64)
-    found = original.model.engine.extend(codes, questions, sampling=sampling, seeds=seeds, text_only=False)
+    found = original.model.engine.generate_text(codes, questions, sampling=sampling, seeds=seeds, text_only=False)
     for ((ids,),), greedy in zip(found, wanted, strict=True):
         end = greedy.index(layout.eot) if layout.eot in greedy else len(greedy)
         assert ids[: len(greedy)] == greedy[:end]

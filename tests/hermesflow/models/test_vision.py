@@ -264,7 +264,7 @@ def test_answers_about_features_end_to_end(naive, engine, encoder):
     """Several questions about several images, greedy: each as if it were computed alone, whole and without a cache."""
     features = encoder.encode(pictures())
     seeds = torch.zeros(4, 3, 1, dtype=torch.int64)
-    got = engine.extend(features, QUESTIONS, sampling=[GREEDY], seeds=seeds)
+    got = engine.generate_text(features, QUESTIONS, sampling=[GREEDY], seeds=seeds)
     truth = [
         [[naive.answer(engine.transformer, engine.layout, image, question, GREEDY, 0)] for question in questions]
         for image, questions in zip(features, QUESTIONS, strict=True)
@@ -273,8 +273,8 @@ def test_answers_about_features_end_to_end(naive, engine, encoder):
     assert len({tuple(samples[0]) for of_image in got for samples in of_image}) > 2, "the answers say something"
     # Bounds of one question a pass, of one image a pass, and alone.
     for max_tokens in (1, 60):
-        assert engine.extend(features, QUESTIONS, sampling=[GREEDY], seeds=seeds, max_tokens=max_tokens) == got
-    alone = engine.extend(encoder.encode(pictures()[1:2]), [[[5]]], sampling=[GREEDY], seeds=seeds[:1, :1])
+        assert engine.generate_text(features, QUESTIONS, sampling=[GREEDY], seeds=seeds, max_tokens=max_tokens) == got
+    alone = engine.generate_text(encoder.encode(pictures()[1:2]), [[[5]]], sampling=[GREEDY], seeds=seeds[:1, :1])
     assert alone == [[got[1][1]]]
 
 

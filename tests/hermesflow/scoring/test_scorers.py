@@ -442,7 +442,7 @@ def test_self_vqa_by_free_answers(
             rights = []
             for question, answer in zip(item.questions, score.answers, strict=True):
                 prompt = tiny_model.choices_prompt(question.question, question.choices)
-                [[[ids]]] = tiny_model.engine.extend(image[None], [[prompt]], sampling=greedy, seeds=seeds)
+                [[[ids]]] = tiny_model.engine.generate_text(image[None], [[prompt]], sampling=greedy, seeds=seeds)
                 [index] = match([tiny_model.decode_text(ids)], [question.choices])
                 assert answer.answer == (question.choices[index] if index >= 0 else tiny_model.decode_text(ids))
                 assert answer.probability == (index >= 0 and question.choices[index] == question.answer)
@@ -455,7 +455,7 @@ def test_free_answers_are_right_where_they_mean_the_right_choice() -> None:
     said = {"a": ["green", "Yes."], "b": ["maybe"]}
     model = ScriptedModel([])
     model.decode_text = lambda text: text
-    model.engine.extend = lambda codes, *_, **__: [[[text] for text in said["ab"[int(row[0])]]] for row in codes]
+    model.engine.generate_text = lambda codes, *_, **__: [[[text] for text in said["ab"[int(row[0])]]] for row in codes]
     records = [record("a", COLOR, YES_NO), record("b", YES_NO)]
     codes = torch.tensor([[[0]], [[1]]])
     match = Scorers(CurationConfig(answer_scorer="exact")).match_answers
@@ -466,7 +466,7 @@ def test_free_answers_are_right_where_they_mean_the_right_choice() -> None:
 
 
 def test_likelihood_decodes_nothing(tiny_model: Model, tiny_records: list[Record], monkeypatch) -> None:
-    monkeypatch.setattr(tiny_model.engine, "extend", None)
+    monkeypatch.setattr(tiny_model.engine, "generate_text", None)
     match = Scorers(CurationConfig()).match_answers
     assert len(self_vqa(tiny_model, torch.zeros(1, 2, 16, dtype=torch.int64), tiny_records[:1], match)[0]) == 2
 
