@@ -420,18 +420,12 @@ class SelfPlayConfig:
     """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
     algorithm: str = "pair-dpo"
     """What trains in a round: pair-dpo, on pairs of best and worst; grpo, on images that are drawn and rewarded as the
-    model learns; own-drawings, on answers about own drawings; or "module:class" of your own. Several, separated by
-    commas, take the rounds in turn."""
+    model learns; own-drawings, on answers about own drawings; or "module:class" of your own."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 1, "num_rounds")
-        _check_name(self, "algorithm", ALGORITHMS, several=True)
-
-    @property
-    def algorithms(self) -> tuple[str, ...]:
-        """The names in algorithm."""
-        return _listed(self.algorithm)
+        _check_name(self, "algorithm", ALGORITHMS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -524,11 +518,6 @@ class Config:
     def drawn_by(self, section: Any) -> Any:
         """The curation or eval section, with what it leaves open about drawing taken from [drawing]."""
         return replace(section, **self.drawing.drawing() | section.drawing())
-
-    def of_round(self, number: int) -> "Config":
-        """The settings of one round, from 1: selfplay.algorithm is the one whose turn it is."""
-        names = self.selfplay.algorithms
-        return replace(self, selfplay=replace(self.selfplay, algorithm=names[(number - 1) % len(names)]))
 
     @property
     def run_folder(self) -> Path:
@@ -731,16 +720,9 @@ def _describe(value: Any) -> str:
     return f"{value!r} ({kind})"
 
 
-def _check_name(section: Any, name: str, known: Iterable[str], kind: str = "object", *, several: bool = False) -> None:
-    def is_name(value: str) -> bool:
-        return value in known or re.fullmatch(r"[\w.]+:\w+", value) is not None
-
-    expected = f'{", ".join(known)}, or "module:{kind}"' + (", separated by commas" if several else "")
-    _check(section, (name,), lambda value: all(map(is_name, _listed(value) if several else (value,))), expected)
-
-
-def _listed(names: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in names.split(","))
+def _check_name(section: Any, name: str, known: Iterable[str], kind: str = "object") -> None:
+    expected = f'{", ".join(known)}, or "module:{kind}"'
+    _check(section, (name,), lambda value: value in known or re.fullmatch(r"[\w.]+:\w+", value), expected)
 
 
 def _check_seed(section: Any) -> None:

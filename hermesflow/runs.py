@@ -136,7 +136,7 @@ class Run:
     def first(self, number: int) -> Model | None:
         """The model before self-play, in float32, as the reference of an online round after the first one: a reference
         that moved with the rounds would let answers drift a little in each."""
-        return self._open(0, "float32") if number > 1 and self.is_online(number) else None
+        return self._open(0, "float32") if self.is_online and number > 1 else None
 
     def _load(self, number: int) -> Model:
         if number:
@@ -178,10 +178,9 @@ class Run:
 
     def previous(self, number: int) -> PairFile | None:
         """The pairs that a round's win and lose are compared with, where its records are the same."""
-        with_pairs = [earlier for earlier in range(1, number) if not self.is_online(earlier)]
-        if self.config.selfplay.fresh_prompts or not with_pairs:
+        if number == 1 or self.config.selfplay.fresh_prompts:
             return None
-        return PairFile(self.path(with_pairs[-1], "pairs.parquet"))
+        return PairFile(self.path(number - 1, "pairs.parquet"))
 
     def evaluation(self, number: int) -> dict[str, Any]:
         """The evaluation after a round, which must be there.
@@ -223,7 +222,7 @@ class Run:
     def learned(self, number: int) -> pa.Table | list[Record]:
         """What a round's training learns from: its pairs, or its records where the algorithm is online. Raises: as
         pairs."""
-        return list(self.round_records(number)) if self.is_online(number) else self.pairs(number)
+        return list(self.round_records(number)) if self.is_online else self.pairs(number)
 
     def seed(self, number: int) -> int:
         """Of a round's candidates and training."""
@@ -234,7 +233,7 @@ class Run:
         evaluations = [self.evaluation(number) for number in (0, *self.rounds)]
         before, rounds = summarize(evaluations)
         for number, metrics in enumerate(rounds, start=1):
-            if not self.is_online(number):
+            if not self.is_online:
                 pairs = read_parquet(self.path(number, "pairs.parquet"), ["record_id", "sides"])
                 rejected = read_parquet(self.path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
                 metrics["pairs"] = pair_statistics(pairs, rejected)
@@ -250,9 +249,10 @@ class Run:
         data = {"records": num_records, "rejected": count_reasons(unusable), "yes_share": yes_share(self.records)}
         return {"settings": settings, "seed": self.config.run.seed, "data": data, "before": before, "rounds": rounds}
 
-    def is_online(self, number: int) -> bool:
-        """Whether a round's algorithm draws its own images as it learns, and needs no pairs."""
-        return is_online(self.config.of_round(number).selfplay.algorithm)
+    @property
+    def is_online(self) -> bool:
+        """Whether the run's algorithm draws its own images as it learns, and needs no pairs."""
+        return is_online(self.config.selfplay.algorithm)
 
     def check_comparable(self, result: dict[str, Any]) -> None:
         """Raises InputError if an evaluation measured other records than that before self-play."""
@@ -294,7 +294,7 @@ def import_pairs(config: Config, number: int, path: StrPath, root: StrPath | Non
     Returns: the path of the pairs; rejected.parquet is written beside it.
     Raises: InputError if the file cannot be used, or the round has pairs already.
     """
-    check_takes_pairs(config.of_round(number).selfplay.algorithm)
+    check_takes_pairs(config.selfplay.algorithm)
     run = Run(config)
     run.check_round(number)
     target = run.path(number, "pairs.parquet")

@@ -47,7 +47,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
 
 def play_round(run: Run, number: int) -> None:
     """A round's pairs, unless its algorithm is online, and its training. Raises: as curate_round and train_round."""
-    if not run.is_online(number):
+    if not run.is_online:
         curate_round(run, number)
     train_round(run, number)
 
@@ -56,7 +56,7 @@ def curate_round(run: Run, number: int) -> None:
     """Draws and scores a round's candidates, and keeps each record's best and worst as a pair. Raises: as curate;
     InputError if the run has no such round, or its algorithm takes no pairs."""
     run.check_round(number)
-    check_takes_pairs(run.config.of_round(number).selfplay.algorithm)
+    check_takes_pairs(run.config.selfplay.algorithm)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
         return
 
@@ -87,11 +87,11 @@ def train_round(run: Run, number: int) -> None:
     run.check_round(number)
     if run.is_made(number, "model", "training.json"):
         return
-    learned, folder, config = run.learned(number), run.path(number), run.config.of_round(number)
+    learned, folder = run.learned(number), run.path(number)
 
     def work() -> None:
         model, options = run.policy(number - 1), {"seed": run.seed(number), "first": run.first(number)}
-        save_trained(model, train_on(model, learned, config, folder=folder / "train", **options), folder)
+        save_trained(model, train_on(model, learned, run.config, folder=folder / "train", **options), folder)
 
     run.timed(number, "training", work)
 

@@ -155,14 +155,12 @@ def _train(policy: Policy, learner: Algorithm, hold_out: HoldOut, seed: int, fol
 
 def check_training(config: Config) -> None:
     """Raises InputError with the fix where training could not begin: before the work on its data, not after it."""
-    for name in config.selfplay.algorithms:
-        _check_training(config.train, name)
-        if is_online(name):
-            if config.train.holdout_pairs:
-                raise InputError(
-                    f"train.holdout_pairs: expected 0 with {name}, which learns from no pairs; leave it out"
-                )
-            find_algorithm(name).check(config)
+    name = config.selfplay.algorithm
+    _check_training(config.train, name)
+    if is_online(name):
+        if config.train.holdout_pairs:
+            raise InputError(f"train.holdout_pairs: expected 0 with {name}, which learns from no pairs; leave it out")
+        find_algorithm(name).check(config)
 
 
 def _check_training(config: TrainConfig, algorithm: str) -> None:
@@ -173,10 +171,6 @@ def _check_training(config: TrainConfig, algorithm: str) -> None:
 
 def find_algorithm(name: str) -> type:
     """The class of an algorithm. Raises: InputError if there is none."""
-    if "," in name:
-        raise InputError(
-            f"selfplay.algorithm {name}: several take the rounds of self-play in turn; name one for a training"
-        )
     has = ("name", "visits", "passes", "metric_names", "reference", "loss")
     return resolve(ALGORITHMS, name, "selfplay.algorithm", has, is_class=True)
 

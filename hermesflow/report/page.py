@@ -85,13 +85,12 @@ def write_report(run_folder: StrPath) -> Path:
     summary, missing = read_summary(folder, config)
     number = _last_round_with_pairs(folder, config)
     shown = choose_shown(folder / f"round-{number}", open_model(config.model)) if number else []
-    takes_pairs = not all(_is_online(config, number) for number in range(1, config.selfplay.num_rounds + 1))
     header, measurements, categories, rounds = _show_summary(config, summary, missing)
     sections = [
         header,
         measurements,
         categories,
-        pairs_section(shown, number, config.data.source in BUILTIN.known_sources) if takes_pairs else "",
+        "" if _is_online(config) else pairs_section(shown, number, config.data.source in BUILTIN.known_sources),
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
     ]
@@ -118,7 +117,7 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     evaluations, missing = [], []
     for number in range(config.selfplay.num_rounds + 1):
         path = folder / f"round-{number}"
-        if number and not (path / "pairs.parquet").exists() and not _is_online(config, number):
+        if number and not (path / "pairs.parquet").exists() and not _is_online(config):
             missing.append(f"the pairs of round {number}")
         if not (path / "evaluation.json").exists():
             missing.append(f"the evaluation of round {number}" if number else "the evaluation before self-play")
@@ -137,7 +136,7 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
         describe_cost({"before": before, "rounds": []})
     for number, metrics in enumerate(rounds, 1):
         path = folder / f"round-{number}"
-        if not _is_online(config, number):
+        if not _is_online(config):
             metrics["pairs"] = pair_statistics(
                 *(read_parquet(path / f"{name}.parquet") for name in ("pairs", "rejected"))
             )
@@ -150,10 +149,10 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     return {"before": before, "rounds": rounds}, missing
 
 
-def _is_online(config: Config, number: int) -> bool:
-    """Whether a round has no pairs to show. A user's algorithm that cannot be imported counts as one with pairs."""
+def _is_online(config: Config) -> bool:
+    """Whether the run has no pairs to show. A user's algorithm that cannot be imported counts as one with pairs."""
     try:
-        return is_online(config.of_round(number).selfplay.algorithm)
+        return is_online(config.selfplay.algorithm)
     except InputError:
         return False
 

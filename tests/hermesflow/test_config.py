@@ -232,14 +232,6 @@ def test_how_images_are_drawn_is_said_once_and_may_be_overridden():
     assert config.curation.temperature == -1 and config.drawn_by(config.curation).temperature == 0.7
 
 
-def test_algorithms_take_the_rounds_in_turn():
-    config = load_config(None, ["selfplay.algorithm=pair-dpo, grpo,own:Algorithm"])
-    names = [config.of_round(number).selfplay.algorithm for number in range(1, 6)]
-    assert names == ["pair-dpo", "grpo", "own:Algorithm", "pair-dpo", "grpo"]
-    with pytest.raises(InputError, match="separated by commas, got .pair-dpo,,grpo"):
-        load_config(None, ["selfplay.algorithm=pair-dpo,,grpo"])
-
-
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "docs").glob("*.toml")), ids=lambda path: path.name
 )

@@ -16,7 +16,6 @@ from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.grpo import GRPO, advantages
 from hermesflow.algorithms.policy import Policy
 from hermesflow.config import Config, ConfigError, GRPOConfig, load_config
-from hermesflow.data.pairs import PairFile
 from hermesflow.engine.mask_schedule import num_to_mask
 from hermesflow.report.page import write_report
 from hermesflow.runs import Run, train_on_pairs
@@ -24,7 +23,7 @@ from hermesflow.runtime.checkpointing import checkpoints
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.metric_log import TIMINGS
 from hermesflow.scoring.self_answers import Judged
-from hermesflow.selfplay import curate_round, evaluate_round, play_round, run_selfplay, train_round
+from hermesflow.selfplay import curate_round, run_selfplay, train_round
 from hermesflow.training import train_pairs, train_records
 
 SMALL = {
@@ -350,40 +349,6 @@ def test_a_run_needs_no_pairs(tiny_model, tmp_path):
     shutil.rmtree(folder / "round-2/model")
     train_round(Run(config), 2)
     assert (folder / "round-2/model/model.safetensors").read_bytes() == before
-
-
-def test_algorithms_take_the_rounds_in_turn(tiny_model, tmp_path):
-    tiny_model.save(tmp_path / "model")
-    changes = {
-        "model__name": str(tmp_path / "model"), "run__folder": str(tmp_path), "run__name": "r", "data__num_records": 6,
-        "train__num_steps": 2, "eval__num_prompts": 4, "eval__num_understanding": 4, "selfplay__num_rounds": 3,
-        "curation__threshold": 0.0, "curation__margin": 0.0, "curation__keep": "any", "curation__num_images": 2,
-        "selfplay__algorithm": "pair-dpo, grpo",
-    }  # fmt: skip
-    config = settings(**changes)
-    folder = tmp_path / "r"
-    for number in (1, 2):
-        play_round(Run(config), number)
-        evaluate_round(Run(config), number - 1)
-    evaluate_round(Run(config), 2)
-    text = write_report(folder).read_text()
-    assert "the pairs of round 3" in text and "the pairs of round 2" not in text and "<h2>Pairs" in text
-    with pytest.raises(InputError, match="selfplay.algorithm grpo: draws its images as it learns and takes no pairs"):
-        curate_round(Run(config), 2)
-    with pytest.raises(InputError, match="several take the rounds of self-play in turn; name one for a training"):
-        train_on_pairs(config, folder / "round-1/pairs.parquet", tmp_path / "out")
-    rounds = run_selfplay(config)["rounds"]
-    assert ["curation" in found["seconds"] for found in rounds] == [True, False, True]
-    assert ["reward" in found["training"] for found in rounds] == [False, True, False]
-    assert ["pairs" in found for found in rounds] == [True, False, True]
-    assert "<h2>Pairs" in (folder / "report/index.html").read_text()
-    # With the same prompts, a win is compared with those of the last round that had pairs.
-    same = replace(config, selfplay=replace(config.selfplay, fresh_prompts=False))
-    run = Run(replace(same, run=replace(config.run, name="same")))
-    shutil.copytree(folder / "round-1", run.folder / "round-1")
-    assert run.previous(1) is None
-    records = list(Run(config).round_records(1))
-    assert run.previous(3).of(records) == PairFile(folder / "round-1/pairs.parquet").of(records)
 
 
 @pytest.mark.parametrize("way", ["cached", "live"])
