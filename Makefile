@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint check-cuda check-triton sanitize soak clean
+.PHONY: help setup demo test lint check-install check-cuda check-triton sanitize soak clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -38,6 +38,9 @@ soak: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check-install: setup
+	.ci/check-install
 
 check-cuda:
 	.ci/check-cuda

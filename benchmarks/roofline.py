@@ -15,7 +15,7 @@ COLORS = ("#1f6f8b", "#d1603d", "#5a8f3c", "#8a5aa8", "#b8860b", "#555555")
 def check_matplotlib() -> None:
     """Raise InputError with the fix unless matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot: matplotlib is not installed; run: pip install -e '.[bench]'")
+        raise InputError("--plot: matplotlib is not installed; run: pip install matplotlib")
 
 
 def plot_roofline(lines: Sequence[Line], path: Path) -> None:

@@ -37,7 +37,7 @@ namespace hermesflow {
 const char* instruction_set_name();  // cpu/instruction_set.cpp
 }
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_facts", [] {
     pybind11::dict facts;
     facts["compiler"] = __VERSION__;

@@ -41,7 +41,7 @@ PAPER_OBJECTIVE = {
 STUDY_ARMS = (
     "pair-dpo", "grpo", "no-op", "random-pairs", "sft-best", "distill", "best-of-4", "generation-only",
     "understanding-only", "oracle-pairs", "positive-control", "own-drawings",
-    "grpo+own-drawings", "pair-dpo+grpo", "pair-dpo+grpo+own-drawings", "merged",
+    "grpo+own-drawings", "pair-dpo+grpo", "merged",
 )  # fmt: skip
 
 

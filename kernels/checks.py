@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hermesflow.kernels.extension import load_cuda_kernels, load_extension
+
 if TYPE_CHECKING:
     from hermesflow.kernels.philox import RandomKey
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INSTALL_HINT = "pip install --no-build-isolation -e ."
 
 
 def describe(tensor: Tensor) -> str:
@@ -114,21 +113,18 @@ def triton_interprets() -> bool:
 
 @functools.cache
 def extension_missing() -> str | None:
-    """Why the C++ extension hermesflow.kernels._C cannot be used, or None."""
+    """Why the C++ extension hermesflow.kernels._C cannot be used, or None; compiles it if need be."""
     try:
-        _extension()
+        load_extension()
     except ImportError as error:
-        recorded = Path(__file__).with_name("_C_build_error.txt")
-        if recorded.exists():
-            return f"the C++ extension was not built: {recorded.read_text().strip()}"
-        return f"the C++ extension does not load ({error}); run: {INSTALL_HINT}"
+        return f"no C++ extension: {error}"
     return None
 
 
 @torch.compiler.assume_constant_result
 def cuda_emulated() -> bool:
     """Whether the extension is the tests' own, whose CUDA kernels run on the CPU (tests/csrc)."""
-    return extension_missing() is None and _extension().build_facts()["cuda"] == "emulated"
+    return extension_missing() is None and load_extension().build_facts()["cuda"] == "emulated"
 
 
 def cpu_missing() -> str | None:
@@ -146,14 +142,25 @@ def cuda_missing() -> str | None:
     missing = extension_missing()
     if missing is not None:
         return missing
-    targets = _extension().build_facts()["cuda"]
+    targets = load_extension().build_facts()["cuda"]
     if targets == "none":
-        return f"the extension was built without CUDA; with nvcc and a CUDA torch run: {INSTALL_HINT}"
+        try:
+            targets = load_cuda_kernels()
+        except ImportError as error:
+            return f"the extension was built without CUDA: {error}"
     capability = torch.cuda.get_device_capability()
     if not has_code_for(capability, targets):
         card = "{}.{}".format(*capability)
-        return f"the extension holds {targets}, this GPU is {card}; run: TORCH_CUDA_ARCH_LIST={card} {INSTALL_HINT}"
+        return f"the extension holds {targets}, this GPU is {card}; {install_hint()} with TORCH_CUDA_ARCH_LIST={card}"
     return None
+
+
+def install_hint() -> str:
+    """How this copy is installed anew, in words: a checkout, or what pip put away from its sources."""
+    root = Path(__file__).parents[1]
+    if (root / "setup.py").exists():
+        return f"run pip install --no-build-isolation -e {root}"
+    return "run pip install --no-build-isolation --force-reinstall --no-deps hermesflow"
 
 
 def has_code_for(capability: tuple[int, int], targets: str) -> bool:
@@ -171,10 +178,6 @@ def has_code_for(capability: tuple[int, int], targets: str) -> bool:
         if capability == version or (not found[3] and (same_major or (found[4] and capability > version))):
             return True
     return False
-
-
-def _extension() -> ModuleType:
-    return importlib.import_module("hermesflow.kernels._C")
 
 
 def triton_missing() -> str | None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hermesflow.kernels import (
-    _C,  # noqa: F401 - loading it registers torch.ops.hermesflow
-    linear_logprob_blocked,
-)
+from hermesflow.kernels import linear_logprob_blocked
+from hermesflow.kernels.extension import load_extension
 from hermesflow.kernels.philox import RandomKey
+
+load_extension()  # registers torch.ops.hermesflow
 
 
 @torch.no_grad()

@@ -99,10 +99,10 @@ ARMS = {
         told="GRPO, and then training on answers about the drawings of the model that came out.", after="grpo"
     ),
     "pair-dpo+grpo": _GRPO._replace(told="Pair-DPO, and then GRPO on the model that came out.", after="pair-dpo"),
-    "pair-dpo+grpo+own-drawings": _OWN_DRAWINGS._replace(
-        told="Pair-DPO, then GRPO, and then answers about own drawings.", after="pair-dpo+grpo"
+    "merged": Arm(
+        "The mean of the weights that pair-dpo+grpo and grpo+own-drawings end with.",
+        mean_of=("pair-dpo+grpo", "grpo+own-drawings"),
     ),
-    "merged": Arm("The mean of the weights that pair-dpo and grpo end with.", mean_of=("pair-dpo", "grpo")),
 }
 """Arms by the names of hermesflow.config.STUDY_ARMS."""
 

@@ -20,7 +20,7 @@ CLAIMS = (
 )  # fmt: skip
 """The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
 CONTROL = "positive-control"
-OWN = "own-drawings", "grpo+own-drawings", "pair-dpo+grpo+own-drawings"
+OWN = "own-drawings", "grpo+own-drawings", "merged"
 """Arms that learn answers whose labels the model's own prompts give."""
 _ANSWERS = {"better": "yes", "worse": "no, it harms"}
 

@@ -16,10 +16,10 @@ from rich.table import Table
 import hermesflow
 from hermesflow.kernels import registry
 from hermesflow.kernels.checks import extension_missing
+from hermesflow.kernels.extension import load_extension
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "transformers", "tokenizers", "safetensors", "triton")
 _EXTRAS = {
-    "triton": "Triton kernels",
     "flash_attn": "span_attention by FlashAttention",
     "xformers": "span_attention by xFormers",
 }
@@ -81,7 +81,7 @@ def _extras() -> Table:
     for module, purpose in _EXTRAS.items():
         name = module.replace("_", "-")
         found = importlib.util.find_spec(module) is not None
-        table.add_row(name, _package_version(name) or "-", purpose, "" if found else f"pip install -e '.[{name}]'")
+        table.add_row(name, _package_version(name) or "-", purpose, "" if found else f"pip install {name}")
     return table
 
 
@@ -110,5 +110,5 @@ def _tool_version(tool: str, hint: str) -> tuple[str, str]:
 
 
 def _build_facts() -> str:
-    facts = importlib.import_module("hermesflow.kernels._C").build_facts()
+    facts = load_extension().build_facts()
     return ", ".join(f"{name} {value}" for name, value in facts.items())

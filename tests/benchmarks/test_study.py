@@ -189,6 +189,7 @@ def test_an_arm_takes_the_mean_of_others(config, evaluated, console, monkeypatch
     def merge(model, others):
         opened["merged"] = [str(other) for other in others]
 
+    monkeypatch.setitem(ARMS, "merged", ARMS["merged"]._replace(mean_of=("pair-dpo", "grpo")))
     monkeypatch.setattr(runner, "merge_models", merge)
     monkeypatch.setattr(runner, "open_model", lambda model: model.name)
     monkeypatch.setattr(runner, "model_digest", lambda model: "digest")
