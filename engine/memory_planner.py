@@ -55,7 +55,7 @@ class MemoryPlanner:
                 count = max(1, min(count, int(SHARE * free) // each))
             self._planned[work] = count
             of_free = "" if math.isinf(free) else f" of {free / _GIB:.1f} GiB free"
-            _LOGGER.info("%s: up to %s tokens a pass (%.2g GiB%s)", work, f"{count:,}", count * each / _GIB, of_free)
+            _LOGGER.debug("%s: up to %s tokens a pass (%.2g GiB%s)", work, f"{count:,}", count * each / _GIB, of_free)
         return self._planned[work]
 
 

@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command.name, continues=command.continues, config=None, set=[], shortcuts=[])
         for names, how in command.options:
             added.add_argument(*names, **how)
+        added.add_argument("-v", "--verbose", action="store_true", help="say more, such as the sizes of batches")
         if name in _GROUPS:
             groups[name] = _group(added, name)
     return parser

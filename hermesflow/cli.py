@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
         config = load_config(arguments.config, [*arguments.set, *arguments.shortcuts])
-        with _log_on_stderr():
+        with _log_on_stderr(logging.DEBUG if arguments.verbose else logging.INFO):
             code = _RUN[arguments.command](arguments, config)
         sys.stdout.flush()
         return code or 0
@@ -64,11 +64,11 @@ class _StderrHandler(logging.Handler):
 
 
 @contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    """Shows what the library logs, such as the size of batches, while a command runs."""
-    logger, handler = logging.getLogger("hermesflow"), _StderrHandler(logging.INFO)
+def _log_on_stderr(lowest: int) -> Iterator[None]:
+    """Shows what the library logs while a command runs, from a level on."""
+    logger, handler = logging.getLogger("hermesflow"), _StderrHandler(lowest)
     level = logger.level
-    logger.setLevel(logging.INFO)
+    logger.setLevel(lowest)
     logger.addHandler(handler)
     try:
         yield

@@ -107,7 +107,7 @@ def curate(
     def parts() -> Iterator[tuple[list[Record], pa.Table]]:
         every = zip(paths, prints, _batches(records, config), strict=True)
         batches = itertools.islice(every, share.start, None, share.step)
-        for path, fingerprint, batch in track(batches, "curation", "batches", total=len(paths[share])):
+        for path, fingerprint, batch in track(batches, "candidates", "batches", total=len(paths[share])):
             if path not in done:
                 rows = _rows(model, batch, config, seed, _previous_images(batch, previous), scorers)
                 table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)

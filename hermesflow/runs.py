@@ -54,6 +54,7 @@ from hermesflow.runtime.files import (
     write_problem,
     write_text,
 )
+from hermesflow.runtime.progress import stage
 from hermesflow.runtime.registry import SOURCES, resolve
 from hermesflow.training import check_takes_pairs, check_training, is_online, train_checked_pairs
 
@@ -272,7 +273,8 @@ class Run:
     def timed(self, number: int, phase: str, work: Callable[[], None]) -> None:
         """Runs a phase and notes its seconds; of a phase that was killed, those since it was resumed."""
         began = time.perf_counter()
-        work()
+        with stage(f"round {number} of {len(self.rounds)}, {phase}" if number else f"before self-play, {phase}"):
+            work()
         if is_main():
             seconds = self.seconds(number) | {phase: round(time.perf_counter() - began, 2)}
             write_json(self.path(number, "seconds.json"), seconds)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from rich.console import Console
@@ -17,8 +18,20 @@ _LOGGER = logging.getLogger(__name__)
 _LINES = 10  # at most, of each piece of work
 _QUIET_SECONDS = 5  # before a line, so that short work has none
 
+_stage = ""  # of what the work is a part, such as "round 1 of 3, curation"
 _logging = False  # whether some work tells its progress in the log; work inside it does not
 _display: Progress | None = None  # the one that is on screen; a track inside another adds its line to it
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Says of what all work inside is a part, such as "round 1 of 3, curation"."""
+    global _stage
+    before, _stage = _stage, name
+    try:
+        yield
+    finally:
+        _stage = before
 
 
 class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
@@ -42,7 +55,7 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
         completed: int = 0,
     ) -> None:
         self._items = range(items) if isinstance(items, int) else items
-        self._description = description
+        self._description = f"{_stage}: {description}" if _stage else description
         self._unit = unit
         self._completed = completed
         if total is None and hasattr(self._items, "__len__"):
@@ -101,16 +114,18 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
                 is_tenth = number * _LINES // self._total > (number - 1) * _LINES // self._total
                 if is_tenth and time.monotonic() - told >= _QUIET_SECONDS:
                     told = time.monotonic()
-                    left = (told - began) / (number - self._completed) * (self._total - number)
+                    each = (told - began) / (number - self._completed)
                     note = f", {self._note}" if self._note else ""
                     _LOGGER.info(
-                        "%s: %d of %d %s%s, %.0f s left",
+                        "%s: %d of %d %s, %.3g %s/s%s, %.0f s left",
                         self._description,
                         number,
                         self._total,
                         self._unit,
+                        1 / each if each else 0,
+                        self._unit,
                         note,
-                        left,
+                        each * (self._total - number),
                     )
         finally:
             _logging = False

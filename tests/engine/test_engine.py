@@ -50,7 +50,7 @@ def test_a_pass_is_bounded_by_free_memory_once(naive, monkeypatch, caplog):
     engine = Engine(naive.tiny_model(), naive.LAYOUT)
     each = memory_planner.token_bytes(engine.transformer.config, 4)
     monkeypatch.setattr(memory_planner, "free_bytes", lambda device: each * 18 * 10 / memory_planner.SHARE + 1)
-    with caplog.at_level(logging.INFO, logger="hermesflow"):
+    with caplog.at_level(logging.DEBUG, logger="hermesflow"):
         assert engine.max_sequences == 10
         assert 1 <= engine.max_tokens < 180
         monkeypatch.setattr(memory_planner, "free_bytes", lambda device: 0)

@@ -23,8 +23,20 @@ def test_each_tenth_is_told_with_the_note_and_the_time_left(clock, caplog):
         clock[0] += 2
         bar.note(f"loss {step}")
     assert len(caplog.messages) == 7
-    assert caplog.messages[0] == "Pair-DPO: 24 of 60 steps, loss 23, 72 s left"
-    assert caplog.messages[-1] == "Pair-DPO: 60 of 60 steps, loss 59, 0 s left"
+    assert caplog.messages[0] == "Pair-DPO: 24 of 60 steps, 0.5 steps/s, loss 23, 72 s left"
+    assert caplog.messages[-1] == "Pair-DPO: 60 of 60 steps, 0.5 steps/s, loss 59, 0 s left"
+
+
+def test_work_says_of_what_it_is_a_part(clock, caplog):
+    with progress.stage("round 2 of 3, curation"):
+        for _ in track(1, "images", "batches"):
+            clock[0] += 10
+    for _ in track(1, "images", "batches"):
+        clock[0] += 10
+    assert caplog.messages == [
+        "round 2 of 3, curation: images: 1 of 1 batches, 0.1 batches/s, 0 s left",
+        "images: 1 of 1 batches, 0.1 batches/s, 0 s left",
+    ]
 
 
 def test_a_long_phase_has_ten_lines(clock, caplog):
