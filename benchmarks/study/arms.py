@@ -100,8 +100,8 @@ ARMS = {
     ),
     "pair-dpo+grpo": _GRPO._replace(told="Pair-DPO, and then GRPO on the model that came out.", after="pair-dpo"),
     "merged": Arm(
-        "The mean of the weights that pair-dpo+grpo and grpo+own-drawings end with.",
-        mean_of=("pair-dpo+grpo", "grpo+own-drawings"),
+        "The mean of the weights that pair-dpo+grpo, counted twice, and grpo+own-drawings end with.",
+        mean_of=("pair-dpo+grpo", "pair-dpo+grpo", "grpo+own-drawings"),
     ),
 }
 """Arms by the names of hermesflow.config.STUDY_ARMS."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.worlds import oracle, shapes
 
 _BATCH = 64
+NUM_SHOWN = 8
+"""Prompts whose drawings are kept, to be looked at."""
 
 
 class Builtin(Evaluation):
@@ -50,8 +52,9 @@ class Builtin(Evaluation):
         Returns: of each record "balanced" and "answered", a digit a question (1 right, 0 wrong) about the real image,
             of the balanced questions, whose "kinds" stand beside them, and of the record's own; "drawn", such a text
             for each image drawn of its caption by the default sampler, and "samplers", {name: {"drawn", "scores"}} with
-            the model's own scores of the images; "caption", "caption_f1" and "caption_exact"; null where it was not
-            asked or not drawn.
+            the model's own scores of the images; of the first NUM_SHOWN records "prompt" and "codes", what the default
+            sampler drew, to look at; "caption", "caption_f1" and "caption_exact"; null where it was not asked or not
+            drawn.
         Raises: InputError if the model does not know the world's words.
         """
         lacking = {"num_steps", "temperature"} - {item.name for item in fields(model.sampling)}
@@ -71,13 +74,14 @@ class Builtin(Evaluation):
         for row, text, record, scene in zip(asked, _write_captions(model, codes), records, scenes, strict=False):
             exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
             row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
+        default = sampler_name(model.sampling_of(config))
         for name, sampling in samplers_of(model, config).items():
             judged = _judge_drawings(model, records[: config.num_prompts], config, sampling)
-            for row, (drawn, scores) in zip(rows, judged, strict=False):
+            for number, (row, (drawn, scores, codes)) in enumerate(zip(rows, judged, strict=False)):
                 row["samplers"][name] = {"drawn": drawn, "scores": scores}
-        default = model.sampling_of(config)
-        for row in rows[: config.num_prompts]:
-            row["drawn"] = row["samplers"][sampler_name(default)]["drawn"]
+                if name == default:
+                    row["drawn"] = drawn
+                    row |= {"prompt": records[number].caption, "codes": codes} if number < NUM_SHOWN else {}
         return rows
 
     def settings(self, model: Model, config: EvalConfig) -> dict[str, Any]:
@@ -247,19 +251,17 @@ def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
 
 def _judge_drawings(
     model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams
-) -> list[tuple[list[str], list[float]]]:
+) -> Iterator[tuple[list[str], list[float], list[list[int]]]]:
     """For each record, of each image drawn of its caption, a digit a question, 1 where the oracle's answer is right;
-    and the model's own scores of the images."""
-    judged = []
+    the model's own scores of the images; and their codes."""
     for start in track(range(0, len(records), _BATCH), f"images {sampler_name(sampling)}", "batches"):
         batch = records[start : start + _BATCH]
         codes = _draw(model, batch, config, sampling)
         images = model.decode_images(codes.flatten(0, 1))
         seen = iter(oracle.read(resize_images(images, shapes.IMAGE_SIZE)))
-        for record, scores in zip(batch, self_vqa(model, codes, batch), strict=True):
+        for record, of_record, scores in zip(batch, codes, self_vqa(model, codes, batch), strict=True):
             digits = [_oracle_digits(record, next(seen)) for _ in scores]
-            judged.append((digits, [round(score.soft, 6) for score in scores]))
-    return judged
+            yield digits, [round(score.soft, 6) for score in scores], of_record.tolist()
 
 
 def _draw(model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams) -> torch.Tensor:

@@ -37,6 +37,41 @@ class Shown:
     real_pixels: np.ndarray
 
 
+def drawings_section(before: dict[str, Any], after: dict[str, Any], number: int, model: Model) -> str:
+    """What the measurement drew of its first prompts, as a section of the page; empty if it kept none.
+
+    Args:
+        before, after: evaluations of the built-in suite before self-play and after a round.
+        number: the round.
+        model: decodes the images.
+    """
+    rows = zip(before["records"], after["records"], strict=False)
+    kept = [(old, new) for old, new in rows if "codes" in old and "codes" in new]
+    articles = "".join(
+        f'<article class="record card"><header><h3>{escape(str(old["prompt"]))}</h3></header><div class="split">'
+        f"<div><h4>Before self-play</h4>{_drawings(old, model)}</div>"
+        f"<div><h4>After round {number}, same seeds</h4>{_drawings(new, model)}</div></div></article>"
+        for old, new in kept
+    )
+    return (
+        f"""<section><h2>Drawings before and after</h2>
+<p class="note">The first prompts of the measurement, not chosen by their results. Below each image stands how many of
+the prompt's questions the oracle finds answered as the prompt says.</p>
+{articles}</section>"""
+        if kept
+        else ""
+    )
+
+
+def _drawings(row: dict[str, Any], model: Model) -> str:
+    figures = ""
+    for pixels, digits in zip(model.decode_images(torch.tensor(row["codes"])), row["drawn"], strict=True):
+        told = f"{digits.count('1')} of {len(digits)} right"
+        role = "wrong" if "0" in digits else "right"
+        figures += f'<figure class="{role}">{picture(pixels, told)}<figcaption>{told}</figcaption></figure>'
+    return f'<div class="images">{figures}</div>'
+
+
 def choose_shown(round_folder: Path, model: Model) -> list[Shown]:
     """The first pairs of each category in turn, so that what is shown is not chosen by its result.
 

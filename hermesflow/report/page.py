@@ -13,8 +13,9 @@ from hermesflow.data.pairs import pair_statistics
 from hermesflow.evaluation.builtin import BUILTIN
 from hermesflow.evaluation.metrics import MetricPath, is_balanced, summarize
 from hermesflow.models.family import open_model
+from hermesflow.models.model import Model
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
-from hermesflow.report.examples import choose_shown, pairs_section
+from hermesflow.report.examples import choose_shown, drawings_section, pairs_section
 from hermesflow.report.markup import details, document, scrolling
 from hermesflow.report.tables import (
     LABELS,
@@ -83,13 +84,15 @@ def write_report(run_folder: StrPath) -> Path:
         raise InputError(f"{folder}: holds no run (there is no config.toml); give the folder of one, such as runs/demo")
     config = load_config(settings)
     summary, missing = read_summary(folder, config)
-    number = _last_round_with_pairs(folder, config)
-    shown = choose_shown(folder / f"round-{number}", open_model(config.model)) if number else []
+    number, last = _last_round_with_pairs(folder, config), len(summary["rounds"])
+    model = open_model(config.model) if number or last else None
+    shown = choose_shown(folder / f"round-{number}", model) if number else []
     header, measurements, categories, rounds = _show_summary(config, summary, missing)
     sections = [
         header,
         measurements,
         categories,
+        _drawings(folder, last, model) if last else "",
         "" if _is_online(config) else pairs_section(shown, number, config.data.source in BUILTIN.known_sources),
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
@@ -97,6 +100,16 @@ def write_report(run_folder: StrPath) -> Path:
     page = folder / "report" / "index.html"
     write_text(page, document(f"{config.run.name} - HermesFlow", "\n".join(sections)))
     return page
+
+
+def _drawings(folder: Path, number: int, model: Model) -> str:
+    """What was drawn before self-play and after a round, where the evaluations are there and kept it."""
+    paths = [folder / f"round-{each}" / "evaluation.json" for each in (0, number)]
+    if not all(path.exists() for path in paths):
+        return ""
+    before, after = map(read_json, paths)
+    with _naming(paths[1], "evaluation"):
+        return drawings_section(before, after, number, model)
 
 
 def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str]]:

@@ -47,7 +47,8 @@ class KnowingModel(Model):
         self.blind, self.careless, self.texts, self.seeds, self.drawn_by = blind, careless, [], [], set()
         self.layout, self.prompts = SimpleNamespace(num_image_tokens=1, sot=-1), TINY_PROMPTS
         self.sampling, self.sampling_of = TINY_SAMPLING, lambda settings: TINY_SAMPLING
-        self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices, extend=self._extend)
+        self.engine = SimpleNamespace(generate=self._generate, score_choices=self._score_choices)
+        self.engine.generate_text = self._generate_text
 
     def encode_text(self, text):
         if text not in self.texts:
@@ -66,9 +67,9 @@ class KnowingModel(Model):
     def _number(self, image):
         return next(number for number, picture in enumerate(self.pictures) if (picture == image).all())
 
-    def _generate(self, prompt_ids, *, num_images, seeds, **settings):
+    def _generate(self, prompt_ids, *, num_images, seeds, sampling):
         assert seeds.shape == (len(prompt_ids), num_images)
-        self.drawn_by.add(f"{settings['num_steps']}/{settings['temperature']:g}")
+        self.drawn_by.add(f"{sampling.num_steps}/{sampling.temperature:g}")
         self.seeds += seeds.flatten().tolist()
         captions = [record.caption for record in self.records]
         codes = torch.tensor([[captions.index(self.texts[ids[0]])] * num_images for ids in prompt_ids])
@@ -88,7 +89,7 @@ class KnowingModel(Model):
                 rows[-1].append([float(mark != (number in self.blind)) for mark in right])
         return rows
 
-    def _extend(self, codes, questions, *, sampling, seeds):
+    def _generate_text(self, codes, questions, *, sampling, seeds):
         return [[[self.encode_text(self.records[number].caption)]] for [number] in codes.tolist()]
 
 

@@ -141,6 +141,27 @@ def test_the_page_tells_what_was_measured(finished):
     assert "not finished" not in page.text
 
 
+def test_drawings_stand_side_by_side(finished):
+    page, rows = read(finished), read_json(finished / "round-1" / "evaluation.json")["records"]
+    before = read_json(finished / "round-0" / "evaluation.json")["records"]
+    kept = [row for row in before + rows if "codes" in row]
+    assert kept and "Drawings before and after" in page.text and "After round 1, same seeds" in page.text
+    marks = [figure.get("class") for figure in page.all("figure")]
+    digits = [image for row in kept for image in row["drawn"]]
+    assert marks.count("right") == sum("0" not in image for image in digits)
+    assert marks.count("wrong") == sum("0" in image for image in digits)
+    assert all(row["prompt"] in page.text for row in kept)
+
+
+def test_a_run_of_before_kept_no_drawings(run):
+    for path in run.glob("round-*/evaluation.json"):
+        result = read_json(path)
+        for row in result["records"]:
+            row.pop("codes", None)
+        path.write_text(json.dumps(result))
+    assert "Drawings before and after" not in read(run).text
+
+
 def test_the_pairs_are_shown_with_their_marks(finished):
     page, pairs = read(finished), read_parquet(finished / "round-1" / "pairs.parquet").to_pylist()
     assert all(pair["caption"] in page.text for pair in pairs)
@@ -149,7 +170,8 @@ def test_the_pairs_are_shown_with_their_marks(finished):
         assert [figure.get("class") for figure in page.all("figure")].count(role) == len(with_images)
         classes = [item.get("class", "").split() for item in page.all("li")]
         assert sum(role in names for names in classes) == sum(pair["win_caption"] is not None for pair in pairs)
-    assert len(page.all("figure")) == 3 * len(pairs)  # num_images
+    drawings = [figure.get("class") in ("right", "wrong") for figure in page.all("figure")]
+    assert drawings.count(False) == 3 * len(pairs)  # num_images
     assert len(page.all("img")) == 4 * len(pairs)  # and the real one
 
 
