@@ -64,7 +64,7 @@ class BuildExtension(cpp_extension.BuildExtension if cpp_extension else object):
             try:
                 super().build_extensions()
                 return
-            except Exception as error:  # the compiler's own message is in the build's output, the install goes on
+            except Exception as error:  # the compiler's own message is in the build's output; the install continues
                 first_line = str(error).partition("\n")[0]
                 reason = f"{type(error).__name__}: {first_line} (pip install -v shows the compiler's message)"
         for ext in self.extensions:

@@ -207,7 +207,7 @@ class Calls:
             return {"images": shape.num_prompts}
         return {"tokens": shape.answer_len} if name == "mmu_generate" else {"pairs": shape.num_pairs}
 
-    def told(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         """How much a call is."""
         shape, tokens = self.shape, self.layout.num_image_tokens
         return {
@@ -371,7 +371,7 @@ def _contest(name: str, settings: Settings, calls: Calls) -> Contest:
     fast, original = (Part(run=partial(calls.run, name, side)) for side in Calls.SIDES)
     return Contest(
         case=name,
-        shape=f"{settings.shape}: {calls.told(name)}",
+        shape=f"{settings.shape}: {calls.describe(name)}",
         dtype=settings.torch_dtype,
         ours={"engine": fast},
         baselines={"published" if settings.code else "stand-in": [original]},

@@ -119,7 +119,7 @@ def _contest(case: Case, settings: Settings, run: Run, failure: str | None) -> C
         except registry.BackendError as refusal:
             run.notes.append(str(refusal))
             continue
-        except Exception as error:  # whatever a kernel raises makes its gate red; the other backends go on
+        except Exception as error:  # whatever a kernel raises makes its gate red; the other backends are measured
             wrong = _in_one_line(error)
         if wrong is None:
             backends[name] = partial(case.run, name)

@@ -1,7 +1,7 @@
 """Continuous batching: answers decoded side by side, of questions that enter as others leave.
 
 A round is admit -> step -> collect. Questions that fit into the cache are prefilled, with their image if it is not
-there yet, and draw their first tokens; all answers under way go on by some tokens, without the host; then the host
+there yet, and draw their first tokens; all unfinished answers get some more tokens, without the host; then the host
 looks, gives out what has ended, and frees its slots.
 """
 
@@ -29,7 +29,7 @@ Key = tuple[int, ...]
 class Pace(NamedTuple):
     """How often the batch is looked at and changed.
 
-    steps_to_look: from look to look. share: of the rows, must have ended for the batch to change while others go on.
+    steps_to_look: from look to look. share: of the rows, must have ended for the batch to change before all have.
     round_rows: whether the batch is filled up to one of few sizes, so that a device graph serves more than one batch.
     """
 
@@ -41,7 +41,7 @@ class Pace(NamedTuple):
 _PACE = {"cpu": Pace(1, 0.0, False), "cuda": Pace(8, 0.25, True)}
 """On CUDA a look makes the device wait for the host, and a change may take a new graph; on the CPU a row is work."""
 _ENOUGH = 0.25
-"""Share of the cache that questions must fill to enter while others go on: each time is a pass of its own."""
+"""Share of the cache that questions must fill to enter while others are unfinished: each time is a pass of its own."""
 
 
 class _Step:
@@ -133,7 +133,7 @@ class AnswerStream:
     def _admit(self) -> bool:
         """Prefills the questions that fit, in order, and draws their first tokens; False if none enters.
 
-        While others go on, questions wait until there are enough for a pass of their own. Where none goes on, the next
+        While others are unfinished, questions wait until there are enough for a pass of their own. Else the next
         always fits: the tree is empty, or holds the next one's image alone, and of the two gaps beside it the first
         wastes less than the longest piece.
         """

@@ -157,12 +157,12 @@ class Engine:
 
         Args: those of generate.
         Returns: codes [P, n, num_image_tokens] and how they were drawn; see ImageRollout.
-        Raises: as generate; ValueError if the model's image decoder cannot tell how it draws.
+        Raises: as generate; ValueError if the model's image decoder does not say how it draws.
         """
         max_sequences = self._checked_drawing("rollout", prompt_ids, num_images, seeds, max_sequences)
         if not hasattr(self.image_decoder, "rollout"):
             raise ValueError(
-                f"Engine.rollout: {type(self.image_decoder).__name__} does not tell how it draws; use a model of "
+                f"Engine.rollout: {type(self.image_decoder).__name__} does not say how it draws; use a model of "
                 "masked image tokens"
             )
         params = self._params("rollout", sampling, fields)

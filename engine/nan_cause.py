@@ -1,4 +1,4 @@
-"""Why a model's logits hold NaN, as far as its weights tell."""
+"""Why a model's logits hold NaN, as far as its weights show."""
 
 from __future__ import annotations
 

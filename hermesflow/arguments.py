@@ -48,7 +48,7 @@ class Command(NamedTuple):
 
     name: str
     """After that of its group, if it is in one."""
-    told: str
+    description: str
     example: str
     """What follows the name."""
     options: tuple[Option, ...]
@@ -74,8 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
         group, _, name = command.name.rpartition(" ")
         added = groups[group].add_parser(
             name,
-            help=command.told,
-            description=f"{command.told[0].upper()}{command.told[1:]}.",
+            help=command.description,
+            description=f"{command.description[0].upper()}{command.description[1:]}.",
             allow_abbrev=False,
             epilog=f"example:\n  hermesflow {command.name} {command.example}".rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line, to be copied
@@ -126,23 +126,23 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _option(spelled: str, told: str, kind: Callable[[str], Any] = str, **how: Any) -> Option:
+def _option(spelled: str, description: str, kind: Callable[[str], Any] = str, **how: Any) -> Option:
     """An option as help shows it, such as "-o --output FOLDER", with its explanation and the type of its value."""
     names = spelled.split()
     if names[-1][0].isupper():
         how["metavar"] = names.pop()
-    return names, how | {"help": told} | ({} if kind is str else {"type": kind})
+    return names, how | {"help": description} | ({} if kind is str else {"type": kind})
 
 
-def _shortcut(spelled: str, key: str, told: str) -> Option:
+def _shortcut(spelled: str, key: str, description: str) -> Option:
     """An option that sets a key, and wins over --set."""
-    return _option(spelled, f"{told} ({key})", lambda text: f"{key}={text}", dest="shortcuts", action="append")
+    return _option(spelled, f"{description} ({key})", lambda text: f"{key}={text}", dest="shortcuts", action="append")
 
 
 def _command(
-    name: str, told: str, example: str, *options: Option, configured: bool = True, continues: bool = False
+    name: str, description: str, example: str, *options: Option, configured: bool = True, continues: bool = False
 ) -> Command:
-    return Command(name, told, example, (*(_CONFIG if configured else ()), *options), continues)
+    return Command(name, description, example, (*(_CONFIG if configured else ()), *options), continues)
 
 
 # What several commands take.
@@ -293,9 +293,9 @@ COMMANDS = (
         _option("run_folder RUN", "the run's folder [as configured]", Path, nargs="?"),
     ),
     _command(
-        "study", "run self-play and its controls over several seeds, and tell what they show",
+        "study", "run self-play and its controls over several seeds, and say what they show",
         "--config benchmarks/study/default.toml --set study.workers=2",
-        _option("--lines FILE.jsonl", "tell of this study.jsonl, and measure nothing", Path),
+        _option("--lines FILE.jsonl", "show this study.jsonl, and measure nothing", Path),
         _repeated(
             "--readme FILE.md",
             "write the tables into this file, between <!-- study --> (or, for one table, <!-- study short -->) and "

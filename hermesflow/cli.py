@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        hint = "; the same command goes on where it stopped" if arguments.continues else ""
+        hint = "; the same command resumes where it stopped" if arguments.continues else ""
         if _may_tell():
             print(f"\nhermesflow: stopped{hint}", file=sys.stderr)
         return 130
@@ -78,7 +78,7 @@ def _log_on_stderr(lowest: int) -> Iterator[None]:
 
 
 def _user_message(error: Exception) -> str | None:
-    """What to tell the user, or None if the error is a fault of ours that deserves a traceback."""
+    """What the user should read, or None if the error is a fault of ours that deserves a traceback."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
@@ -94,7 +94,7 @@ def _user_message(error: Exception) -> str | None:
 
 
 def _may_tell() -> bool:
-    """Of the processes that torchrun started, the first that ends tells why."""
+    """Of the processes that torchrun started, the first that ends says why."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     from hermesflow.runtime.distributed import may_tell

@@ -142,7 +142,7 @@ def _train(policy: Policy, learner: Algorithm, hold_out: HoldOut, seed: int, fol
             metrics |= hold_out.measure(step)
             log.add({"step": step, **metrics})
             send(metrics, step)
-            bar.note(_told(metrics))
+            bar.note(_as_note(metrics))
             if hold_out.is_over(step):
                 break
             progress = {"step": step + 1} | hold_out.progress()
@@ -300,9 +300,9 @@ def clip_gradients(transformer: Transformer, max_norm: float) -> float:
 def _hold_out(pairs: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table]:
     """The pairs to train on and those that are held out, `count` of them, both in the table's order."""
     if count >= len(pairs):
-        told = f"train.holdout_pairs {count} leaves none; lower it, " if len(pairs) else ""
+        message = f"train.holdout_pairs {count} leaves none; lower it, " if len(pairs) else ""
         raise InputError(
-            f"no pairs to train on; {told}lower curation.threshold or curation.margin, or raise data.num_records"
+            f"no pairs to train on; {message}lower curation.threshold or curation.margin, or raise data.num_records"
         )
     chosen = np.random.default_rng([seed, 2]).permutation(len(pairs))[:count]
     is_held = np.isin(np.arange(len(pairs)), chosen)
@@ -339,7 +339,7 @@ def _check_finite(metrics: dict[str, float], step: int, algorithm: str) -> None:
             raise InputError(f"{algorithm}: {name} is {value} at step {step}; lower train.lr")
 
 
-def _told(metrics: dict[str, float]) -> str:
+def _as_note(metrics: dict[str, float]) -> str:
     """A step in a few words."""
-    told = [f"{name} {metrics[name]:.2f}" for name in metrics if name.endswith("/margin") or name == "reward"]
-    return " ".join([f"loss {metrics['loss']:.3f}", *told])
+    message = [f"{name} {metrics[name]:.2f}" for name in metrics if name.endswith("/margin") or name == "reward"]
+    return " ".join([f"loss {metrics['loss']:.3f}", *message])

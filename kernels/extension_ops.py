@@ -1,5 +1,5 @@
 """The C++ and CUDA backends: calls into the extension, which torch dispatches by device, their autograd functions, and
-the fake kernels that tell torch.compile shapes and dtypes.
+the fake kernels that give torch.compile shapes and dtypes.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether torch has this internal op; torch.addmm serves where it has not."""
 _LEAST_PRODUCT = 1 << 21
 """Multiplications and additions of a gradient below which a call to oneDNN takes longer than one to MKL."""
 
@@ -137,13 +139,12 @@ def _onednn_computes(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _onednn_has_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # internal too
+    return supported is not None and supported()
 
 
 def _takes_onednn(a: Tensor) -> bool:
-    # An internal op: where a version of torch has it not, torch.addmm serves.
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return a.device.type == "cpu" and there and a.numel() > 0
+    return a.device.type == "cpu" and _HAS_ONEDNN and a.numel() > 0
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:

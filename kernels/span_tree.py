@@ -2,7 +2,7 @@
 
 A span is a run of tokens with one parent. A token attends to every token of its span's ancestors and, inside its own
 span, to all tokens ("full") or to itself and earlier ones ("causal"); if the mode is a number k, to itself and earlier
-ones and to all tokens after the first k. The positions of a span go on from its parent's end. Sixteen images branch
+ones and to all tokens after the first k. The positions of a span continue from its parent's end. Sixteen images branch
 from one prompt, ten captions from one image, win and lose from one condition: every batch of this project is a forest
 of such trees.
 """
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 Span = tuple[Sequence[int], int, str | int]
 """(token ids, index of the parent span or -1, "causal", "full" or k)."""
@@ -283,9 +282,9 @@ class SpanTree:
         Returns: False, and nothing is changed, where anything that the tensors do not hold differs.
         """
         theirs = [other._state(), [other.plan(key, make) for key, (make, _) in self._plans.items()]]
-        leaves, spec = tree_flatten([self._state(), [value for _, value in self._plans.values()]])
-        new_leaves, new_spec = tree_flatten(theirs)
-        if spec != new_spec or not all(map(_can_hold, leaves, new_leaves)):
+        leaves, new_leaves = [], []
+        structure = _structure([self._state(), [value for _, value in self._plans.values()]], leaves)
+        if structure != _structure(theirs, new_leaves) or not all(map(_can_hold, leaves, new_leaves)):
             return False
         for leaf, new in zip(leaves, new_leaves, strict=True):
             if isinstance(leaf, Tensor):
@@ -457,6 +456,16 @@ class SpanTree:
             torch.from_numpy(row * num_queries + offsets).to(device),
             torch.from_numpy(key_lengths - self.lengths[spans]).to(device),
         )
+
+
+def _structure(value: Any, leaves: list[Any]) -> Any:
+    """How lists, tuples and dictionaries are nested in a value; what they hold is added to leaves, in order."""
+    if isinstance(value, dict):
+        return [dict, list(value), [_structure(item, leaves) for item in value.values()]]
+    if isinstance(value, list | tuple):
+        return [type(value), [_structure(item, leaves) for item in value]]
+    leaves.append(value)
+    return None
 
 
 def _can_hold(old: Any, new: Any) -> bool:

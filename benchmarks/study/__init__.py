@@ -1,1 +1,1 @@
-"""Whether self-play improves the model: runs of it and of its controls, and what they tell (`hermesflow study`)."""
+"""Whether self-play improves the model: runs of it and of its controls, and what they show (`hermesflow study`)."""

@@ -13,7 +13,7 @@ _SCORERS = "hermesflow.benchmarks.study.scorers"
 class Arm(NamedTuple):
     """A way to train."""
 
-    told: str
+    description: str
     """What it is, in a sentence."""
     settings: dict[str, dict[str, Any]] = {}
     """Section -> key -> the value that differs from the study's settings."""
@@ -96,9 +96,11 @@ ARMS = {
     ),
     "own-drawings": _OWN_DRAWINGS,
     "grpo+own-drawings": _OWN_DRAWINGS._replace(
-        told="GRPO, and then training on answers about the drawings of the model that came out.", after="grpo"
+        description="GRPO, and then training on answers about the drawings of the model that came out.", after="grpo"
     ),
-    "pair-dpo+grpo": _GRPO._replace(told="Pair-DPO, and then GRPO on the model that came out.", after="pair-dpo"),
+    "pair-dpo+grpo": _GRPO._replace(
+        description="Pair-DPO, and then GRPO on the model that came out.", after="pair-dpo"
+    ),
     "merged": Arm(
         "The mean of the weights that pair-dpo+grpo, counted twice, and grpo+own-drawings end with.",
         mean_of=("pair-dpo+grpo", "pair-dpo+grpo", "grpo+own-drawings"),

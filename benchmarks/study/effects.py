@@ -45,7 +45,7 @@ class Effects:
         self.seeds = sorted(set.intersection(*(seeds[arm] for arm in self.arms))) if self.arms else []
         if PAIR_DPO not in self.arms or not self.seeds:
             raise InputError(
-                "study: no seed of study.seeds has been run with all of its arms yet; let hermesflow study go on"
+                "study: no seed of study.seeds has been run with all of its arms yet; let hermesflow study finish"
             )
         right = {(line["arm"], line["seed"]): line["right"] for line in lines}
         asked = next(line["asked"] for line in lines if line["arm"] == BASE)

@@ -20,6 +20,8 @@ CLAIMS = (
 )  # fmt: skip
 """The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
 CONTROL = "positive-control"
+SHORT = "no-op", "best-of-4"
+"""What the short table shows beside the ways of self-play."""
 OWN = "own-drawings", "grpo+own-drawings", "merged"
 """Arms that learn answers whose labels the model's own prompts give."""
 _ANSWERS = {"better": "yes", "worse": "no, it harms"}
@@ -63,16 +65,16 @@ def answer_claims(effects: Effects) -> list[tuple[str, str]]:
         [("Could this study show a rise of understanding?", _tell_control(effects))] if CONTROL in effects.arms else []
     )
     own = [arm for arm in OWN if arm in effects.arms]
-    told = "; ".join(f"{arm} {format_change(effects.change(arm, 'understanding'))} points" for arm in own)
-    answers += [("Does understanding rise without answers from outside?", f"{told}.")] if own else []
+    message = "; ".join(f"{arm} {format_change(effects.change(arm, 'understanding'))} points" for arm in own)
+    answers += [("Does understanding rise without answers from outside?", f"{message}.")] if own else []
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
-            told = []
+            message = []
             for metric in metrics:
                 difference = effects.difference(PAIR_DPO, other, metric)
                 verdict = _ANSWERS.get(tell_verdict(metric, difference), "not shown")
-                told.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
-            answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(told)}."))
+                message.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
+            answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(message)}."))
     return answers
 
 
@@ -133,7 +135,8 @@ def markdown(effects: Effects, marker: str = "study") -> str:
     Args:
         effects: what was measured.
         marker: "study": all tables and answers, without understanding by question, which stands on the page; "study
-            short": one table, of understanding, and strict generation by sampler.
+            short": one table of the ways of self-play, steps alone and best of four: understanding, and strict
+            generation by sampler.
     Raises: InputError on another marker.
     """
     if marker not in ("study", "study short"):
@@ -141,22 +144,24 @@ def markdown(effects: Effects, marker: str = "study") -> str:
     measured, drawn = list(metric_groups(effects).items())[:2]
     if marker == "study short":
         metrics = ["understanding", *drawn[1]]
-        parts = [[describe_study(effects)], _changes_table(effects, "measured", metrics)]
+        arms = [arm for arm in effects.arms if arm in (*effects.self_play, *SHORT)]
+        parts = [[describe_study(effects)], _changes_table(effects, "measured", metrics, arms)]
     else:
-        told = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
+        message = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
         parts = [[describe_study(effects)]]
         for title, metrics in (measured, drawn):
             if metrics:
-                parts += [_changes_table(effects, title, metrics), *_difference_tables(effects, metrics)]
-        parts += [told]
+                tables = _changes_table(effects, title, metrics, effects.arms), *_difference_tables(effects, metrics)
+                parts += tables
+        parts += [message]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _changes_table(effects: Effects, title: str, metrics: list[str]) -> list[str]:
+def _changes_table(effects: Effects, title: str, metrics: list[str], arms: list[str]) -> list[str]:
     header = [f"{title}: %, change in points", *map(metric_label, metrics)]
     rows = [header, ["---"] * len(header)]
     rows.append([NAMES[BASE], *(format_value(effects.value(BASE, metric)) for metric in metrics)])
-    for arm in effects.arms:
+    for arm in arms:
         values = (format_value(effects.value(arm, metric)) for metric in metrics)
         changes = (_marked(effects.change(arm, metric)) for metric in metrics)
         rows.append([NAMES[arm], *map(", ".join, zip(values, changes, strict=True))])

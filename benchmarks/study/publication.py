@@ -1,4 +1,4 @@
-"""Runs a study and tells what it shows: on the terminal, as a page, in a README and as a picture."""
+"""Runs a study and says what it shows: on the terminal, as a page, in a README and as a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def publish_study(
 
     Args:
         config: the study's settings.
-        lines: a study.jsonl to tell of; then nothing is run. It may be of a study that still runs.
+        lines: a study.jsonl to show; then nothing is run. It may be of a study that still runs.
         readmes: Markdown files with the markers `<!-- study -->` and `<!-- /study -->`, for all tables, or with
             `<!-- study short -->`, for one.
         plot: a PNG.

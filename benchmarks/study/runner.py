@@ -3,7 +3,7 @@
     runs/NAME/  config.toml  study.jsonl  index.html
       ARM-seed-N/  a run of self-play (see hermesflow.selfplay), evaluated after its last round alone
 
-A study that was killed goes on where it was: an arm that has its line is done, another goes on in its run. Within a
+A study that was killed resumes: an arm that has its line is done, another resumes its run. Within a
 seed the arms share what would come out equal: records, and the pairs that the model chooses before it is trained.
 """
 
@@ -75,15 +75,15 @@ def run_study(config: Config, console: Console) -> list[Line]:
         lines = read_study(path) if path.exists() else []
         _check_settings(path, lines, config)
         model = open_model(config.model)
-        told = {"model": f"other weights than {config.model.name!r} holds now"}
-        check_origin(config.run_folder, {"model": model_digest(model)}, told, "run.name")
+        message = {"model": f"other weights than {config.model.name!r} holds now"}
+        check_origin(config.run_folder, {"model": model_digest(model)}, message, "run.name")
         facts = run_facts(torch.device(local_device(config.model.device)))
 
         def add(line: Line) -> None:
             with guard:
                 lines.append(line | {name: facts[name] for name in _FACTS})
                 write_lines(path, lines)
-                console.print(_told(line), highlight=False, markup=False, soft_wrap=True)
+                console.print(_sentence(line), highlight=False, markup=False, soft_wrap=True)
 
         if not lines:
             add(_measure_base(model, config))
@@ -346,8 +346,8 @@ def _check_settings(path: Path, lines: Sequence[Line], config: Config) -> None:
             )
 
 
-def _told(line: Line) -> str:
-    told = ("understanding", "generation", "generation_strict", "gap")
-    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in told)
+def _sentence(line: Line) -> str:
+    message = ("understanding", "generation", "generation_strict", "gap")
+    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in message)
     which = "before self-play" if line["arm"] == BASE else f"seed {line['seed']}, {line['arm']}"
     return f"{which}: {values} (%), {line['seconds']:.0f} s"

@@ -239,7 +239,7 @@ class ImageDecoder:
             if not kept:
                 self._max_sequences = len(rows) // 2 * halves
                 logger.warning(
-                    "ImageDecoder: out of memory with %d image spans in a pass; going on with %d",
+                    "ImageDecoder: out of memory with %d image spans in a pass; continuing with %d",
                     len(rows) * halves,
                     self._max_sequences,
                 )

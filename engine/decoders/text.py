@@ -145,7 +145,7 @@ class TextDecoder:
             # Only here, after the error is gone and with it what the failed batch held.
             smaller = self._bounds[name] = max(least, bound // 2)
             logger.warning(
-                "TextDecoder.%s: out of memory with %d tokens in a batch; going on with %d", name, bound, smaller
+                "TextDecoder.%s: out of memory with %d tokens in a batch; continuing with %d", name, bound, smaller
             )
             bound = smaller
             if torch.cuda.is_available():

@@ -147,12 +147,12 @@ class GRPO:
             records: with codes and questions, and ids of their own.
             config: grpo, train, and from curation and drawing how images are drawn and answers found.
             seed: of prompts, images, the steps that are trained, and the replay.
-        Raises: InputError on records that cannot be judged, or a model whose decoder does not tell how it draws.
+        Raises: InputError on records that cannot be judged, or a model whose decoder does not say how it draws.
         """
         self.model, self.records, self.config, self.seed = model, records, config, seed
         if not hasattr(model.engine.image_decoder, "rollout"):
             raise InputError(
-                "selfplay.algorithm grpo: the model's image decoder does not tell how it draws; take pair-dpo"
+                "selfplay.algorithm grpo: the model's image decoder does not say how it draws; take pair-dpo"
             )
         for record in records:
             check_record(model, record)
@@ -251,7 +251,10 @@ class GRPO:
             "drift": (drift * weight).sum() * per_code,
             "clipped": ((ratio != clipped) * batch.weight).sum() / max(batch.totals["steps"], 1),
         }
-        share |= {name: loss.new_tensor(value) for name, value in _told(batch.groups, batch.totals["groups"]).items()}
+        share |= {
+            name: loss.new_tensor(value)
+            for name, value in _rollout_metrics(batch.groups, batch.totals["groups"]).items()
+        }
         if grpo.kl_weight:
             behind = (reference[:num_codes] - ours).clamp(max=20)
             divergence = ((behind.exp() - 1 - behind) * weight).sum() * per_code
@@ -404,7 +407,7 @@ def _visit(group: Group) -> PairVisit:
     return PairVisit(group.record, group.rollout)
 
 
-def _told(groups: Sequence[Group], num_groups: int) -> dict[str, float]:
+def _rollout_metrics(groups: Sequence[Group], num_groups: int) -> dict[str, float]:
     """What the rewards were, shares of means over all groups."""
     return {
         "reward": sum(group.rewards.mean() for group in groups) / num_groups,

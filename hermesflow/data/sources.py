@@ -210,10 +210,10 @@ def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
     if not rejected:
         return "it has no entries"
     counts = count_reasons(rejected)
-    told = [f"{count} {kind}" for kind, count in list(counts.items())[:3]]
+    wording = [f"{count} {kind}" for kind, count in list(counts.items())[:3]]
     if len(counts) > 3:
-        told.append(f"{sum(list(counts.values())[3:])} of other kinds")
-    return f"{', '.join(told)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
+        wording.append(f"{sum(list(counts.values())[3:])} of other kinds")
+    return f"{', '.join(wording)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
 
 
 def _read_rows(path: StrPath) -> list[Any]:
@@ -271,8 +271,8 @@ def _question(row: Any) -> Question:
     question, answer = text_of(row, "question"), text_of(row, "answer")
     choices = tuple(text_of({"choice": choice}, "choice") for choice in _list(row, "choices"))
     if answer not in choices:
-        told = [shown(value) for value in (answer, list(choices), question)]
-        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*told))
+        wording = [shown(value) for value in (answer, list(choices), question)]
+        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*wording))
     kind, element = ("" if row.get(key) is None else text_of(row, key) for key in ("element_type", "element"))
     return Question(question, choices, answer, kind, element)
 

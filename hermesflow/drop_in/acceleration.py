@@ -330,7 +330,7 @@ def _generate_text(
     by_embeddings = bool(acceleration.owner.config.w_clip_vit)
     given, name = (input_embeddings, "input_embeddings") if by_embeddings else (idx, "idx")
     if given is None or (not by_embeddings and input_embeddings is not None):
-        raise NotCoveredError(f"a model with w_clip_vit {by_embeddings} goes on from {name} alone")
+        raise NotCoveredError(f"a model with w_clip_vit {by_embeddings} continues from {name} alone")
     if len(given) != 1:
         raise NotCoveredError(f"{name} holds {len(given)} sequences, not one")
     if isinstance(eot_token, Tensor) and eot_token.numel() == 1:

@@ -89,9 +89,9 @@ def load_model(
         families = {name: item for name, item in families.items() if item.claims(config)}
         if not families:
             named = {name: config[name] for name in ("_class_name", "model_type", "architectures") if name in config}
-            told = ", ".join(f"{name} {shown(value)}" for name, value in named.items()) or "no family"
+            given = ", ".join(f"{name} {shown(value)}" for name, value in named.items()) or "no family"
             raise InputError(
-                f"{folder / CONFIG}: unknown {told}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
+                f"{folder / CONFIG}: unknown {given}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
                 "model.family (--family)"
             )
     found = next(iter(families.values()))

@@ -40,7 +40,7 @@ class PromptFormat:
     choices: str = "{question}"
     """A question whose answer is one of {choices}, for an answer in the model's own words."""
     answer: str = "{answer}"
-    """An answer as it follows a question: tokenizers tell words after a blank from words that begin a text."""
+    """An answer as it follows a question: tokenizers distinguish words after a blank from words that begin a text."""
     max_prompt_tokens: int | None = None
     """Text ids of an image's prompt; longer ones are cut. None: no limit."""
     max_caption_tokens: int = 64

@@ -55,7 +55,7 @@ def gap_chart(stages: Sequence[Stage]) -> str:
         parts.append(_text("tick", left - 8, y(value) + 4, f"{100 * value:.0f} %", "end"))
     for x, stage in zip(xs, stages, strict=True):
         parts.append(_text("tick", x, height - 10, stage.label, "middle"))
-    # A little apart, so that intervals that overlap can be told apart.
+    # A little apart, so that intervals that overlap can be distinguished.
     understood = [(x - 4, y(stage.understanding.value)) for x, stage in zip(xs, stages, strict=True)]
     generated = [(x + 4, y(stage.generation.value)) for x, stage in zip(xs, stages, strict=True)]
     parts.append(f'<polygon class="gap" points="{_points(understood + generated[::-1])}"/>')
@@ -77,12 +77,12 @@ def gap_chart(stages: Sequence[Stage]) -> str:
             parts.append(_text("tick", x, (top_y + bottom_y) / 2 + 4, f"gap {gap:.1f}", "middle"))
     parts.append(_text("label understanding", left, 14, "understanding", "start"))
     parts.append(_text("label generation", left + 116, 14, "generation", "start"))
-    told = "; ".join(
+    message = "; ".join(
         f"{stage.label}: understanding {100 * stage.understanding.value:.1f} %, "
         f"generation {100 * stage.generation.value:.1f} %"
         for stage in stages
     )
-    return _svg(width, height, f"Understanding and generation by round. {told}", parts)
+    return _svg(width, height, f"Understanding and generation by round. {message}", parts)
 
 
 def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, str]) -> str:
@@ -96,7 +96,7 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
     """
     width, left, right, row_height = 340, 116, 44, 46
     height = row_height * len(rows)
-    parts, told = [], []
+    parts, message = [], []
     for index, row in enumerate(rows):
         top = index * row_height
         parts.append(_text("name", left - 8, top + 27, row.label, "end"))
@@ -109,8 +109,8 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
             parts.append(_whisker("ink", left + full * measured.low, middle, left + full * measured.high, middle))
             text = f"{100 * measured.value:.0f} %"
             parts.append(_text("value", width, middle + 4, text, "end"))
-            told.append(f"{row.label} {labels[number]} {text}")
-    return _svg(width, height, f"{name} by category: {'; '.join(told)}", parts)
+            message.append(f"{row.label} {labels[number]} {text}")
+    return _svg(width, height, f"{name} by category: {'; '.join(message)}", parts)
 
 
 def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
@@ -132,7 +132,7 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
 
     parts = [f'<line class="grid" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top - 6}" y2="{height}"/>']
     parts.append(_text("tick", x(0), 12, "0", "middle"))
-    told = []
+    message = []
     for index, (label, effect, verdict) in enumerate(rows):
         y, kind = top + row_height * (index + 0.5), verdict if verdict in ("better", "worse") else "ink"
         value = format_points(effect.value)
@@ -140,8 +140,8 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
         parts.append(_whisker(kind, x(effect.low), y, x(effect.high), y))
         parts.append(f'<circle class="dot {kind}" cx="{x(effect.value):.1f}" cy="{y:.1f}" r="4.5"/>')
         parts.append(_text("value", width, y + 4, value, "end"))
-        told.append(f"{label} {value} [{format_points(effect.low)}, {format_points(effect.high)}], {verdict}")
-    return _svg(width, height, f"{title}, in points: {'; '.join(told)}", parts)
+        message.append(f"{label} {value} [{format_points(effect.low)}, {format_points(effect.high)}], {verdict}")
+    return _svg(width, height, f"{title}, in points: {'; '.join(message)}", parts)
 
 
 def _axis(stages: Sequence[Stage]) -> tuple[float, float, float]:

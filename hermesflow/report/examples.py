@@ -66,9 +66,9 @@ the prompt's questions the oracle finds answered as the prompt says.</p>
 def _drawings(row: dict[str, Any], model: Model) -> str:
     figures = ""
     for pixels, digits in zip(model.decode_images(torch.tensor(row["codes"])), row["drawn"], strict=True):
-        told = f"{digits.count('1')} of {len(digits)} right"
+        message = f"{digits.count('1')} of {len(digits)} right"
         role = "wrong" if "0" in digits else "right"
-        figures += f'<figure class="{role}">{picture(pixels, told)}<figcaption>{told}</figcaption></figure>'
+        figures += f'<figure class="{role}">{picture(pixels, message)}<figcaption>{message}</figcaption></figure>'
     return f'<div class="images">{figures}</div>'
 
 

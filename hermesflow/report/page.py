@@ -212,9 +212,9 @@ def _measurements(summary: dict[str, Any]) -> str:
     if summary["before"] is None:
         return ""
     if not is_builtin(summary["before"]):
-        told = f'<p class="note">{escape(str(summary["before"]["num_records"]))} records; {_INTERVALS}</p>'
+        message = f'<p class="note">{escape(str(summary["before"]["num_records"]))} records; {_INTERVALS}</p>'
         table = _metric_table(headline_metrics(summary["before"]), summary, "results")
-        return f"<section><h2>Before and after</h2>{told}{table}</section>"
+        return f"<section><h2>Before and after</h2>{message}{table}</section>"
     stages = [
         Stage(label, _measured(metrics, "understanding"), _measured(metrics, "generation"))
         for label, metrics in _stages(summary)

@@ -145,9 +145,11 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             table.add_column(name, justify=justify)
         for path, label in rows.items():
             change = find(last, ("change", *path))
-            told = format_change(change) if change else ""
+            message = format_change(change) if change else ""
             verdict = tell_verdict(path[-1], change) if change and change["significant"] else ""
-            table.add_row(label, *(format_value(find(item, path)) for item in (summary["before"], last)), told, verdict)
+            table.add_row(
+                label, *(format_value(find(item, path)) for item in (summary["before"], last)), message, verdict
+            )
         console.print("", table, sep="\n")
     for line in describe_data(summary):
         console.print(line, highlight=False, markup=False)
@@ -179,21 +181,21 @@ def headline(summary: dict[str, Any]) -> str:
         )
     asked = "balanced questions" if is_balanced(rounds[-1]) else "record questions, which ask only of what is there"
     labels = {"gap": "gap", "generation": "generation", "understanding": f"understanding ({asked})"}
-    told = [f"{label}: {_tell(rounds[-1]['change'][name])}" for name, label in labels.items()]
+    message = [f"{label}: {_tell(rounds[-1]['change'][name])}" for name, label in labels.items()]
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
-    return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(told)}."
+    return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(message)}."
 
 
 def _own_headline(before: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> str:
     """Of an evaluation that is not the built-in one."""
     labels = headline_metrics(before)
     if not rounds:
-        told = [f"{label} {format_value(find(before, path))} %" for path, label in labels.items()]
-        return f"Before self-play, on {before['num_records']} records: {'; '.join(told)}."
+        message = [f"{label} {format_value(find(before, path))} %" for path, label in labels.items()]
+        return f"Before self-play, on {before['num_records']} records: {'; '.join(message)}."
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
     changes = {label: find(rounds[-1], ("change", *path)) for path, label in labels.items()}
-    told = [f"{label}: {_tell(change)}" for label, change in changes.items() if change]
-    return f"After {many}, on {rounds[-1]['num_records']} records: {'; '.join(told)}."
+    message = [f"{label}: {_tell(change)}" for label, change in changes.items() if change]
+    return f"After {many}, on {rounds[-1]['num_records']} records: {'; '.join(message)}."
 
 
 def describe_judge(metrics: dict[str, Any]) -> list[str]:
@@ -218,8 +220,8 @@ def describe_cost(summary: dict[str, Any]) -> list[str]:
     for metrics in (summary["before"], *summary["rounds"]):
         for phase, seconds in metrics.get("seconds", {}).items():
             spent[phase] = spent.get(phase, 0.0) + seconds
-    told = ", ".join(f"{phase} {spent[phase]:.0f} s" for phase in sorted(spent))
-    return [f"time: {sum(spent.values()):.0f} s ({told})"] if spent else []
+    message = ", ".join(f"{phase} {spent[phase]:.0f} s" for phase in sorted(spent))
+    return [f"time: {sum(spent.values()):.0f} s ({message})"] if spent else []
 
 
 def describe_data(summary: dict[str, Any]) -> list[str]:

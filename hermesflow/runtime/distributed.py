@@ -6,7 +6,7 @@ Every function may be called in a single process, where it does nothing. In seve
 for one another, in the same order; on_main's work is alone, as in a single process.
 
 A process that dies ends the others: they find their connections broken, or torchrun sends them SIGTERM. Only the first
-to speak tells the user.
+to speak reports it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from hermesflow.runtime.files import InputError, atomic_folder
 _Result = TypeVar("_Result")
 _PATIENCE = datetime.timedelta(days=1)
 """A dead process breaks the others' connections at once; one that evaluates alone may take hours."""
-_GOES_ON = "the same command goes on where the run stopped, with any number of processes"
-LOST = f"another process of this run is gone (killed, out of memory, or its machine lost); {_GOES_ON}"
-TERMINATED = f"stopped by torchrun, since another process is gone or the run was told to end; {_GOES_ON}"
+_RESUMES = "the same command resumes where the run stopped, with any number of processes"
+LOST = f"another process of this run is gone (killed, out of memory, or its machine lost); {_RESUMES}"
+TERMINATED = f"stopped by torchrun, since another process is gone or the run was asked to end; {_RESUMES}"
 
 _is_alone = False  # on_main's work
 _own_group: dist.ProcessGroup | None = None  # of one process, which shard made
@@ -103,11 +103,11 @@ def is_lost(error: BaseException) -> bool:
 
 
 def may_tell() -> bool:
-    """Whether this process is the first that has an end to tell of; the others should be silent."""
+    """Whether this process is the first whose end is to be reported; the others should be silent."""
     if not is_launched():
         return True
     try:
-        return _store().add("hermesflow/told", 1) == 1
+        return _store().add("hermesflow/reported", 1) == 1
     except (RuntimeError, ValueError):  # torchrun itself is gone
         return is_main()
 

@@ -105,7 +105,7 @@ def _tool_version(tool: str, hint: str) -> tuple[str, str]:
         return "-", f"{tool} not found: {hint}"
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     lines = [line.strip() for line in (done.stdout or done.stderr).splitlines() if line.strip()]
-    # nvcc tells its version in the fourth line, compilers in the first.
+    # nvcc prints its version in the fourth line, compilers in the first.
     return next((line for line in lines if "release" in line), lines[0] if lines else "unknown"), path
 
 

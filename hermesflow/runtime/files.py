@@ -362,7 +362,7 @@ def _block_problem(path: Path, error: BaseException) -> InputError | None:
     """As write_problem, for whatever the block that writes `path` raised."""
     problem = write_problem(path, error)
     if problem is None and isinstance(error, Exception) and not isinstance(error, InputError):
-        # torch.save tells a full disk as a wrong position in the file, so look at the disk itself.
+        # torch.save reports a full disk as a wrong position in the file, so look at the disk itself.
         if shutil.disk_usage(path.parent).free < _LEAST_FREE_BYTES:
             return _disk_full(path)
     return problem

@@ -19,7 +19,7 @@ _LINES = 10  # at most, of each piece of work
 _QUIET_SECONDS = 5  # before a line, so that short work has none
 
 _stage = ""  # of what the work is a part, such as "round 1 of 3, curation"
-_logging = False  # whether some work tells its progress in the log; work inside it does not
+_logging = False  # whether some work logs its progress; work inside it does not
 _display: Progress | None = None  # the one that is on screen; a track inside another adds its line to it
 
 
@@ -108,13 +108,13 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
             return
         _logging = True
         try:
-            began = told = time.monotonic()
+            began = message = time.monotonic()
             for number, item in enumerate(self._items, self._completed + 1):
                 yield item
                 is_tenth = number * _LINES // self._total > (number - 1) * _LINES // self._total
-                if is_tenth and time.monotonic() - told >= _QUIET_SECONDS:
-                    told = time.monotonic()
-                    each = (told - began) / (number - self._completed)
+                if is_tenth and time.monotonic() - message >= _QUIET_SECONDS:
+                    message = time.monotonic()
+                    each = (message - began) / (number - self._completed)
                     note = f", {self._note}" if self._note else ""
                     _LOGGER.info(
                         "%s: %d of %d %s, %.3g %s/s%s, %.0f s left",

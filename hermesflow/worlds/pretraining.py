@@ -3,7 +3,7 @@
 The transformer trains in Show-o's way (arXiv 2408.12528): masked image tokens under a cosine schedule given the
 caption, and next-token prediction of captions and answers given the image. Every batch is one forest of span trees: a
 caption carries two differently masked copies of its image, an image carries its caption and several questions. A step's
-batch is a pure function of (seed, step), so that a killed run goes on from its checkpoint to the same result.
+batch is a pure function of (seed, step), so that a killed run resumes from its checkpoint with the same result.
 
 A step has two half-batches. One process works on both in turn; under torchrun two processes take one each and average
 their gradients, which on two cores is faster than one process with two threads.

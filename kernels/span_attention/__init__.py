@@ -20,6 +20,9 @@ from hermesflow.kernels.checks import FLOAT_DTYPES, not_on, not_on_triton_device
 from hermesflow.kernels.span_tree import SpanTree
 
 OP = "span_attention"
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+_HAS_FLASH = hasattr(torch.ops.aten, _FLASH)
+"""Whether torch has this internal op, which gives log-sum-exps on the CPU."""
 _NO_MIXED_SPANS = "a span with new tokens is causal in part, needs spans that are causal or full as a whole"
 
 
@@ -104,6 +107,8 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 
 def _cpu_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
+    if not _HAS_FLASH:
+        return f"torch {torch.__version__} has no aten::{_FLASH}"
     if _wants_gradient(q, k, v) and q.dtype not in (torch.float32, torch.float64):
         return f"a gradient is wanted and q is {q.dtype}, needs fp32 or fp64 for it"
     return not_on("cpu", q, k, v)

@@ -47,7 +47,7 @@ class TilePlan(NamedTuple):
 
     rows is padded to whole blocks with its last entry, slots to whole tiles likewise (so that nothing is read that
     nobody attends to); no row sees the padding keys, whose intervals are empty. Of a fixed tree slots is padded to a
-    power of two and the lists to all pairs of a block and a tile, so that their sizes do not tell the structure.
+    power of two and the lists to all pairs of a block and a tile, so that their sizes do not show the structure.
     own_row, own_position: of a tree that decodes, for each key of a row's own span that row and the key's number in the
     span; -1 for the number of any other key.
     """

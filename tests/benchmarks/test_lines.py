@@ -55,14 +55,18 @@ def test_tables_stand_between_the_markers(readme):
     assert readme.read_text() == text
 
 
-def test_the_readme_shows_the_lines_in_benchmarks_results(tmp_path):
-    copy = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", copy)
-    names = ("ops", "e2e", "train")
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [("README.md", ("e2e",)), ("docs/benchmarks.md", ("e2e", "train")), ("docs/kernels.md", ("ops",))],
+    ids=["readme", "benchmarks", "kernels"],
+)
+def test_pages_show_the_lines_in_benchmarks_results(page, names, tmp_path):
+    copy = tmp_path / "page.md"
+    shutil.copy(ROOT / page, copy)
     files = sorted(path for name in names for path in (ROOT / "benchmarks" / "results").glob(f"{name}-*.jsonl"))
     lines.update_readme(copy, [line for path in files for line in lines.read_lines(path)])
-    command = "hermesflow bench table --readme README.md benchmarks/results/{ops,e2e,train}-*.jsonl"
-    assert copy.read_text() == (ROOT / "README.md").read_text(), f"run: {command}"
+    command = f"hermesflow bench table --readme {page} benchmarks/results/{{{','.join(names)}}}-*.jsonl"
+    assert copy.read_text() == (ROOT / page).read_text(), f"run: {command}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The study: its intervals on counts of known effect, its arms and scorers, and a runner that goes on, unmixed."""
+"""The study: its intervals on counts of known effect, its arms and scorers, and a runner that resumes, unmixed."""
 
 import io
 import json
@@ -145,7 +145,9 @@ def test_every_arm_changes_what_it_says_and_nothing_else():
         assert {(section, key) for section in changed for key in changed[section]} <= {
             (section, key) for section, keys in arm.settings.items() for key in keys
         }
-        assert bool(changed) == (name != "pair-dpo" and not arm.best_of and not arm.mean_of) and arm.told.endswith(".")
+        assert bool(changed) == (
+            name != "pair-dpo" and not arm.best_of and not arm.mean_of
+        ) and arm.description.endswith(".")
 
 
 def test_online_arms_share_records_and_no_pairs(config, evaluated, console, monkeypatch):
@@ -271,7 +273,7 @@ def test_the_oracle_scores_as_the_oracle_reads(factor):
 
 
 class StubRun:
-    """Makes the files that a run shares, and tells what it was made to do."""
+    """Makes the files that a run shares, and says what it was made to do."""
 
     events = []
 
@@ -590,10 +592,10 @@ def test_a_short_table_for_one_file_and_all_tables_for_another(finished):
 def test_one_arm_alone_has_no_comparisons(finished):
     lines = make_lines(np.random.default_rng(8), {"pair-dpo": 0.1}, seeds=(1,))
     effects = Effects(lines)
-    told = dict(findings.answer_claims(effects))
-    of_gap = told.pop("How much of the gap closes?")
+    words = dict(findings.answer_claims(effects))
+    of_gap = words.pop("How much of the gap closes?")
     assert re.fullmatch(r"pair-dpo: 3\.3 % of it \[−\d+\.\d, \d+\.\d\], from 20\.9 to 20\.2 points\.", of_gap)
-    [(asked, answer)] = told.items()
+    [(asked, answer)] = words.items()
     assert asked == "Is one run enough to see it?" and "significantly better in 1 of 1" in answer
     assert "minus" not in findings.markdown(effects)
     assert findings.describe_study(effects).startswith("1 seed of each arm")

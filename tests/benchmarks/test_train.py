@@ -136,8 +136,8 @@ def test_a_wrong_step_gives_no_number(spoil, message, monkeypatch, tmp_path, cap
 )
 def test_bad_arguments(arguments, message, capsys):
     assert bench(*arguments) == 2
-    told = capsys.readouterr().err
-    assert re.search(message, told) and told.count("\n") == 1
+    text = capsys.readouterr().err
+    assert re.search(message, text) and text.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -111,7 +111,7 @@ def test_images_and_questions_are_computed_once(naive, model, images, questions,
     answers = text.extend(images, questions, sampling, seeds, max_tokens=max_tokens)
     prefills = [ids for ids in fed if naive.LAYOUT.sot in ids and len(ids) > 1]
     assert sum(ids.count(naive.LAYOUT.soi) for ids in fed) == len(images)
-    # Then one token for each that an answer goes on from, and never a finished one's.
+    # Then one token for each that an answer continues from, and never a finished one's.
     limits = [params.max_new_tokens for params in sampling]
     kept = [min(len(ids), limit - 1) for row in answers for of in row for ids, limit in zip(of, limits, strict=True)]
     asked = sum(1 + length for of_image in LENGTHS for length in of_image)
@@ -141,7 +141,7 @@ def test_leaving_and_entering_shortens_the_work(naive, model, images, questions,
     passes = sum(1 + min(39, max(answer for _, answer in batch)) for batch in batches)
     assert len(batches) > 3 and len(fed) < 0.8 * passes
     entered = [index for index, ids in enumerate(fed) if naive.LAYOUT.sot in ids and len(set(ids)) > 3]
-    assert len(entered) > 3 and len(fed[entered[1] + 1]) > 1, "others went on while these entered"
+    assert len(entered) > 3 and len(fed[entered[1] + 1]) > 1, "others were unfinished while these entered"
 
 
 @pytest.mark.parametrize("sampling", [MIXED, LONG], ids=["mixed", "long"])
@@ -230,7 +230,7 @@ def test_out_of_memory_halves_the_batch(naive, model, images, questions, alone, 
     bounds = [capacity - 1 for capacity in tried]  # a slot more is for filling up
     assert bounds == [1590, 795, 397, 198, 99][: len(bounds)] and len(bounds) > 2
     assert caplog.messages == [
-        f"TextDecoder.extend: out of memory with {before} tokens in a batch; going on with {after}"
+        f"TextDecoder.extend: out of memory with {before} tokens in a batch; continuing with {after}"
         for before, after in itertools.pairwise(bounds)
     ]
     tried.clear()
@@ -245,7 +245,7 @@ def test_out_of_memory_while_scoring(naive, model, images, questions, monkeypatc
     fail_above(model, monkeypatch, "forward", tokens=100)
     got = text.score_choices(images, questions, choices)
     assert torch.tensor(got).sub(torch.tensor(expected)).abs().max() < 1e-4
-    first = "TextDecoder.score_choices: out of memory with 430 tokens in a batch; going on with 215"
+    first = "TextDecoder.score_choices: out of memory with 430 tokens in a batch; continuing with 215"
     assert len(caplog.messages) == 3 and caplog.messages[0] == first
 
 

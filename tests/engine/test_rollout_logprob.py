@@ -1,4 +1,4 @@
-"""The law of rollouts: what the decoder tells of its draws is what a differentiable pass finds, and its gradient."""
+"""The law of rollouts: what the decoder says of its draws is what a differentiable pass finds, and its gradient."""
 
 from dataclasses import replace
 
@@ -47,14 +47,14 @@ def test_the_law_is_that_of_the_draws(naive, name, change):
 
 
 def test_the_law_of_all_draws_counts_what_was_masked_again(naive, monkeypatch):
-    engine, told = Engine(naive.tiny_model(), naive.LAYOUT), []
+    engine, message = Engine(naive.tiny_model(), naive.LAYOUT), []
     sample = masked.linear_sample
     monkeypatch.setattr(
-        masked, "linear_sample", lambda *args, **kwargs: told.append(sample(*args, **kwargs)) or told[-1]
+        masked, "linear_sample", lambda *args, **kwargs: message.append(sample(*args, **kwargs)) or message[-1]
     )
     drawn = draw(engine)
     found = engine.rollout_logprobs(PROMPTS, drawn, remasked=True, **WAY)
-    expected = sum(logprob.view(3, 2, -1).sum(-1) for _, logprob in told)
+    expected = sum(logprob.view(3, 2, -1).sum(-1) for _, logprob in message)
     torch.testing.assert_close(found.detach().sum(-1), expected, rtol=1e-5, atol=1e-4)
     assert (drawn.drawn[:, :, 0] >= 0).all() and (drawn.drawn[:, :, -1] < 0).any()
 
@@ -137,7 +137,7 @@ def test_what_has_no_law_is_refused(naive):
         params = ImageSamplingParams
 
     engine.image_decoder = Silent()
-    with pytest.raises(ValueError, match="Silent does not tell how it draws; use a model of masked image tokens"):
+    with pytest.raises(ValueError, match="Silent does not say how it draws; use a model of masked image tokens"):
         draw(engine)
 
 

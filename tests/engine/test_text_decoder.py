@@ -70,7 +70,7 @@ def test_sampled_answers_equal_the_naive_loop(naive, transformer, images, text_o
     got = decoder(transformer, naive).extend(images, QUESTIONS, SAMPLING, SEEDS, text_only=text_only)
     assert got == expected_answers(naive, transformer, images, SAMPLING, SEEDS, text_only)
     answers = list(itertools.chain.from_iterable(itertools.chain.from_iterable(got)))
-    assert any(len(ids) == 12 for ids in answers[2::4]), "some answer goes on to its limit"
+    assert any(len(ids) == 12 for ids in answers[2::4]), "some answer reaches its limit"
     assert all(len(ids) <= 1 for ids in answers[3::4])
     joint = [token for ids in answers for token in ids if token >= naive.FEATURE_LAYOUT.text_vocab_size]
     assert bool(joint) is not text_only
@@ -125,7 +125,7 @@ def test_no_questions_and_no_images(naive, images):
 
 @torch.inference_mode()
 def test_work_is_shared(naive, images):
-    """Image and questions once, whatever the samples; then one token for each answer that goes on."""
+    """Image and questions once, whatever the samples; then one token for each unfinished answer."""
     transformer = naive.tiny_model("parallel-gqa-partial-qknorm")
     transformer.head.bias[naive.FEATURE_LAYOUT.eot] = -100.0
     counts = []

@@ -307,7 +307,7 @@ def test_interrupt_says_that_the_run_goes_on(stand_in, capsys):
     stand_in("selfplay", run_selfplay=raising(KeyboardInterrupt()))
     stand_in("report.page", write_report=raising(KeyboardInterrupt()))
     assert cli.main(["selfplay"]) == 130
-    assert capsys.readouterr().err.strip() == "hermesflow: stopped; the same command goes on where it stopped"
+    assert capsys.readouterr().err.strip() == "hermesflow: stopped; the same command resumes where it stopped"
     assert cli.main(["report"]) == 130
     assert capsys.readouterr().err.strip() == "hermesflow: stopped"
 

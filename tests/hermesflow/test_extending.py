@@ -315,7 +315,7 @@ def test_what_a_family_cannot_do_is_told(toys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("return (win - lose).sum()", r"of_pairs gave \[\], expected a tensor \[2\], a value for each pair"),
         ("return 1.0", "of_pairs gave float, expected a tensor"),
@@ -323,7 +323,7 @@ def test_what_a_family_cannot_do_is_told(toys, tmp_path):
     ],
     ids=["a sum", "a number", "no gradient"],
 )
-def test_a_loss_that_is_none_is_refused(toys, tmp_path, monkeypatch, body, told):
+def test_a_loss_that_is_none_is_refused(toys, tmp_path, monkeypatch, body, message):
     (tmp_path / "odd_loss.py").write_text(
         "from hermesflow.algorithms.losses import PairLoss\n"
         f"class Odd(PairLoss):\n    def of_pairs(self, win, lose, config):\n        {body}\n"
@@ -332,12 +332,12 @@ def test_a_loss_that_is_none_is_refused(toys, tmp_path, monkeypatch, body, told)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "odd_loss", raising=False)
     find_loss.cache_clear()
-    with pytest.raises(InputError, match=f"train.loss_type odd_loss:LOSS: {told}"):
+    with pytest.raises(InputError, match=f"train.loss_type odd_loss:LOSS: {message}"):
         run_selfplay(load_config(None, settings(toys, tmp_path, "train.loss_type=odd_loss:LOSS")))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("FAMILY.load = lambda *_, **__: None", "load gave None, no Model"),
         ("ToyLayout.eot = 3", "expected the layout's eot among its text ids, got 3"),
@@ -348,12 +348,12 @@ def test_a_loss_that_is_none_is_refused(toys, tmp_path, monkeypatch, body, told)
         ("ToyLayout.prefix_mode = 'fulll'", "expected the layout's modes to be full or causal, got 'fulll'"),
     ],
 )
-def test_a_family_that_does_not_fit_itself_is_one_line(toys, tmp_path, monkeypatch, change, told):
+def test_a_family_that_does_not_fit_itself_is_one_line(toys, tmp_path, monkeypatch, change, message):
     decoder = "ToyModel.image_decoder = Model.image_decoder\n" if "full'" in change and "image_mode" in change else ""
     (tmp_path / "odd_family.py").write_text(f"{TOY_FAMILY}\n{decoder}{change}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "odd_family", raising=False)
-    with pytest.raises(InputError, match=f"model.family odd_family:FAMILY: .*{told}"):
+    with pytest.raises(InputError, match=f"model.family odd_family:FAMILY: .*{message}"):
         load_model(str(toys / "model"), family="odd_family:FAMILY")
 
 
@@ -373,14 +373,14 @@ def test_an_evaluation_of_other_records_is_refused_when_it_is_made(toys, tmp_pat
 
 
 def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
-    told = r"num_steps \(of drawing, curation or eval\): .* not drawn by it, but by temperature; leave it as it is"
-    with pytest.raises(InputError, match=told):
+    message = r"num_steps \(of drawing, curation or eval\): .* not drawn by it, but by temperature; leave it as it is"
+    with pytest.raises(InputError, match=message):
         run_selfplay(load_config(None, settings(toys, tmp_path, "drawing.num_steps=4")))
     assert not list(tmp_path.glob("toys/round-*"))
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("model.family=toy_family:NONE", "model.family toy_family:NONE: the module toy_family has no NONE"),
         ("curation.score=toy_none:f", "curation.score toy_none:f: the module toy_none cannot be imported"),
@@ -389,14 +389,14 @@ def test_a_setting_that_the_family_lacks_is_refused(toys, tmp_path):
         ("selfplay.algorithm=toy_none:A", "selfplay.algorithm toy_none:A: the module toy_none cannot be imported"),
     ],
 )
-def test_what_cannot_be_had_is_told_before_the_work(toys, tmp_path, setting, told):
-    with pytest.raises(InputError, match=told):
+def test_what_cannot_be_had_is_told_before_the_work(toys, tmp_path, setting, message):
+    with pytest.raises(InputError, match=message):
         run_selfplay(load_config(None, settings(toys, tmp_path, setting)))
     assert not list(tmp_path.glob("toys/round-*"))
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("model.family=toy", 'model.family: expected auto, showo, tiny, or "module:object", got "toy"'),
         ("train.loss_type=toy", "train.loss_type: expected sigmoid, ipo, hinge, robust, simpo, or"),
@@ -404,8 +404,8 @@ def test_what_cannot_be_had_is_told_before_the_work(toys, tmp_path, setting, tol
         ("selfplay.algorithm=toy", "selfplay.algorithm: expected pair-dpo, grpo, own-drawings, or"),
     ],
 )
-def test_an_unknown_name_lists_the_known_ones(setting, told):
-    with pytest.raises(InputError, match=told):
+def test_an_unknown_name_lists_the_known_ones(setting, message):
+    with pytest.raises(InputError, match=message):
         load_config(None, [setting])
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, as a real SIGINT to a process: what is there is whole, nothing else is left, and the work can go on."""
+"""Ctrl-C, as a real SIGINT to a process: what is there is whole, nothing else is left, and the work can be resumed."""
 
 import signal
 import subprocess
@@ -51,7 +51,7 @@ def test_an_interrupted_curation_goes_on_to_the_same_pairs(shared_tiny_model, tm
 
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     stderr = interrupt(start(*command(cut)), cut, "part-*.parquet")
-    assert stderr.splitlines()[-1] == "hermesflow: stopped; the same command goes on where it stopped"
+    assert stderr.splitlines()[-1] == "hermesflow: stopped; the same command resumes where it stopped"
     assert "Traceback" not in stderr and not unfinished_files(cut)
     parts = sorted(cut.rglob("part-*.parquet"))
     assert 0 < len(parts) < 30

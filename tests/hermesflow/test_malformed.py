@@ -1081,8 +1081,8 @@ def test_odd_images_are_read(data, shared_tiny_model, tmp_path):
     (tmp_path / "mine.png").write_bytes(data)
     with nothing_happens():
         pixels = read_image(tmp_path / "mine.png", 64)
-        [told] = tasks.caption_images(shared_tiny_model, [tmp_path / "mine.png"])
-    assert pixels.shape == (64, 64, 3) and told["caption"] is not None
+        [wording] = tasks.caption_images(shared_tiny_model, [tmp_path / "mine.png"])
+    assert pixels.shape == (64, 64, 3) and wording["caption"] is not None
 
 
 PATHS = {

@@ -1,4 +1,4 @@
-"""Training on a file of pairs without a run: its files, going on after a kill, and what is refused."""
+"""Training on a file of pairs without a run: its files, resuming after a kill, and what is refused."""
 
 import json
 

@@ -153,8 +153,8 @@ def test_training_before_curation_names_the_missing_file(settings, tmp_path):
 
 
 def test_a_round_without_pairs_says_what_to_lower(settings, tmp_path):
-    told = "round 1 kept no pair, most often for 'generation: best image .*; lower curation.threshold"
-    with pytest.raises(InputError, match=told):
+    words = "round 1 kept no pair, most often for 'generation: best image .*; lower curation.threshold"
+    with pytest.raises(InputError, match=words):
         run_selfplay(config_for(settings, tmp_path, "curation.threshold=1", "curation.keep=both"))
 
 
@@ -294,12 +294,12 @@ def test_a_run_on_records_of_a_users_own(settings, data, tmp_path, capsys, caplo
     share = summary["data"].pop("yes_share")
     assert summary["data"] == {"records": 8, "rejected": {"path leaves its root": 2, "unknown word": 1}} and share > 0.6
     said = " ".join(capsys.readouterr().out.split())
-    for told in (
+    for words in (
         "data: 3 records could not be used: 2 path leaves its root, 1 unknown word",
         f"data: {100 * share:.1f} % of the yes-or-no questions about its images are answered yes",
     ):
-        assert told in said
-        assert told in (tmp_path / "t/report/index.html").read_text()
+        assert words in said
+        assert words in (tmp_path / "t/report/index.html").read_text()
     assert f"{data}: {100 * share:.1f} % of the yes-or-no questions" in caplog.text
     assert read_parquet(tmp_path / "t/round-1/candidates/part-00000.parquet")["record_id"].to_pylist()[0] in ids
 

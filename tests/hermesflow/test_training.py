@@ -342,7 +342,7 @@ def test_tied_embeddings_stay_tied(model, random_pairs, tmp_path, settings):
     model.transformer = Transformer(config).init_weights(torch.Generator().manual_seed(0), std=0.2)
     config = TrainConfig(num_steps=3, checkpoint_every=1, holdout_pairs=2, holdout_every=2, lr=1e-3, **settings)
     resumed = copy.deepcopy(model)
-    for one in (model, resumed):  # the second goes on from the first one's last checkpoint
+    for one in (model, resumed):  # the second resumes from the first one's last checkpoint
         train_pairs(one, random_pairs(model), config, seed=0, folder=tmp_path)
         assert one.transformer.head.weight is one.transformer.embed.weight
     for name, tensor in weights_of(model).items():

@@ -34,7 +34,7 @@ ONLY = ("triton", "chunked") if INTERPRETED else ("cuda",) if EMULATED else None
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One case for each backend of the op that this process can run; libraries that are not installed and
-    kernels that need a GPU have none, an extension that was not built is told as a skip."""
+    kernels that need a GPU have none, an extension that was not built shows as a skip."""
     if "backend" not in metafunc.fixturenames or not hasattr(metafunc.module, "OP"):
         return
     import_module(f"hermesflow.kernels.{metafunc.module.OP}")

@@ -130,7 +130,7 @@ def test_ties_mask_the_lower_index(backend, device):
     known = torch.tensor([[False, True, False, False, False]], device=device)
     logprob = torch.tensor([[1.0, 0.0, 0.0, -0.0, 0.0]], device=device)
     assert mask(logprob, known, 2, backend=backend).tolist() == [[False, False, True, True, False]]
-    # Ties that go on beyond one warp and one chunk.
+    # Ties that reach beyond one warp and one chunk.
     masked = mask(torch.zeros(1, 300, device=device), num_masked=170, backend=backend)
     assert masked[0].nonzero().flatten().tolist() == list(range(170))
 

@@ -295,7 +295,7 @@ def test_long_spans(backend, device, check_error_budget):
 )
 def test_slots_that_are_not_attended_may_hold_anything(name, backend, device):
     """A cache's unused slots are never initialised to something finite by contract; what an answer of an earlier batch
-    left in the region of one that decodes is finite, since only answers without a NaN go on."""
+    left in the region of one that decodes is finite, since only answers without a NaN are continued."""
     tree = on_device(TREES[name](), device)
     tensors = inputs(tree, torch.float16, device=device)
     skip_what_is_refused(backend, *tensors, tree)

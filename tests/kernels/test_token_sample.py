@@ -156,7 +156,7 @@ def test_tokens_equal_the_reference(vocab_size, dtype, backend, device):
 
 
 def test_rows_have_settings_of_their_own(backend, device):
-    """Random settings and coarse logits, so that many ids tie; the log-probability tells which ids were kept."""
+    """Random settings and coarse logits, so that many ids tie; the log-probability shows which ids were kept."""
     generator = torch.Generator().manual_seed(2)
     num_rows = at_most(400, backend)
     logits = torch.randint(-4, 5, (num_rows, 17), generator=generator) / 2

@@ -1,5 +1,5 @@
 """Every Triton kernel by Triton's interpreter and every CUDA kernel by the emulator, each in a process of its own:
-Triton must be told before its first import, and the emulated library takes the extension's place.
+Triton must know before its first import, and the emulated library takes the extension's place.
 """
 
 import os

@@ -65,9 +65,9 @@ def test_runs_that_are_killed_end_like_the_undisturbed_one(tmp_path, untrained_m
         assert not [name for name in expected if found[name] != expected[name]]
         num_finished += 1
     check_time(began, killed, num_finished)
-    told = ", ".join(f"{count} in {name}" for name, count in sorted(killed.items()))
+    message = ", ".join(f"{count} in {name}" for name, count in sorted(killed.items()))
     print(
-        f"undisturbed run {duration:.0f} s; {killed.total()} kills ({told}); {num_finished} runs finished; "
+        f"undisturbed run {duration:.0f} s; {killed.total()} kills ({message}); {num_finished} runs finished; "
         f"{time.monotonic() - began:.0f} s in all"
     )
 

@@ -301,7 +301,7 @@ def test_records_and_decoders_that_do_not_serve_are_refused(tiny_model, tiny_rec
     with pytest.raises(InputError, match="draws its images as it learns and takes no pairs"):
         train_pairs(tiny_model, random_pairs(tiny_model), Config().train, seed=0, folder=tmp_path, algorithm="grpo")
     tiny_model.engine.image_decoder = object()
-    with pytest.raises(InputError, match="does not tell how it draws; take pair-dpo"):
+    with pytest.raises(InputError, match="does not say how it draws; take pair-dpo"):
         train_records(tiny_model, tiny_records, settings(), seed=0, folder=tmp_path)
 
 

@@ -279,7 +279,7 @@ def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pa
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (
             {"loss_type": "ipo", "label_smoothing": 0.1},
@@ -293,6 +293,6 @@ def test_a_step_s_names_do_not_depend_on_its_passes(shared_tiny_model, random_pa
     ],
     ids=["smoothing", "simpo", "means"],
 )
-def test_settings_without_a_meaning_for_the_loss_are_refused(settings, told):
-    with pytest.raises(InputError, match=f"train.{told}"):
+def test_settings_without_a_meaning_for_the_loss_are_refused(settings, message):
+    with pytest.raises(InputError, match=f"train.{message}"):
         check_loss(TrainConfig(**settings))

@@ -46,14 +46,14 @@ def drawn_rows(learner, records):
 
 
 def test_relations_are_taught_of_drawings_as_their_captions_say(learner, relations):
-    told = {record.id: {question.question: question.answer for question in record.questions} for record in relations}
+    message = {record.id: {question.question: question.answer for question in record.questions} for record in relations}
     drawn, real = drawn_rows(learner, relations), learner.packer.pairs.to_pylist()[-len(relations) :]
     states = [record.id for record in relations if any(item.element_type == "spatial" for item in record.questions)]
     assert 0 < len(drawn) <= 2 * len(states) < 2 * len(relations)
     assert len({row["record_id"] for row in drawn}) == len(drawn)
     for row in drawn:
         name = row["record_id"].partition(",")[0]
-        assert name in states and [told[name][question] for question in row["questions"]] == row["answers"]
+        assert name in states and [message[name][question] for question in row["questions"]] == row["answers"]
         assert row["choices"] == [[answer] for answer in row["answers"]]
     codes = {record.id: record.codes.tolist() for record in relations}
     assert [row["record_codes"] for row in real] == [codes[row["record_id"]] for row in real]

@@ -209,7 +209,7 @@ def test_keep_any_keeps_the_good_side_alone(rows: list[dict], sides: str | None)
         (0.9, 0.5, 0.2, "win", 0.5),  # beats the previous win, which becomes the lose
         (0.9, 0.7, 0.2, "win", 0.7),  # by just the margin
         (0.9, 0.8, 0.2, "lose", 0.2),  # above the previous win, but not by the margin
-        (0.9, 1.0, 0.2, "lose", 0.2),  # below it: the published script would still go on
+        (0.9, 1.0, 0.2, "lose", 0.2),  # below it: the published script would still take it
         (0.9, 1.0, 0.8, None, None),  # beats neither by the margin
         (0.7, 1.0, 0.9, None, None),  # below both: here the published script inverts the pair
         (0.6, 0.1, 0.0, None, None),  # not above the threshold
@@ -289,7 +289,7 @@ def test_every_side_is_kept_or_rejected_and_pairs_are_homologous(
     data: list, keep: str, threshold: float, margin: float
 ) -> None:
     records = [record(f"record-{index}") for index in range(len(data))]
-    # A token of each candidate tells its record, so that a mix of two records would show.
+    # A token of each candidate names its record, so that a mix of two records would show.
     rows = []
     for index, (item, (image_scores, caption_scores)) in enumerate(zip(records, data, strict=True)):
         rows += [row | {"token_ids": [index, *row["token_ids"]]} for row in images(image_scores, item.id)]

@@ -360,8 +360,8 @@ def test_agreement_with_the_oracle(scores):
     assert (result["win_better"], result["win_worse"], result["tie"]) == (float(sees), float(not sees), 0)
     assert (result["best_strict"], result["mean_strict"], result["worst_strict"]) == (sees, 0.5, not sees)
     assert (result["num_images"], result["num_pairs"], result["num_caption_pairs"]) == (4, 1, 2)
-    told = (result["caption_win_truer"], result["caption_win_less_true"], result["caption_tie"])
-    assert told == (float(sees), float(not sees), 0) and result["caption_win_exact"] == float(sees)
+    message = (result["caption_win_truer"], result["caption_win_less_true"], result["caption_tie"])
+    assert message == (float(sees), float(not sees), 0) and result["caption_win_exact"] == float(sees)
     assert 0 < caption_truth(untrue, truth) < caption_truth(f"there is {truth}", truth) == 1
 
 
@@ -423,7 +423,7 @@ ROW = {"id": "a", "scores": {"right": [1, 2]}}
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([], "expected a list with a dict for each record"),
         (iter([ROW]), "expected a list with a dict for each record"),
@@ -443,7 +443,7 @@ ROW = {"id": "a", "scores": {"right": [1, 2]}}
         ([ROW | {"more": float("nan")}], "not JSON compliant"),
     ],
 )
-def test_rows_that_are_none_are_refused(rows, told, monkeypatch, tmp_path):
+def test_rows_that_are_none_are_refused(rows, message, monkeypatch, tmp_path):
     (tmp_path / "own_suite.py").write_text(
         "from hermesflow.evaluation.evaluation import Evaluation\n"
         "class Own(Evaluation):\n    rows = None\n    def measure(self, model, config): return self.rows\n"
@@ -454,7 +454,7 @@ def test_rows_that_are_none_are_refused(rows, told, monkeypatch, tmp_path):
     import own_suite
 
     own_suite.SUITE.rows = rows
-    with pytest.raises(InputError, match=f"eval.suite own_suite:SUITE: .*{told}"):
+    with pytest.raises(InputError, match=f"eval.suite own_suite:SUITE: .*{message}"):
         evaluate(None, EvalConfig(suite="own_suite:SUITE"))
 
 
@@ -467,11 +467,11 @@ def test_what_an_evaluation_raises_is_one_line(monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "own_suite", raising=False)
-    for name, told in (
+    for name, message in (
         ("SUITE", r"raised SystemExit \(.*\); correct it"),
         ("ODD", "expected an Evaluation whose known_sources are a tuple"),
         ("NUMBER", "NUMBER is 3, which has no measure, settings, known_sources"),
         ("Own", r"expected an object such as Own\(\), got a class"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             evaluate(None, EvalConfig(suite=f"own_suite:{name}"))

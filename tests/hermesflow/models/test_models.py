@@ -31,7 +31,7 @@ def test_prompts_and_sampling_are_kept(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "told"),
+    ("section", "key", "value", "message"),
     [
         (None, "vq_tokenizer", [], "no attribute 'items'"),
         (None, "layout", None, "no attribute 'items'"),
@@ -62,23 +62,23 @@ def test_prompts_and_sampling_are_kept(tiny_model, tmp_path):
         ("layout", "num_image_tokens", 15, "num_image_tokens is 15, the other sizes make it 16"),
     ],
 )
-def test_a_wrong_configuration_is_refused(folder, section, key, value, told):
+def test_a_wrong_configuration_is_refused(folder, section, key, value, message):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     (config[section] if section else config)[key] = value
     path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"config.json: not a model configuration .*{told}.*; restore it"):
+    with pytest.raises(InputError, match=f"config.json: not a model configuration .*{message}.*; restore it"):
         load_model(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("[]", "not a model configuration"), ("null", "not a model configuration"), ("[" * 100_000, "damaged JSON")],
     ids=["list", "null", "deep"],
 )
-def test_json_that_is_no_configuration_is_refused(folder, text, told):
+def test_json_that_is_no_configuration_is_refused(folder, text, message):
     (folder / "config.json").write_text(text)
-    with pytest.raises(InputError, match=f"config.json: {told}"):
+    with pytest.raises(InputError, match=f"config.json: {message}"):
         load_model(str(folder))
 
 

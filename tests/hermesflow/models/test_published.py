@@ -206,12 +206,12 @@ def test_export_takes_the_last_round_of_a_run(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [("tiny", "tiny: its family has no published layout"), ("giant", "no model 'giant'")],
 )
-def test_export_of_what_cannot_be(source, told, tmp_path, capsys):
+def test_export_of_what_cannot_be(source, message, tmp_path, capsys):
     assert cli.main(["export", source, "-o", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_export_replaces_nothing(model, copied, tmp_path):
@@ -263,14 +263,14 @@ def test_keys_that_do_not_fit_are_all_listed(copied):
     save_file(state, copied / "pytorch_model.safetensors")
     with pytest.raises(InputError) as caught:
         load_model(str(copied))
-    for told in (
+    for message in (
         "missing showo.lm_head.bias",
         "missing showo.model.layers.1.mlp.fc1.weight",
         "unexpected showo.extra",
         r"self_attn.k_proj.weight: expected (32, 32), got (32, 31)",
         "final_layernorm.bias: expected floating point of 16 bits or more, got torch.int64",
     ):
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -299,7 +299,7 @@ def test_shards_lie_in_the_folder(tmp_path, shard):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("vocab_size", 376, "the vocabulary does not add up: llm_vocab_size 300 .* are 375, vocab_size is 376"),
         ("codebook_size", 65, "the vocabulary does not add up"),
@@ -315,14 +315,14 @@ def test_shards_lie_in_the_folder(tmp_path, shard):
         ("w_clip_vit", True, "missing mm_projector.0.weight"),
     ],
 )
-def test_a_wrong_configuration_is_refused(copied, key, value, told):
+def test_a_wrong_configuration_is_refused(copied, key, value, message):
     rewrite(copied / "config.json", lambda values: values.update({key: value}))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_model(str(copied))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("model_type", "llama", "the language model is of type 'llama', a Showo checkpoint grows from 'phi'"),
         ("hidden_size", None, "gives hidden_size as None"),
@@ -335,9 +335,9 @@ def test_a_wrong_configuration_is_refused(copied, key, value, told):
         ("intermediate_size", 65, r"mlp.fc1.weight: expected \(65, 32\), got \(64, 32\)"),
     ],
 )
-def test_a_wrong_language_model_is_refused(copied, key, value, told):
+def test_a_wrong_language_model_is_refused(copied, key, value, message):
     rewrite(copied / "llm" / "config.json", lambda values: values.update({key: value}))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_model(str(copied))
 
 
@@ -365,7 +365,7 @@ def test_no_tokenizer_is_told(copied):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("showlab/show-o-512x512", "no such folder, and the hub does not give it .*; check the name and the network"),
         ("no/such/folder", "give a folder, or a hub id"),
@@ -375,8 +375,8 @@ def test_no_tokenizer_is_told(copied):
         ("../tiny", "give a folder, or a hub id"),
     ],
 )
-def test_a_model_that_cannot_be_had(name, told):
-    with pytest.raises(InputError, match=told):
+def test_a_model_that_cannot_be_had(name, message):
+    with pytest.raises(InputError, match=message):
         load_model(name)
 
 
@@ -397,7 +397,7 @@ def test_an_image_tokenizer_of_another_model_is_refused(copied, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"_class_name": "VQ"}, "not the configuration of a MAGVITv2"),
         ({"_class_name": "MAGVITv2", "code_bits": -1}, "code_bits is -1"),
@@ -405,11 +405,11 @@ def test_an_image_tokenizer_of_another_model_is_refused(copied, tmp_path):
         ({"_class_name": "MAGVITv2"}, "does not fit the configuration"),
     ],
 )
-def test_a_wrong_image_tokenizer_is_refused(copied, values, told):
+def test_a_wrong_image_tokenizer_is_refused(copied, values, message):
     path = copied / "magvitv2" / "config.json"
     path.unlink()
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_vq_tokenizer(str(copied / "magvitv2"))
 
 
@@ -464,7 +464,7 @@ def test_memory_is_not_doubled(tmp_path, weights):
         "import re, torch\n"
         "from hermesflow import load_model\n"
         "from transformers import AutoTokenizer\n"
-        # Not getrusage: what it tells of a child begins with its parent's peak.
+        # Not getrusage: what it says of a child begins with its parent's peak.
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         f"load_model({str(tmp_path / 'small')!r})\n"
         "before = peak()\n"

@@ -172,7 +172,7 @@ def test_the_pairs_are_shown_with_their_marks(finished):
         assert sum(role in names for names in classes) == sum(pair["win_caption"] is not None for pair in pairs)
     drawings = [figure.get("class") in ("right", "wrong") for figure in page.all("figure")]
     assert drawings.count(False) == 3 * len(pairs)  # num_images
-    assert len(page.all("img")) == 4 * len(pairs)  # and the real one
+    assert len(page.all("img")) == 4 * len(pairs) + sum(drawings)  # and the real one
 
 
 def test_an_untrue_caption_is_no_plain_win(run):
@@ -238,7 +238,7 @@ def test_text_of_the_data_is_no_html(run):
 
 
 @pytest.mark.parametrize(
-    ("gone", "told", "shows"),
+    ("gone", "message", "shows"),
     [
         (["round-0", "round-1"], "Nothing has been measured yet", "No round has its pairs yet"),
         (["round-1"], "the pairs of round 1, the evaluation of round 1", "Before self-play the model answers"),
@@ -251,12 +251,12 @@ def test_text_of_the_data_is_no_html(run):
     ],
     ids=["begun", "measured once", "curated", "all but the summary"],
 )
-def test_an_unfinished_run_says_what_is_missing(run, gone, told, shows):
+def test_an_unfinished_run_says_what_is_missing(run, gone, message, shows):
     (run / "summary.json").unlink()
     for name in gone:
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     page = read(run)
-    assert told in page.text and shows in page.text
+    assert message in page.text and shows in page.text
     assert ("time: 2 s (evaluation 2 s)" in page.text) == (gone == [])
     assert ("time: 1 s (evaluation 1 s)" in page.text) == (bool(gone) and "round-0" not in gone)
     assert ("This run is not finished" in page.text) == bool(gone)

@@ -315,9 +315,9 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(model_folder
     command = ("-m", "hermesflow", "selfplay", *arguments(model_folder, tmp_path))
     for number, pattern in ((1, "candidates/part-00000.parquet"), (0, "train/step-000002/manifest.json")):
         stderr = kill_a_process(launch(*command), tmp_path, pattern, number)
-        told = [line for line in own_lines(stderr) if "error" in line]
-        assert len(told) == 1 and "the same command goes on where the run stopped" in told[0], stderr
-        assert re.search("another process of this run is gone|stopped by torchrun", told[0])
+        words = [line for line in own_lines(stderr) if "error" in line]
+        assert len(words) == 1 and "the same command resumes where the run stopped" in words[0], stderr
+        assert re.search("another process of this run is gone|stopped by torchrun", words[0])
         ours = [line for line in stderr.splitlines() if "/hermesflow/" in line and line.lstrip().startswith("File ")]
         assert not ours, stderr
         assert not (tmp_path / "t/summary.json").exists()
@@ -332,7 +332,7 @@ def test_torchrun_is_told_to_end(model_folder, tmp_path):
     launcher.terminate()
     _, stderr = finish(launcher, code=1)
     (line,) = [line for line in own_lines(stderr) if "error" in line]
-    assert "stopped by torchrun, since another process is gone or the run was told to end; the same command" in line
+    assert "stopped by torchrun, since another process is gone or the run was asked to end; the same command" in line
 
 
 def score_badly(candidates, truths):
@@ -349,12 +349,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("more, told", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_told_once(model_folder, tmp_path, more, told):
+@pytest.mark.parametrize("more, words", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_told_once(model_folder, tmp_path, more, words):
     command = ("-m", "hermesflow", "curate", *arguments(model_folder, tmp_path), *more)
     _, stderr = finish(launch(*command), code=1)
     (line,) = [line for line in own_lines(stderr) if "error" in line]
-    assert re.search(told, line) and "hermesflow/cli.py" not in stderr
+    assert re.search(words, line) and "hermesflow/cli.py" not in stderr
 
 
 @pytest.mark.parametrize("is_ours", [True, False])

@@ -195,7 +195,7 @@ def test_parquet_with_a_flipped_byte_of_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "words"),
     [
         ("a\nb\u2028c\td", "a b c d"),
         ("\x1b[2J\0", r"\x1b[2J\x00"),
@@ -205,8 +205,8 @@ def test_parquet_with_a_flipped_byte_of_data(tmp_path):
     ],
     ids=["breaks", "control", "surrogate", "printable", "endless"],
 )
-def test_an_error_is_one_line_that_a_terminal_can_show(message, told):
-    assert str(InputError(message)) == told
+def test_an_error_is_one_line_that_a_terminal_can_show(message, words):
+    assert str(InputError(message)) == words
 
 
 def test_parquet_without_the_column(tmp_path, table):
@@ -262,6 +262,6 @@ def test_rows_of_a_file_that_cannot_be_read_name_it(tmp_path, name):
         "column": lambda: None,
         "inside": lambda: path.write_bytes(data),
     }[path.stem]()
-    told = {"none": "no such file", "column": "has no column 'b'"}.get(path.stem, "damaged Parquet file")
-    with pytest.raises(InputError, match=f"{name}: {told}"):
+    words = {"none": "no such file", "column": "has no column 'b'"}.get(path.stem, "damaged Parquet file")
+    with pytest.raises(InputError, match=f"{name}: {words}"):
         ParquetRows(path, ["b"] if path.stem == "column" else None).read(0, 10)

@@ -22,7 +22,7 @@ def test_none_takes_metrics_and_keeps_nothing(tmp_path):
 def test_tensorboard_goes_on_without_the_steps_that_are_done_again(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = TrainConfig(tracker="tensorboard")
-    for start, stop, value in ((0, 5, 1.0), (3, 6, 2.0)):  # the second goes on from a checkpoint after three steps
+    for start, stop, value in ((0, 5, 1.0), (3, 6, 2.0)):  # the second resumes from a checkpoint after three steps
         with open_tracker(config.tracker, asdict(config), tmp_path, start) as log:
             for step in range(start, stop):
                 log({"loss": value, "generation/margin": value}, step)

@@ -1,4 +1,4 @@
-"""Making the tiny model: its batches, a killed run that goes on alike, damaged files, and the shipped result."""
+"""Making the tiny model: its batches, a killed run that resumes alike, damaged files, and the shipped result."""
 
 import json
 import math
@@ -70,18 +70,18 @@ def test_a_killed_run_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("step-000002/manifest.json", "no checkpoint can be used .*manifest.json"),
         ("checkpoint.pt", "checkpoint.pt: was written by an older version; delete .* to start over"),
     ],
     ids=["damaged", "older version"],
 )
-def test_a_checkpoint_that_cannot_be_used_is_named(made, tmp_path, path, told):
+def test_a_checkpoint_that_cannot_be_used_is_named(made, tmp_path, path, message):
     (tmp_path / "vq_tokenizer.safetensors").write_bytes((made[0] / "vq_tokenizer.safetensors").read_bytes())
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         run_pretraining(PretrainConfig(folder=str(tmp_path), **SMALL))
 
 
