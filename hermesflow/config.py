@@ -163,11 +163,11 @@ class CurationConfig(DrawingConfig):
     margin: float = 0.1
     """The best must score above the worst by at least this much."""
     caption_scorer: str = "token-f1"
-    """How a caption is compared with the true one: bert-cls, sentence, exact, normalised, token-f1, attribute-f1, or
+    """How a caption is compared with the true one: bert-cls, sentence, exact, normalized, token-f1, attribute-f1, or
     "module:function" of your own."""
     answer_scorer: str = "likelihood"
     """How the model's answer is found: likelihood of each choice, or the choice that its free answer matches by
-    sentence, exact, normalised, or "module:function" of your own."""
+    sentence, exact, normalized, or "module:function" of your own."""
     bert_model: str = "bert-large-uncased"
     """Hub id or folder of the model of bert-cls (as in the published code)."""
     sentence_model: str = "sentence-transformers/all-mpnet-base-v2"

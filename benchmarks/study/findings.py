@@ -20,7 +20,7 @@ CLAIMS = (
 )  # fmt: skip
 """The two sides of training on homologous pairs: question, the arm that lacks the side, and where it would show."""
 CONTROL = "positive-control"
-SHORT = "no-op", "best-of-4"
+SHORT = "no-op", "best-of-4", "grpo+own-drawings", "pair-dpo+grpo"
 """What the short table shows beside the ways of self-play."""
 OWN = "own-drawings", "grpo+own-drawings", "merged"
 """Arms that learn answers whose labels the model's own prompts give."""

@@ -44,7 +44,7 @@ from hermesflow.selfplay import play_round
 from hermesflow.training import check_training
 
 BASE, PAIR_DPO = "base", STUDY_ARMS[0]
-SELF_PLAY = PAIR_DPO, "grpo", "grpo+own-drawings", "pair-dpo+grpo", "merged"
+SELF_PLAY = PAIR_DPO, "grpo", "merged"
 """The arms that the others are held against."""
 COUNTS = ("right", "asked")
 """By metric, a number for each record: what was right, of how many. A metric is named by its path in an evaluation's

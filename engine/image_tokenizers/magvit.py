@@ -66,7 +66,7 @@ class VQTokenizerConfig:
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions with a residual."""
+    """Two normalized 3x3 convolutions with a residual."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__()

@@ -36,7 +36,8 @@ CAPTION_SCORERS = {
     "bert-cls": "hermesflow.scoring.captions:bert_cls",
     "sentence": "hermesflow.scoring.captions:sentence",
     "exact": "hermesflow.scoring.captions:EXACT",
-    "normalised": "hermesflow.scoring.captions:NORMALIZED",
+    "normalized": "hermesflow.scoring.captions:NORMALIZED",
+    "normalised": "hermesflow.scoring.captions:NORMALIZED",  # its old name
     "token-f1": "hermesflow.scoring.captions:TOKEN_F1",
     "attribute-f1": "hermesflow.worlds.shapes:ATTRIBUTE_F1",
 }
@@ -45,7 +46,8 @@ ANSWER_SCORERS = {
     "likelihood": "hermesflow.scoring.captions:likelihood",
     "sentence": "hermesflow.scoring.captions:sentence_answers",
     "exact": "hermesflow.scoring.captions:exact_answers",
-    "normalised": "hermesflow.scoring.captions:normalized_answers",
+    "normalized": "hermesflow.scoring.captions:normalized_answers",
+    "normalised": "hermesflow.scoring.captions:normalized_answers",  # its old name
 }
 """curation.answer_scorer: (config) -> AnswerMatcher, None to score choices; "module:function" is simpler."""
 

@@ -65,7 +65,7 @@ CAPTION = "a red circle above a blue square on a black background"
     [
         ("exact", "a red circle", "a red circle", 1),
         ("exact", "A red circle", "a red circle", 0),
-        ("normalised", "The  red circle.", "a red circle", 1),
+        ("normalized", "The  red circle.", "a red circle", 1),
         ("normalised", "a theatre", "theatre", 1),  # an article inside a word stays
         ("normalised", "a red square", "a red circle", 0),
         # Facts: red circle is one, blue square is one, above, background; named: red, circle, blue, square.
@@ -204,7 +204,7 @@ CHOICES = ["red", "green", "a blue square"]
         ("exact", "green", 1),
         ("exact", "Green", -1),
         ("exact", "", -1),
-        ("normalised", "Green.", 1),
+        ("normalized", "Green.", 1),
         ("normalised", "the blue square", 2),
         ("normalised", "blue", -1),
         ("normalised", "the", -1),
