@@ -14,7 +14,7 @@ TORCH_INDEX_URL ?=
 export PYTHONSAFEPATH := 1
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml kernels/extension.py $(wildcard MANIFEST.in) $(shell find csrc -type f)
 
 .PHONY: help setup demo test lint check-install check-cuda check-triton sanitize soak clean
 
@@ -40,7 +40,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 check-install: setup
-	.ci/check-install
+	VENV=$(VENV) .ci/check-install
 
 check-cuda:
 	.ci/check-cuda

@@ -118,7 +118,7 @@ class Engine:
                 property of that name.
             progress: is given the steps of each pass, on CUDA the passes, and gives them back one by one, as a
                 progress bar does.
-            fields: of sampling, each taken in place of the one there, such as num_steps=8.
+            fields: fields of sampling that replace those of `sampling`, such as num_steps=8.
         Returns: codes int64 [P, n, num_image_tokens] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
@@ -247,7 +247,7 @@ class Engine:
             return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
 
     extend = generate_text
-    """The name that generate_text had."""
+    """The former name of generate_text."""
 
     def score_choices(
         self,
@@ -301,6 +301,9 @@ class Engine:
 
     def _params(self, function: str, sampling: Any, fields: dict[str, Any]) -> Any:
         kind = self.image_decoder.params
+        known = [item.name for item in dataclasses.fields(kind)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(f"Engine.{function}: unknown {', '.join(unknown)}; images are drawn by {', '.join(known)}")
         if sampling is None:
             return kind(**fields)
         if not isinstance(sampling, kind):

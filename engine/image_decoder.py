@@ -2,4 +2,6 @@
 
 from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams, Progress
 
-__all__ = ["ImageDecoder", "ImageSamplingParams", "Progress"]
+__all__ = ["ImageDecoder", "ImageSamplingParams", "Progress", "Watch"]
+
+Watch = Progress  # its former name

@@ -3,23 +3,30 @@
 The names below load on first use, so that `import hermesflow.kernels` does not load the whole library.
 """
 
-# ruff: noqa: F401
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see
-    from hermesflow.config import Config, CurationConfig, EvalConfig, TrainConfig, load_config
-    from hermesflow.curation import curate
-    from hermesflow.data.pairs import make_pairs, read_pairs
-    from hermesflow.drop_in.acceleration import accelerate, restore
-    from hermesflow.engine.decoders.masked import ImageSamplingParams
-    from hermesflow.engine.decoders.text import SamplingParams
-    from hermesflow.engine.engine import Engine
-    from hermesflow.evaluation.evaluation import evaluate
-    from hermesflow.models import Model, load_model
-    from hermesflow.models.merging import merge_models
-    from hermesflow.selfplay import run_selfplay
-    from hermesflow.training import train_pairs, train_records
+    from hermesflow.config import Config as Config
+    from hermesflow.config import CurationConfig as CurationConfig
+    from hermesflow.config import EvalConfig as EvalConfig
+    from hermesflow.config import TrainConfig as TrainConfig
+    from hermesflow.config import load_config as load_config
+    from hermesflow.curation import curate as curate
+    from hermesflow.data.pairs import make_pairs as make_pairs
+    from hermesflow.data.pairs import read_pairs as read_pairs
+    from hermesflow.drop_in.acceleration import accelerate as accelerate
+    from hermesflow.drop_in.acceleration import restore as restore
+    from hermesflow.engine.decoders.masked import ImageSamplingParams as ImageSamplingParams
+    from hermesflow.engine.decoders.text import SamplingParams as SamplingParams
+    from hermesflow.engine.engine import Engine as Engine
+    from hermesflow.evaluation.evaluation import evaluate as evaluate
+    from hermesflow.models import Model as Model
+    from hermesflow.models import load_model as load_model
+    from hermesflow.models.merging import merge_models as merge_models
+    from hermesflow.selfplay import run_selfplay as run_selfplay
+    from hermesflow.training import train_pairs as train_pairs
+    from hermesflow.training import train_records as train_records
 
 __version__ = "0.1.0"
 

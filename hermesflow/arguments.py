@@ -27,13 +27,13 @@ def with_settings(argv: Sequence[str]) -> list[str]:
     command = named.get(" ".join(argv[:2])) or named.get(" ".join(argv[:1]))
     if command is None or not any("--set" in names for names, _ in command.options):
         return list(argv)
+    takes_value = {name for names, how in command.options for name in names if how.get("action") != "store_true"}
     takes_texts = any(not names[0].startswith("-") for names, _ in command.options)
     end = argv.index("--") if "--" in argv else len(argv)
     others, settings = [], []
     for before, argument in zip(["", *argv], argv[:end], strict=False):
         name, equals, _ = argument.partition("=")
-        is_value = before.startswith("-") and "=" not in before
-        is_setting = bool(equals) and not is_value and re.fullmatch(r"\w[\w.-]*", name)
+        is_setting = bool(equals) and before not in takes_value and re.fullmatch(r"\w[\w.-]*", name)
         if is_setting and takes_texts:
             is_setting = name in setting_names() and " " not in argument and not os.path.exists(argument)
         if is_setting:
@@ -83,7 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command.name, continues=command.continues, config=None, set=[], shortcuts=[])
         for names, how in command.options:
             added.add_argument(*names, **how)
-        added.add_argument("-v", "--verbose", action="store_true", help="say more, such as the sizes of batches")
+        if name not in _GROUPS:
+            added.add_argument("-v", "--verbose", action="store_true", help="say more, such as the sizes of batches")
         if name in _GROUPS:
             groups[name] = _group(added, name)
     return parser

@@ -107,9 +107,9 @@ class Run:
             else:
                 rejected.append({"record_id": record.id, "reason": reason})
         if num_usable < count:
-            message = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
+            why = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
             need = f"{count} are needed" + (f" ({rounds} rounds of {data.num_records})" if rounds > 1 else "")
-            raise InputError(f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{message}")
+            raise InputError(f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{why}")
         write_parquet(self.folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
 
     def round_records(self, number: int) -> Sequence[Record]:
@@ -166,8 +166,8 @@ class Run:
     def _check_origin(self, model: Model) -> None:
         """Refuses a run that began with other weights of the same name."""
         dtype = str(model.engine.dtype).removeprefix("torch.")
-        message = {"model": f"other weights than {self.config.model.name!r} holds now"}
-        check_origin(self.folder, {"model": model_digest(model), "dtype": dtype}, message, "run.name")
+        reasons = {"model": f"other weights than {self.config.model.name!r} holds now"}
+        check_origin(self.folder, {"model": model_digest(model), "dtype": dtype}, reasons, "run.name")
 
     def check_round(self, number: int) -> None:
         """Raises InputError if the run has no such round."""
@@ -337,11 +337,11 @@ def train_on_pairs(config: Config, path: StrPath, folder: StrPath, root: StrPath
         on_main(claim)
         model, pairs = _open(config, path, root, pairs)
         origin = {"pairs": _digest(pairs), "model": model_digest(model)}
-        message = {
+        reasons = {
             "pairs": f"other pairs than {path} holds now",
             "model": f"other weights than {config.model.name!r} holds now",
         }
-        on_main(lambda: check_origin(folder, origin, message, _ELSEWHERE))
+        on_main(lambda: check_origin(folder, origin, reasons, _ELSEWHERE))
         if not on_main(lambda: (folder / "model").exists() and (folder / "training.json").exists()):
             options = {"seed": config.run.seed, "folder": folder / "train", "algorithm": config.selfplay.algorithm}
             save_trained(model, train_checked_pairs(model, pairs, config.train, **options), folder)
@@ -435,13 +435,13 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
         )
 
 
-def check_origin(folder: Path, origin: dict[str, str], message: dict[str, str], elsewhere: str) -> None:
+def check_origin(folder: Path, origin: dict[str, str], reasons: dict[str, str], elsewhere: str) -> None:
     """Writes origin.json, or raises if it records other weights or pairs.
 
     Args:
         folder: of the run.
         origin: what it would begin with now.
-        message: for each key that must be as it was, what another value means, for messages.
+        reasons: for each key that must be as it was, what another value means, for messages.
         elsewhere: as in claim_folder.
     Raises: InputError if a value is another one.
     """
@@ -449,10 +449,10 @@ def check_origin(folder: Path, origin: dict[str, str], message: dict[str, str], 
     if not path.exists():
         write_json(path, origin)
     began = read_json(path)
-    for key, words in message.items():
+    for key, reason in reasons.items():
         if began.get(key) != origin[key]:
             raise InputError(
-                f"{path}: the run began with {words}; choose another {elsewhere}, or delete {folder} to start over"
+                f"{path}: the run began with {reason}; choose another {elsewhere}, or delete {folder} to start over"
             )
 
 

@@ -21,7 +21,7 @@ from hermesflow import __version__
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.models.contact_sheet import draw_contact_sheet
 from hermesflow.models.images import fit_image, open_image, read_image
-from hermesflow.models.model import Model
+from hermesflow.models.model import Model, check_words
 from hermesflow.runtime.files import InputError, StrPath, atomic_write
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seed
@@ -239,13 +239,7 @@ def answer_question(
 
 
 def _prompt_ids(model: Model, prompt: str, name: str) -> list[int]:
-    _check_words(prompt, name)
-    return model.image_prompt(prompt)
-
-
-def _check_words(text: str, name: str) -> None:
-    if not text.strip():
-        raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
+    return model.image_prompt(check_words(prompt, name))
 
 
 def _draw_codes(

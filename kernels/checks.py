@@ -160,7 +160,7 @@ def install_hint() -> str:
     root = Path(__file__).parents[1]
     if (root / "setup.py").exists():
         return f"run pip install --no-build-isolation -e {root}"
-    return "run pip install --no-build-isolation --force-reinstall --no-deps hermesflow"
+    return "in the checkout run pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def has_code_for(capability: tuple[int, int], targets: str) -> bool:

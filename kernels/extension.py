@@ -3,7 +3,7 @@
 Where the install had no torch, no compiler or another version of torch, the CPU kernels are compiled at their first
 use; where it had no nvcc and there is a GPU now, the CUDA kernels are. torch.utils.cpp_extension compiles them with
 ninja, once for each version of torch, into TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions). HERMESFLOW_COMPILE=0
-prevents it.
+forbids it.
 
 setup.py takes flags and targets from here, so that both ways build the same.
 """
@@ -68,7 +68,11 @@ def load_cuda_kernels() -> str:
         raise ImportError("nvcc is not found; install the CUDA toolkit, or set CUDA_HOME")
     major, minor = torch.cuda.get_device_capability()
     target = f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}"
-    torch.ops.load_library(str(_compiled("cuda", sorted((_SOURCES / "cuda").glob("*.cu")), target)))
+    library = _compiled("cuda", sorted((_SOURCES / "cuda").glob("*.cu")), target)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(f"{library} does not load ({error}); remove its folder") from error
     return shown_targets(target)
 
 
@@ -111,13 +115,14 @@ def _compiled(kind: str, sources: list[Path], target: str = "") -> Path:
     """The library of these sources, compiled if it is not there yet. Raises: ImportError with the reason."""
     import torch
 
-    if os.environ.get(SWITCH) == "0":
-        raise ImportError(f"{SWITCH}=0 leaves it so")
     name = f"hermesflow_{kind}_{_digest(torch.__version__, target)}"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions", name)
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    folder = Path(cache, name)
     library, failed = folder / f"{name}.so", folder / "failed.txt"
     if library.exists():
         return library
+    if os.environ.get(SWITCH) == "0":
+        raise ImportError(f"{SWITCH}=0 forbids compiling it; unset it")
     if reason := missing_tool() or _missing_ninja():
         raise ImportError(reason)
     try:
@@ -126,7 +131,8 @@ def _compiled(kind: str, sources: list[Path], target: str = "") -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds what the first has made
             if not library.exists():
                 if failed.exists():
-                    raise ImportError(f"{failed.read_text().partition(chr(10))[0]}; remove {folder} to try again")
+                    reason = failed.read_text().partition("\n")[0]
+                    raise ImportError(f"{reason}; remove {folder} to try again")
                 _compile(name, sources, folder, target)
     except OSError as error:
         raise ImportError(f"{folder} cannot be written ({error.strerror}); set TORCH_EXTENSIONS_DIR") from error
@@ -147,11 +153,15 @@ def _compile(name: str, sources: list[Path], folder: Path, target: str) -> None:
         with _environment(**{"TORCH_CUDA_ARCH_LIST": target} if target else {}):
             cpp_extension.load(name, [str(source) for source in sources], **options)
         os.replace(build / f"{name}.so", folder / f"{name}.so")  # whole, or not there
+    except OSError:  # a full disk and the like: the next process tries again
+        raise
     except Exception as error:  # of the compiler, of ninja and of what they need
         first_line = str(error).partition("\n")[0]
         reason = f"the {kind} kernels do not compile ({type(error).__name__}: {first_line})"
-        (folder / "failed.txt").write_text(f"{reason}\n\n{error}\n")
-        raise ImportError(f"{reason}; {folder / 'failed.txt'} has the compiler's message") from error
+        failed = folder / "failed.txt"
+        failed.with_suffix(".tmp").write_text(f"{reason}\n\n{error}\n")
+        os.replace(failed.with_suffix(".tmp"), failed)
+        raise ImportError(f"{reason}; {failed} has the compiler's message") from error
 
 
 def _missing_ninja() -> str | None:
@@ -172,12 +182,17 @@ def _environment(**more: str) -> Iterator[None]:
         yield
     finally:
         for name in more:
-            os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 def _digest(*more: str) -> str:
     """A fingerprint of all sources, flags and versions."""
-    digest = hashlib.blake2b(repr((COMPILE_ARGS, NVCC_ARGS, sys.version_info[:2], *more)).encode(), digest_size=8)
+    digest = hashlib.blake2b(
+        repr((COMPILE_ARGS, NVCC_ARGS, sysconfig.get_config_var("EXT_SUFFIX"), *more)).encode(), digest_size=8
+    )
     for path in sorted(_SOURCES.rglob("*")):
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())

@@ -75,15 +75,15 @@ def run_study(config: Config, console: Console) -> list[Line]:
         lines = read_study(path) if path.exists() else []
         _check_settings(path, lines, config)
         model = open_model(config.model)
-        message = {"model": f"other weights than {config.model.name!r} holds now"}
-        check_origin(config.run_folder, {"model": model_digest(model)}, message, "run.name")
+        reasons = {"model": f"other weights than {config.model.name!r} holds now"}
+        check_origin(config.run_folder, {"model": model_digest(model)}, reasons, "run.name")
         facts = run_facts(torch.device(local_device(config.model.device)))
 
         def add(line: Line) -> None:
             with guard:
                 lines.append(line | {name: facts[name] for name in _FACTS})
                 write_lines(path, lines)
-                console.print(_sentence(line), highlight=False, markup=False, soft_wrap=True)
+                console.print(_describe_line(line), highlight=False, markup=False, soft_wrap=True)
 
         if not lines:
             add(_measure_base(model, config))
@@ -138,7 +138,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 
     Args:
         config: the study's settings.
-        arm: a name in ARMS. The seed's pair-dpo must be done before it, and so must the arm that it starts from.
+        arm: a name in ARMS. The seed's pair-dpo must be done before it, and so must the arms that it comes from.
         seed: of the run.
     Returns: its line; see run_study.
     Raises: InputError if the arm's run has other settings or keeps no pair, or what it shares is missing.
@@ -163,7 +163,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
 
 
 def _measure_mean(config: Config, arm: str, seed: int) -> Line:
-    """The line of an arm that takes the mean of others."""
+    """The line of an arm that takes the mean of others; the model itself is not kept."""
     began, of_arm = time.perf_counter(), arm_config(config, arm, seed)
     first, *others = (_start_of(config, arm, before, seed) for before in ARMS[arm].mean_of)
     model = open_model(first)
@@ -346,8 +346,8 @@ def _check_settings(path: Path, lines: Sequence[Line], config: Config) -> None:
             )
 
 
-def _sentence(line: Line) -> str:
-    message = ("understanding", "generation", "generation_strict", "gap")
-    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in message)
+def _describe_line(line: Line) -> str:
+    names = ("understanding", "generation", "generation_strict", "gap")
+    values = ", ".join(f"{LABELS[name]} {format_value(line['metrics'][name])}" for name in names)
     which = "before self-play" if line["arm"] == BASE else f"seed {line['seed']}, {line['arm']}"
     return f"{which}: {values} (%), {line['seconds']:.0f} s"

@@ -52,9 +52,9 @@ class Builtin(Evaluation):
         Returns: of each record "balanced" and "answered", a digit a question (1 right, 0 wrong) about the real image,
             of the balanced questions, whose "kinds" stand beside them, and of the record's own; "drawn", such a text
             for each image drawn of its caption by the default sampler, and "samplers", {name: {"drawn", "scores"}} with
-            the model's own scores of the images; of the first NUM_SHOWN records "prompt" and "codes", what the default
-            sampler drew, to look at; "caption", "caption_f1" and "caption_exact"; null where it was not asked or not
-            drawn.
+            the model's own scores of the images; "caption", "caption_f1" and "caption_exact"; null where it was not
+            asked or not drawn. The first NUM_SHOWN records alone have "prompt" and "codes", what the default sampler
+            drew, to be looked at.
         Raises: InputError if the model does not know the world's words.
         """
         lacking = {"num_steps", "temperature"} - {item.name for item in fields(model.sampling)}
@@ -77,11 +77,13 @@ class Builtin(Evaluation):
         default = sampler_name(model.sampling_of(config))
         for name, sampling in samplers_of(model, config).items():
             judged = _judge_drawings(model, records[: config.num_prompts], config, sampling)
-            for number, (row, (drawn, scores, codes)) in enumerate(zip(rows, judged, strict=False)):
+            for number, (drawn, scores, codes) in enumerate(judged):
+                row = rows[number]
                 row["samplers"][name] = {"drawn": drawn, "scores": scores}
                 if name == default:
                     row["drawn"] = drawn
-                    row |= {"prompt": records[number].caption, "codes": codes} if number < NUM_SHOWN else {}
+                if name == default and number < NUM_SHOWN:
+                    row |= {"prompt": records[number].caption, "codes": codes.tolist()}
         return rows
 
     def settings(self, model: Model, config: EvalConfig) -> dict[str, Any]:
@@ -251,9 +253,9 @@ def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
 
 def _judge_drawings(
     model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams
-) -> Iterator[tuple[list[str], list[float], list[list[int]]]]:
+) -> Iterator[tuple[list[str], list[float], torch.Tensor]]:
     """For each record, of each image drawn of its caption, a digit a question, 1 where the oracle's answer is right;
-    the model's own scores of the images; and their codes."""
+    the model's own scores of the images; and their codes int64 [n, N]."""
     for start in track(range(0, len(records), _BATCH), f"images {sampler_name(sampling)}", "batches"):
         batch = records[start : start + _BATCH]
         codes = _draw(model, batch, config, sampling)
@@ -261,7 +263,7 @@ def _judge_drawings(
         seen = iter(oracle.read(resize_images(images, shapes.IMAGE_SIZE)))
         for record, of_record, scores in zip(batch, codes, self_vqa(model, codes, batch), strict=True):
             digits = [_oracle_digits(record, next(seen)) for _ in scores]
-            yield digits, [round(score.soft, 6) for score in scores], of_record.tolist()
+            yield digits, [round(score.soft, 6) for score in scores], of_record
 
 
 def _draw(model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams) -> torch.Tensor:

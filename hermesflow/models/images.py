@@ -46,11 +46,19 @@ def open_image(path: StrPath) -> Image.Image:
 
 
 def as_image(image: ImageLike) -> Image.Image:
-    """An image, whatever holds it. Raises: InputError as read_image, or if nothing holds one."""
+    """An image of any mode and size, whatever holds it.
+
+    Raises: InputError as read_image, or if it is no path, no image of Pillow and no uint8 [H, W, 3] or [H, W].
+    """
     if isinstance(image, Image.Image):
+        try:
+            image.load()
+        except OSError as error:
+            raise InputError(f"image: cannot be read ({error}); give a whole one") from error
         return image
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)) and image.size:
-        return Image.fromarray(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+        if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3):
+            return Image.fromarray(image)
     if isinstance(image, str | os.PathLike):
         return open_image(image)
     kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__

@@ -43,15 +43,11 @@ def _summed(tensor: torch.Tensor) -> torch.dtype:
 def _check_fits(model: Model, other: Model, place: int) -> None:
     shapes = [{name: tensor.shape for name, tensor in one.transformer.state_dict().items()} for one in (model, other)]
     if type(model) is not type(other) or shapes[0] != shapes[1]:
-        raise InputError(
-            f"model {place} of the merge is of another family or shape than the first; merge models of one"
-        )
+        raise InputError(f"model {place} of the merge is of another family or shape than the first; leave it out")
     of_images, of_other = (one.modules()[1:] for one in (model, other))
     for module, same in zip(of_images, of_other, strict=True):
         tensors, others = module.state_dict(), same.state_dict()
         if tensors.keys() != others.keys() or not all(
             torch.equal(tensor.cpu(), others[name].cpu()) for name, tensor in tensors.items()
         ):
-            raise InputError(
-                f"model {place} of the merge has another image tokenizer than the first; merge models of one"
-            )
+            raise InputError(f"model {place} of the merge has another image tokenizer than the first; leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -122,7 +123,11 @@ class Model:
         Raises: InputError on an empty prompt or a word that the model does not know; ValueError on the numbers.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.image_prompt(_said(prompt, f"prompt {number}")) for number, prompt in enumerate(prompts, 1)]
+        if num_images < 1 or not 0 <= seed < 2**62:
+            raise ValueError(
+                f"generate: expected num_images from 1 and seed in [0, 2**62), got {num_images} and {seed}"
+            )
+        ids = [self.image_prompt(check_words(prompt, f"prompt {number}")) for number, prompt in enumerate(prompts, 1)]
         if not ids:
             return []
         seeds = seed + torch.arange(len(ids) * num_images).view(len(ids), num_images)
@@ -133,10 +138,11 @@ class Model:
         """Says what images show, greedily.
 
         Args:
-            images: paths, images of Pillow, or pixels (uint8 [H, W, 3]), of any size.
+            images: paths, images of Pillow, or pixels (uint8 [H, W, 3] or [H, W]), of any size.
         Returns: a caption each.
         Raises: InputError if an image cannot be read.
         """
+        _check_listed(images, "images")
         return self._say(images, [self.caption_prompt()] * len(images), self.prompts.max_caption_tokens)
 
     def answer(
@@ -164,10 +170,11 @@ class Model:
 
         Args:
             images, questions: as in answer.
-            choices: two or more distinct answers.
+            choices: two or more distinct answers; blanks around them do not count.
         Returns: for each image the probability of each choice; they sum to 1.
         Raises: as answer.
         """
+        _check_listed(choices, "choices")
         choices = [choice.strip() for choice in choices]
         if len(set(choices)) < max(2, len(choices)) or "" in choices:
             raise InputError(
@@ -308,18 +315,26 @@ class Model:
         return self.transformer, self.vq_tokenizer
 
 
-def _said(text: str, name: str) -> str:
+def check_words(text: str, name: str) -> str:
+    """The text, which must have words. Raises: InputError that calls it by its name."""
     if not text.strip():
         raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
     return text
 
 
+def _check_listed(values: Any, name: str) -> None:
+    """Refuses one where several belong: an array would be taken for its rows, a text for its letters."""
+    if isinstance(values, str | os.PathLike | Image.Image | np.ndarray):
+        raise InputError(f"{name}: expected a list, got one {type(values).__name__}; put it in brackets")
+
+
 def _one_each(questions: str | Sequence[str], images: Sequence[ImageLike]) -> list[str]:
     """A question for each image."""
+    _check_listed(images, "images")
     listed = [questions] * len(images) if isinstance(questions, str) else list(questions)
     if len(listed) != len(images):
         raise InputError(f"questions: expected one, or one for each of {len(images)} images, got {len(listed)}")
-    return [_said(question, "question") for question in listed]
+    return [check_words(question, "question") for question in listed]
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from hermesflow.data.pairs import read_pairs
 from hermesflow.models.images import resize_images
 from hermesflow.models.model import Model
 from hermesflow.report.markup import details, picture, scrolling
-from hermesflow.runtime.files import read_parquet
+from hermesflow.runtime.files import InputError, read_parquet
 from hermesflow.worlds import oracle, shapes
 
 NUM_SHOWN = 10
@@ -37,38 +37,40 @@ class Shown:
     real_pixels: np.ndarray
 
 
-def drawings_section(before: dict[str, Any], after: dict[str, Any], number: int, model: Model) -> str:
-    """What the measurement drew of its first prompts, as a section of the page; empty if it kept none.
+def drawings_section(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], number: int, model: Model) -> str:
+    """What the measurement drew of its first prompts, before self-play and after a round, as a section of the page.
 
     Args:
-        before, after: evaluations of the built-in suite before self-play and after a round.
+        rows: of the built-in evaluation (before, after), with "prompt", "codes" [n][N] and "drawn".
         number: the round.
         model: decodes the images.
+    Raises: InputError on codes that are none of the model's.
     """
-    rows = zip(before["records"], after["records"], strict=False)
-    kept = [(old, new) for old, new in rows if "codes" in old and "codes" in new]
     articles = "".join(
         f'<article class="record card"><header><h3>{escape(str(old["prompt"]))}</h3></header><div class="split">'
         f"<div><h4>Before self-play</h4>{_drawings(old, model)}</div>"
         f"<div><h4>After round {number}, same seeds</h4>{_drawings(new, model)}</div></div></article>"
-        for old, new in kept
+        for old, new in rows
     )
-    return (
-        f"""<section><h2>Drawings before and after</h2>
+    return f"""<section><h2>Drawings before and after</h2>
 <p class="note">The first prompts of the measurement, not chosen by their results. Below each image stands how many of
-the prompt's questions the oracle finds answered as the prompt says.</p>
+the prompt's questions the oracle answers as the prompt says.</p>
 {articles}</section>"""
-        if kept
-        else ""
-    )
 
 
 def _drawings(row: dict[str, Any], model: Model) -> str:
+    try:
+        images = model.decode_images(torch.tensor(row["codes"], dtype=torch.int64))
+        pairs = list(zip(images, row["drawn"], strict=True))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"evaluation.json: what was drawn of {row['prompt']!r:.80} cannot be shown ({error})"
+        ) from error
     figures = ""
-    for pixels, digits in zip(model.decode_images(torch.tensor(row["codes"])), row["drawn"], strict=True):
-        message = f"{digits.count('1')} of {len(digits)} right"
+    for pixels, digits in pairs:
+        caption = f"{digits.count('1')} of {len(digits)} right"
         role = "wrong" if "0" in digits else "right"
-        figures += f'<figure class="{role}">{picture(pixels, message)}<figcaption>{message}</figcaption></figure>'
+        figures += f'<figure class="{role}">{picture(pixels, caption)}<figcaption>{caption}</figcaption></figure>'
     return f'<div class="images">{figures}</div>'
 
 

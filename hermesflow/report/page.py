@@ -13,7 +13,6 @@ from hermesflow.data.pairs import pair_statistics
 from hermesflow.evaluation.builtin import BUILTIN
 from hermesflow.evaluation.metrics import MetricPath, is_balanced, summarize
 from hermesflow.models.family import open_model
-from hermesflow.models.model import Model
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.report.examples import choose_shown, drawings_section, pairs_section
 from hermesflow.report.markup import details, document, scrolling
@@ -85,14 +84,15 @@ def write_report(run_folder: StrPath) -> Path:
     config = load_config(settings)
     summary, missing = read_summary(folder, config)
     number, last = _last_round_with_pairs(folder, config), len(summary["rounds"])
-    model = open_model(config.model) if number or last else None
+    drawn = _drawings(folder, last) if last and is_builtin(summary["before"]) else []
+    model = open_model(config.model) if number or drawn else None
     shown = choose_shown(folder / f"round-{number}", model) if number else []
     header, measurements, categories, rounds = _show_summary(config, summary, missing)
     sections = [
         header,
         measurements,
         categories,
-        _drawings(folder, last, model) if last else "",
+        drawings_section(drawn, last, model) if drawn else "",
         "" if _is_online(config) else pairs_section(shown, number, config.data.source in BUILTIN.known_sources),
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
@@ -102,14 +102,14 @@ def write_report(run_folder: StrPath) -> Path:
     return page
 
 
-def _drawings(folder: Path, number: int, model: Model) -> str:
-    """What was drawn before self-play and after a round, where the evaluations are there and kept it."""
-    paths = [folder / f"round-{each}" / "evaluation.json" for each in (0, number)]
-    if not all(path.exists() for path in paths):
-        return ""
-    before, after = map(read_json, paths)
-    with _naming(paths[1], "evaluation"):
-        return drawings_section(before, after, number, model)
+def _drawings(folder: Path, number: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of the evaluations before self-play and after a round that kept what was drawn, where both are there."""
+    rows = []
+    for path in (folder / f"round-{each}" / "evaluation.json" for each in (0, number)):
+        found = read_json(path) if path.exists() else {"records": []}
+        with _naming(path, "evaluation"):
+            rows.append([row for row in found["records"] if "codes" in row])
+    return list(zip(*rows, strict=False))
 
 
 def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str]]:

@@ -25,7 +25,7 @@ _display: Progress | None = None  # the one that is on screen; a track inside an
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Says of what all work inside is a part, such as "round 1 of 3, curation"."""
+    """Names the phase that all work inside belongs to, such as "round 1 of 3, curation"."""
     global _stage
     before, _stage = _stage, name
     try:
@@ -108,21 +108,21 @@ class track(Generic[Item]):  # noqa: N801 - read as a verb where it is used
             return
         _logging = True
         try:
-            began = message = time.monotonic()
+            began = logged_at = time.monotonic()
             for number, item in enumerate(self._items, self._completed + 1):
                 yield item
                 is_tenth = number * _LINES // self._total > (number - 1) * _LINES // self._total
-                if is_tenth and time.monotonic() - message >= _QUIET_SECONDS:
-                    message = time.monotonic()
-                    each = (message - began) / (number - self._completed)
+                if is_tenth and time.monotonic() - logged_at >= _QUIET_SECONDS:
+                    logged_at = time.monotonic()
+                    each = (logged_at - began) / (number - self._completed)
                     note = f", {self._note}" if self._note else ""
                     _LOGGER.info(
-                        "%s: %d of %d %s, %.3g %s/s%s, %.0f s left",
+                        "%s: %d of %d %s, %s %s/s%s, %.0f s left",
                         self._description,
                         number,
                         self._total,
                         self._unit,
-                        1 / each if each else 0,
+                        f"{1 / each:.3g}" if each else "many",
                         self._unit,
                         note,
                         each * (self._total - number),

@@ -42,6 +42,9 @@ def test_images_of_prompts(model):
     few = model.generate(PROMPT, sampling=replace(model.sampling, num_steps=1))
     assert not np.array_equal(np.asarray(few[0]), np.asarray(model.generate(PROMPT)[0]))
     assert model.generate([]) == []
+    for wrong in ({"num_images": 0}, {"seed": -1}, {"seed": 2**63}):
+        with pytest.raises(ValueError, match="generate: expected num_images from 1 and seed"):
+            model.generate(PROMPT, **wrong)
 
 
 def test_captions_answers_and_scores_of_anything_that_holds_an_image(model, tmp_path):
@@ -83,10 +86,29 @@ def test_questions_are_framed_as_the_family_does(model, monkeypatch):
         (lambda model: model.caption(["none.png"]), "none.png"),
         (lambda model: model.answer([Image.new("L", (8, 8))], ""), "question: expected words"),
         (lambda model: model.answer([Image.new("L", (8, 8))], ["why ?"] * 2), "one for each of 1 images, got 2"),
+        (lambda model: model.caption("a.png"), r"images: expected a list, got one str; put it in brackets"),
+        (lambda model: model.caption(np.zeros((8, 8, 3), np.uint8)), "images: expected a list, got one ndarray"),
+        (lambda model: model.answer(Image.new("L", (8, 8)), "why ?"), "images: expected a list, got one Image"),
+        (lambda model: model.score([Image.new("L", (8, 8))], "why ?", "yes"), "choices: expected a list, got one str"),
+        (lambda model: model.caption([np.zeros(3, np.uint8)]), r"got uint8 \[3\]"),
         (lambda model: model.score([Image.new("L", (8, 8))], "why ?", ["yes"]), "two or more distinct answers"),
         (lambda model: model.score([Image.new("L", (8, 8))], "why ?", ["yes", "yes"]), "two or more distinct answers"),
     ],
-    ids=["blank", "number", "floats", "missing", "no question", "questions", "one choice", "equal choices"],
+    ids=[
+        "blank",
+        "number",
+        "floats",
+        "missing",
+        "no question",
+        "questions",
+        "one path",
+        "one array",
+        "one image",
+        "text of choices",
+        "row",
+        "one choice",
+        "equal choices",
+    ],
 )
 def test_what_cannot_be_used_is_named(call, message, model):
     with pytest.raises(InputError, match=message):
@@ -109,6 +131,8 @@ def test_the_engine_takes_sampling_whole_and_by_its_fields(model):
         ValueError, match="Engine.generate: expected sampling of ImageSamplingParams, got SamplingParams"
     ):
         engine.generate(ids, num_images=2, seeds=seeds, sampling=hermesflow.SamplingParams())
+    with pytest.raises(ValueError, match="Engine.generate: unknown num_step; images are drawn by num_steps, "):
+        engine.generate(ids, num_images=2, seeds=seeds, num_step=8)
     assert hermesflow.Engine.extend is hermesflow.Engine.generate_text
 
 

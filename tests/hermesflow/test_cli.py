@@ -135,6 +135,14 @@ def example(command, capsys):
     return shlex.split(line)[1:]
 
 
+def test_verbose_stands_anywhere():
+    orders = ["-v", "run.name=x"], ["run.name=x", "-v"], ["-v", "--set", "run.name=x"]
+    for words in (["selfplay", *order] for order in orders):
+        arguments = cli.make_parser().parse_args(with_settings(words))
+        assert arguments.verbose and arguments.set == ["run.name=x"]
+    assert cli.make_parser().parse_args(["bench", "ops", "-v"]).verbose
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_that_parses(command, capsys):
     arguments = cli.make_parser().parse_args(with_settings(example(command, capsys)))

@@ -80,13 +80,14 @@ def test_the_cuda_kernels_are_compiled_for_the_gpu_that_is_there(compiler, monke
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (extension.SWITCH, "0", "no C.. extension: HERMESFLOW_COMPILE=0 leaves it so"),
+        (extension.SWITCH, "0", "no C.. extension: HERMESFLOW_COMPILE=0 forbids compiling it; unset it"),
         ("CXX", "none", "no C.. extension: no C.. compiler .none not found.; install one"),
     ],
     ids=["switched off", "no compiler"],
 )
 def test_why_there_is_none(name, value, message, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv(extension.SWITCH, raising=False)
     monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, extension.NAME, None)
     monkeypatch.setattr(extension, "_BUILD_ERROR", tmp_path / "error.txt")

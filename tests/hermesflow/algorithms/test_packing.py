@@ -273,7 +273,7 @@ def test_condition_dropout_is_the_share_of_empty_prompts(shared_tiny_model, rand
 
 
 class FixedDraws:
-    """A generator that returns what it is words."""
+    """A generator that returns the values that it is given."""
 
     def __init__(self, time, order):
         self._time, self._order = time, order
