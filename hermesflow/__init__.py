@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from hermesflow.curation import curate as curate
     from hermesflow.data.pairs import make_pairs as make_pairs
     from hermesflow.data.pairs import read_pairs as read_pairs
+    from hermesflow.data.sources import read_records as read_records
     from hermesflow.drop_in.acceleration import accelerate as accelerate
     from hermesflow.drop_in.acceleration import restore as restore
     from hermesflow.engine.decoders.masked import ImageSamplingParams as ImageSamplingParams
@@ -47,6 +48,7 @@ _EXPORTS = {
     "make_pairs": "hermesflow.data.pairs",
     "merge_models": "hermesflow.models.merging",
     "read_pairs": "hermesflow.data.pairs",
+    "read_records": "hermesflow.data.sources",
     "restore": "hermesflow.drop_in.acceleration",
     "run_selfplay": "hermesflow.selfplay",
     "train_pairs": "hermesflow.training",

@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="hermesflow",
         allow_abbrev=False,
         description="Narrow the gap between what a unified multimodal model understands and what it can draw.",
-        epilog="example: hermesflow selfplay --set run.name=demo",
+        epilog="example: hermesflow selfplay run.name=demo",
     )
     parser.add_argument("--version", action="version", version=f"hermesflow {__version__}")
     groups = {"": _group(parser, "")}
@@ -198,10 +198,10 @@ _DRAWN = "pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-
 COMMANDS = (
     _command(
         "selfplay", "run rounds of curation, Pair-DPO and evaluation, and write the report",
-        "--set run.name=demo --set selfplay.num_rounds=1", *_MODEL, *_SCORERS, continues=True,
+        "run.name=demo selfplay.num_rounds=1", *_MODEL, *_SCORERS, continues=True,
     ),
     _command(
-        "pretrain", "make the tiny model from a seed", "--set pretrain.folder=runs/pretrain --set pretrain.seed=0",
+        "pretrain", "make the tiny model from a seed", "pretrain.folder=runs/pretrain pretrain.seed=0",
         continues=True,
     ),
     _command(
@@ -235,12 +235,12 @@ COMMANDS = (
         _option("--choices A,B,C", "answers to choose from; without, it answers freely"), *_MODEL,
     ),
     _command(
-        "curate", "make and score candidates, and pick the pairs of one round", "--set run.name=demo --round 1",
+        "curate", "make and score candidates, and pick the pairs of one round", "run.name=demo --round 1",
         *_MODEL, *_SCORERS, _ROUND, continues=True,
     ),
     _command(
         "train", "train on the pairs of one round, or of a file",
-        "--pairs runs/demo/round-1/pairs.parquet -o trained --set train.beta=0.1",
+        "--pairs runs/demo/round-1/pairs.parquet -o trained train.beta=0.1",
         _option("--pairs FILE", "pairs.parquet or pair_dpo_data.json, without a run", Path),
         _output("where training on --pairs goes [run.folder/run.name]"),
         _root("where image paths start [the folder of --pairs]"), *_MODEL, _ROUND, continues=True,
@@ -253,7 +253,7 @@ COMMANDS = (
     ),
     _command(
         "pairs import", "make a pair_dpo_data.json the pairs of a run's round, ready for train",
-        "pairs/pair_dpo_data.json --set run.name=mine --round 1",
+        "pairs/pair_dpo_data.json run.name=mine --round 1",
         _option("file FILE.json", "pair_dpo_data.json", Path),
         _root("where image paths start [the file's folder]"), _ROUND,
     ),
@@ -271,7 +271,10 @@ COMMANDS = (
         _option("--filter NAME", "keep what a question-answering model finds in the caption [off; without a NAME "
                 "UnifiedQA]", nargs="?", const=""), configured=False,
     ),
-    _command("eval", "measure understanding and generation", "--model tiny --set eval.num_prompts=200", *_MODEL),
+    _command(
+        "eval", "measure understanding and generation", "--model tiny eval.num_prompts=200 -o tiny.json", *_MODEL,
+        _option("-o --output FILE.json", "where the result goes [run.folder/run.name/evaluation.json]", Path),
+    ),
     _command(
         "export", "write a trained model in the published layout, which the original code can load",
         "runs/mine -o exported --dtype bfloat16",
@@ -295,7 +298,7 @@ COMMANDS = (
     ),
     _command(
         "study", "run self-play and its controls over several seeds, and say what they show",
-        "--config benchmarks/study/default.toml --set study.workers=2",
+        "--config benchmarks/study/default.toml study.workers=2",
         _option("--lines FILE.jsonl", "show this study.jsonl, and measure nothing", Path),
         _repeated(
             "--readme FILE.md",

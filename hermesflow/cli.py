@@ -193,18 +193,20 @@ def _answer(arguments: Arguments, config: Config) -> None:
 
 def _curate(arguments: Arguments, config: Config) -> None:
     from hermesflow.runs import Run
-    from hermesflow.runtime.distributed import process_group
+    from hermesflow.runtime.distributed import on_main, process_group
     from hermesflow.selfplay import curate_round
     from hermesflow.training import check_training
 
     # What training would refuse shows before the work on candidates, which locks the settings.
     check_training(config)
     with process_group(config.model.device):
-        curate_round(Run(config), arguments.round or 1)
+        run, number = Run(config), arguments.round or 1
+        curate_round(run, number)
+        on_main(lambda: print(run.describe_pairs(number)))
 
 
 def _train(arguments: Arguments, config: Config) -> None:
-    from hermesflow.runtime.distributed import process_group
+    from hermesflow.runtime.distributed import on_main, process_group
 
     if arguments.pairs is None:
         for option in ("output", "root"):
@@ -216,7 +218,9 @@ def _train(arguments: Arguments, config: Config) -> None:
 
         check_training(config)
         with process_group(config.model.device):
-            train_round(Run(config), arguments.round or 1)
+            run, number = Run(config), arguments.round or 1
+            train_round(run, number)
+            on_main(lambda: print(run.path(number, "model")))
         return
     if arguments.round is not None:
         raise InputError("--round: belongs to a run; with --pairs FILE there is none, leave one of the two out")
@@ -257,14 +261,12 @@ def _questions(arguments: Arguments, config: Config) -> None:
 
 
 def _eval(arguments: Arguments, config: Config) -> None:
-    from rich.console import Console
-
     from hermesflow.evaluation.evaluation import evaluate
-    from hermesflow.report.tables import print_metrics
+    from hermesflow.report.tables import make_console, print_metrics
     from hermesflow.runtime.files import write_json
 
     result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
-    path, console = config.run_folder / "evaluation.json", Console()
+    path, console = arguments.output or config.run_folder / "evaluation.json", make_console()
     write_json(path, result)
     print_metrics(result["metrics"], console)
     console.print(f"evaluation: {path}", soft_wrap=True, highlight=False)

@@ -558,7 +558,7 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
     for override in overrides:
         section, key, value = _parse_override(override)
         values[section][key] = value
-        sources[section, key] = f"--set {override}"
+        sources[section, key] = override
     return Config(**{section: _make_section(section, values[section], sources) for section in _SECTIONS})
 
 
@@ -608,6 +608,8 @@ def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
         raise InputError(f"{path}: not a TOML file ({error}); correct that place") from error
     for section, table in tables.items():
+        if section not in _SECTIONS and not isinstance(table, dict):
+            raise _unknown(str(path), section, setting_names(), "; write it below its section, such as [train]")
         if section not in _SECTIONS:
             raise _unknown(str(path), section, _SECTIONS)
         if not isinstance(table, dict):
@@ -620,9 +622,9 @@ def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
     name, equals, text = override.partition("=")
-    source = f"--set {override}"
+    source = override
     if not equals:
-        raise InputError(f"{source}: expected section.key=value, got no '='; write for example --set train.lr=1e-5")
+        raise InputError(f"{source}: expected section.key=value, got no '='; write for example train.lr=1e-5")
     name, text = name.strip(), text.strip()
     if name not in setting_names():
         raise _unknown(source, name, setting_names())
@@ -663,7 +665,7 @@ def setting_names() -> list[str]:
     return [f"{section}.{key}" for section, keys in _KEYS.items() for key in keys]
 
 
-def _unknown(source: str, name: str, candidates: Iterable[str]) -> InputError:
+def _unknown(source: str, name: str, candidates: Iterable[str], fix: str = "") -> InputError:
     candidates = list(candidates)
     last = name.rpartition(".")[2]
     # A right key in the wrong section is the likelier slip than a misspelt section.
@@ -671,7 +673,7 @@ def _unknown(source: str, name: str, candidates: Iterable[str]) -> InputError:
     nearest = difflib.get_close_matches(name, same or candidates, n=1, cutoff=0.0)[0]
     if not same and ALSO_CALLED.get(last) in candidates:
         nearest = ALSO_CALLED[last]
-    return InputError(f"{source}: unknown key {name}; the nearest is {nearest}")
+    return InputError(f"{source}: unknown key {name}; the nearest is {nearest}{fix}")
 
 
 def _check_types(section: Any) -> None:

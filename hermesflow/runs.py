@@ -220,6 +220,12 @@ class Run:
             )
         return pairs
 
+    def describe_pairs(self, number: int) -> str:
+        """How many pairs a round has, and where they are."""
+        path, rejected = self.path(number, "pairs.parquet"), self.path(number, "rejected.parquet")
+        kept, asked = read_parquet(path, ["record_id"]).num_rows, len(self.round_records(number))
+        return f"{path}: {kept} pairs of {asked} records; {rejected.name} has the reasons of the rest"
+
     def learned(self, number: int) -> pa.Table | list[Record]:
         """What a round's training learns from: its pairs, or its records where the algorithm is online. Raises: as
         pairs."""
@@ -430,8 +436,8 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
     ]
     if changed:
         raise InputError(
-            f"{path}: the run has other settings ({', '.join(changed)}); choose another {elsewhere}, "
-            f"or delete {path.parent} to start over"
+            f"{path}: the run has other settings ({', '.join(changed)}); choose another {elsewhere}, take its own by "
+            f"--config {path}, or delete {path.parent} to start over"
         )
 
 

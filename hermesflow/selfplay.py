@@ -14,7 +14,7 @@ from hermesflow.config import Config
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs
 from hermesflow.evaluation.evaluation import evaluate, find_evaluation
 from hermesflow.report.page import write_report
-from hermesflow.report.tables import print_summary
+from hermesflow.report.tables import make_console, print_summary
 from hermesflow.runs import Run, save_trained
 from hermesflow.runtime.distributed import barrier, on_main, world_size
 from hermesflow.runtime.files import parquet_writer, write_json
@@ -31,7 +31,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Returns: what summary.json holds.
     Raises: InputError on settings, data or a folder that cannot be used, or if a round keeps no pair.
     """
-    console = console or Console()
+    console = console or make_console()
     check_training(config)
     check_scorers(config.curation)
     find_evaluation(config.eval)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from hermesflow.data.balancing import balance_questions
 from hermesflow.data.records import Question, Record
 from hermesflow.models.images import decode_image, fit_image, read_image
 from hermesflow.models.model import Model
@@ -28,6 +30,7 @@ UNUSABLE_SCHEMA = pa.schema([("record_id", pa.string()), ("reason", pa.string())
 """record_id is "entry N of FILE" where an entry has no id."""
 
 _BATCH_PIXELS = 2**22
+_LOGGER = logging.getLogger(__name__)
 _SPACE, _SEPARATOR = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
 _Item = TypeVar("_Item")
 
@@ -67,6 +70,31 @@ def read_source(
     if not records:
         raise InputError(f"{path}: no record can be used ({describe_rejected(rejected)}); mend the file")
     return list(records.values()), rejected
+
+
+def read_records(
+    path: StrPath, model: Model, questions: StrPath | None = None, root: StrPath | None = None
+) -> list[Record]:
+    """Reads records and encodes their images, ready for curate and train_records.
+
+    Args:
+        path, questions, root: as in read_source.
+        model: encodes the images; it must know the words of captions and questions.
+    Returns: those that can be used, in the file's order; what was left out is logged with the reasons.
+    Raises: InputError as read_source, or if no record can be used with this model.
+    """
+    records, rejected = read_source(path, questions, root)
+    usable = []
+    for record, reason in encode_records(model, balance_questions(records), len(records)):
+        if reason is None:
+            usable.append(record)
+        else:
+            rejected.append({"record_id": record.id, "reason": reason})
+    if not usable:
+        raise InputError(f"{path}: no record can be used; rejected were {describe_rejected(rejected)}")
+    if rejected:
+        _LOGGER.warning("%s: left out %s", path, describe_rejected(rejected))
+    return usable
 
 
 def encode_records(model: Model, records: Iterable[Record], count: int) -> Iterator[tuple[Record, str | None]]:
@@ -270,6 +298,8 @@ def _question(row: Any) -> Question:
         raise ValueError(f"wrong type: question {shown(row)} is no object with keys")
     question, answer = text_of(row, "question"), text_of(row, "answer")
     choices = tuple(text_of({"choice": choice}, "choice") for choice in _list(row, "choices"))
+    if len(set(choices)) < 2:
+        raise ValueError(f"too few choices: {shown(list(choices))} for {shown(question)}, expected two or more")
     if answer not in choices:
         wording = [shown(value) for value in (answer, list(choices), question)]
         raise ValueError("wrong answer: {} is no choice of {} for {}".format(*wording))

@@ -121,6 +121,9 @@ def _find(name: str) -> Path:
     if folder is None and ("/" in name or os.path.isdir(name)):
         folder = find_folder(name, (CONFIG,), "model")
     if folder is None or not (folder / CONFIG).is_file():
+        rounds = sorted(Path(name).glob("round-*/model")) if os.path.isdir(name) else []
+        if rounds:
+            raise InputError(f"{name}: is the folder of a run; give the model of a round, such as {rounds[-1]}")
         raise InputError(
             f"no model {name!r}: give 'tiny', a folder that holds config.json, or a hub id such as "
             "showlab/show-o-512x512"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from hermesflow.data.balancing import describe_one_sided
 from hermesflow.evaluation.metrics import MetricPath, is_balanced
+from hermesflow.runtime.registry import SOURCES
 
 LABELS = {
     "understanding": "understanding",
@@ -116,6 +118,11 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
     console.print(f"{asked} real images asked about, {drawn} images drawn for {prompts} prompts")
     console.print(*describe_judge(metrics), sep="\n")
     console.print(whole, "", categories, sep="\n")
+
+
+def make_console() -> Console:
+    """The standard output; what is no terminal gets whole lines."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
@@ -225,7 +232,8 @@ def describe_cost(summary: dict[str, Any]) -> list[str]:
 
 
 def describe_data(summary: dict[str, Any]) -> list[str]:
-    """What is wrong with a run's data: records that could not be used, one-sided questions; a line each.
+    """What a reader should know of a run's data: that it was not measured on it, records that could not be used,
+    one-sided questions; a line each.
 
     Args:
         summary: what summary.json holds.
@@ -233,7 +241,14 @@ def describe_data(summary: dict[str, Any]) -> list[str]:
     data = summary.get("data", {})
     rejected, one_sided = data.get("rejected", {}), describe_one_sided(data.get("yes_share"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-    lines = [f"data: {sum(rejected.values())} records could not be used: {reasons}"] if rejected else []
+    source = summary.get("settings", {}).get("data", {}).get("source", "shapes")
+    lines = []
+    if summary.get("before") and is_builtin(summary["before"]) and source not in SOURCES:
+        lines.append(
+            f"measured on the built-in world of shapes, not on {source}; eval.suite=module:object measures your own"
+        )
+    if rejected:
+        lines.append(f"data: {sum(rejected.values())} records could not be used: {reasons}; rejected.parquet has all")
     return lines + ([f"data: {one_sided}"] if one_sided else [])
 
 

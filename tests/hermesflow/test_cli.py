@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from hermesflow import arguments, cli, tasks
 from hermesflow.arguments import with_settings
@@ -196,10 +197,10 @@ def test_commands_pass_their_settings_on(stand_in, tmp_path, capsys):
 
     rounds = {"curate_round": record("curate"), "train_round": record("train")}
     stand_in("selfplay", run_selfplay=record("selfplay"), **rounds)
-    stand_in("runs", Run=record("run"))
+    stand_in("runs", Run=record("run", types.SimpleNamespace(describe_pairs="{} pairs".format, path="{} {}".format)))
     stand_in("worlds.pretraining", run_pretraining=record("pretrain"))
     stand_in("evaluation.evaluation", evaluate=record("eval", {"metrics": {}}))
-    stand_in("report.tables", print_metrics=record("print"))
+    stand_in("report.tables", print_metrics=record("print"), make_console=Console)
     stand_in("report.page", write_report=record("report", "page"))
     (tmp_path / "settings.toml").write_text("[run]\nseed = 3\n[pretrain]\nseed = 4\n")
     common = ["--config", str(tmp_path / "settings.toml"), "--set", "run.name=here", "--set", f"run.folder={tmp_path}"]
@@ -212,14 +213,16 @@ def test_commands_pass_their_settings_on(stand_in, tmp_path, capsys):
     assert calls["curate"][1] == calls["train"][1] == 2 and calls["run"][0].run.name == "here"
     assert calls["report"][0].name == "here"
     assert calls["eval"][1] == calls["selfplay"][0].eval
-    assert capsys.readouterr().out == f"evaluation: {tmp_path / 'here' / 'evaluation.json'}\npage\n"
+    path = tmp_path / "here" / "evaluation.json"
+    assert capsys.readouterr().out == f"evaluation: {path}\npage\n2 pairs\n2 model\n"
+    assert cli.main(["eval", *common, "-o", str(tmp_path / "other.json")]) == 0 and (tmp_path / "other.json").exists()
 
 
 @pytest.mark.parametrize("command", ["selfplay", "pretrain", "generate", "curate", "train", "eval"])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--set", "train.lrr=1"], "--set train.lrr=1: unknown key train.lrr; the nearest is train.lr"),
+        (["--set", "train.lrr=1"], "train.lrr=1: unknown key train.lrr; the nearest is train.lr"),
         (["--set", "train.lr=fast"], "train.lr: expected a finite number"),
         (["--set", "train.lr=-1"], "train.lr: expected more than 0, got -1.0"),
         (["--config", "none.toml"], "none.toml: no such file"),
@@ -243,9 +246,11 @@ def test_settings_need_no_set_before_them(stand_in, capsys):
     assert cli.main(["selfplay", "train.lr=.5", "--set", "train.beta=2", "run.name=a=b"]) == 0
     assert (runs[0].train.lr, runs[0].train.beta, runs[0].run.name) == (0.5, 2.0, "a=b")
     assert cli.main(["selfplay", "train.learning_rate=1"]) == 2
-    assert "--set train.learning_rate=1: unknown key train.learning_rate; the nearest is train.lr" in error_line(capsys)
+    assert "error: train.learning_rate=1: unknown key train.learning_rate; the nearest is train.lr" in error_line(
+        capsys
+    )
     assert cli.main(["selfplay", "lr=1"]) == 2
-    assert "--set lr=1: unknown key lr; the nearest is " in error_line(capsys)
+    assert "error: lr=1: unknown key lr; the nearest is " in error_line(capsys)
 
 
 def test_what_is_no_setting_stays_where_it_is(tmp_path, monkeypatch):
@@ -324,7 +329,7 @@ def test_the_process_ends_with_the_code_and_one_line(tmp_path):
     command = [sys.executable, "-P", "-m", "hermesflow", "selfplay", "--set", "tarin.lr=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "hermesflow: error: --set tarin.lr=1: unknown key tarin.lr; the nearest is train.lr\n"
+    assert done.stderr == "hermesflow: error: tarin.lr=1: unknown key tarin.lr; the nearest is train.lr\n"
 
 
 def test_doctor_tells_of_every_op(capsys):
@@ -593,8 +598,9 @@ def test_answer_refuses_choices_that_are_none(model, choices, tmp_path, capsys):
 
 def test_scorers_are_chosen_by_options(stand_in, capsys):
     asked = []
-    stand_in("runs", Run=lambda config: config)
-    stand_in("selfplay", run_selfplay=asked.append, curate_round=lambda config, number: asked.append(config))
+    run = types.SimpleNamespace
+    stand_in("runs", Run=lambda config: run(config=config, describe_pairs=str))
+    stand_in("selfplay", run_selfplay=asked.append, curate_round=lambda run, number: asked.append(run.config))
     for command in ("selfplay", "curate"):
         options = ["--caption-scorer", "bert-cls", "--answer-scorer", "own:match"]
         assert cli.main([command, "--set", "curation.caption_scorer=exact", *options]) == 0
