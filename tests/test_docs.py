@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hermesflow.arguments import make_parser, with_settings
 from hermesflow.config import load_config
@@ -70,10 +71,10 @@ def test_every_snippet_runs(code, tmp_path, monkeypatch, capsys):
     for long, short in SHORTER.items():
         code = code.replace(long, short)
     names = {}
-    if "runs/mine" in code:
-        make_pairs_of_a_run(tmp_path / "runs/mine/round-1/pairs.parquet")
-    if "records" in code:
-        names["records"] = some_records()
+    if "runs/first" in code:
+        make_pairs_of_a_run(tmp_path / "runs/first/round-1/pairs.parquet")
+    if "records.jsonl" in code:
+        write_records_file(tmp_path)
     exec(compile(code, "snippet", "exec"), names)
 
 
@@ -94,6 +95,16 @@ def some_records():
     from hermesflow.worlds.shapes import training_records
 
     return [record for record, _ in encode_records(load_model("tiny"), training_records(3, 16), 16)]
+
+
+def write_records_file(folder: Path) -> None:
+    question = {"question": "what color is the circle ?", "choices": ["red", "blue"], "answer": "red"}
+    lines = []
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(folder / f"{number}.png")
+        entry = {"id": str(number), "caption": "a large red circle on a white background", "image": f"{number}.png"}
+        lines.append(json.dumps(entry | {"questions": [question]}))
+    (folder / "records.jsonl").write_text("\n".join(lines))
 
 
 def make_pairs_of_a_run(path: Path) -> None:
