@@ -52,7 +52,7 @@ def _devices() -> Table:
     table = _table("Devices", "device", "name", "memory", "note")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    note = f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    note = f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
     table.add_row("cpu", platform.machine(), f"{memory:.0f} GiB", note)
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
