@@ -292,7 +292,7 @@ def assert_same_run(folder, expected):
 
 
 def test_a_run_is_the_same(model_folder, of_one_run, tmp_path):
-    stdout, stderr = finish(launch("-m", "hermesflow", "selfplay", *arguments(model_folder, tmp_path)))
+    stdout, stderr = finish(launch("-m", "hermesflow", "selfplay", *arguments(model_folder, tmp_path), "-v"))
     assert_same_run(tmp_path / "t", of_one_run)
     assert stdout.count("report: ") == 1 and stdout.count("settings: ") == 1
     assert len(own_lines(stderr)) == 4  # how much each of two models takes in a pass, images and text
