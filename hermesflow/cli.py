@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
         config = load_config(arguments.config, [*arguments.set, *arguments.shortcuts])
-        with _log_on_stderr(logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO):
+        with _log_on_stderr(logging.DEBUG if arguments.verbose else logging.INFO):
             code = _RUN[arguments.command](arguments, config)
         sys.stdout.flush()
         return code or 0

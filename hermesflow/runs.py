@@ -36,7 +36,7 @@ from hermesflow.data.published_pairs import read_published_pairs
 from hermesflow.data.records import Record, RecordFile, write_records
 from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
 from hermesflow.evaluation.metrics import check_same_records, is_balanced, summarize
-from hermesflow.models.family import load_model, open_model
+from hermesflow.models.family import load_model, open_model, trained_rounds
 from hermesflow.models.merging import merge_models
 from hermesflow.models.model import Model, model_digest
 from hermesflow.runtime.distributed import is_main, on_main
@@ -515,7 +515,7 @@ def load_trained(source: StrPath, family: str = "auto") -> Model:
         family: see load_model; of a run its own.
     Raises: InputError if there is no such model, or no round of the run is trained yet.
     """
-    rounds = sorted(Path(source).glob("round-*/model"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+    rounds = trained_rounds(source)
     is_run = (Path(source) / "config.toml").is_file()
     if is_run and not rounds:
         raise InputError(f"{source}: no round of this run is trained yet; run it first, or give a model")

@@ -65,16 +65,16 @@ def answer_claims(effects: Effects) -> list[tuple[str, str]]:
         [("Could this study show a rise of understanding?", _tell_control(effects))] if CONTROL in effects.arms else []
     )
     own = [arm for arm in OWN if arm in effects.arms]
-    message = "; ".join(f"{arm} {format_change(effects.change(arm, 'understanding'))} points" for arm in own)
-    answers += [("Does understanding rise without answers from outside?", f"{message}.")] if own else []
+    rises = "; ".join(f"{arm} {format_change(effects.change(arm, 'understanding'))} points" for arm in own)
+    answers += [("Does understanding rise without answers from outside?", f"{rises}.")] if own else []
     for question, other, metrics in CLAIMS:
         if other in effects.arms:
-            message = []
+            verdicts = []
             for metric in metrics:
                 difference = effects.difference(PAIR_DPO, other, metric)
                 verdict = _ANSWERS.get(tell_verdict(metric, difference), "not shown")
-                message.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
-            answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(message)}."))
+                verdicts.append(f"{LABELS[metric]}: {verdict}, {format_change(difference)} points")
+            answers.append((question, f"{PAIR_DPO} minus {other}: {'; '.join(verdicts)}."))
     return answers
 
 
@@ -147,13 +147,13 @@ def markdown(effects: Effects, marker: str = "study") -> str:
         arms = [arm for arm in effects.arms if arm in (*effects.self_play, *SHORT)]
         parts = [[describe_study(effects)], _changes_table(effects, "measured", metrics, arms)]
     else:
-        message = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
+        answers = [f"- {question} {answer}" for question, answer in answer_claims(effects)]
         parts = [[describe_study(effects)]]
         for title, metrics in (measured, drawn):
             if metrics:
-                tables = _changes_table(effects, title, metrics, effects.arms), *_difference_tables(effects, metrics)
-                parts += tables
-        parts += [message]
+                parts += [_changes_table(effects, title, metrics, effects.arms)]
+                parts += _difference_tables(effects, metrics)
+        parts += [answers]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 

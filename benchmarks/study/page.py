@@ -40,7 +40,7 @@ def write_page(config: Config, effects: Effects) -> Path:
     """
     path, arms = config.run_folder / "index.html", effects.arms
     listed = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm].description)}</li>" for arm in arms)
-    answers = "".join(f"<p><b>{escape(asked)}</b> {escape(message)}</p>" for asked, message in answer_claims(effects))
+    answers = "".join(f"<p><b>{escape(asked)}</b> {escape(answer)}</p>" for asked, answer in answer_claims(effects))
     lead = ". ".join(
         f"{arm}: " + ", ".join(f"{LABELS[metric]} {format_change(effects.change(arm, metric))}" for metric in HEADLINE)
         for arm in effects.self_play
@@ -92,8 +92,8 @@ def _table(
     heads = "".join(f"<th>{escape(metric_label(metric))}</th>" for metric in metrics)
     rows = first
     for arm, of_arm in changes.items():
-        message = [(format_change(item), tell(metric, item)) for metric, item in zip(metrics, of_arm, strict=True)]
-        rows += _row(arm, [f'<td class="{word.split()[0]}">{text}<small>{word}</small></td>' for text, word in message])
+        cells = [(format_change(item), tell(metric, item)) for metric, item in zip(metrics, of_arm, strict=True)]
+        rows += _row(arm, [f'<td class="{word.split()[0]}">{text}<small>{word}</small></td>' for text, word in cells])
     table = f'<table class="results"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     return scrolling(table, "results")
 

@@ -314,10 +314,10 @@ def _is_choice(answer: str, choices: list[str | None] | None) -> bool:
     return choices is not None and answer in choices and None not in choices
 
 
-def _check_ids(name: str, ids: list[int | None], known: Container[int], message: str) -> None:
+def _check_ids(name: str, ids: list[int | None], known: Container[int], limit: str) -> None:
     for token in ids:
         if token is None or token not in known:
-            raise ValueError(f"{name} holds {token}, the model's {message}")
+            raise ValueError(f"{name} holds {token}, the model's {limit}")
 
 
 def trained_pairs(pairs: pa.Table, config: TrainConfig) -> pa.Table:

@@ -238,10 +238,10 @@ def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
     if not rejected:
         return "it has no entries"
     counts = count_reasons(rejected)
-    wording = [f"{count} {kind}" for kind, count in list(counts.items())[:3]]
+    kinds = [f"{count} {kind}" for kind, count in list(counts.items())[:3]]
     if len(counts) > 3:
-        wording.append(f"{sum(list(counts.values())[3:])} of other kinds")
-    return f"{', '.join(wording)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
+        kinds.append(f"{sum(list(counts.values())[3:])} of other kinds")
+    return f"{', '.join(kinds)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
 
 
 def _read_rows(path: StrPath) -> list[Any]:
@@ -301,8 +301,8 @@ def _question(row: Any) -> Question:
     if len(set(choices)) < 2:
         raise ValueError(f"too few choices: {shown(list(choices))} for {shown(question)}, expected two or more")
     if answer not in choices:
-        wording = [shown(value) for value in (answer, list(choices), question)]
-        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*wording))
+        values = [shown(value) for value in (answer, list(choices), question)]
+        raise ValueError("wrong answer: {} is no choice of {} for {}".format(*values))
     kind, element = ("" if row.get(key) is None else text_of(row, key) for key in ("element_type", "element"))
     return Question(question, choices, answer, kind, element)
 

@@ -114,6 +114,12 @@ def load_model(
     return model
 
 
+def trained_rounds(run_folder: StrPath) -> list[Path]:
+    """The models of a run's rounds, in their order; none where the folder holds no run."""
+    rounds = Path(run_folder).glob("round-*/model")
+    return sorted(rounds, key=lambda path: int(path.parent.name.removeprefix("round-")))
+
+
 def _find(name: str) -> Path:
     """The folder of a model's config.json."""
     is_name = name == Path(name).name  # "./tiny" is a folder of the user's
@@ -121,7 +127,7 @@ def _find(name: str) -> Path:
     if folder is None and ("/" in name or os.path.isdir(name)):
         folder = find_folder(name, (CONFIG,), "model")
     if folder is None or not (folder / CONFIG).is_file():
-        rounds = sorted(Path(name).glob("round-*/model")) if os.path.isdir(name) else []
+        rounds = trained_rounds(name) if os.path.isdir(name) else []
         if rounds:
             raise InputError(f"{name}: is the folder of a run; give the model of a round, such as {rounds[-1]}")
         raise InputError(

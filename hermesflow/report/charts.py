@@ -77,12 +77,12 @@ def gap_chart(stages: Sequence[Stage]) -> str:
             parts.append(_text("tick", x, (top_y + bottom_y) / 2 + 4, f"gap {gap:.1f}", "middle"))
     parts.append(_text("label understanding", left, 14, "understanding", "start"))
     parts.append(_text("label generation", left + 116, 14, "generation", "start"))
-    message = "; ".join(
+    alt = "; ".join(
         f"{stage.label}: understanding {100 * stage.understanding.value:.1f} %, "
         f"generation {100 * stage.generation.value:.1f} %"
         for stage in stages
     )
-    return _svg(width, height, f"Understanding and generation by round. {message}", parts)
+    return _svg(width, height, f"Understanding and generation by round. {alt}", parts)
 
 
 def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, str]) -> str:
@@ -96,7 +96,7 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
     """
     width, left, right, row_height = 340, 116, 44, 46
     height = row_height * len(rows)
-    parts, message = [], []
+    parts, alt = [], []
     for index, row in enumerate(rows):
         top = index * row_height
         parts.append(_text("name", left - 8, top + 27, row.label, "end"))
@@ -109,8 +109,8 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
             parts.append(_whisker("ink", left + full * measured.low, middle, left + full * measured.high, middle))
             text = f"{100 * measured.value:.0f} %"
             parts.append(_text("value", width, middle + 4, text, "end"))
-            message.append(f"{row.label} {labels[number]} {text}")
-    return _svg(width, height, f"{name} by category: {'; '.join(message)}", parts)
+            alt.append(f"{row.label} {labels[number]} {text}")
+    return _svg(width, height, f"{name} by category: {'; '.join(alt)}", parts)
 
 
 def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
@@ -132,7 +132,7 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
 
     parts = [f'<line class="grid" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top - 6}" y2="{height}"/>']
     parts.append(_text("tick", x(0), 12, "0", "middle"))
-    message = []
+    alt = []
     for index, (label, effect, verdict) in enumerate(rows):
         y, kind = top + row_height * (index + 0.5), verdict if verdict in ("better", "worse") else "ink"
         value = format_points(effect.value)
@@ -140,8 +140,8 @@ def forest_chart(title: str, rows: Sequence[tuple[str, Measured, str]]) -> str:
         parts.append(_whisker(kind, x(effect.low), y, x(effect.high), y))
         parts.append(f'<circle class="dot {kind}" cx="{x(effect.value):.1f}" cy="{y:.1f}" r="4.5"/>')
         parts.append(_text("value", width, y + 4, value, "end"))
-        message.append(f"{label} {value} [{format_points(effect.low)}, {format_points(effect.high)}], {verdict}")
-    return _svg(width, height, f"{title}, in points: {'; '.join(message)}", parts)
+        alt.append(f"{label} {value} [{format_points(effect.low)}, {format_points(effect.high)}], {verdict}")
+    return _svg(width, height, f"{title}, in points: {'; '.join(alt)}", parts)
 
 
 def _axis(stages: Sequence[Stage]) -> tuple[float, float, float]:

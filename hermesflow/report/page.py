@@ -108,7 +108,7 @@ def _drawings(folder: Path, number: int) -> list[tuple[dict[str, Any], dict[str,
     for path in (folder / f"round-{each}" / "evaluation.json" for each in (0, number)):
         found = read_json(path) if path.exists() else {"records": []}
         with _naming(path, "evaluation"):
-            rows.append([row for row in found["records"] if "codes" in row])
+            rows.append([row for row in found["records"] if row.keys() >= {"prompt", "codes", "drawn"}])
     return list(zip(*rows, strict=False))
 
 
@@ -212,9 +212,9 @@ def _measurements(summary: dict[str, Any]) -> str:
     if summary["before"] is None:
         return ""
     if not is_builtin(summary["before"]):
-        message = f'<p class="note">{escape(str(summary["before"]["num_records"]))} records; {_INTERVALS}</p>'
+        note = f'<p class="note">{escape(str(summary["before"]["num_records"]))} records; {_INTERVALS}</p>'
         table = _metric_table(headline_metrics(summary["before"]), summary, "results")
-        return f"<section><h2>Before and after</h2>{message}{table}</section>"
+        return f"<section><h2>Before and after</h2>{note}{table}</section>"
     stages = [
         Stage(label, _measured(metrics, "understanding"), _measured(metrics, "generation"))
         for label, metrics in _stages(summary)

@@ -121,7 +121,7 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
 
 
 def make_console() -> Console:
-    """The standard output; what is no terminal gets whole lines."""
+    """A console on the standard output, 160 columns wide where that is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -152,10 +152,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             table.add_column(name, justify=justify)
         for path, label in rows.items():
             change = find(last, ("change", *path))
-            message = format_change(change) if change else ""
+            shown = format_change(change) if change else ""
             verdict = tell_verdict(path[-1], change) if change and change["significant"] else ""
             table.add_row(
-                label, *(format_value(find(item, path)) for item in (summary["before"], last)), message, verdict
+                label, *(format_value(find(item, path)) for item in (summary["before"], last)), shown, verdict
             )
         console.print("", table, sep="\n")
     for line in describe_data(summary):
@@ -188,21 +188,21 @@ def headline(summary: dict[str, Any]) -> str:
         )
     asked = "balanced questions" if is_balanced(rounds[-1]) else "record questions, which ask only of what is there"
     labels = {"gap": "gap", "generation": "generation", "understanding": f"understanding ({asked})"}
-    message = [f"{label}: {_tell(rounds[-1]['change'][name])}" for name, label in labels.items()]
+    changed = [f"{label}: {_tell(rounds[-1]['change'][name])}" for name, label in labels.items()]
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
-    return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(message)}."
+    return f"After {many}, on {rounds[-1]['num_prompts']} held-out prompts: {'; '.join(changed)}."
 
 
 def _own_headline(before: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> str:
     """Of an evaluation that is not the built-in one."""
     labels = headline_metrics(before)
     if not rounds:
-        message = [f"{label} {format_value(find(before, path))} %" for path, label in labels.items()]
-        return f"Before self-play, on {before['num_records']} records: {'; '.join(message)}."
+        values = [f"{label} {format_value(find(before, path))} %" for path, label in labels.items()]
+        return f"Before self-play, on {before['num_records']} records: {'; '.join(values)}."
     many = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
     changes = {label: find(rounds[-1], ("change", *path)) for path, label in labels.items()}
-    message = [f"{label}: {_tell(change)}" for label, change in changes.items() if change]
-    return f"After {many}, on {rounds[-1]['num_records']} records: {'; '.join(message)}."
+    values = [f"{label}: {_tell(change)}" for label, change in changes.items() if change]
+    return f"After {many}, on {rounds[-1]['num_records']} records: {'; '.join(values)}."
 
 
 def describe_judge(metrics: dict[str, Any]) -> list[str]:
@@ -227,8 +227,8 @@ def describe_cost(summary: dict[str, Any]) -> list[str]:
     for metrics in (summary["before"], *summary["rounds"]):
         for phase, seconds in metrics.get("seconds", {}).items():
             spent[phase] = spent.get(phase, 0.0) + seconds
-    message = ", ".join(f"{phase} {spent[phase]:.0f} s" for phase in sorted(spent))
-    return [f"time: {sum(spent.values()):.0f} s ({message})"] if spent else []
+    phases = ", ".join(f"{phase} {spent[phase]:.0f} s" for phase in sorted(spent))
+    return [f"time: {sum(spent.values()):.0f} s ({phases})"] if spent else []
 
 
 def describe_data(summary: dict[str, Any]) -> list[str]:

@@ -31,8 +31,8 @@ def scorer_of(score: Callable[[str, str], float]) -> Callable[[CurationConfig], 
 
 def bert_cls(config: CurationConfig) -> CaptionScorer:
     """Cosine of the last layer's [CLS], as HermesFlow (arXiv 2502.12148) and its code have it."""
-    message = "set curation.bert_model to a folder, or curation.caption_scorer to token-f1"
-    return _by_cosine(TextEncoder(config.bert_model, "cls", message))
+    fix = "set curation.bert_model to a folder, or curation.caption_scorer to token-f1"
+    return _by_cosine(TextEncoder(config.bert_model, "cls", fix))
 
 
 def sentence(config: CurationConfig) -> CaptionScorer:

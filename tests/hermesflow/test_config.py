@@ -185,6 +185,12 @@ def test_a_mistake_in_set(override, message):
     assert str(caught.value).startswith(override.splitlines()[0][:8])
 
 
+def test_a_key_outside_its_section(tmp_path):
+    (tmp_path / "a.toml").write_text("lr = 1e-4\n")
+    with pytest.raises(InputError, match=r"unknown key lr; the nearest is train.lr; write it below its section"):
+        load_config(tmp_path / "a.toml")
+
+
 RANGES = {
     "run.seed=-1": "a seed from 0",
     "run.name=": "a plain folder name, got ''",

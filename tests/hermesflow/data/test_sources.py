@@ -399,3 +399,15 @@ def test_whatever_the_entries_each_is_a_record_or_rejected_in_a_line(folder):
 
 def test_nothing_rejected_is_an_empty_file():
     assert describe_rejected([]) == "it has no entries"
+
+
+def test_records_of_a_file_are_ready_for_training(tiny_model, tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"images/{number}.png")
+    path = write(tmp_path, [entry(1), entry(2, caption="a unicorn")])
+    (record,) = sources.read_records(path, tiny_model)
+    assert record.id == "1" and record.codes is not None and record.questions
+    assert "left out" in caplog.text and "unicorn" in caplog.text
+    with pytest.raises(InputError, match="no record can be used; rejected were .*unicorn"):
+        sources.read_records(write(tmp_path, [entry(2, caption="a unicorn")]), tiny_model)

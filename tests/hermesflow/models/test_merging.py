@@ -83,6 +83,15 @@ def test_runs_and_models_are_merged_from_the_command(tmp_path, capsys):
     assert "expected two models or more, got 1" in capsys.readouterr().err and not (tmp_path / "one").exists()
 
 
+def test_the_folder_of_a_run_is_no_model(tmp_path):
+    for number in (9, 10):
+        (tmp_path / f"round-{number}" / "model").mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=r"is the folder of a run; give the model of a round, such as .*round-10/model"
+    ):
+        load_model(tmp_path)
+
+
 def test_nothing_is_written_where_a_model_is_missing(tmp_path):
     with pytest.raises(InputError, match="no model"):
         merge_trained(["tiny", str(tmp_path / "none")], tmp_path / "out")

@@ -16,7 +16,7 @@ from hermesflow.evaluation.evaluation import evaluate
 from hermesflow.evaluation.metrics import measure, summarize
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.report.page import write_report
-from hermesflow.report.tables import ONE_SIDED
+from hermesflow.report.tables import ONE_SIDED, describe_data
 from hermesflow.runtime.files import InputError, read_json, read_parquet, write_json, write_parquet, write_text
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -151,6 +151,12 @@ def test_drawings_stand_side_by_side(finished):
     assert marks.count("right") == sum("0" not in image for image in digits)
     assert marks.count("wrong") == sum("0" in image for image in digits)
     assert all(row["prompt"] in page.text for row in kept)
+
+
+@pytest.mark.parametrize(("source", "is_said"), [("shapes", False), ("own.jsonl", True)])
+def test_data_that_is_not_measured_is_said(finished, source, is_said):
+    summary = read_json(finished / "summary.json") | {"settings": {"data": {"source": source}}}
+    assert any("measured on the built-in world of shapes, not on" in line for line in describe_data(summary)) == is_said
 
 
 def test_a_run_of_before_kept_no_drawings(run):
