@@ -1,5 +1,7 @@
 """Settings of a run: one frozen dataclass a concern, read from a TOML file and `--set section.key=value`.
 
+A round may have settings of its own: a table [round.2.train], or round.2.train.lr=1e-5.
+
 Every value is checked when its section is made; an unknown key is refused with the nearest name. `to_toml` writes the
 resolved settings, with the meaning of each key, as they are kept beside a run.
 """
@@ -514,6 +516,13 @@ class Config:
     selfplay: SelfPlayConfig = field(default_factory=SelfPlayConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    round: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Round -> section -> key -> the value that this round has in place of the run's."""
+
+    def of_round(self, number: int) -> "Config":
+        """The settings of one round."""
+        changed = self.round.get(number, {})
+        return replace(self, **{section: replace(getattr(self, section), **keys) for section, keys in changed.items()})
 
     def drawn_by(self, section: Any) -> Any:
         """The curation or eval section, with what it leaves open about drawing taken from [drawing]."""
@@ -536,8 +545,11 @@ ALSO_CALLED = {
 }  # fmt: skip
 """Our keys by other trainers' names, for the message on an unknown key."""
 
-_SECTIONS: dict[str, type] = get_type_hints(Config)
+_SECTIONS: dict[str, type] = {name: cls for name, cls in get_type_hints(Config).items() if name != "round"}
 _KEYS: dict[str, list[str]] = {name: [item.name for item in fields(cls)] for name, cls in _SECTIONS.items()}
+_OF_A_ROUND = ("data.num_records", "selfplay.algorithm", "curation.", "train.", "grpo.", "own_drawings.")
+"""How the settings begin that a round may have of its own."""
+_ROUND_TAKES = ", ".join(name.rstrip(".") for name in _OF_A_ROUND)
 
 
 def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -553,13 +565,35 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
     values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     sources: dict[tuple[str, str], str] = {}
     for section, key, value in _read_toml(path) if path is not None else ():
-        values[section][key] = value
+        values.setdefault(section, {})[key] = value
         sources[section, key] = str(path)
     for override in overrides:
         section, key, value = _parse_override(override)
-        values[section][key] = value
+        values.setdefault(section, {})[key] = value
         sources[section, key] = override
-    return Config(**{section: _make_section(section, values[section], sources) for section in _SECTIONS})
+    config = Config(**{section: _make_section(section, values.pop(section), sources) for section in _SECTIONS})
+    for name, changed in values.items():
+        _set_round(config, name, changed, sources)
+    return config
+
+
+def _set_round(config: Config, name: str, changed: dict[str, Any], sources: dict[tuple[str, str], str]) -> None:
+    """Checks the settings of a table such as round.2.train, and adds them to config.round."""
+    number, section = int(name.split(".")[1]), name.split(".")[2]
+    source = sources[name, next(iter(changed))]
+    if number > config.selfplay.num_rounds:
+        raise InputError(
+            f"{source}: round.{number}: the run has rounds 1 to {config.selfplay.num_rounds}; raise "
+            "selfplay.num_rounds, or give one of them"
+        )
+    if section == "data" and not config.selfplay.fresh_prompts:
+        raise InputError(
+            f"{source}: {name}: every round has the same records where selfplay.fresh_prompts is false; "
+            "set data.num_records alone"
+        )
+    whole = {key: getattr(getattr(config, section), key) for key in _KEYS[section]}
+    made = _make_section(name, whole | changed, sources)
+    config.round.setdefault(number, {})[section] = {key: getattr(made, key) for key in changed}
 
 
 def parse_sampler(text: str) -> dict[str, Any]:
@@ -598,6 +632,10 @@ def to_toml(config: Config) -> str:
         for key in _KEYS[section]:
             lines.append(f"{key} = {_toml_value(getattr(getattr(config, section), key))}  # {docs[key]}")
         lines.append("")
+    lines.append(f"# A table such as [round.2.train] has settings for one round, of {_ROUND_TAKES}.")
+    for number, sections in config.round.items():
+        for section, keys in sections.items():
+            lines += [f"[round.{number}.{section}]", *(f"{key} = {_toml_value(keys[key])}" for key in keys), ""]
     return "\n".join(lines)
 
 
@@ -607,6 +645,7 @@ def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
         tables = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
         raise InputError(f"{path}: not a TOML file ({error}); correct that place") from error
+    rounds = tables.pop("round", {})
     for section, table in tables.items():
         if section not in _SECTIONS and not isinstance(table, dict):
             raise _unknown(str(path), section, setting_names(), "; write it below its section, such as [train]")
@@ -618,6 +657,29 @@ def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
             if key not in _KEYS[section]:
                 raise _unknown(str(path), f"{section}.{key}", setting_names())
             yield section, key, value
+    for name, value in _leaves({"round": rounds}, depth=4):
+        yield *_split_name(str(path), name), value
+
+
+def _leaves(table: dict[str, Any], depth: int, above: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted name and value of what lies so deep in tables, or is none."""
+    for key, value in table.items():
+        if depth > 1 and isinstance(value, dict):
+            yield from _leaves(value, depth - 1, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _split_name(source: str, name: str) -> tuple[str, str]:
+    """The table and the key of a setting such as train.lr, or round.2.train.lr for one round. Raises: InputError."""
+    known = setting_names()
+    of_round = re.fullmatch(r"round\.[1-9][0-9]{0,5}\.(.+)", name)
+    if of_round or name.partition(".")[0] == "round":
+        known = [each for each in known if each.startswith(_OF_A_ROUND)]
+    if (of_round[1] if of_round else name) not in known:
+        fix = f"; a round's own is round.NUMBER.section.key, of {_ROUND_TAKES}"
+        raise _unknown(source, name, known, fix if name.partition(".")[0] == "round" else "")
+    return name.rpartition(".")[0], name.rpartition(".")[2]
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
@@ -625,11 +687,9 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     source = override
     if not equals:
         raise InputError(f"{source}: expected section.key=value, got no '='; write for example train.lr=1e-5")
-    name, text = name.strip(), text.strip()
-    if name not in setting_names():
-        raise _unknown(source, name, setting_names())
-    section, key = name.split(".")
-    return section, key, _parse_value(text, get_type_hints(_SECTIONS[section])[key])
+    text = text.strip()
+    section, key = _split_name(source, name.strip())
+    return section, key, _parse_value(text, get_type_hints(_SECTIONS[section.rpartition(".")[2]])[key])
 
 
 def _parse_value(text: str, expected: Any) -> Any:
@@ -654,7 +714,7 @@ def _parse_value(text: str, expected: Any) -> Any:
 
 def _make_section(section: str, values: dict[str, Any], sources: dict[tuple[str, str], str]) -> Any:
     try:
-        return _SECTIONS[section](**values)
+        return _SECTIONS[section.rpartition(".")[2]](**values)
     except ConfigError as error:
         source = sources.get((section, error.key), "settings")
         raise InputError(f"{source}: {section}.{error.key}: {error.reason}") from error

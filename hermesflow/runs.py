@@ -76,6 +76,10 @@ class Run:
     def _claim(self) -> None:
         self._lock = claim_folder(self.folder, self.config, "run.name")
 
+    def of_round(self, number: int) -> Config:
+        """The settings of a round."""
+        return self.config.of_round(number)
+
     @cached_property
     def records(self) -> RecordFile:
         """All rounds' image-caption pairs with their images' codes; on the disk, and read where they are used."""
@@ -92,8 +96,9 @@ class Run:
 
     def _make_records(self) -> Iterator[Record]:
         """The records one by one; when the last was taken, the rejected ones are written down."""
-        data, rounds = self.config.data, self.config.selfplay.num_rounds if self.config.selfplay.fresh_prompts else 1
-        count, rejected = data.num_records * rounds, []
+        data, selfplay, rejected = self.config.data, self.config.selfplay, []
+        counts = [self.of_round(number).data.num_records for number in (self.rounds if selfplay.fresh_prompts else [1])]
+        count = sum(counts)
         if data.source in SOURCES:
             records = resolve(SOURCES, data.source, "data.source")(self.config.run.seed, count)
         else:
@@ -108,7 +113,7 @@ class Run:
                 rejected.append({"record_id": record.id, "reason": reason})
         if num_usable < count:
             why = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
-            need = f"{count} are needed" + (f" ({rounds} rounds of {data.num_records})" if rounds > 1 else "")
+            need = f"{count} are needed" + (f" (by round {', '.join(map(str, counts))})" if len(counts) > 1 else "")
             raise InputError(f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{why}")
         write_parquet(self.folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
 
@@ -116,8 +121,8 @@ class Run:
         """The records of one round: fresh ones, or the same in every round."""
         if not self.config.selfplay.fresh_prompts:
             return self.records
-        count = self.config.data.num_records
-        return self.records[(number - 1) * count : number * count]
+        end = sum(self.of_round(each).data.num_records for each in self.rounds[:number])
+        return self.records[end - self.of_round(number).data.num_records : end]
 
     def model(self, number: int) -> Model:
         """The model after a round, in the dtype in which every round draws and judges; 0 is the one it starts from."""
@@ -137,14 +142,14 @@ class Run:
     def first(self, number: int) -> Model | None:
         """The model before self-play, in float32, as the reference of an online round after the first one: a reference
         that moved with the rounds would let answers drift a little in each."""
-        return self._open(0, "float32") if self.is_online and number > 1 else None
+        return self._open(0, "float32") if self.is_online(number) and number > 1 else None
 
     def _load(self, number: int) -> Model:
         if number:
             return self._open(number, self._origin().get("dtype", "float32"))
         model = self._open(0, self.config.model.dtype)
         check_views_codes(model, self.config.model.name)
-        for section in (self.config.curation, self.config.eval):
+        for section in (self.config.eval, *(self.of_round(each).curation for each in self.rounds)):
             model.sampling_of(self.config.drawn_by(section))  # a setting that the family lacks shows now
         self._check_origin(model)
         return model
@@ -179,9 +184,10 @@ class Run:
 
     def previous(self, number: int) -> PairFile | None:
         """The pairs that a round's win and lose are compared with, where its records are the same."""
-        if number == 1 or self.config.selfplay.fresh_prompts:
+        with_pairs = [each for each in self.rounds[: number - 1] if not self.is_online(each)]
+        if not with_pairs or self.config.selfplay.fresh_prompts:
             return None
-        return PairFile(self.path(number - 1, "pairs.parquet"))
+        return PairFile(self.path(with_pairs[-1], "pairs.parquet"))
 
     def evaluation(self, number: int) -> dict[str, Any]:
         """The evaluation after a round, which must be there.
@@ -202,7 +208,7 @@ class Run:
     def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
         """A round's records and candidates, part by part; what is on disk is read, the rest made."""
         options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
-        records, config = self.round_records(number), self.config.drawn_by(self.config.curation)
+        records, config = self.round_records(number), self.config.drawn_by(self.of_round(number).curation)
         return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
 
     def pairs(self, number: int) -> pa.Table:
@@ -229,7 +235,7 @@ class Run:
     def learned(self, number: int) -> pa.Table | list[Record]:
         """What a round's training learns from: its pairs, or its records where the algorithm is online. Raises: as
         pairs."""
-        return list(self.round_records(number)) if self.is_online else self.pairs(number)
+        return list(self.round_records(number)) if self.is_online(number) else self.pairs(number)
 
     def seed(self, number: int) -> int:
         """Of a round's candidates and training."""
@@ -240,7 +246,7 @@ class Run:
         evaluations = [self.evaluation(number) for number in (0, *self.rounds)]
         before, rounds = summarize(evaluations)
         for number, metrics in enumerate(rounds, start=1):
-            if not self.is_online:
+            if not self.is_online(number):
                 pairs = read_parquet(self.path(number, "pairs.parquet"), ["record_id", "sides"])
                 rejected = read_parquet(self.path(number, "rejected.parquet"), REJECTED_SCHEMA.names)
                 metrics["pairs"] = pair_statistics(pairs, rejected)
@@ -256,10 +262,9 @@ class Run:
         data = {"records": num_records, "rejected": count_reasons(unusable), "yes_share": yes_share(self.records)}
         return {"settings": settings, "seed": self.config.run.seed, "data": data, "before": before, "rounds": rounds}
 
-    @property
-    def is_online(self) -> bool:
-        """Whether the run's algorithm draws its own images as it learns, and needs no pairs."""
-        return is_online(self.config.selfplay.algorithm)
+    def is_online(self, number: int) -> bool:
+        """Whether a round's algorithm draws its own images as it learns, and needs no pairs."""
+        return is_online(self.of_round(number).selfplay.algorithm)
 
     def check_comparable(self, result: dict[str, Any]) -> None:
         """Raises InputError if an evaluation measured other records than that before self-play."""
@@ -302,9 +307,10 @@ def import_pairs(config: Config, number: int, path: StrPath, root: StrPath | Non
     Returns: the path of the pairs; rejected.parquet is written beside it.
     Raises: InputError if the file cannot be used, or the round has pairs already.
     """
-    check_takes_pairs(config.selfplay.algorithm)
     run = Run(config)
     run.check_round(number)
+    config = run.of_round(number)
+    check_takes_pairs(config.selfplay.algorithm)
     target = run.path(number, "pairs.parquet")
     if target.exists():
         raise InputError(f"{target}: round {number} has pairs already; choose another run.name or --round")
@@ -429,9 +435,9 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
     changed = [
         f"{section}.{key}"
         for section in now
-        for key in now[section]
+        for key in now[section] | saved[section]
         if section not in ("pretrain", "study")
-        and now[section][key] != saved[section][key]
+        and now[section].get(key) != saved[section].get(key)
         and (section, key) not in (("run", "folder"), ("model", "device"))
     ]
     if changed:

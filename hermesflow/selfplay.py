@@ -32,8 +32,9 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Raises: InputError on settings, data or a folder that cannot be used, or if a round keeps no pair.
     """
     console = console or make_console()
-    check_training(config)
-    check_scorers(config.curation)
+    for number in range(1, config.selfplay.num_rounds + 1):
+        check_training(config.of_round(number))
+        check_scorers(config.of_round(number).curation)
     find_evaluation(config.eval)
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
@@ -47,7 +48,7 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
 
 def play_round(run: Run, number: int) -> None:
     """A round's pairs, unless its algorithm is online, and its training. Raises: as curate_round and train_round."""
-    if not run.is_online:
+    if not run.is_online(number):
         curate_round(run, number)
     train_round(run, number)
 
@@ -56,7 +57,8 @@ def curate_round(run: Run, number: int) -> None:
     """Draws and scores a round's candidates, and keeps each record's best and worst as a pair. Raises: as curate;
     InputError if the run has no such round, or its algorithm takes no pairs."""
     run.check_round(number)
-    check_takes_pairs(run.config.selfplay.algorithm)
+    config = run.of_round(number)
+    check_takes_pairs(config.selfplay.algorithm)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
         return
 
@@ -68,7 +70,7 @@ def curate_round(run: Run, number: int) -> None:
         ):
             for records, candidates in parts:
                 before = None if previous is None else previous.of(records)
-                pairs, rejected = make_pairs(records, candidates, run.config.curation, before)
+                pairs, rejected = make_pairs(records, candidates, config.curation, before)
                 write_kept(pairs)
                 write_rejected(rejected)
 
@@ -91,7 +93,7 @@ def train_round(run: Run, number: int) -> None:
 
     def work() -> None:
         model, options = run.policy(number - 1), {"seed": run.seed(number), "first": run.first(number)}
-        save_trained(model, train_on(model, learned, run.config, folder=folder / "train", **options), folder)
+        save_trained(model, train_on(model, learned, run.of_round(number), folder=folder / "train", **options), folder)
 
     run.timed(number, "training", work)
 

@@ -150,7 +150,7 @@ def run_arm(config: Config, arm: str, seed: int) -> Line:
     source = arm_config(config, PAIR_DPO, seed).run_folder
     # Where pair-dpo's run was removed since, an arm makes the same for itself, unless it cannot.
     if arm != PAIR_DPO and (ARMS[arm].same_pairs or source.exists()) and of_arm.data == config.data:
-        shares_pairs = of_arm.curation == config.curation and not run.is_online
+        shares_pairs = of_arm.curation == config.curation and not run.is_online(1)
         num_shared = rounds if ARMS[arm].same_pairs else int(shares_pairs)
         _share(source, run.folder, num_shared)
     for number in range(1, rounds + 1):
@@ -230,6 +230,8 @@ def settings_digest(config: Config) -> str:
     """
     values = asdict(replace(config, curation=config.drawn_by(config.curation), eval=config.drawn_by(config.eval)))
     del values["run"], values["pretrain"], values["study"], values["drawing"], values["model"]["device"]
+    if not values["round"]:
+        del values["round"]  # which older lines do not have
     for name in ("grpo", "own_drawings"):
         if config.selfplay.algorithm != name.replace("_", "-"):
             del values[name]

@@ -84,6 +84,7 @@ def write_report(run_folder: StrPath) -> Path:
     config = load_config(settings)
     summary, missing = read_summary(folder, config)
     number, last = _last_round_with_pairs(folder, config), len(summary["rounds"])
+    has_pairs = not all(_is_online(config, each) for each in range(1, config.selfplay.num_rounds + 1))
     drawn = _drawings(folder, last) if last and is_builtin(summary["before"]) else []
     model = open_model(config.model) if number or drawn else None
     shown = choose_shown(folder / f"round-{number}", model) if number else []
@@ -93,7 +94,7 @@ def write_report(run_folder: StrPath) -> Path:
         measurements,
         categories,
         drawings_section(drawn, last, model) if drawn else "",
-        "" if _is_online(config) else pairs_section(shown, number, config.data.source in BUILTIN.known_sources),
+        pairs_section(shown, number, config.data.source in BUILTIN.known_sources) if has_pairs else "",
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
     ]
@@ -130,7 +131,7 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     evaluations, missing = [], []
     for number in range(config.selfplay.num_rounds + 1):
         path = folder / f"round-{number}"
-        if number and not (path / "pairs.parquet").exists() and not _is_online(config):
+        if number and not (path / "pairs.parquet").exists() and not _is_online(config, number):
             missing.append(f"the pairs of round {number}")
         if not (path / "evaluation.json").exists():
             missing.append(f"the evaluation of round {number}" if number else "the evaluation before self-play")
@@ -149,7 +150,7 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
         describe_cost({"before": before, "rounds": []})
     for number, metrics in enumerate(rounds, 1):
         path = folder / f"round-{number}"
-        if not _is_online(config):
+        if not _is_online(config, number):
             metrics["pairs"] = pair_statistics(
                 *(read_parquet(path / f"{name}.parquet") for name in ("pairs", "rejected"))
             )
@@ -162,10 +163,10 @@ def read_summary(folder: Path, config: Config) -> tuple[dict[str, Any], list[str
     return {"before": before, "rounds": rounds}, missing
 
 
-def _is_online(config: Config) -> bool:
-    """Whether the run has no pairs to show. A user's algorithm that cannot be imported counts as one with pairs."""
+def _is_online(config: Config, number: int) -> bool:
+    """Whether a round has no pairs to show. A user's algorithm that cannot be imported counts as one with pairs."""
     try:
-        return is_online(config.selfplay.algorithm)
+        return is_online(config.of_round(number).selfplay.algorithm)
     except InputError:
         return False
 

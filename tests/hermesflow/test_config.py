@@ -65,6 +65,7 @@ def test_each_key_is_explained():
     assert {name: set(table) for name, table in tables.items()} == {
         section.name: {key.name for key in dataclasses.fields(getattr(Config(), section.name))}
         for section in dataclasses.fields(Config)
+        if section.name != "round"
     }
 
 
@@ -117,6 +118,42 @@ def test_keys_by_what_other_trainers_call_them():
             load_config(None, [f"train.{name}=1"])
         with pytest.raises(InputError, match=f"unknown key {name}; the nearest is {key}$"):
             load_config(None, [f"{name}=1"])
+
+
+def test_a_round_may_have_settings_of_its_own(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[train]\nlr = 1e-4\n[round.2.train]\nnum_steps = 5\n[round.2.selfplay]\nalgorithm = 'grpo'\n")
+    config = load_config(path, ["train.beta=0.5", "round.3.train.lr=1", "round.2.train.num_steps=6"])
+    assert config.of_round(1) == config
+    second, third = config.of_round(2), config.of_round(3)
+    assert (second.train.num_steps, second.train.lr, second.train.beta) == (6, 1e-4, 0.5)
+    assert second.selfplay.algorithm == "grpo" and third.selfplay.algorithm == "pair-dpo"
+    assert third.train.lr == 1.0 and isinstance(third.train.lr, float)
+    path.write_text(to_toml(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("round.4.train.lr=1", r"round.4: the run has rounds 1 to 3; raise selfplay.num_rounds"),
+        ("round.0.train.lr=1", "unknown key round.0.train.lr; the nearest is train.lr"),
+        (
+            "round.2.model.name=x",
+            "unknown key round.2.model.name; .*a round's own is round.NUMBER.section.key, of data",
+        ),
+        ("round.2.train.lr=-1", r"round.2.train.lr: expected more than 0, got -1.0"),
+        ("round.2.train=3", "unknown key round.2.train"),
+    ],
+)
+def test_a_mistake_in_a_round(override, message):
+    with pytest.raises(InputError, match=message):
+        load_config(None, [override])
+
+
+def test_rounds_of_the_same_records_have_as_many():
+    with pytest.raises(InputError, match="round.2.data: every round has the same records"):
+        load_config(None, ["selfplay.fresh_prompts=false", "round.2.data.num_records=3"])
 
 
 def test_run_folder():

@@ -142,6 +142,30 @@ def test_the_same_records_in_every_round(settings, tmp_path):
     assert len(summary["rounds"]) == 2
 
 
+def test_a_round_with_settings_of_its_own(settings, whole, tmp_path):
+    of_round = ("selfplay.algorithm=grpo", "data.num_records=4", "train.num_steps=2")
+    more = ("grpo.prompts_per_step=2", "grpo.num_images=2", *(f"round.2.{setting}" for setting in of_round))
+    summary = run_selfplay(config_for(settings, tmp_path, *more))
+    first, second = summary["rounds"]
+    assert summary["data"]["records"] == 12 and "pairs" in first and "pairs" not in second
+    assert "reward" in second["training"] and "reward" not in first["training"]
+    weights = "t/round-1/model/model.safetensors"  # nothing of round 2 reaches round 1
+    assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
+    run = Run(config_for(settings, tmp_path, *more))
+    ids = [[record.id for record in run.round_records(number)] for number in (1, 2)]
+    assert list(map(len, ids)) == [8, 4] and not {*ids[0]} & {*ids[1]}
+    del run
+    with pytest.raises(InputError, match=r"other settings \(round.2\)"):
+        run_selfplay(config_for(settings, tmp_path, *more, "round.2.train.lr=1e-6"))
+
+
+def test_pairs_meet_those_of_the_last_round_that_had_some(settings, tmp_path):
+    more = ("selfplay.fresh_prompts=false", "selfplay.num_rounds=3", "grpo.prompts_per_step=2", "grpo.num_images=2")
+    more += ("round.2.selfplay.algorithm=grpo", "round.2.train.num_steps=2", "eval.samplers=[]")
+    run_selfplay(config_for(settings, tmp_path, *more))
+    assert Run(config_for(settings, tmp_path, *more)).previous(3)._rows.path == tmp_path / "t/round-1/pairs.parquet"
+
+
 def test_other_settings_in_the_same_folder_are_refused(settings, whole):
     with pytest.raises(InputError, match=r"other settings \(train.lr\); choose another run.name"):
         run_selfplay(config_for(settings, whole, "train.lr=0.5"))
