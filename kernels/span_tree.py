@@ -350,6 +350,14 @@ class SpanTree:
         return levels
 
     @property
+    def roots(self) -> np.ndarray:
+        """The root above each span, or the span itself, int64 [S]."""
+        roots = np.arange(self.num_spans)
+        for level in self.ancestor_levels():
+            roots = np.where(level >= 0, level, roots)
+        return roots
+
+    @property
     def num_spans(self) -> int:
         """Number of spans, cached ones included."""
         return len(self.starts)

@@ -5,6 +5,10 @@ then those of its descendants, child by child. The rows that see a key are then 
 a causal key those from its own row on) and of the descendants, which follow without a gap. So two numbers a key are the
 whole mask, spans that share ancestors sit together, and cutting rows and keys into equal blocks and tiles leaves few
 pairs of a block and a tile that meet.
+
+A long span's keys begin a tile: what is left over beyond whole tiles comes after all of them, where it shares tiles
+with short spans. Rows are cut likewise into two parts, each a plan of its own (row_parts): whole blocks of long spans,
+and in smaller blocks the rest. Else an image of 1,026 tokens would straddle a block and a tile more than it fills.
 Source: a mask of row intervals a key, FlashMask (arXiv 2410.01359).
 """
 
@@ -19,6 +23,9 @@ from torch import Tensor
 
 from hermesflow.kernels.span_tree import SpanTree
 
+LEAST_BLOCK = 16
+"""Rows of the smallest block: those of a tensor core's product."""
+_LARGEST_REST = 0.25  # of the rows in whole blocks, beyond which rows are not cut into parts: small blocks are slower
 _LEAST_ROOM = 1024  # keys of the smallest fixed plan
 
 
@@ -45,7 +52,7 @@ class TileLists(NamedTuple):
 class TilePlan(NamedTuple):
     """A SortedTree cut into blocks of rows and tiles of keys, int32 on the tree's device.
 
-    rows is padded to whole blocks with its last entry, slots to whole tiles likewise (so that nothing is read that
+    rows is padded to whole blocks with -1, slots to whole tiles with its last entry (so that nothing is read that
     nobody attends to); no row sees the padding keys, whose intervals are empty. Of a fixed tree slots is padded to a
     power of two and the lists to all pairs of a block and a tile, so that their sizes do not show the structure.
     own_row, own_position: of a tree that decodes, for each key of a row's own span that row and the key's number in the
@@ -78,6 +85,49 @@ def tile_plan(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
     key, make = ("tiles", block_rows, tile_keys), functools.partial(_cut, block_rows=block_rows, tile_keys=tile_keys)
     plan = tree.plan(key, make)
     return plan if tree.num_visible is None else tree.plan_step(key, lambda step: plan.visible(step.num_visible))
+
+
+def row_parts(tree: SpanTree, block_rows: int, tile_keys: int) -> list[tuple[int, TilePlan]]:
+    """(rows of a block, plan) of each part of the tree's rows: whole blocks of long spans, and the rest in blocks of
+    LEAST_BLOCK; or all rows in one plan where the rest is large, the tree is fixed or it decodes."""
+    if tree.fixed or tree.num_visible is not None:
+        return [(block_rows, tile_plan(tree, block_rows, tile_keys))]
+    make = functools.partial(_make_parts, block_rows=block_rows, tile_keys=tile_keys)
+    return tree.plan(("parts", block_rows, tile_keys), make)
+
+
+def _make_parts(tree: SpanTree, block_rows: int, tile_keys: int) -> list[tuple[int, TilePlan]]:
+    in_blocks = tree.num_new // block_rows * block_rows
+    rest = tree.num_new - in_blocks
+    if block_rows <= LEAST_BLOCK or not 0 < rest.sum() <= _LARGEST_REST * in_blocks.sum():
+        return [(block_rows, tile_plan(tree, block_rows, tile_keys))]
+    order = depth_first(tree)
+    bulk, small = (
+        _some_rows(tree, order, 0, in_blocks, block_rows),
+        _some_rows(tree, order, in_blocks, rest, LEAST_BLOCK),
+    )
+    return [
+        (block_rows, _cut(tree, block_rows, tile_keys, bulk)),
+        (LEAST_BLOCK, _cut(tree, LEAST_BLOCK, tile_keys, small)),
+    ]
+
+
+def _some_rows(tree: SpanTree, order: SortedTree, first: np.ndarray | int, count: np.ndarray, block: int) -> SortedTree:
+    """Of each span's rows, count [S] from number first on; each span begins a block, and -1 stands between them."""
+    span = np.repeat(np.arange(tree.num_spans), tree.num_new)[order.rows]
+    number = order.rows - tree.packed_starts[span] - np.broadcast_to(first, count.shape)[span]
+    taken = np.flatnonzero((number >= 0) & (number < count[span]))
+    begins = number[taken] == 0
+    room = -(-count[span[taken[begins]]] // block) * block
+    start = np.cumsum(room) - room
+    position = start[np.cumsum(begins) - 1] + number[taken]
+    rows = np.full(room.sum(), -1)
+    rows[position] = order.rows[taken]
+    # The place of the first row that is taken, from each sorted row on.
+    place = np.append(position, len(rows))[np.searchsorted(taken, np.arange(len(order.rows) + 1))]
+    first_row, end_row = place[order.first_row], place[order.end_row]
+    seen = first_row < end_row
+    return SortedTree(rows, *(x[seen] for x in (order.slots, order.span, order.position, first_row, end_row)))
 
 
 def row_intervals(tree: SpanTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,15 +163,38 @@ def depth_first(tree: SpanTree) -> SortedTree:
     return SortedTree(rows, tree.starts[span] + position, span, position, first[span] + own_row, end[span])
 
 
-def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
-    order = depth_first(tree)
+def _keys_by_tile(tree: SpanTree, order: SortedTree, tile_keys: int) -> SortedTree:
+    """The same keys, whole tiles of long spans first; then what is left over of each tree of the forest, which begins a
+    tile where it would straddle two: keys that nobody sees, of empty interval, stand before it."""
+    in_tiles = order.position < tree.lengths[order.span] // tile_keys * tile_keys
+    by_tile = np.argsort(~in_tiles, kind="stable")
+    order = SortedTree(order.rows, *(values[by_tile] for values in order[1:]))
+    if tree.fixed or in_tiles.all():
+        return order
+    rest = np.count_nonzero(in_tiles)
+    first = rest + np.flatnonzero(np.diff(tree.roots[order.span[rest:]], prepend=-1))  # of each tree
+    shift = np.zeros(len(order.slots), dtype=np.int64)
+    end, moved = np.append(first[1:], len(shift)), 0
+    for begin, size in zip(first.tolist(), (end - first).tolist(), strict=True):
+        room = -(begin + moved) % tile_keys
+        moved += room if room < size else 0
+        shift[begin] = moved
+    place = np.arange(len(shift)) + np.maximum.accumulate(shift)
+    source = np.searchsorted(place, np.arange(len(shift) + moved), side="right") - 1
+    slots, span, position, first_row, end_row = (values[source] for values in order[1:])
+    padding = place[source] != np.arange(len(source))
+    return SortedTree(order.rows, slots, span, position, first_row, np.where(padding, first_row, end_row))
+
+
+def _cut(tree: SpanTree, block_rows: int, tile_keys: int, order: SortedTree | None = None) -> TilePlan:
+    order = _keys_by_tile(tree, order or depth_first(tree), tile_keys)
     num_rows, num_keys = len(order.rows), len(order.slots)
     if tree.fixed:
         num_keys = max(_LEAST_ROOM, 1 << (tree.capacity - 1).bit_length())
     num_blocks, num_tiles = -(-num_rows // block_rows), -(-num_keys // tile_keys)
 
-    def padded(values: np.ndarray, size: int, mode: str = "edge") -> np.ndarray:
-        return np.pad(values, (0, size - len(values)), mode=mode if len(values) else "constant")
+    def padded(values: np.ndarray, size: int) -> np.ndarray:
+        return np.pad(values, (0, size - len(values)), mode="edge" if len(values) else "constant")
 
     decodes = tree.num_visible is not None
     is_own = decodes & (tree.num_new > 0)[order.span]
@@ -131,7 +204,7 @@ def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
         padded(values, num_tiles * tile_keys) for values in (order.slots, own_row, own_position)
     )
     first_row, end_row = (
-        padded(values, num_tiles * tile_keys, "constant") for values in (order.first_row, order.end_row)
+        np.pad(values, (0, num_tiles * tile_keys - len(values))) for values in (order.first_row, order.end_row)
     )
 
     # Every (block, tile) in which a row sees a key; an interval inside its predecessor's in the same tile adds none.
@@ -161,7 +234,7 @@ def _cut(tree: SpanTree, block_rows: int, tile_keys: int) -> TilePlan:
     return TilePlan(
         num_rows,
         num_keys,
-        to_device(padded(order.rows, num_blocks * block_rows)),
+        to_device(np.pad(order.rows, (0, num_blocks * block_rows - num_rows), constant_values=-1)),
         to_device(slots),
         to_device(first_row),
         to_device(end_row),

@@ -108,6 +108,9 @@ TREES = {
     "grown-answers": grown_answers,
     "deeper-chain": lambda: SpanTree.build([(ids(1 + k % 3), k - 1, ("causal", "full")[k % 2]) for k in range(40)]),
     "images-of-one-prompt": lambda: SpanTree.build([(ids(5), -1, "causal"), *[(ids(18), 0, "full")] * 16]),
+    "images-beyond-a-block": lambda: SpanTree.build(
+        [(ids(9), -1, "causal"), (ids(130), 0, "full"), (ids(130), 0, "full"), (ids(258), -1, "full")]
+    ),
     "answers-of-one-image": answers_of_one_image,
     "ragged-forest": ragged_forest,
     "causal-in-part": lambda: SpanTree.build([(ids(33), -1, 6)]),

@@ -1,7 +1,5 @@
 """The depth-first plan of a span tree against the dense truth."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from hermesflow.kernels.span_attention.plan import depth_first, tile_plan
+from hermesflow.kernels.span_attention.plan import depth_first, row_parts, tile_plan
 from hermesflow.kernels.span_tree import SpanTree
 
 
@@ -55,7 +53,34 @@ def decoding_trees(draw):
 def allowed_in_sorted_order(plan):
     """bool [rows, keys] of a plan's intervals, padding included."""
     row = torch.arange(len(plan.rows))[:, None]
-    return (plan.first_row <= row) & (row < plan.end_row) & (row < plan.num_rows)
+    return (plan.first_row <= row) & (row < plan.end_row) & (plan.rows[:, None] >= 0)
+
+
+def dense(tree, plan):
+    """bool [Tq, slots] of what the rows of a plan attend to."""
+    row, key = allowed_in_sorted_order(plan).nonzero(as_tuple=True)
+    allowed = torch.zeros(len(tree.token_ids), tree.capacity, dtype=torch.bool)
+    allowed[plan.rows[row].long(), plan.slots[key].long()] = True
+    return allowed
+
+
+def check_lists(plan, sizes):
+    """The lists name the tiles that meet a block, those without a mask first."""
+
+    def tiles(allowed):
+        return allowed.unflatten(1, (-1, sizes[1])).unflatten(0, (-1, sizes[0]))
+
+    allowed = allowed_in_sorted_order(plan)
+    some, whole = tiles(allowed).any(3).any(1), tiles(allowed).all(3).all(1)
+    padded = tiles(allowed | (plan.rows[:, None] < 0)).all(3).all(1)  # what padding rows see nobody reads
+    of_blocks, of_tiles = (plan.tiles_of_block, some, whole, padded), (plan.blocks_of_tile, some.T, whole.T, padded.T)
+    for lists, meets, full, harmless in (of_blocks, of_tiles):
+        assert len(lists.bounds) == 2 * len(meets) + 1 and int(lists.bounds[-1]) <= len(lists.tiles)
+        for index in range(len(meets)):
+            begin, middle, end = lists.bounds[2 * index : 2 * index + 3].tolist()
+            assert set(lists.tiles[begin:end].tolist()) >= set(meets[index].nonzero().flatten().tolist())
+            assert all(harmless[index, other] for other in lists.tiles[begin:middle].tolist())
+            yield lists.tiles[begin:middle].tolist(), lists.tiles[middle:end].tolist(), meets[index], full[index]
 
 
 @settings(max_examples=150, deadline=None)
@@ -76,36 +101,35 @@ def test_lists_name_every_tile_that_meets_a_block(tree, sizes):
     plan = tile_plan(tree, *sizes)
     order = depth_first(tree)
     assert plan.rows[: plan.num_rows].tolist() == order.rows.tolist()
-    assert plan.slots[: plan.num_keys].tolist() == order.slots.tolist()
+    assert torch.equal(dense(tree, plan), tree.allowed())
     assert set(plan.slots.tolist()) == set(order.slots.tolist()), "padding reads an attended slot"
-    tiles = allowed_in_sorted_order(plan).unflatten(1, (-1, sizes[1])).unflatten(0, (-1, sizes[0]))
-    some, whole = tiles.any(3).any(1), tiles.all(3).all(1)
-    for lists, meets, full in ((plan.tiles_of_block, some, whole), (plan.blocks_of_tile, some.T, whole.T)):
-        assert len(lists.bounds) == 2 * len(meets) + 1 and int(lists.bounds[-1]) == len(lists.tiles)
-        for index in range(len(meets)):
-            begin, middle, end = lists.bounds[2 * index : 2 * index + 3].tolist()
-            assert lists.tiles[begin:middle].tolist() == full[index].nonzero().flatten().tolist()
-            assert lists.tiles[middle:end].tolist() == (meets & ~full)[index].nonzero().flatten().tolist()
+    for unmasked, masked, meets, full in check_lists(plan, sizes):
+        assert unmasked == full.nonzero().flatten().tolist()
+        assert masked == (meets & ~full).nonzero().flatten().tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(trees(), st.sampled_from([(20, 8), (32, 4)]), st.integers(1, 30))
+def test_parts_share_out_the_rows(tree, sizes, repeats):
+    """Long spans, whose whole blocks and whose rest have plans of their own."""
+    tree = tree.extend([([0] * (sizes[0] * 3 + repeats % 5), repeats % tree.num_spans, "full")] * repeats)
+    parts = row_parts(tree, *sizes)
+    assert len(parts) == (2 if repeats % 5 else 1)
+    rows = torch.cat([plan.rows[plan.rows >= 0] for _, plan in parts])
+    assert rows.sort().values.tolist() == list(range(len(tree.token_ids)))
+    assert torch.equal(sum(dense(tree, plan).int() for _, plan in parts), tree.allowed().int())
+    for block_rows, plan in parts:
+        assert len(list(check_lists(plan, (block_rows, sizes[1]))))
 
 
 @settings(max_examples=150, deadline=None)
 @given(decoding_trees(), st.sampled_from([(4, 8), (8, 4), (2, 2), (64, 16)]))
 def test_a_decoding_plan_is_the_mask_of_its_step(tree, sizes):
     plan = tile_plan(tree, *sizes)
-    allowed = allowed_in_sorted_order(plan)
-    row, key = allowed[: plan.num_rows].nonzero(as_tuple=True)
-    dense = torch.zeros(len(tree.token_ids), tree.capacity, dtype=torch.bool)
-    dense[plan.rows[row].long(), plan.slots[key].long()] = True
-    assert torch.equal(dense, tree.allowed())
+    assert torch.equal(dense(tree, plan), tree.allowed())
     if plan.num_rows:
-        assert set(plan.slots.tolist()) == set(dense.any(0).nonzero().flatten().tolist()), "reads what nobody sees"
-    tiles = allowed.unflatten(1, (-1, sizes[1])).unflatten(0, (-1, sizes[0]))
-    some, whole = tiles.any(3).any(1), tiles.all(3).all(1)
-    for lists, meets, full in ((plan.tiles_of_block, some, whole), (plan.blocks_of_tile, some.T, whole.T)):
-        for index in range(len(meets)):
-            begin, middle, end = lists.bounds[2 * index : 2 * index + 3].tolist()
-            assert set(lists.tiles[begin:end].tolist()) >= set(meets[index].nonzero().flatten().tolist())
-            assert all(full[index, other] for other in lists.tiles[begin:middle].tolist())
+        assert set(plan.slots.tolist()) == set(dense(tree, plan).any(0).nonzero().flatten().tolist()), "reads too much"
+    assert len(list(check_lists(plan, sizes))) == len(plan.rows) // sizes[0] + len(plan.slots) // sizes[1]
 
 
 def test_later_steps_share_the_plan():
@@ -142,18 +166,13 @@ def test_fixed_plans_are_of_one_size_and_take_over_one_another(sizes):
 @pytest.mark.parametrize("sizes", [(16, 32), (64, 64)], ids=str)
 def test_fixed_plans_only_add_padding(sizes):
     for fixed in fixed_forests():
-        exact = replace(fixed, fixed=False, _plans={})
-        plan, padded = tile_plan(exact, *sizes), tile_plan(fixed, *sizes)
-        num_keys = plan.num_keys
-        assert padded.num_keys == 1024 and torch.equal(padded.rows, plan.rows)
-        for name in ("slots", "first_row", "end_row"):
-            assert torch.equal(getattr(padded, name)[:num_keys], getattr(plan, name)[:num_keys])
-        assert (padded.slots[num_keys:] == padded.slots[num_keys - 1]).all() and not padded.end_row[num_keys:].any()
-        used = int(padded.tiles_of_block.bounds[-1])
-        assert torch.equal(padded.tiles_of_block.bounds, plan.tiles_of_block.bounds)
-        assert torch.equal(padded.tiles_of_block.tiles[:used], plan.tiles_of_block.tiles)
+        plan = tile_plan(fixed, *sizes)
+        num_keys = len(depth_first(fixed).slots)
+        assert plan.num_keys == 1024 and torch.equal(dense(fixed, plan), fixed.allowed())
+        assert (plan.slots[num_keys:] == plan.slots[num_keys - 1]).all() and not plan.end_row[num_keys:].any()
+        assert len(list(check_lists(plan, sizes)))
         num_pairs = -(-40 // sizes[0]) * 1024 // sizes[1]
-        assert len(padded.tiles_of_block.tiles) == len(padded.blocks_of_tile.tiles) == num_pairs
+        assert len(plan.tiles_of_block.tiles) == len(plan.blocks_of_tile.tiles) == num_pairs
 
 
 def test_answers_of_one_image_share_a_block():
@@ -174,6 +193,41 @@ def test_images_of_one_prompt_do_not_read_one_another():
     plan = tile_plan(tree, 64, 64)
     bounds = plan.tiles_of_block.bounds[::2]
     assert (bounds.diff()[2:] == 2 + 4).all()
+
+
+def useful_share(tree, block_rows, tile_keys):
+    """Pairs of a row and a key that it sees, of all pairs in the blocks and tiles that are computed."""
+    order = depth_first(tree)
+    parts = row_parts(tree, block_rows, tile_keys)
+    computed = sum(int(plan.tiles_of_block.bounds[-1]) * size * tile_keys for size, plan in parts)
+    return (order.end_row - order.first_row).sum() / computed
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "of_a_step", "of_training"), [(1024, 0.935, 0.945), (256, 0.79, 0.81)], ids=["1024", "256"]
+)
+def test_blocks_and_tiles_of_images_are_full(num_tokens, of_a_step, of_training):
+    """Show-o's images with the tokens before and after them: 32 guided ones of prompts of 20 tokens, and pairs' win and
+    lose. At 256 tokens more cannot be had: of 278 keys 22 have a tile of 64, and of 258 rows 2 a block of 16."""
+    image, prompt = [0] * (num_tokens + 2), [0] * 20
+    prompts = SpanTree.build([*[(prompt, -1, "causal")] * 4, ([0] * 2, -1, "causal")])
+    step = prompts.extend([(image, k // 8, "full") for k in range(32)] + [(image, 4, "full")] * 32)
+    pairs = [(prompt, -1, "causal"), (image, 0, "full"), (image, 0, "full")]
+    pairs = SpanTree.build([(ids, -1 if parent < 0 else 3 * k, mode) for k in range(4) for ids, parent, mode in pairs])
+    assert useful_share(step, 128, 64) >= of_a_step
+    assert useful_share(pairs, 128, 64) >= of_training
+
+
+def test_a_decoding_step_fills_the_device():
+    """64 captions of 6.4 images: at least two programs for each of an H100's 132 multiprocessors."""
+    launches = pytest.importorskip("hermesflow.kernels.span_attention.span_attention_triton")
+    tree = SpanTree.build([([0] * 1027, -1, "full")] * 7)
+    tree = tree.extend([([0], caption // 10, "causal") for caption in range(64)], reserve=24)
+    tree = tree.decode(range(7, 71), torch.zeros(64, dtype=torch.int64), torch.full((64,), 2))
+    launch = launches._fit(tree, launches._launches(torch.bfloat16, 64).forward)
+    ((block_rows, plan),) = row_parts(tree, launch.block_rows, launch.tile_keys)
+    num_programs = len(plan.rows) // block_rows * 32
+    assert num_programs * launches._num_shares(num_programs, len(plan.slots) // launch.tile_keys) >= 264
 
 
 def test_plans_are_shared_by_trees_of_one_structure():
