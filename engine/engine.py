@@ -83,7 +83,9 @@ class Engine:
     @property
     def max_sequences(self) -> int:
         """Image spans that one pass of generate computes: what free memory holds and speed asks for."""
-        return max(2, self._planner.max_tokens("images", _MOST_IMAGE_TOKENS) // self.layout.image_length)
+        length = self.layout.image_length
+        most = {device: max(2, round(tokens / length)) * length for device, tokens in _MOST_IMAGE_TOKENS.items()}
+        return max(2, self._planner.max_tokens("images", most) // length)
 
     @property
     def max_tokens(self) -> int:

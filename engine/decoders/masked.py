@@ -6,7 +6,8 @@ the head runs on the masked positions and on the image codes only. Codes that ar
 (inpainting); they stand in both branches.
 
 All steps after the first work on tensors that stay where they are and never wait for the device, so that on CUDA they
-are one graph, which the next batches of the same shapes replay.
+are one graph, which the next batches of the same shapes replay. A pass that computes for longer than its kernels take to
+launch has none: it would cost memory, and a plan of the largest size.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ Start = tuple[Prompt, tuple[int, ...]]
 Step = tuple[int, int, int, float]
 """(step, tokens masked before it, tokens masked after it, temperature of the re-masking noise)."""
 
+_HIDES_LAUNCHES = 4e11
+"""Tokens of a pass times parameters of a block, beyond which a block takes a millisecond of an H100 and its kernels are
+launched in less (a prediction, not measured)."""
 MOST = 1e6
 """Of temperatures and guidance: beyond it, and below its inverse, logits leave what fp32 can hold."""
 logger = logging.getLogger(__name__)
@@ -176,11 +180,13 @@ class ImageDecoder:
         codes = known_codes.to(flat_seeds.device, torch.int64).repeat_interleave(num_images, 0)
         found = {"codes": codes} | {name: _blank(name, codes, params.num_steps) for name in names if name != "codes"}
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
-        graphs = device_graph.captures(flat_seeds.device)
+        halves = 2 if params.guidance_scale else 1
+        batches = self._batches(starts, max(1, max_sequences // halves))
+        graphs = self._takes_graph(halves * max(map(len, batches), default=0))
 
         def draw(rows: list[int]) -> None:
             of_rows = ([of_all[row] for row in rows] if of_all else [] for of_all in (starts, unguided))
-            batch = _Batch(self.transformer, self.layout, *of_rows)
+            batch = _Batch(self.transformer, self.layout, *of_rows, fixed=graphs)
             session = self._session_of(batch, params)
             # Indexed by a tensor: a list would wait for the device in between.
             index = torch.tensor(rows, device=codes.device)
@@ -190,9 +196,8 @@ class ImageDecoder:
                 values[index] = session.state[name]
             self._keep(session)
 
-        batches = self._batches(starts, max_sequences, params)
         for rows in progress(batches) if graphs else batches:
-            self._draw_within_memory(rows, draw, 2 if params.guidance_scale else 1)
+            self._draw_within_memory(rows, draw, halves)
         if not graphs:
             self.release()
         for row, step in enumerate(failed_steps.tolist()):
@@ -209,14 +214,24 @@ class ImageDecoder:
         if self.transformer.embed.weight.is_cuda:
             torch.cuda.empty_cache()
 
-    def _batches(self, starts: list[Start], max_sequences: int, params: ImageSamplingParams) -> list[list[int]]:
-        """Rows that are drawn together: all of them have as many tokens to draw, so that shapes agree."""
-        batch = max(1, max_sequences // (2 if params.guidance_scale else 1))
+    def _takes_graph(self, num_sequences: int) -> bool:
+        """Whether the steps of a pass over so many image spans are captured."""
+        tokens = num_sequences * self.layout.image_length
+        parameters = sum(weight.numel() for weight in self.transformer.blocks[0].parameters())
+        return device_graph.captures(self.transformer.embed.weight.device) and tokens * parameters < _HIDES_LAUNCHES
+
+    @staticmethod
+    def _batches(starts: list[Start], most: int) -> list[list[int]]:
+        """Rows that are drawn together, as even as can be, so that shapes agree: each has as many tokens to draw."""
         rows_of: dict[int, list[int]] = {}
         for row, (_, known) in enumerate(starts):
             rows_of.setdefault(known.count(-1), []).append(row)
         rows_of.pop(0, None)  # nothing to draw
-        return [rows[start : start + batch] for rows in rows_of.values() for start in range(0, len(rows), batch)]
+        batches = []
+        for rows in rows_of.values():
+            size = -(-len(rows) // -(-len(rows) // most))
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+        return batches
 
     def _draw_within_memory(self, rows: list[int], draw: Callable[[list[int]], None], halves: int) -> None:
         """draw(rows), cut into parts that fit in memory; what is drawn again comes out the same."""
@@ -266,12 +281,16 @@ class _Batch:
     Equal starts share a span, of either half.
     """
 
-    def __init__(self, transformer: Transformer, layout: Layout, starts: list[Start], unguided: list[Start]) -> None:
+    def __init__(
+        self, transformer: Transformer, layout: Layout, starts: list[Start], unguided: list[Start], *, fixed: bool
+    ) -> None:
         """
         Args:
             transformer, layout: the model.
             starts: of B images.
             unguided: those of their unconditional halves, with the same codes; empty without guidance.
+            fixed: whether a graph is captured. Prompts differ from batch to batch, and it must find tensors of the same
+                sizes.
         """
         device = transformer.embed.weight.device
         self.starts, self.num_unknown = starts, starts[0][1].count(-1)
@@ -281,8 +300,6 @@ class _Batch:
         spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
         images = {start: (layout.image(start[1]), of_prompt[start[0]], layout.image_mode) for start in of_start}
         self.prefill = SpanTree.build([*spans, *images.values()], device)
-        # Prompts differ from batch to batch; a captured graph must find tensors of the same sizes.
-        fixed = device_graph.captures(device)
         self.tree = SpanTree.build(spans, device, fixed=fixed).extend([images[start] for start in starts + unguided])
         self.num_shared = len(images)
         self.rows = torch.tensor([of_start[start] for start in starts], device=device)
@@ -317,7 +334,11 @@ class _Session:
         self.cache = self.transformer.new_cache(-(-batch.tree.capacity // 1024) * 1024)
         # By a weak reference, since memory must be free as soon as the session is dropped, not after a collection.
         later_steps = weakref.WeakMethod(self._later_steps)
-        self.graph = device_graph.DeviceGraph(lambda: later_steps()(), device)
+
+        def run() -> None:
+            later_steps()()
+
+        self.run_later_steps = device_graph.DeviceGraph(run, device) if batch.tree.fixed else run
 
     def takes(self, batch: _Batch) -> bool:
         """Whether the batch fits in here; its tree then stands in place of the last one's."""
@@ -335,7 +356,7 @@ class _Session:
         steps = iter(progress(self.steps))
         self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
         self._later = steps
-        self.graph()
+        self.run_later_steps()
 
     def _later_steps(self) -> None:
         for step in self._later:

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from hermesflow.engine.decoders import masked
 from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams
 from hermesflow.engine.kv_cache import KVCache
 from hermesflow.engine.transformer import Transformer
@@ -256,6 +257,19 @@ def test_last_batch_is_not_captured_and_the_graph_stays(naive, recorded_graphs, 
             assert torch.equal(decoder.generate([[3, 4]], seeds, PARAMS, max_sequences=4), expected)
             assert len(forward_calls) == (3 * 6 if call == 0 else 1 + 1 + 6)
     assert len(recorded_graphs) == 1
+
+
+@pytest.mark.parametrize(("num_images", "sizes"), [(32, [16, 16]), (33, [11, 11, 11]), (17, [9, 8]), (3, [3])], ids=str)
+def test_passes_are_even(naive, num_images, sizes):
+    starts = [((3, 4), (-1,) * 4)] * num_images
+    assert [len(rows) for rows in ImageDecoder._batches(starts, 16)] == sizes
+
+
+def test_a_pass_that_hides_its_launches_has_no_graph(naive, recorded_graphs, monkeypatch):
+    monkeypatch.setattr(masked, "_HIDES_LAUNCHES", 0)
+    transformer, prompts, seeds = naive.tiny_model(), [[3, 4], [5], [3, 4, 6]], torch.arange(6).view(3, 2)
+    got = decode(naive, transformer, prompts, seeds, PARAMS, max_sequences=4)
+    assert torch.equal(got, expected_codes(naive, transformer, prompts, seeds, PARAMS)) and not recorded_graphs
 
 
 def test_another_way_of_drawing_replaces_the_graph(naive, recorded_graphs):
