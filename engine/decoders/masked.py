@@ -6,8 +6,8 @@ the head runs on the masked positions and on the image codes only. Codes that ar
 (inpainting); they stand in both branches.
 
 All steps after the first work on tensors that stay where they are and never wait for the device, so that on CUDA they
-are one graph, which the next batches of the same shapes replay. A pass that computes for longer than its kernels take to
-launch has none: it would cost memory, and a plan of the largest size.
+are one graph, which the next batches of the same shapes replay. A pass that computes for longer than its kernels take
+to launch has none: it would cost memory, and a plan of the largest size.
 """
 
 from __future__ import annotations
