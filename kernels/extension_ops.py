@@ -63,7 +63,7 @@ linear_logprob_blocked.KERNELS["extension"] = linear_logprob_blocked.with_epilog
 def linear_logprob(
     x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int, return_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Backends "cuda" and "cpu" of kernels/linear_logprob.py: log-probability and, if asked for, entropy."""
+    """Backend "cpu" of kernels/linear_logprob.py: log-probability and, if asked for, entropy."""
     return linear_logprob_blocked.linear_logprob("extension", x, weight, target, bias, ignore_index, return_entropy)
 
 
@@ -97,7 +97,7 @@ def pair_dpo(
     length_normalize: bool = False,
     pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Backends "cuda" and "cpu" of kernels/pair_dpo.py."""
+    """Backend "cpu" of kernels/pair_dpo.py."""
     settings = (num_pairs, beta, loss_type, label_smoothing, length_normalize)
     return _PairDPO.apply(policy_logprob, reference_logprob, segment, pair_weight, *settings)
 

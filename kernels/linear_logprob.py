@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hermesflow.kernels import registry
-from hermesflow.kernels.checks import check_tensor, not_on, not_on_cuda_device, not_on_triton_device
+from hermesflow.kernels.checks import check_tensor, not_on, not_on_triton_device
 from hermesflow.kernels.token_logprob import LOGPROB_DTYPES, check_target, token_logprob_reference
 
 OP = "linear_logprob"
@@ -41,8 +41,8 @@ def linear_logprob(
         bias: [V], dtype and device of x, or None.
         ignore_index: target of the rows to skip; such a row of x may hold anything, NaN included.
         return_entropy: also return the entropy of each row's distribution.
-        backend: "cuda" and "cpu" (blocks of logits by the library's matmul, then a fused kernel), "chunked" (the same
-            with Triton's), "triton" (matmul and softmax in one kernel) or "torch"; None takes the first that can run.
+        backend: "triton" and "cpu" (blocks of logits by the library's matmul, then a fused kernel) or "torch"; None
+            takes the first that can run.
     Returns: fp32 [T] (fp64 for fp64 inputs), 0 where ignored; NaN for a target out of range where no check could read
         it (on a GPU, under torch.compile). Differentiable in x, weight and bias; with fp16 inputs on a GPU the
         logits' gradient is fp16, so that its parts below 6e-8 vanish. With return_entropy (logprob, entropy); entropy
@@ -116,26 +116,14 @@ def _refusal(x: Tensor, not_on_device: Callable[..., str | None], tensors: tuple
     return "the kernels compute in fp32, x is fp64" if x.dtype == torch.float64 else not_on_device(x, *tensors)
 
 
-def _cuda_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
-    return _refusal(x, not_on_cuda_device, (weight, target, bias))
-
-
-def _chunked_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
-    return _refusal(x, not_on_triton_device, (weight, target, bias))
-
-
 def _triton_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
-    return _refusal(x, functools.partial(not_on_triton_device, with_dot=True), (weight, target, bias))
+    return _refusal(x, not_on_triton_device, (weight, target, bias))
 
 
 def _cpu_can_run(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: object) -> str | None:
     return _refusal(x, functools.partial(not_on, "cpu"), (weight, target, bias))
 
 
-# The order on a GPU is a guess, unmeasured: cuBLAS with a fused kernel before Triton's own matmul. Forward and backward
-# of "cuda", "chunked" and "triton" side by side at T 16384, D 2048, V 58498, bf16 would settle it.
-registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:linear_logprob", _cuda_can_run)
-registry.register(OP, "chunked", "hermesflow.kernels.linear_logprob_triton:chunked", _chunked_can_run)
-registry.register(OP, "triton", "hermesflow.kernels.linear_logprob_triton:fused", _triton_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.linear_logprob_triton:linear_logprob", _triton_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:linear_logprob", _cpu_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.linear_logprob:linear_logprob_reference", lambda *_, **__: None)

@@ -74,16 +74,14 @@ def _cuda_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: obje
 
 
 def _triton_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:
-    return not_on_triton_device(hidden, weight, bias, with_dot=True)
+    return not_on_triton_device(hidden, weight, bias)
 
 
 def _cpu_can_run(hidden: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> str | None:
     return not_on("cpu", hidden, weight, bias)
 
 
-# cuda before triton is a guess until both are timed on a GPU: cuBLAS is the faster matmul, the fused epilogue saves the
-# logits' way through memory.
-registry.register(OP, "cuda", "hermesflow.kernels.linear_sample_blocked:linear_sample", _cuda_can_run)
-registry.register(OP, "cpu", "hermesflow.kernels.linear_sample_blocked:linear_sample", _cpu_can_run)
-registry.register(OP, "triton", "hermesflow.kernels.linear_sample_triton:linear_sample", _triton_can_run)
+registry.register(OP, "cuda", "hermesflow.kernels.linear_sample_blocked:by_extension", _cuda_can_run)
+registry.register(OP, "cpu", "hermesflow.kernels.linear_sample_blocked:by_extension", _cpu_can_run)
+registry.register(OP, "triton", "hermesflow.kernels.linear_sample_blocked:by_triton", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.linear_sample:linear_sample_reference", lambda *_, **__: None)

@@ -1,15 +1,16 @@
-"""Backends "cuda" and "cpu" of linear_sample: a library matmul per block of rows, guided_sample's kernel on its logits.
+"""Backends of linear_sample but torch: a library matmul per block of rows, guided_sample's kernel on its logits.
 
-The kernel adds the bias where it reads the logits, so that they are written once and read once. A block's fp32 logits
-are all the memory that is needed. torch.compile sees one opaque op.
+The kernel of C++ or CUDA adds the bias where it reads the logits, so that they are written once and read once. A
+block's fp32 logits are all the memory that is needed. torch.compile sees one opaque op.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hermesflow.kernels.extension_ops import guided_sample
 from hermesflow.kernels.matmul import logits_of
 from hermesflow.kernels.philox import RandomKey
 
@@ -19,11 +20,29 @@ WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
 @torch.no_grad()
-def linear_sample(
+def by_extension(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature: float, key: RandomKey
 ) -> tuple[Tensor, Tensor]:
-    """kernels/linear_sample.py states arguments and returns."""
-    return _linear_sample(hidden, weight, bias, temperature, *key)
+    """Backends "cuda" and "cpu" of kernels/linear_sample.py."""
+    return _linear_sample(hidden, weight, bias, temperature, *key, "extension")
+
+
+@torch.no_grad()
+def by_triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature: float, key: RandomKey
+) -> tuple[Tensor, Tensor]:
+    """Backend "triton" of kernels/linear_sample.py."""
+    return _linear_sample(hidden, weight, bias, temperature, *key, "triton")
+
+
+def _draw(logits: Tensor, bias: Tensor | None, kernel: str, **options: Any) -> tuple[Tensor, Tensor]:
+    if kernel == "extension":
+        from hermesflow.kernels.extension_ops import guided_sample
+
+        return guided_sample(logits, None, guidance_scale=0.0, bias=bias, **options)
+    from hermesflow.kernels.guided_sample_triton import guided_sample
+
+    return guided_sample(logits if bias is None else logits.add_(bias), None, guidance_scale=0.0, **options)
 
 
 @torch.library.custom_op("hermesflow::linear_sample", mutates_args=())
@@ -35,6 +54,7 @@ def _linear_sample(
     seed: Tensor,
     step: Tensor,
     position: Tensor,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     bias = None if bias is None else bias.float()
@@ -47,14 +67,13 @@ def _linear_sample(
         key = RandomKey(seed[rows], step[rows] if step.dim() else step, position[rows])
         with torch.autocast(hidden.device.type, enabled=False):
             # No name for the logits: it would hold this block while the next one is made.
-            token[rows], logprob[rows] = guided_sample(
-                logits_of(hidden[rows], weight), None, guidance_scale=0.0, temperature=temperature, key=key, bias=bias
-            )
+            drawn = _draw(logits_of(hidden[rows], weight), bias, kernel, temperature=temperature, key=key)
+        token[rows], logprob[rows] = drawn
     return token, logprob
 
 
 @_linear_sample.register_fake
-def _linear_sample_fake(hidden, weight, bias, temperature, seed, step, position):
+def _linear_sample_fake(hidden, weight, bias, temperature, seed, step, position, kernel):
     return _empty(hidden)
 
 

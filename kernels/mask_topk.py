@@ -12,12 +12,10 @@ from hermesflow.kernels.checks import (
     check_tensor,
     not_on,
     not_on_cuda_device,
-    not_on_triton_device,
 )
 from hermesflow.kernels.philox import MASK_STREAM, RandomKey, gumbel, random_words
 
 OP = "mask_topk"
-MAX_TRITON_TOKENS = 16384
 
 
 def mask_topk(
@@ -37,7 +35,7 @@ def mask_topk(
         num_masked: int64 [B]; cut to 0 .. the row's number of unknown tokens.
         temperature: of the noise, one number or fp32 [B]; 0 is no noise.
         key: RandomKey of B rows on logprob's device; its position is not used.
-        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
+        backend: "cuda", "cpu" or "torch"; None takes the first that can run.
     Returns: masked bool [B, N]; on equal scores the lower index is masked first.
     Raises: ValueError on shapes, dtypes or devices; BackendError if the named backend cannot run.
     Source: re-masking of MaskGIT (arXiv 2202.04200), section 3.2, with the noise of its published code.
@@ -79,13 +77,6 @@ def _cpu_can_run(logprob: Tensor, *_: object, **__: object) -> str | None:
     return not_on("cpu", logprob)
 
 
-def _triton_can_run(logprob: Tensor, *_: object, **__: object) -> str | None:
-    if logprob.shape[1] > MAX_TRITON_TOKENS:
-        return f"a program keeps a row of at most {MAX_TRITON_TOKENS} tokens in registers, got {logprob.shape[1]}"
-    return not_on_triton_device(logprob)
-
-
 registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:mask_topk", _cuda_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:mask_topk", _cpu_can_run)
-registry.register(OP, "triton", "hermesflow.kernels.mask_topk_triton:mask_topk", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.mask_topk:mask_topk_reference", lambda *_, **__: None)

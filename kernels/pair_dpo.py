@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hermesflow.kernels import LOSS_TYPES, registry
-from hermesflow.kernels.checks import can_read_values, check_tensor, not_on, not_on_cuda_device, not_on_triton_device
+from hermesflow.kernels.checks import can_read_values, check_tensor, not_on, not_on_triton_device
 
 OP = "pair_dpo"
 
@@ -89,8 +89,8 @@ def pair_dpo(
         label_smoothing: s in [0, 0.5), for "sigmoid" and "robust".
         length_normalize: take the mean over each side's tokens instead of the sum.
         pair_weight: weight of each pair, at least 0, dtype and device of policy_logprob [P]; None is 1 each.
-        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run. "cuda" and "triton" read all T
-            segments once a pair, from cache; they are meant for up to some hundred pairs.
+        backend: "triton", "cpu" or "torch"; None takes the first that can run. "triton" reads all T segments once a
+            pair, from cache; it is meant for up to some hundred pairs.
     Returns: PairDPOOutput in policy_logprob's dtype; loss is differentiable in policy_logprob.
     Raises: ValueError on shapes, dtypes, devices, settings or, on the CPU, segments or weights out of range;
         BackendError if the named backend cannot run.
@@ -189,10 +189,6 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (weight * values).sum() / torch.where(total > 0, total, 1.0)
 
 
-def _cuda_can_run(*args: object, pair_weight: Tensor | None = None, **_: object) -> str | None:
-    return not_on_cuda_device(*args[:3], pair_weight)
-
-
 def _cpu_can_run(*args: object, pair_weight: Tensor | None = None, **_: object) -> str | None:
     return not_on("cpu", *args[:3], pair_weight)
 
@@ -201,7 +197,6 @@ def _triton_can_run(*args: object, pair_weight: Tensor | None = None, **_: objec
     return not_on_triton_device(*args[:3], pair_weight)
 
 
-registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:pair_dpo", _cuda_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:pair_dpo", _cpu_can_run)
 registry.register(OP, "triton", "hermesflow.kernels.pair_dpo_triton:pair_dpo", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.pair_dpo:pair_dpo_reference", lambda *_, **__: None)

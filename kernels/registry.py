@@ -24,7 +24,6 @@ ENVIRONMENT_CHECKS: dict[str, Callable[[], str | None]] = {
     "cuda": checks.cuda_missing,
     "cpu": checks.cpu_missing,
     "triton": checks.triton_missing,
-    "chunked": checks.triton_missing,
     "flash_attn": checks.flash_attn_missing,
     "xformers": checks.xformers_missing,
 }

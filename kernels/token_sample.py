@@ -14,7 +14,6 @@ from hermesflow.kernels.checks import (
     check_tensor,
     not_on,
     not_on_cuda_device,
-    not_on_triton_device,
 )
 from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.sampling import argmax_rows, sample_tiles
@@ -44,7 +43,7 @@ def token_sample(
             one, and those that tie with the last of them; 1 is off.
         min_p: fp32 [R] in [0, 1]; keeps the ids with at least min_p times the largest probability; 0 is off.
         key: RandomKey of R rows on logits' device.
-        backend: "cuda", "cpu", "triton" or "torch"; None takes the first that can run.
+        backend: "cuda", "cpu" or "torch"; None takes the first that can run.
     Returns: token int64 [R] and its log-probability fp32 [R] under the filtered distribution, made to sum to 1 again
         (temperature 0: under softmax(logits)). Token -1 and NaN in rows that hold NaN or +inf, or nothing but -inf.
     Raises: ValueError on shapes, dtypes, devices or, on the CPU, settings out of range; BackendError if the named
@@ -119,11 +118,6 @@ def _cpu_can_run(logits: Tensor, **_: object) -> str | None:
     return not_on("cpu", logits)
 
 
-def _triton_can_run(logits: Tensor, **_: object) -> str | None:
-    return not_on_triton_device(logits)
-
-
 registry.register(OP, "cuda", "hermesflow.kernels.extension_ops:token_sample", _cuda_can_run)
 registry.register(OP, "cpu", "hermesflow.kernels.extension_ops:token_sample", _cpu_can_run)
-registry.register(OP, "triton", "hermesflow.kernels.token_sample_triton:token_sample", _triton_can_run)
 registry.register(OP, "torch", "hermesflow.kernels.token_sample:token_sample_reference", lambda *_, **__: None)

@@ -25,11 +25,11 @@ if "HERMESFLOW_TEST_EXTENSION" in os.environ and "hermesflow.kernels._C" not in 
 
 from hermesflow.kernels import checks, registry  # noqa: E402 - after the extension that it is to find
 
-GPU_BACKENDS, LIBRARIES = ("cuda", "triton", "chunked"), ("flash_attn", "xformers")
+GPU_BACKENDS, LIBRARIES = ("cuda", "triton"), ("flash_attn", "xformers")
 # Ops whose Triton kernels multiply matrices in bf16 or round to it, both of which the interpreter does wrongly.
-NO_BF16 = ("linear_sample", "linear_logprob", "span_attention", "token_logprob")
+NO_BF16 = ("linear_logprob", "span_attention", "token_logprob")
 INTERPRETED, EMULATED = checks.triton_interprets(), checks.cuda_emulated()
-ONLY = ("triton", "chunked") if INTERPRETED else ("cuda",) if EMULATED else None  # of a process without a GPU
+ONLY = ("triton",) if INTERPRETED else ("cuda",) if EMULATED else None  # of a process without a GPU
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -355,22 +355,15 @@ def test_gradcheck(set_blocks):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_a_block_in_low_precision(dtype, backend, device):
     """dz is rounded once, from fp32, to the dtype that a GPU's next matmuls take."""
-    if backend not in ("cuda", "chunked", "triton"):
+    if backend != "triton":
         pytest.skip("its matmuls take fp32")
-    if backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("Triton's interpreter is wrong for a bf16 matmul")
     (x, weight, bias), target, grad = make_case(5, 16, 70, torch.float32, device=device)
     x, weight = x.to(dtype), weight.to(dtype)
     logits = F.linear(x.float(), weight.float())
     lse = (logits + bias).logsumexp(1)
     first, out = 20, torch.full((5, 33), float("nan"), dtype=dtype, device=device)[:, :27]
-    kernels = driver.KERNELS[{"cuda": "extension"}.get(backend, backend)]
     ids = slice(first, first + 27)
-    if backend == "triton":
-        out = kernels.gradient(x, weight[ids], bias[ids], target, lse, grad, first)
-    else:
-        (epilogue,) = kernels.gradient.args
-        epilogue(logits[:, ids], bias[ids], target, lse, grad, first, out)
+    driver.KERNELS[backend].gradient.args[0](logits[:, ids], bias[ids], target, lse, grad, first, out)
     one_hot = F.one_hot(target, 70)
     expected = (grad[:, None] * (one_hot - (logits + bias - lse[:, None]).exp()))[:, ids]
     torch.testing.assert_close(out.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -452,8 +445,7 @@ def test_backends_that_cannot_run_say_why():
     reasons = dict(registry.explain(OP, x, x, target, bias=None))
     assert reasons["torch"] is None
     assert reasons["cpu"] == (checks.cpu_missing() or "the kernels compute in fp32, x is fp64")
-    for name in ("chunked", "triton"):
-        assert reasons[name] == (checks.triton_missing() or "the kernels compute in fp32, x is fp64")
+    assert reasons["triton"] == (checks.triton_missing() or "the kernels compute in fp32, x is fp64")
 
 
 X, W, B, Y = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5), torch.zeros(4, dtype=torch.int64)

@@ -127,7 +127,7 @@ def test_no_logits_are_kept(small_blocks, peak_bytes, backend, device):
 
     draw()  # what is made once is not counted
     # The reference holds about six temporaries of a block's size, Triton's interpreter its own copies of the arguments.
-    blocks = {"torch": 8, "triton": 8}.get(backend, 1)
+    blocks = {"torch": 8}.get(backend, 1)
     assert peak_bytes(draw) < blocks * 50 * 256 * 4 + 64 * 1000
 
 
@@ -217,7 +217,7 @@ def test_compiles_as_a_whole(backend, device):
 def test_opcheck():
     hidden, weight, bias, key = make_case(6, 16, 300)
     sample(hidden, weight, bias, key=key, backend="cpu")  # loads the op
-    torch.library.opcheck(torch.ops.hermesflow.linear_sample.default, (hidden, weight, bias, 0.8, *key))
+    torch.library.opcheck(torch.ops.hermesflow.linear_sample.default, (hidden, weight, bias, 0.8, *key, "extension"))
 
 
 H, W, B = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5)
