@@ -1,4 +1,4 @@
-# make demo   set everything up and play three rounds of self-play; ends with a table and a page
+# make demo   set everything up and play two rounds of self-play; ends with a table and a page
 # make test   set everything up, check the style and run the tests
 # Options: PYTHON=python3.12 (3.11 to 3.13), TORCH_INDEX_URL=https://... (where torch alone comes from), VENV=folder
 
@@ -24,7 +24,7 @@ help:
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/hermesflow selfplay run.name=demo
+	$(BIN)/hermesflow selfplay --config docs/demo.toml run.name=demo
 
 # One worker a core, each in one thread (tests/conftest.py); one that is done takes over what another has left.
 WORKERS := -n auto --maxprocesses 8 --dist worksteal

@@ -22,6 +22,7 @@ MAX_BLOCK_TILES = 16
 def _load_logits(
     cond_ptr,
     uncond_ptr,
+    bias_ptr,
     offs,
     vocab_size,
     stride_cv,
@@ -29,10 +30,13 @@ def _load_logits(
     guidance_scale,
     inverse_temperature,
     HAS_UNCOND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """Guided, tempered fp32 logits at ids offs; -inf past the vocabulary."""
     inside = offs < vocab_size
     logits = tl.load(cond_ptr + offs * stride_cv, mask=inside, other=-float("inf")).to(tl.float32)
+    if HAS_BIAS:
+        logits += tl.load(bias_ptr + offs, mask=inside, other=0.0)
     if HAS_UNCOND:
         uncond = tl.load(uncond_ptr + offs * stride_uv, mask=inside, other=0.0).to(tl.float32)
         guided = (1 + guidance_scale) * logits - guidance_scale * uncond
@@ -45,6 +49,7 @@ def _load_logits(
 def _guided_sample_kernel(
     cond_ptr,
     uncond_ptr,
+    bias_ptr,
     seed_ptr,
     step_ptr,
     position_ptr,
@@ -62,6 +67,7 @@ def _guided_sample_kernel(
     inverse_temperature,
     STREAM: tl.constexpr,
     HAS_UNCOND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     GREEDY: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -81,6 +87,7 @@ def _guided_sample_kernel(
         logits = _load_logits(
             cond_ptr,
             uncond_ptr,
+            bias_ptr,
             offs,
             vocab_size,
             stride_cv,
@@ -88,12 +95,23 @@ def _guided_sample_kernel(
             guidance_scale,
             inverse_temperature,
             HAS_UNCOND,
+            HAS_BIAS,
         )
         state = add_tiles(logits, tile, state, seed, step, position, GREEDY, STREAM)
 
     offs = state[1] * TILE + offs_in_tile
     logits = _load_logits(
-        cond_ptr, uncond_ptr, offs, vocab_size, stride_cv, stride_uv, guidance_scale, inverse_temperature, HAS_UNCOND
+        cond_ptr,
+        uncond_ptr,
+        bias_ptr,
+        offs,
+        vocab_size,
+        stride_cv,
+        stride_uv,
+        guidance_scale,
+        inverse_temperature,
+        HAS_UNCOND,
+        HAS_BIAS,
     )
     token, logprob = draw_in_tile(logits, state, seed, step, position, GREEDY, STREAM, TILE)
     tl.store(token_ptr + row, token)
@@ -101,9 +119,15 @@ def _guided_sample_kernel(
 
 
 def guided_sample(
-    cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, temperature: float, key: RandomKey
+    cond: Tensor,
+    uncond: Tensor | None,
+    *,
+    guidance_scale: float,
+    temperature: float,
+    key: RandomKey,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The "triton" backend of kernels/guided_sample.py."""
+    """The "triton" backend of kernels/guided_sample.py; bias, contiguous fp32 [V], is added to cond."""
     num_rows, vocab_size = cond.shape
     token = torch.empty(num_rows, dtype=torch.int64, device=cond.device)
     logprob = torch.empty(num_rows, dtype=torch.float32, device=cond.device)
@@ -113,6 +137,7 @@ def guided_sample(
     _guided_sample_kernel[(num_rows,)](
         cond,
         other,
+        cond if bias is None else bias,
         key.seed,
         key.step,
         key.position,
@@ -128,6 +153,7 @@ def guided_sample(
         1.0 / temperature if temperature else 1.0,
         STREAM=TOKEN_STREAM,
         HAS_UNCOND=uncond is not None,
+        HAS_BIAS=bias is not None,
         GREEDY=temperature == 0,
         TILE=SAMPLE_TILE,
         BLOCK_TILES=min(MAX_BLOCK_TILES, triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLE_TILE))),
@@ -137,11 +163,11 @@ def guided_sample(
 
 def _production(dtype: str, vocab_size: str) -> tuple:
     arguments = {
-        "cond_ptr": f"*{dtype}", "uncond_ptr": f"*{dtype}", "seed_ptr": "*i64", "step_ptr": "*i64",
+        "cond_ptr": f"*{dtype}", "uncond_ptr": f"*{dtype}", "bias_ptr": "*fp32", "seed_ptr": "*i64", "step_ptr": "*i64",
         "position_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32", "vocab_size": vocab_size,
         "stride_cr": "i32:16", "stride_cv": 1, "stride_ur": "i32:16", "stride_uv": 1, "stride_seed": 1,
         "stride_step": "i32", "stride_position": 1, "guidance_scale": "fp32", "inverse_temperature": "fp32",
-        "STREAM": TOKEN_STREAM, "HAS_UNCOND": True, "GREEDY": False, "TILE": SAMPLE_TILE,
+        "STREAM": TOKEN_STREAM, "HAS_UNCOND": True, "HAS_BIAS": dtype == "fp32", "GREEDY": False, "TILE": SAMPLE_TILE,
         "BLOCK_TILES": MAX_BLOCK_TILES,
     }  # fmt: skip
     return _guided_sample_kernel, arguments, {"num_warps": 4}

@@ -1,12 +1,14 @@
-"""Driver of every backend of linear_logprob but torch: it walks blocks of the logits and keeps none of them.
+"""Driver of every backend of linear_logprob but torch: it walks blocks of the logits.
 
     z[t, v]  = x[t] . weight[v] + bias[v]                  lse[t] = log sum_v exp(z[t, v])
     dz[t, v] = grad_logprob[t] * ((v == target[t]) - exp(z[t, v] - lse[t]))
     grad_x[t] = sum_v dz[t, v] weight[v]      grad_weight[v] = sum_t dz[t, v] x[t]      grad_bias[v] = sum_t dz[t, v]
 
-Forward: each block of z goes into four running values a row. Backward: each block of z is computed again and becomes
-dz, from which two matmuls make its part of the gradients. Saved in between are the inputs and lse. Every sum is fp32;
-dz is rounded to x's dtype for the matmuls, save on the CPU, whose matmuls all take fp32. A backend brings the two steps
+Forward: each block of z goes into four running values a row. Backward: each block becomes dz, from which two matmuls
+make its part of the gradients. Saved in between are the inputs, lse, and of as many rows as KEPT_BYTES hold z itself
+(CPU) or E = exp(z - maximum of its TILE ids) in x's dtype with those maxima (GPU), which spares a matmul; the blocks of
+further rows are computed again. Every sum is fp32; dz is rounded to x's dtype for the matmuls, save on the CPU, whose
+matmuls all take fp32. A rounded E costs no more than that (2^-9 of each part of dz). A backend brings the steps
 (Kernels).
 
 Blocks of the vocabulary are the outer loop and blocks of rows the inner one, so a block of grad_weight is complete when
@@ -21,7 +23,6 @@ not go into a CUDA graph. torch.compile sees two opaque ops.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ from hermesflow.kernels.matmul import logits_of, multiply, new_block
 BLOCK_ROWS = {"cuda": 4096, "cpu": 2048}
 BLOCK_IDS = {"cuda": 4096, "cpu": 2048}
 WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
+KEPT_BYTES = {"cuda": 4 << 30, "cpu": 512 << 20}
+"""Of z or E, from the forward pass to the backward pass; only where a gradient is wanted."""
+TILE = 128
+"""Ids whose z are kept by their distance to one maximum."""
 
 LARGEST, TOTAL, WEIGHTED, CHOSEN = range(4)
 """Rows of the running state, fp32 [4, T]: the maximum of z; over y = z - maximum the sums of exp(y) and of y exp(y);
@@ -71,13 +76,31 @@ class Rows:
             out.index_copy_(0, self.kept[start : start + len(values)], values.to(out.dtype))
 
 
-class Kernels(NamedTuple):
-    """The two steps that a backend brings. bias is fp32; weight and x have the dtype of the matmuls in gradient."""
+class Kept(NamedTuple):
+    """What is kept of the first rows' logits: values [R, V], and on a GPU tops fp32 [R, V / TILE], the maxima."""
 
-    forward: Callable[[Rows, Tensor, Tensor | None, Tensor, Tensor], None]
-    """(rows, weight, bias, target, state): fills the state of all rows."""
-    gradient: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, int], Tensor]
-    """(x, weight, bias, target, lse, grad_logprob, first_id): dz, in x's dtype, of a block whose ids begin there."""
+    values: Tensor
+    tops: Tensor
+
+    def block(self, rows: slice, ids: slice) -> Kept | None:
+        """Of a block; None where its rows are not kept."""
+        if rows.stop > len(self.values):
+            return None
+        tiles = slice(ids.start // TILE, -(-ids.stop // TILE))
+        return Kept(self.values[rows, ids], self.tops[rows, tiles])
+
+
+class Kernels(NamedTuple):
+    """The steps that a backend brings, for a block of fp32 logits whose ids begin at first_id; bias is fp32."""
+
+    update: Callable[[Tensor, Tensor | None, Tensor, int, Tensor, Kept | None], None]
+    """(logits, bias, target, first_id, state, kept): takes the block into the state, and keeps it."""
+    gradient: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, int, Tensor], None]
+    """(logits, bias, target, lse, grad_logprob, first_id, dz): fills dz, which may be the logits themselves."""
+    kept_gradient: Callable[[Kept, Tensor | None, Tensor, Tensor, Tensor, int, Tensor], None]
+    """(kept, bias, target, lse, grad_logprob, first_id, dz): likewise from what was kept."""
+    keeps_tops: bool
+    """Whether what is kept are distances to maxima, of TILE ids each."""
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -93,27 +116,50 @@ def linear_logprob(
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The op with KERNELS[kernels]: logprob, differentiable in x, weight and bias, and the entropy or None."""
-    logprob, _, entropy = _forward(x, weight, bias, target, ignore_index, kernels)
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    logprob, _, entropy, _, _ = _forward(x, weight, bias, target, ignore_index, kernels, wants_gradient)
     return logprob, entropy if return_entropy else None
 
 
 @torch.library.custom_op("hermesflow::linear_logprob", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, kernels: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, lse and entropy, fp32 [T], 0 in ignored rows."""
-    rows = Rows(x, target, ignore_index)
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, kernels: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, lse and entropy, fp32 [T], 0 in ignored rows; and what is kept, of labeled rows."""
+    rows, kept = Rows(x, target, ignore_index), _new_kept(x, weight, kernels, keep)
     state = torch.tensor([float("-inf"), 0.0, 0.0, float("nan")], device=x.device)[:, None].repeat(1, rows.count)
     if rows.count:
         with torch.autocast(x.device.type, enabled=False):
             wide_bias = None if bias is None else bias.float().contiguous()
-            KERNELS[kernels].forward(rows, weight, wide_bias, rows.select(target), state)
+            _fill_state(KERNELS[kernels], rows, weight, wide_bias, rows.select(target), state, kept)
     log_total = state[TOTAL].log()
     outs = tuple(x.new_zeros(x.shape[0], dtype=torch.float32) for _ in range(3))
     rows.put(outs[0], 0, (state[CHOSEN] - state[LARGEST]) - log_total)
     rows.put(outs[1], 0, state[LARGEST] + log_total)
     rows.put(outs[2], 0, log_total - state[WEIGHTED] / state[TOTAL])
-    return outs
+    return *outs, *kept
+
+
+def _new_kept(x: Tensor, weight: Tensor, kernels: str, keep: bool) -> Kept:
+    kind, dtype = ("cpu", torch.float32) if x.device.type == "cpu" else ("cuda", x.dtype)
+    keeps_tops, num_tiles = KERNELS[kernels].keeps_tops, -(-len(weight) // TILE)
+    keep = keep and not (keeps_tops and block_sizes(x.device, x.shape[1]).ids % TILE)
+    num_rows = min(len(x), KEPT_BYTES[kind] // (num_tiles * TILE * dtype.itemsize)) if keep else 0
+    values = x.new_empty(num_rows, num_tiles * TILE, dtype=dtype)[:, : len(weight)]
+    return Kept(values, x.new_empty(num_rows, num_tiles if keeps_tops else 0, dtype=torch.float32))
+
+
+def _fill_state(
+    kernels: Kernels, rows: Rows, weight: Tensor, bias: Tensor | None, target: Tensor, state: Tensor, kept: Kept
+) -> None:
+    """Takes all blocks in; the rows that are kept end a block."""
+    sizes = block_sizes(weight.device, weight.shape[1])
+    for ids in slices(0, len(weight), sizes.ids):
+        weight_block = weight[ids].to(rows.dtype).contiguous()
+        bias_block = None if bias is None else bias[ids]
+        for block in row_slices(0, rows.count, sizes.rows, len(kept.values)):
+            logits = logits_of(rows.block(block), weight_block)
+            kernels.update(logits, bias_block, target[block], ids.start, state[:, block], kept.block(block, ids))
 
 
 @torch.library.custom_op("hermesflow::linear_logprob_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -124,12 +170,14 @@ def _backward(
     bias: Tensor | None,
     target: Tensor,
     lse: Tensor,
+    kept_values: Tensor,
+    kept_tops: Tensor,
     ignore_index: int,
     kernels: str,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; empty where not needed."""
-    rows = Rows(x, target, ignore_index)
+    rows, kept = Rows(x, target, ignore_index), Kept(kept_values, kept_tops)
     sizes = block_sizes(x.device, x.shape[1])
     gradients = _Gradients(rows, weight, needed, sizes)
     vectors = [rows.select(values) for values in (target, lse, grad_logprob)]
@@ -139,10 +187,10 @@ def _backward(
             for ids in slices(0, len(weight), sizes.ids):
                 weight_block = weight[ids].to(rows.dtype).contiguous()
                 bias_block = None if wide_bias is None else wide_bias[ids]
-                for block in slices(in_pass.start, in_pass.stop, sizes.rows):
-                    x_block = rows.block(block)
-                    block_vectors = [vector[block] for vector in vectors]
-                    dz = KERNELS[kernels].gradient(x_block, weight_block, bias_block, *block_vectors, ids.start)
+                for block in row_slices(in_pass.start, in_pass.stop, sizes.rows, len(kept_values)):
+                    x_block, of_block = rows.block(block), [vector[block] for vector in vectors]
+                    kept_block = kept.block(block, ids)
+                    dz = _dz(KERNELS[kernels], x_block, weight_block, bias_block, of_block, ids.start, kept_block)
                     gradients.add(dz, x_block, weight_block, block, ids)
                 gradients.end_ids(ids)
             gradients.end_pass(in_pass)
@@ -218,64 +266,55 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, stop))
 
 
-def blocked_forward(
-    update: Callable[..., None], rows: Rows, weight: Tensor, bias: Tensor | None, target: Tensor, state: Tensor
-) -> None:
-    """Kernels.forward by update(logits, bias, target, first_id, state), which takes in one block of fp32 logits."""
-    sizes = block_sizes(weight.device, weight.shape[1])
-    for ids in slices(0, len(weight), sizes.ids):
-        weight_block = weight[ids].to(rows.dtype).contiguous()
-        bias_block = None if bias is None else bias[ids]
-        for block in slices(0, rows.count, sizes.rows):
-            logits = logits_of(rows.block(block), weight_block)
-            update(logits, bias_block, target[block], ids.start, state[:, block])
+def row_slices(start: int, stop: int, step: int, num_kept: int) -> Iterator[slice]:
+    """slices, of which none has rows that are kept and others."""
+    yield from slices(start, min(stop, num_kept), step)
+    yield from slices(max(start, num_kept), stop, step)
 
 
-def blocked_gradient(
-    epilogue: Callable[..., None],
+def _dz(
+    kernels: Kernels,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    grad_logprob: Tensor,
+    vectors: list[Tensor],
     first_id: int,
+    kept: Kept | None,
 ) -> Tensor:
-    """Kernels.gradient by epilogue(logits, bias, target, lse, grad_logprob, first_id, dz); logits may be dz itself."""
+    """dz of a block in x's dtype, from what was kept or by the matmul again."""
+    if kept is not None:
+        dz = new_block(x, weight, x.dtype)
+        kernels.kept_gradient(kept, bias, *vectors, first_id, dz)
+        return dz
     logits = logits_of(x, weight)
     dz = logits if x.dtype == torch.float32 else new_block(x, weight, x.dtype)
-    epilogue(logits, bias, target, lse, grad_logprob, first_id, dz)
+    kernels.gradient(logits, bias, *vectors, first_id, dz)
     return dz
 
 
-def with_epilogues(update: Callable[..., None], epilogue: Callable[..., None]) -> Kernels:
-    """The kernels of a backend whose matmuls are the library's."""
-    return Kernels(functools.partial(blocked_forward, update), functools.partial(blocked_gradient, epilogue))
-
-
 @_forward.register_fake
-def _forward_fake(x, weight, bias, target, ignore_index, kernels):
-    return tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+def _forward_fake(x, weight, bias, target, ignore_index, kernels, keep):
+    vectors = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+    return *vectors, *_new_kept(x, weight, kernels, keep)
 
 
 @_backward.register_fake
-def _backward_fake(grad_logprob, x, weight, bias, target, lse, ignore_index, kernels, needed):
+def _backward_fake(grad_logprob, x, weight, bias, target, lse, kept_values, kept_tops, ignore_index, kernels, needed):
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, needed, strict=True))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, target, ctx.ignore_index, ctx.kernels = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(x, weight, bias, target, lse)
-    ctx.mark_non_differentiable(lse, entropy)
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, target, ctx.ignore_index, ctx.kernels, _ = inputs
+    _, lse, entropy, *kept = output
+    ctx.save_for_backward(x, weight, bias, target, lse, *kept)
+    ctx.mark_non_differentiable(lse, entropy, *kept)
 
 
 def _differentiate(ctx: Any, grad_logprob: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, target, lse = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
-    gradients = _backward(grad_logprob, x, weight, bias, target, lse, ctx.ignore_index, ctx.kernels, needed)
-    return *(grad if wanted else None for grad, wanted in zip(gradients, needed, strict=True)), None, None, None
+    gradients = _backward(grad_logprob, *ctx.saved_tensors, ctx.ignore_index, ctx.kernels, needed)
+    return *(grad if wanted else None for grad, wanted in zip(gradients, needed, strict=True)), *(None,) * 4
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -34,8 +34,8 @@ def _add_to_state(z, largest, total, weighted):
 
 @triton.jit
 def _block_kernel(
-    logits_ptr, bias_ptr, target_ptr, state_ptr, stride_lt, stride_s, num_ids, first_id,
-    HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, bias_ptr, target_ptr, state_ptr, kept_ptr, tops_ptr, stride_lt, stride_s, stride_kt, stride_pt, num_ids,
+    first_id, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, TILE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_lt
@@ -50,6 +50,14 @@ def _block_kernel(
         if HAS_BIAS:
             z += tl.load(bias_ptr + offs_v, mask=inside, other=0.0)
         largest, total, weighted = _add_to_state(z, largest, total, weighted)
+        if KEEP:
+            tiles = tl.reshape(z, (BLOCK_V // TILE, TILE))
+            tops = tl.max(tiles, 1)
+            shift = tl.where(tops == -float("inf"), 0.0, tops)
+            kept = tl.reshape(tl.exp(tiles - shift[:, None]), (BLOCK_V,))
+            tl.store(kept_ptr + row * stride_kt + offs_v, kept.to(kept_ptr.dtype.element_ty), mask=inside)
+            offs_p = start // TILE + tl.arange(0, BLOCK_V // TILE)
+            tl.store(tops_ptr + row * stride_pt + offs_p, shift, mask=offs_p * TILE < num_ids)
     tl.store(state_ptr, largest)
     tl.store(state_ptr + stride_s, total)
     tl.store(state_ptr + 2 * stride_s, weighted)
@@ -77,23 +85,50 @@ def _block_backward_kernel(
     tl.store(dz_ptr + row * stride_dt + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _kept_backward_kernel(
+    kept_ptr, tops_ptr, target_ptr, lse_ptr, grad_ptr, dz_ptr, stride_kt, stride_pt, stride_dt, num_ids, first_id,
+    TILE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_p = tl.program_id(1) * (BLOCK_V // TILE) + tl.arange(0, BLOCK_V // TILE)
+    inside = offs_v < num_ids
+    kept = tl.load(kept_ptr + row * stride_kt + offs_v, mask=inside, other=0.0).to(tl.float32)
+    tops = tl.load(tops_ptr + row * stride_pt + offs_p, mask=offs_p * TILE < num_ids, other=0.0)
+    scale = tl.exp(tops - tl.load(lse_ptr + row))
+    probability = tl.reshape(tl.reshape(kept, (BLOCK_V // TILE, TILE)) * scale[:, None], (BLOCK_V,))
+    one_hot = tl.where(offs_v == tl.load(target_ptr + row) - first_id, 1.0, 0.0)
+    dz = tl.load(grad_ptr + row) * (one_hot - probability)
+    tl.store(dz_ptr + row * stride_dt + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
 def _block(num_ids: int) -> dict[str, int]:
-    block_v = min(MAX_BLOCK_V, triton.next_power_of_2(num_ids))
+    block_v = min(MAX_BLOCK_V, max(driver.TILE, triton.next_power_of_2(num_ids)))
     return {"BLOCK_V": block_v, "num_warps": 8 if block_v > 1024 else 4}
 
 
-def _update(logits: Tensor, bias: Tensor | None, target: Tensor, first_id: int, state: Tensor) -> None:
+def _update(
+    logits: Tensor, bias: Tensor | None, target: Tensor, first_id: int, state: Tensor, kept: driver.Kept | None
+) -> None:
     num_rows, num_ids = logits.shape
+    values, tops = (logits, logits) if kept is None else kept
     _block_kernel[(num_rows,)](
         logits,
         logits if bias is None else bias,
         target,
         state,
+        values,
+        tops,
         logits.stride(0),
         state.stride(0),
+        values.stride(0),
+        tops.stride(0),
         num_ids,
         first_id,
         HAS_BIAS=bias is not None,
+        KEEP=kept is not None,
+        TILE=driver.TILE,
         **_block(num_ids),
     )
 
@@ -119,7 +154,34 @@ def _epilogue(
     )
 
 
-driver.KERNELS["triton"] = driver.with_epilogues(_update, _epilogue)
+def _kept_gradient(
+    kept: driver.Kept,
+    bias: Tensor | None,  # is in what was kept
+    target: Tensor,
+    lse: Tensor,
+    grad_logprob: Tensor,
+    first_id: int,
+    dz: Tensor,
+) -> None:
+    num_rows, num_ids = dz.shape
+    options = _block(num_ids)
+    _kept_backward_kernel[(num_rows, triton.cdiv(num_ids, options["BLOCK_V"]))](
+        *kept,
+        target,
+        lse,
+        grad_logprob,
+        dz,
+        kept.values.stride(0),
+        kept.tops.stride(0),
+        dz.stride(0),
+        num_ids,
+        first_id,
+        TILE=driver.TILE,
+        **options,
+    )
+
+
+driver.KERNELS["triton"] = driver.Kernels(_update, _epilogue, _kept_gradient, keeps_tops=True)
 
 
 def linear_logprob(
@@ -135,10 +197,12 @@ def _production() -> list[tuple]:
     block = {
         "logits_ptr": "*fp32", **vectors, "state_ptr": "*fp32", "dz_ptr": "*bf16", "stride_lt": "i32:16",
         "stride_dt": "i32:16", "stride_s": "i32", "num_ids": "i32:16", "first_id": "i32:16", "HAS_BIAS": True,
-        "BLOCK_V": MAX_BLOCK_V,
+        "BLOCK_V": MAX_BLOCK_V, "kept_ptr": "*bf16", "tops_ptr": "*fp32", "stride_kt": "i32:16", "stride_pt": "i32",
+        "KEEP": True, "TILE": driver.TILE,
     }  # fmt: skip
     cases = [
         (_block_kernel, block),
+        (_kept_backward_kernel, block),
         (_block_backward_kernel, block),
         (_block_backward_kernel, block | {"num_ids": "i32", "dz_ptr": "*fp32"}),
     ]

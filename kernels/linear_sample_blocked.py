@@ -1,7 +1,7 @@
 """Backends of linear_sample but torch: a library matmul per block of rows, guided_sample's kernel on its logits.
 
-The kernel of C++ or CUDA adds the bias where it reads the logits, so that they are written once and read once. A
-block's fp32 logits are all the memory that is needed. torch.compile sees one opaque op.
+The kernel adds the bias where it reads the logits, so that they are written once and read once. A block's fp32 logits
+are all the memory that is needed. torch.compile sees one opaque op.
 """
 
 from __future__ import annotations
@@ -38,11 +38,9 @@ def by_triton(
 def _draw(logits: Tensor, bias: Tensor | None, kernel: str, **options: Any) -> tuple[Tensor, Tensor]:
     if kernel == "extension":
         from hermesflow.kernels.extension_ops import guided_sample
-
-        return guided_sample(logits, None, guidance_scale=0.0, bias=bias, **options)
-    from hermesflow.kernels.guided_sample_triton import guided_sample
-
-    return guided_sample(logits if bias is None else logits.add_(bias), None, guidance_scale=0.0, **options)
+    else:
+        from hermesflow.kernels.guided_sample_triton import guided_sample
+    return guided_sample(logits, None, guidance_scale=0.0, bias=bias, **options)
 
 
 @torch.library.custom_op("hermesflow::linear_sample", mutates_args=())
@@ -57,7 +55,7 @@ def _linear_sample(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    bias = None if bias is None else bias.float()
+    bias = None if bias is None else bias.float().contiguous()
     if hidden.device.type == "cpu":
         hidden, weight = hidden.float(), weight.float()  # CPU matmuls have no wider output than input
     token, logprob = _empty(hidden)

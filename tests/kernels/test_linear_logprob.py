@@ -66,6 +66,17 @@ def set_blocks(monkeypatch):
 
 
 @pytest.fixture
+def keep_rows(monkeypatch):
+    """Keep so many rows' logits of a vocabulary, fp32, for the backward pass."""
+
+    def set_bytes(num_rows, vocab_size):
+        tiles = -(-vocab_size // driver.TILE)
+        monkeypatch.setattr(driver, "KEPT_BYTES", dict.fromkeys(driver.KEPT_BYTES, num_rows * tiles * driver.TILE * 4))
+
+    return set_bytes
+
+
+@pytest.fixture
 def set_workspace(monkeypatch):
     """Make the walk's workspace so many bytes."""
     return lambda size: monkeypatch.setattr(driver, "WORKSPACE_BYTES", dict.fromkeys(driver.WORKSPACE_BYTES, size))
@@ -96,6 +107,28 @@ def test_forward_and_gradients(shape, dtype, with_bias, backend, device, set_blo
     if blocks:
         set_blocks(*blocks)
     check_against_truth(inputs if with_bias else inputs[:2], target, grad, backend, check_error_budget)
+
+
+@pytest.mark.parametrize("num_kept", [0, 5, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_kept_and_rows_that_are_not(
+    dtype, num_kept, backend, device, set_blocks, keep_rows, check_error_budget
+):
+    """Blocks of 4 rows and 128 ids, of which the first 5 rows are kept: 4 + 1, and 4 + 2 computed again."""
+    inputs, target, grad = make_case(12, 16, 310, dtype, ignored=[2], device=device)
+    set_blocks(4, 128)
+    keep_rows(num_kept, 310)
+    check_against_truth(inputs, target, grad, backend, check_error_budget)
+
+
+@pytest.mark.parametrize("num_kept", [0, 40])
+def test_a_graph_may_be_used_twice(num_kept, backend, device, keep_rows):
+    inputs, target, grad = make_case(9, 16, 200, torch.float32, device=device)
+    keep_rows(num_kept, 200)
+    inputs = [t.requires_grad_() for t in inputs]
+    logprob = call(target, backend)(*inputs)
+    first = torch.autograd.grad(logprob, inputs, grad, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(logprob, inputs, grad), first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("vocab_size", [58498, 8192])
@@ -282,9 +315,10 @@ def test_no_tensor_above_the_workspace(set_blocks, largest_tensor):
 @needs_extension
 @pytest.mark.parametrize("ignored", [[], [0, 900]], ids=["all_rows", "ignored_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_stays_in_the_workspace(dtype, ignored, set_blocks, set_workspace, peak_bytes):
+def test_memory_stays_in_the_workspace(dtype, ignored, set_blocks, set_workspace, keep_rows, peak_bytes):
     """Beside gradients and a few vectors; the logits would take 18 times the workspace."""
     num_tokens, width, vocab_size, workspace = 1000, 16, 600, 128 << 10
+    keep_rows(0, vocab_size)
     inputs, target, grad = make_case(num_tokens, width, vocab_size, dtype, ignored)
     set_blocks(64, 64)
     set_workspace(workspace)
@@ -322,8 +356,10 @@ def test_block_sizes_stay_in_the_workspace(width, device_type):
     assert grad_x + x_and_weight + blocks <= driver.WORKSPACE_BYTES[device_type]
 
 
-def test_no_logits_are_kept_for_the_backward(backend, device, set_blocks):
+@pytest.mark.parametrize("num_kept", [0, 10])
+def test_so_many_rows_are_kept_for_the_backward(num_kept, backend, device, set_blocks, keep_rows):
     num_tokens, width, vocab_size = 64, 4, 100
+    keep_rows(num_kept, vocab_size)
     inputs, target, _ = make_case(num_tokens, width, vocab_size, torch.float32, device=device)
     set_blocks(5, vocab_size)
     kept = {}
@@ -336,7 +372,8 @@ def test_no_logits_are_kept_for_the_backward(backend, device, set_blocks):
         call(target, backend)(*(t.requires_grad_() for t in inputs))
     # Beside the inputs and lse.
     given = {t.data_ptr() for t in (*inputs, target)}
-    assert sum(size for pointer, size in kept.items() if pointer not in given) <= num_tokens
+    num_logits = 0 if backend == "torch" else num_kept * (driver.TILE + 1)
+    assert sum(size for pointer, size in kept.items() if pointer not in given) <= num_tokens + num_logits
 
 
 def test_row_blocks(set_blocks):
@@ -363,7 +400,7 @@ def test_gradient_of_a_block_in_low_precision(dtype, backend, device):
     lse = (logits + bias).logsumexp(1)
     first, out = 20, torch.full((5, 33), float("nan"), dtype=dtype, device=device)[:, :27]
     ids = slice(first, first + 27)
-    driver.KERNELS[backend].gradient.args[0](logits[:, ids], bias[ids], target, lse, grad, first, out)
+    driver.KERNELS[backend].gradient(logits[:, ids], bias[ids], target, lse, grad, first, out)
     one_hot = F.one_hot(target, 70)
     expected = (grad[:, None] * (one_hot - (logits + bias - lse[:, None]).exp()))[:, ids]
     torch.testing.assert_close(out.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -397,9 +434,11 @@ def test_opcheck():
         torch.library.opcheck(ops.linear_logprob_block_backward.default, arguments)
     (x, weight, bias), target, grad = make_case(5, 8, 30, torch.float32)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(ops.linear_logprob.default, (*inputs, target, -100, "extension"))
+    for keep in (False, True):
+        torch.library.opcheck(ops.linear_logprob.default, (*inputs, target, -100, "extension", keep))
+    kept = (torch.empty(0, 128), torch.empty(0, 0))
     for needed in ([True, True, True], [False, True, False]):
-        arguments = (grad, x, weight, bias, target, torch.ones(5), -100, "extension", needed)
+        arguments = (grad, x, weight, bias, target, torch.ones(5), *kept, -100, "extension", needed)
         torch.library.opcheck(
             ops.linear_logprob_backward.default, [t.detach() if torch.is_tensor(t) else t for t in arguments]
         )
