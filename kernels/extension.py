@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-COMPILE_ARGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
+# -fopenmp without its library: the symbols are those of the one that torch has loaded, whose threads then serve both.
+COMPILE_ARGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 NVCC_ARGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
 NAME = "hermesflow.kernels._C"
 SWITCH = "HERMESFLOW_COMPILE"

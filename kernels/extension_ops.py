@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from hermesflow.kernels import linear_logprob_blocked
 from hermesflow.kernels.extension import load_extension
-from hermesflow.kernels.linear_logprob_blocked import Kept, Kernels
+from hermesflow.kernels.linear_logprob_blocked import Kernels
 from hermesflow.kernels.philox import RandomKey
 
 load_extension()  # registers torch.ops.hermesflow
@@ -56,21 +56,11 @@ def token_logprob(
     return logprob, entropy if return_entropy else None
 
 
-def _update_state(
-    logits: Tensor, bias: Tensor | None, target: Tensor, first_id: int, state: Tensor, kept: Kept | None
-) -> None:
+def _update_state(logits: Tensor, bias: Tensor | None, target: Tensor, first_id: int, state: Tensor, _: None) -> None:
     torch.ops.hermesflow.linear_logprob_block(logits, bias, target, first_id, state)
-    if kept is not None:
-        kept.values.copy_(logits)
 
 
-def _kept_gradient(kept: Kept, *arguments: Any) -> None:
-    torch.ops.hermesflow.linear_logprob_block_backward(kept.values, *arguments)
-
-
-linear_logprob_blocked.KERNELS["extension"] = Kernels(
-    _update_state, torch.ops.hermesflow.linear_logprob_block_backward, _kept_gradient, keeps_tops=False
-)
+linear_logprob_blocked.KERNELS["extension"] = Kernels(_update_state, torch.ops.hermesflow.linear_logprob_block_backward)
 
 
 def linear_logprob(

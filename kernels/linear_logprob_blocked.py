@@ -5,10 +5,11 @@
     grad_x[t] = sum_v dz[t, v] weight[v]      grad_weight[v] = sum_t dz[t, v] x[t]      grad_bias[v] = sum_t dz[t, v]
 
 Forward: each block of z goes into four running values a row. Backward: each block becomes dz, from which two matmuls
-make its part of the gradients. Saved in between are the inputs, lse, and of as many rows as KEPT_BYTES hold z itself
-(CPU) or E = exp(z - maximum of its TILE ids) in x's dtype with those maxima (GPU), which spares a matmul; the blocks of
-further rows are computed again. Every sum is fp32; dz is rounded to x's dtype for the matmuls, save on the CPU, whose
-matmuls all take fp32. A rounded E costs no more than that (2^-9 of each part of dz). A backend brings the steps
+make its part of the gradients. Saved in between are the inputs and lse; and on a GPU, of as many rows as KEPT_BYTES
+hold, E = exp(z - maximum of its TILE ids) in x's dtype with those maxima, which spares a matmul: the blocks of further
+rows are computed again. On a CPU writing and reading them takes as long as that matmul (two cores of an EPYC, T 2048, V
+58498: 1,406 ms with them and 1,390 without at D 512). Every sum is fp32; dz is rounded to x's dtype for the matmuls,
+save on the CPU, whose matmuls all take fp32, and a rounded E adds no more than that. A backend brings the steps
 (Kernels).
 
 Blocks of the vocabulary are the outer loop and blocks of rows the inner one, so a block of grad_weight is complete when
@@ -37,8 +38,8 @@ from hermesflow.kernels.matmul import logits_of, multiply, new_block
 BLOCK_ROWS = {"cuda": 4096, "cpu": 2048}
 BLOCK_IDS = {"cuda": 4096, "cpu": 2048}
 WORKSPACE_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
-KEPT_BYTES = {"cuda": 4 << 30, "cpu": 512 << 20}
-"""Of z or E, from the forward pass to the backward pass; only where a gradient is wanted."""
+KEPT_BYTES = 4 << 30
+"""Of E, from the forward pass to the backward pass; only where a gradient is wanted."""
 TILE = 128
 """Ids whose z are kept by their distance to one maximum."""
 
@@ -77,7 +78,7 @@ class Rows:
 
 
 class Kept(NamedTuple):
-    """What is kept of the first rows' logits: values [R, V], and on a GPU tops fp32 [R, V / TILE], the maxima."""
+    """What is kept of the first rows' logits: values E [R, V], and tops fp32 [R, V / TILE], the maxima."""
 
     values: Tensor
     tops: Tensor
@@ -97,10 +98,8 @@ class Kernels(NamedTuple):
     """(logits, bias, target, first_id, state, kept): takes the block into the state, and keeps it."""
     gradient: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, int, Tensor], None]
     """(logits, bias, target, lse, grad_logprob, first_id, dz): fills dz, which may be the logits themselves."""
-    kept_gradient: Callable[[Kept, Tensor | None, Tensor, Tensor, Tensor, int, Tensor], None]
-    """(kept, bias, target, lse, grad_logprob, first_id, dz): likewise from what was kept."""
-    keeps_tops: bool
-    """Whether what is kept are distances to maxima, of TILE ids each."""
+    kept_gradient: Callable[[Kept, Tensor, Tensor, Tensor, int, Tensor], None] | None = None
+    """(kept, target, lse, grad_logprob, first_id, dz): likewise from what was kept. None: nothing is kept."""
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -127,6 +126,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, lse and entropy, fp32 [T], 0 in ignored rows; and what is kept, of labeled rows."""
     rows, kept = Rows(x, target, ignore_index), _new_kept(x, weight, kernels, keep)
+    kept.values[:, len(weight) :] = 0
     state = torch.tensor([float("-inf"), 0.0, 0.0, float("nan")], device=x.device)[:, None].repeat(1, rows.count)
     if rows.count:
         with torch.autocast(x.device.type, enabled=False):
@@ -141,12 +141,12 @@ def _forward(
 
 
 def _new_kept(x: Tensor, weight: Tensor, kernels: str, keep: bool) -> Kept:
-    kind, dtype = ("cpu", torch.float32) if x.device.type == "cpu" else ("cuda", x.dtype)
-    keeps_tops, num_tiles = KERNELS[kernels].keeps_tops, -(-len(weight) // TILE)
-    keep = keep and not (keeps_tops and block_sizes(x.device, x.shape[1]).ids % TILE)
-    num_rows = min(len(x), KEPT_BYTES[kind] // (num_tiles * TILE * dtype.itemsize)) if keep else 0
-    values = x.new_empty(num_rows, num_tiles * TILE, dtype=dtype)[:, : len(weight)]
-    return Kept(values, x.new_empty(num_rows, num_tiles if keeps_tops else 0, dtype=torch.float32))
+    dtype, num_tiles = torch.float32 if x.device.type == "cpu" else x.dtype, -(-len(weight) // TILE)
+    can_keep = KERNELS[kernels].kept_gradient is not None and block_sizes(x.device, x.shape[1]).ids % TILE == 0
+    num_rows = min(len(x), KEPT_BYTES // (num_tiles * TILE * dtype.itemsize)) if keep and can_keep else 0
+    return Kept(
+        *(x.new_empty(num_rows, num_tiles * size, dtype=of) for size, of in ((TILE, dtype), (1, torch.float32)))
+    )
 
 
 def _fill_state(
@@ -284,7 +284,7 @@ def _dz(
     """dz of a block in x's dtype, from what was kept or by the matmul again."""
     if kept is not None:
         dz = new_block(x, weight, x.dtype)
-        kernels.kept_gradient(kept, bias, *vectors, first_id, dz)
+        kernels.kept_gradient(kept, *vectors, first_id, dz)
         return dz
     logits = logits_of(x, weight)
     dz = logits if x.dtype == torch.float32 else new_block(x, weight, x.dtype)

@@ -156,7 +156,6 @@ def _epilogue(
 
 def _kept_gradient(
     kept: driver.Kept,
-    bias: Tensor | None,  # is in what was kept
     target: Tensor,
     lse: Tensor,
     grad_logprob: Tensor,
@@ -181,7 +180,7 @@ def _kept_gradient(
     )
 
 
-driver.KERNELS["triton"] = driver.Kernels(_update, _epilogue, _kept_gradient, keeps_tops=True)
+driver.KERNELS["triton"] = driver.Kernels(_update, _epilogue, _kept_gradient)
 
 
 def linear_logprob(

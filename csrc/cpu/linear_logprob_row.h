@@ -43,13 +43,12 @@ static void update_row(const float* logits, const float* bias, int64_t num_ids, 
 // out = grad * (one_hot - exp(logits - lse)); out may be logits. target counts from the block's first id and may lie outside.
 static void gradient_row(const float* logits, const float* bias, int64_t num_ids, float lse, float grad, int64_t target,
                          float* out) {
-  float tile[kRowTile];
+  alignas(64) float tile[kRowTile], masses[kRowTile];
   for (int64_t first = 0; first < num_ids; first += kRowTile) {
     const int count = static_cast<int>(std::min<int64_t>(kRowTile, num_ids - first));
     load_biased(logits + first, bias == nullptr ? nullptr : bias + first, count, tile);
-    for (int i = 0; i < count; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) tile[i + l] = -grad * exp_nonpositive(tile[i + l] - lse);
-    for (int i = 0; i < count; ++i) out[first + i] = tile[i];
+    for (int i = 0; i < count; ++i) masses[i] = -grad * exp_or_zero(tile[i] - lse);
+    std::memcpy(out + first, masses, count * sizeof(float));
   }
   if (target >= 0 && target < num_ids) out[target] += grad;
 }

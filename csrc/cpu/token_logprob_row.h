@@ -62,7 +62,7 @@ static void backward_row(const void* row, const Options& options, float largest,
     const float* __restrict__ logits = load_block(row, options.dtype, first, count, buffer);
     const bool direct = options.dtype == Dtype::kFloat;
     float* __restrict__ grads = direct ? static_cast<float*>(grad_row) + first : grad_buffer;
-    for (int i = 0; i < count; ++i) grads[i] = scale * exp_nonpositive(logits[i] - largest);
+    for (int i = 0; i < count; ++i) grads[i] = scale * exp_or_zero(logits[i] - largest);
     if (target >= first && target < first + count) grads[target - first] += grad;
     if (!direct) store_floats(grads, count, grad_row, options.dtype, first);
   }

@@ -27,6 +27,12 @@ static inline float exp_nonpositive(float x) {
   return x < -87.3365402f ? 0.0f : value;  // the last float whose exp is at least 2^-126
 }
 
+// exp_nonpositive, 0 below 2^-100: its product with a gradient would be subnormal, which takes a hundred cycles.
+static inline float exp_or_zero(float x) {
+  const float value = exp_nonpositive(x);
+  return x < -69.3147181f ? 0.0f : value;
+}
+
 // Natural logarithm within 1 ulp, subnormals included; -inf at 0, NaN below, inf and NaN as they are.
 // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); with s = f / (2 + f), log(1 + f) is 2 atanh(s) = 2 s + s R, where
 // R = 2/3 s^2 + 2/5 s^4 + ..., and 2 s is f - f^2 / 2 + s f^2 / 2, of which the first term alone is large.

@@ -289,14 +289,13 @@ class StubRun:
         path.write_text(f"{name} of {self.folder.name}")
         self.events.append((self.folder.name, name))
 
-    @property
-    def is_online(self):
-        return is_online(self.config.selfplay.algorithm)
+    def is_online(self, number):
+        return is_online(self.config.of_round(number).selfplay.algorithm)
 
     def play_round(self, number):
         for name in ("records.parquet", "rejected.parquet"):
             self._make(name)
-        if not self.is_online:
+        if not self.is_online(number):
             self._curate_round(number)
         self.train_round(number)
 

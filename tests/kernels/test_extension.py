@@ -1,7 +1,9 @@
 """When the extension is compiled at its first use, and what is said where it cannot be; .ci/check-install does it."""
 
 import importlib.machinery
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,3 +113,20 @@ def test_ninja_of_the_packages_is_found(monkeypatch, tmp_path):
     assert extension._missing_ninja() is None
     (tmp_path / "ninja").unlink()
     assert extension._missing_ninja() == "ninja is not found; run: pip install ninja"
+
+
+@pytest.mark.skipif(checks.extension_missing() is not None, reason=str(checks.extension_missing()))
+def test_the_cpu_kernels_run_on_the_threads_of_torch():
+    """A kernel alone starts them: what fills its inputs is numpy."""
+    program = """
+import os, numpy as np, torch
+from hermesflow.kernels.token_logprob import token_logprob
+logits, target = torch.from_numpy(np.ones((64, 20_000), np.float32)), torch.from_numpy(np.zeros(64, np.int64))
+token_logprob(logits[:1, :10], target[:1], backend="cpu")
+before = len(os.listdir("/proc/self/task"))
+token_logprob(logits, target, backend="cpu")
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2

@@ -265,13 +265,14 @@ def test_backends_give_their_reason():
 
 @needs_extension
 def test_exponential():
-    """The backward pass of a row with largest 0, total 1 and gradient -1 at no target is exp of each logit."""
-    logits = torch.cat([torch.linspace(-87.336, 0, 200_001), -torch.rand(100_000), torch.tensor([0.0, -1e-30])])[None]
+    """The backward pass of a row with largest 0, total 1 and gradient -1 at no target is exp of each logit, 0 below
+    2^-100, of which products with a gradient would be subnormal."""
+    logits = torch.cat([torch.linspace(-69.314, 0, 200_001), -torch.rand(100_000), torch.tensor([0.0, -1e-30])])[None]
     values = torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([-1.0])
     out = backward_of_row(logits, *values)
     truth = logits.double().exp()
     assert ((out - truth).abs() / truth).max() < 1.5e-7 and out[0, -2] == 1.0  # 1.25 ulp below a power of two
-    below = torch.tensor([[-87.34, -100.0, -104.0, -1000.0, -3e38, -INF, NAN]])
+    below = torch.tensor([[-69.315, -87.34, -100.0, -104.0, -1000.0, -3e38, -INF, NAN]])
     out = backward_of_row(below, *values)
     assert not out[0, :-1].any() and out[0, -1].isnan()
 
