@@ -17,14 +17,25 @@ struct Side {
   double sum = 0, length = 0;
 };
 
-// Calls run(segment, begin, end) for each run of neighboring tokens of one segment: a side's tokens mostly lie together.
-template <typename Run>
-void for_each_run(const int64_t* segments, int64_t num_tokens, Run&& run) {
+// Neighboring tokens of one segment: a side's tokens mostly lie together.
+struct Run {
+  int64_t segment, begin, end;
+};
+
+std::vector<Run> find_runs(const int64_t* segments, int64_t num_tokens) {
+  constexpr int kStep = 32;
+  std::vector<Run> runs;
   for (int64_t begin = 0, end; begin < num_tokens; begin = end) {
     const int64_t segment = segments[begin];
-    for (end = begin + 1; end < num_tokens && segments[end] == segment;) ++end;
-    run(segment, begin, end);
+    end = begin + 1;
+    for (int64_t differs = 0; end + kStep <= num_tokens; end += kStep) {
+      for (int i = 0; i < kStep; ++i) differs |= segments[end + i] ^ segment;
+      if (differs != 0) break;
+    }
+    while (end < num_tokens && segments[end] == segment) ++end;
+    runs.push_back({segment, begin, end});
   }
+  return runs;
 }
 
 // Sum of policy - reference over n tokens; eight sums side by side, which do not wait for one another.
@@ -42,24 +53,25 @@ double sum_differences(const T* policy, const T* reference, int64_t n) {
 }
 
 template <typename T>
-std::vector<Side> sum_sides(const at::Tensor& policy, const at::Tensor& reference, const at::Tensor& segment,
+std::vector<Side> sum_sides(const at::Tensor& policy, const at::Tensor& reference, const std::vector<Run>& runs,
                             int64_t num_pairs) {
   std::vector<Side> sides(2 * num_pairs);
   const T *policies = policy.const_data_ptr<T>(), *references = reference.const_data_ptr<T>();
-  for_each_run(segment.const_data_ptr<int64_t>(), policy.size(0), [&](int64_t s, int64_t begin, int64_t end) {
-    if (s == -1) return;
+  for (const auto& [s, begin, end] : runs) {
+    if (s == -1) continue;
     TORCH_CHECK_VALUE(s >= 0 && s < 2 * num_pairs, "pair_dpo: expected segments in [-1, ", 2 * num_pairs, ") for ", num_pairs,
                       " pairs, got ", s);
     sides[s].sum += sum_differences(policies + begin, references + begin, end - begin);
     sides[s].length += static_cast<double>(end - begin);
-  });
+  }
   return sides;
 }
 
 template <typename T>
 void pair_dpo_rows(const at::Tensor& policy, const at::Tensor& reference, const at::Tensor& segment, int64_t num_pairs,
                    const PairLossSettings& settings, const at::Tensor& pair_weight, const PairDPOTensors& out) {
-  const std::vector<Side> sides = sum_sides<T>(policy, reference, segment, num_pairs);
+  const std::vector<Run> runs = find_runs(segment.const_data_ptr<int64_t>(), segment.size(0));
+  const std::vector<Side> sides = sum_sides<T>(policy, reference, runs, num_pairs);
   const T* weights = pair_weight.defined() ? pair_weight.const_data_ptr<T>() : nullptr;
   double total = 0;
   for (int64_t p = 0; p < num_pairs; ++p) {
@@ -92,9 +104,7 @@ void pair_dpo_rows(const at::Tensor& policy, const at::Tensor& reference, const 
   *accuracy.mutable_data_ptr<T>() = static_cast<T>(correct_sum / total);
 
   T* grads = grad.mutable_data_ptr<T>();
-  for_each_run(segment.const_data_ptr<int64_t>(), grad.size(0), [&](int64_t s, int64_t begin, int64_t end) {
-    std::fill(grads + begin, grads + end, s < 0 ? T{0} : token_grads[s]);
-  });
+  for (const auto& [s, begin, end] : runs) std::fill(grads + begin, grads + end, s < 0 ? T{0} : token_grads[s]);
 }
 
 PairDPOTensors pair_dpo(const at::Tensor& policy_in, const at::Tensor& reference_in, const at::Tensor& segment_in,
