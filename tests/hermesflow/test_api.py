@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,3 +143,17 @@ def test_paths_may_be_strings(tmp_path):
     model = hermesflow.load_model("tiny")
     model.save(str(tmp_path / "copy"))
     assert hermesflow.load_model(tmp_path / "copy").generate(PROMPT)[0].size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_that_wait_go_to_sleep_unless_the_user_decides(given, spins):
+    program = "import hermesflow, os, sys; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", program]
+    environment = kept | {"PYTHONSAFEPATH": "1"} | given
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", spins]
