@@ -8,9 +8,9 @@ import os
 from typing import TYPE_CHECKING
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # A thread that waits for others looks 10,000 times and then sleeps. OpenMP's 300,000 gain nothing on an idle machine,
-    # and where other processes want the cores it takes the very core that it waits for. 12 training steps on two cores:
-    # 14 s either way; beside two busy processes 27 s, by the default 163 s. It is read when torch is loaded.
+    # A thread that waits for others looks 10,000 times and then sleeps. OpenMP's 300,000 gain nothing on an idle
+    # machine, and where other processes want the cores it takes the very core that it waits for. 12 training steps on
+    # two cores: 14 s either way; beside two busy processes 28 s, by the default 163 s. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:  # what editors and type checkers see

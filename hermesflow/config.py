@@ -524,6 +524,10 @@ class Config:
         changed = self.round.get(number, {})
         return replace(self, **{section: replace(getattr(self, section), **keys) for section, keys in changed.items()})
 
+    def each_round(self) -> Iterable["Config"]:
+        """The settings of round 1, 2, ..."""
+        return map(self.of_round, range(1, self.selfplay.num_rounds + 1))
+
     def drawn_by(self, section: Any) -> Any:
         """The curation or eval section, with what it leaves open about drawing taken from [drawing]."""
         return replace(section, **self.drawing.drawing() | section.drawing())

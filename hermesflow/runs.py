@@ -149,7 +149,7 @@ class Run:
             return self._open(number, self._origin().get("dtype", "float32"))
         model = self._open(0, self.config.model.dtype)
         check_views_codes(model, self.config.model.name)
-        for section in (self.config.eval, *(self.of_round(each).curation for each in self.rounds)):
+        for section in (self.config.eval, *(of_round.curation for of_round in self.config.each_round())):
             model.sampling_of(self.config.drawn_by(section))  # a setting that the family lacks shows now
         self._check_origin(model)
         return model

@@ -32,9 +32,9 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     Raises: InputError on settings, data or a folder that cannot be used, or if a round keeps no pair.
     """
     console = console or make_console()
-    for number in range(1, config.selfplay.num_rounds + 1):
-        check_training(config.of_round(number))
-        check_scorers(config.of_round(number).curation)
+    for of_round in config.each_round():
+        check_training(of_round)
+        check_scorers(of_round.curation)
     find_evaluation(config.eval)
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
@@ -57,8 +57,7 @@ def curate_round(run: Run, number: int) -> None:
     """Draws and scores a round's candidates, and keeps each record's best and worst as a pair. Raises: as curate;
     InputError if the run has no such round, or its algorithm takes no pairs."""
     run.check_round(number)
-    config = run.of_round(number)
-    check_takes_pairs(config.selfplay.algorithm)
+    check_takes_pairs(run.of_round(number).selfplay.algorithm)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
         return
 
@@ -70,7 +69,7 @@ def curate_round(run: Run, number: int) -> None:
         ):
             for records, candidates in parts:
                 before = None if previous is None else previous.of(records)
-                pairs, rejected = make_pairs(records, candidates, config.curation, before)
+                pairs, rejected = make_pairs(records, candidates, run.of_round(number).curation, before)
                 write_kept(pairs)
                 write_rejected(rejected)
 

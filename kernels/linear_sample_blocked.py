@@ -6,6 +6,7 @@ are all the memory that is needed. torch.compile sees one opaque op.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from hermesflow.kernels.philox import RandomKey
 # A block's fp32 logits. CPU, [2048, 512] x [8192, 512] on 2 cores: 4 to 16 MiB take 55 ms, 64 MiB 69 ms. CUDA: not
 # measured; large enough for the matmul, in reach of an H100's L2 cache.
 WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
+
+_KERNELS = {
+    "extension": "hermesflow.kernels.extension_ops",
+    "triton": "hermesflow.kernels.guided_sample_triton",
+}
+"""Where the guided_sample lies that takes a bias."""
 
 
 @torch.no_grad()
@@ -36,10 +43,7 @@ def by_triton(
 
 
 def _draw(logits: Tensor, bias: Tensor | None, kernel: str, **options: Any) -> tuple[Tensor, Tensor]:
-    if kernel == "extension":
-        from hermesflow.kernels.extension_ops import guided_sample
-    else:
-        from hermesflow.kernels.guided_sample_triton import guided_sample
+    guided_sample = import_module(_KERNELS[kernel]).guided_sample
     return guided_sample(logits, None, guidance_scale=0.0, bias=bias, **options)
 
 

