@@ -1,0 +1,198 @@
+"""What an H200 should reach: predictions from bytes, FLOPs, instructions and launches, for want of a measurement.
+
+    python -m hermesflow.benchmarks.roof_model
+
+An op's time is that of its slowest resource. Instructions of a loop were counted in SASS that Triton 3.9 and nvcc 13
+made for sm_90(a), for 512 bytes of loads; the useful share of attention's tiles is that of its plan, by test.
+Everything in Assumptions is a guess but for the two rates, which were measured on such a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """Of the device, and of how close to its rates kernels come."""
+
+    copy: float = 4.3e12
+    """Bytes a second, measured."""
+    matmul: float = 790e12
+    """FLOPs a second, bf16, 8,192 cubed, measured."""
+    num_sms: int = 132
+    clock: float = 1.98e9
+    """Where memory binds."""
+    issue: float = 0.82
+    """Share of issue slots that a long loop fills: 0.75 to 0.9."""
+    latency: float = 650e-9
+    """Of a load under traffic: 550 to 800 ns."""
+    gemm: float = 0.92
+    """cuBLAS at the model's shapes, of `matmul`: 0.88 to 0.97."""
+    gemv: float = 0.68
+    """cuBLAS at 64 rows, of `copy` on the weights: 0.55 to 0.8."""
+    elementwise: float = 0.85
+    """Pointwise kernels and norms, of `copy`: 0.75 to 0.92."""
+    attention: float = 0.58
+    """Of what attention's parts sum up to: 0.48 to 0.68."""
+    small_kernel: float = 2e-6
+    """A tiny kernel in a graph, from start to start: 1.5 to 3 us."""
+    gap: float = 2.5e-6
+    """Between dependent kernels."""
+
+
+class Prediction(NamedTuple):
+    """Of one case."""
+
+    case: str
+    roof: str
+    """What binds in the end: copy, matmul, or the bytes that a step cannot do without."""
+    share: float
+    """Of that roof."""
+    seconds: float
+    limiter: str
+    """The slowest resource, or the largest parts."""
+
+
+def predictions(of: Assumptions) -> list[Prediction]:
+    """All cases, at the shapes of Show-o 1.3B."""
+    return [*_samplers(of), _linear_sample(of), _linear_logprob(of), _attention(of), _image_step(of), _caption_step(of)]
+
+
+def _streaming(
+    of: Assumptions, case: str, num_bytes: float, *, slots: float, in_flight: float, warps: int, chain: float
+) -> Prediction:
+    """A kernel that reads num_bytes once. slots: warp instructions for 512 bytes; in_flight: bytes of loads that a warp
+    has open; chain: seconds from a warp's load of 512 bytes to its next one."""
+    each_sm = of.copy / of.num_sms
+    shares = {
+        "instructions": 512 / each_sm * of.clock * 4 * of.issue / slots,
+        "loads in flight": warps * in_flight / of.latency / each_sm,
+        "latency": warps * 512 / chain / each_sm,
+        "memory": 0.95,
+    }
+    limiter = min(shares, key=shares.get)
+    return Prediction(case, "copy", shares[limiter], num_bytes / (shares[limiter] * of.copy), limiter)
+
+
+def _samplers(of: Assumptions) -> Iterator[Prediction]:
+    pair, rows = 2 * 8192 * 2, 16 * 1024
+    tile, pass_of_two = of.latency + 900e-9, 2 * of.latency + 350e-9
+    yield _streaming(
+        of, "guided_sample, triton, bf16", rows * pair, slots=151, in_flight=2048, warps=32, chain=tile / 4
+    )
+    yield _streaming(
+        of, "guided_sample, cuda, bf16", rows * pair, slots=331, in_flight=256, warps=48, chain=pass_of_two
+    )
+    logits = 16 * 1024 * 58_498 * 2
+    yield _streaming(of, "token_logprob, cuda, bf16", logits, slots=95, in_flight=1024, warps=64, chain=tile / 2)
+
+
+def _linear_sample(of: Assumptions) -> Prediction:
+    """cuBLAS, then Triton's sampler over fp32 logits of one head; 64 MiB of them at a time."""
+    rows, width, ids = 32_768, 2048, 8192
+    flops, logits = 2 * rows * width * ids, 4 * rows * ids
+    sampler = _streaming(of, "", logits, slots=177, in_flight=1024, warps=32, chain=(of.latency + 900e-9) / 4)
+    gemm, blocks = flops / (of.matmul * of.gemm), logits / (64 << 20)
+    seconds = gemm + sampler.seconds + blocks * 2 * of.gap
+    return Prediction(
+        "linear_sample, triton, bf16", "matmul", flops / of.matmul / seconds, seconds, "sampler after matmul"
+    )
+
+
+def _linear_logprob(of: Assumptions) -> Prediction:
+    """Forward and backward with E kept: three matmuls in blocks of 4,096 rows and ids; as 6 T D V."""
+    rows, width, ids = 16_384, 2048, 58_498
+    flops, logits = 2 * rows * width * ids, rows * ids
+    blocks = (rows / 4096) * (ids / 4096)
+    gemm = flops / (of.matmul * of.gemm)
+    sums = blocks * 0.35 * 2 * 4096 * width * 4 / of.copy  # fp32 sums of both gradients, read and written
+    forward = gemm + logits * (4 + 4 + 2) / (of.elementwise * of.copy) + blocks * 2 * of.gap
+    backward = 2 * gemm + 2 * sums + logits * (2 + 2 + 2) / (of.elementwise * of.copy) + blocks * 4 * of.gap
+    seconds = forward + backward
+    parts = f"matmuls {3 * gemm * 1e3:.0f} ms, logits and sums {(seconds - 3 * gemm) * 1e3:.0f}"
+    return Prediction("linear_logprob, triton, bf16, E kept", "matmul", 3 * flops / of.matmul / seconds, seconds, parts)
+
+
+def attention_rate(of: Assumptions, slots: int = 330, useful: float = 0.94) -> float:
+    """FLOPs a second on useful pairs, head size 64: two blocks of 128 x 64 share a multiprocessor and hide each other's
+    softmax in part. slots: instructions of a warp for a tile."""
+    own = 256 + 90 + slots * 8 / 4 * 0.62
+    two_tiles = max(own + 0.35 * slots * 2, 2 * slots * 2 / of.issue, 2 * 34 * 8 * 2)
+    return 2 * 512 / two_tiles * of.attention * 4096 * of.num_sms * 1.7e9 * useful
+
+
+def _attention(of: Assumptions) -> Prediction:
+    """A layer of a guided step of 32 images of 1,024 tokens."""
+    sequences, length, seen, width = 64, 1026, 1046, 2048
+    flops = 4 * width * sequences * length * seen
+    rate = attention_rate(of)
+    return Prediction(
+        "span_attention, forward, a step's layer", "matmul", rate / of.matmul, flops / rate, "softmax, tiles"
+    )
+
+
+def _image_step(of: Assumptions) -> Prediction:
+    """A guided step of 32 images of 1,024 tokens: 24 layers, D 2048."""
+    layers, width, wide, ids, sequences, length = 24, 2048, 8192, 8192, 64, 1024
+    tokens = sequences * (length + 2)
+    linear = 2 * (4 * width * width + 2 * width * wide) * layers * tokens * (1 - 0.36 * 0.79 / layers)
+    attention = 4 * layers * width * tokens * (length + 22)
+    head = 2 * width * ids * sequences / 2 * length * 0.64
+    moved = tokens * width * 2
+    parts = {
+        "matmuls": linear / (of.matmul * of.gemm),
+        "attention": attention / attention_rate(of),
+        "norms, rotation, GELU": layers * 18 * moved / (of.copy * of.elementwise),
+        "keys and values": layers * 2 * moved * 2 / (of.copy * 0.5),
+        "head": head / (of.matmul * 0.6) + 60e-6,
+    }
+    return _step("an image step, 32 guided images", "matmul", (linear + attention + head) / of.matmul, parts)
+
+
+def _caption_step(of: Assumptions) -> Prediction:
+    """A token for 64 captions of 6.4 images of 1,024 tokens."""
+    layers, width, wide, ids, rows, images = 24, 2048, 8192, 50_305, 64, 6.4
+    weights, cached = (4 * width * width + 2 * width * wide) * 2, (images * 1027 + rows * 24) * 2 * width * 2
+    head = ids * width * 2
+    parts = {
+        "matmuls": layers * (weights / (of.copy * of.gemv) + 4 * 1.2e-6),
+        "small kernels": layers * 8 * of.small_kernel,
+        "attention": layers * (cached / (of.copy * 0.75) + 2 * of.small_kernel),
+        "head and sampling": head / (of.copy * 0.45) + 70e-6,
+    }
+    return _step("a caption step, 64 captions", "bytes", (layers * (weights + cached) + head) / of.copy, parts)
+
+
+def _step(case: str, roof: str, ideal: float, parts: dict[str, float]) -> Prediction:
+    seconds = sum(parts.values())
+    largest = sorted(parts, key=parts.get, reverse=True)[:3]
+    shown = ", ".join(f"{name} {parts[name] * 1e3:{'.0f' if seconds > 0.01 else '.2f'}} ms" for name in largest)
+    return Prediction(case, roof, ideal / seconds, seconds, shown)
+
+
+def table(of: Assumptions) -> str:
+    """Markdown, a row a case, with the range over one guess at a time."""
+    ranges = {"issue": (0.75, 0.9), "latency": (550e-9, 800e-9), "gemm": (0.88, 0.97), "gemv": (0.55, 0.8)}
+    ranges |= {"elementwise": (0.75, 0.92), "attention": (0.48, 0.68), "small_kernel": (1.5e-6, 3e-6)}
+    others = [predictions(dataclasses.replace(of, **{name: x})) for name, both in ranges.items() for x in both]
+    lines = ["| case | predicted | if one guess is off | roof | time | slowest | measured |", "| --- " * 7 + "|"]
+    for index, found in enumerate(predictions(of)):
+        shares = [each[index].share for each in others]
+        low, high = min(shares), max(shares)
+        cells = [
+            found.case,
+            f"{found.share:.0%}",
+            f"{low:.0%} to {high:.0%}",
+            found.roof,
+            f"{found.seconds * 1e3:.3g} ms",
+        ]
+        lines.append(f"| {' | '.join([*cells, found.limiter, 'no'])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(Assumptions()))
