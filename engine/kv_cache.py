@@ -34,6 +34,15 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores key and value [T, num_kv_heads, head_dim] at slots [T]; returns the layer's whole storage."""
-        self.keys[layer].index_copy_(0, slots, key.to(self.keys.dtype))
-        self.values[layer].index_copy_(0, slots, value.to(self.values.dtype))
+        for storage, new in ((self.keys[layer], key), (self.values[layer], value)):
+            new = new.to(storage.dtype)
+            if _is_wide(storage) and _is_wide(new):  # an index computed for each 16 bytes, not for each number
+                storage, new = storage.view(torch.complex128), new.view(torch.complex128)
+            storage.index_copy_(0, slots, new)
         return self.keys[layer], self.values[layer]
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether x consists of aligned runs of 16 bytes."""
+    steps = (*x.stride()[:-1], x.shape[-1], x.storage_offset())
+    return x.stride(-1) == 1 and not any(step * x.itemsize % 16 for step in steps)
