@@ -7,12 +7,6 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # A thread that waits for others looks 10,000 times and then sleeps. OpenMP's 300,000 gain nothing on an idle
-    # machine, and where other processes want the cores it takes the very core that it waits for. 12 training steps on
-    # two cores: 14 s either way; beside two busy processes 28 s, by the default 163 s. Read when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 if TYPE_CHECKING:  # what editors and type checkers see
     from hermesflow.config import Config as Config
     from hermesflow.config import CurationConfig as CurationConfig
@@ -37,6 +31,12 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from hermesflow.training import train_records as train_records
 
 __version__ = "0.1.0"
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # A thread that waits for others looks 10,000 times and then sleeps. OpenMP's 300,000 gain nothing on an idle
+    # machine, and where other processes want the cores it takes the very core that it waits for. 12 training steps on
+    # two cores: 14 s either way; beside two busy processes 28 s, by the default 163 s. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _EXPORTS = {
     "Config": "hermesflow.config",

@@ -457,6 +457,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float) -> t
     """out [R, H, d] and lse [H, R]."""
     num_rows, num_heads, head_dim = q.shape
     out, lse = torch.empty_like(q), q.new_empty(num_heads, num_rows, dtype=torch.float32)
+    if not num_rows:
+        return out, lse
     launch = _fit(tree, _launches(q.dtype, head_dim).forward)
     for block_rows, plan in row_parts(tree, launch.block_rows, launch.tile_keys):
         num_blocks = len(plan.rows) // block_rows
@@ -506,6 +508,8 @@ def _backward(
     num_kv_heads = k.shape[1]
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    if not num_rows:
+        return dq, dk, dv
     _, of_dq, of_dk_dv = (_fit(tree, launch) for launch in _launches(q.dtype, head_dim))
     settings = (num_rows, num_heads // num_kv_heads, scale, scale * LOG2_E)
     for block_rows, plan in row_parts(tree, of_dq.block_rows, of_dq.tile_keys):
@@ -569,8 +573,6 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None) -> Tensor:
     """hermesflow.kernels.span_attention.span_attention on the GPU."""
-    if not len(tree.token_ids):
-        return torch.zeros_like(q)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if scale <= 0:  # the kernels take a row's largest score before they scale it
         q, scale = q * (scale and -1), abs(scale) or 1.0
