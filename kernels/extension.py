@@ -28,7 +28,7 @@ from types import ModuleType
 
 # -fopenmp without its library: the symbols are those of the one that torch has loaded, whose threads then serve both.
 COMPILE_ARGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
-NVCC_ARGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
+NVCC_ARGS = ["-std=c++20", "-O3", "-ftz=true", "-lineinfo", "-Werror", "all-warnings"]
 NAME = "hermesflow.kernels._C"
 SWITCH = "HERMESFLOW_COMPILE"
 _BUILD_ERROR = Path(__file__).with_name("_C_build_error.txt")

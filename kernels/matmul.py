@@ -29,14 +29,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str |
         weight: [V, D]; dtype and device of x.
         bias: [V] or None.
         gelu: "none" or "tanh", F.gelu's approximations; None is no activation.
-    Returns: [T, V]. torch.compile sees F.linear. Differentiable once.
+    Returns: [T, V]; on a GPU, where V is odd and no gradient is wanted, rows lie apart. torch.compile sees F.linear.
+        Differentiable once.
     """
     if not _onednn_computes(x, weight):
-        x = F.linear(x, weight, bias)
+        x = _padded_linear(x, weight, bias) if _is_odd_on_gpu(x, weight, bias) else F.linear(x, weight, bias)
         return x if gelu is None else F.gelu(x, approximate=gelu)
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (x, weight, bias)):
         return _Linear.apply(x, weight, bias, gelu)
     return _linear_pointwise(_fill_rows(x), weight, bias, gelu)[: len(x)]
+
+
+def _is_odd_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return len(weight) * weight.itemsize % 16 > 0 and not wants_gradient
+
+
+def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear whose rows begin at multiples of 128 bytes: of an odd vocabulary every second row of bf16 logits would
+    else lie between two numbers of 4 bytes, which keeps matmuls and samplers from wide loads and stores."""
+    out = x.new_empty(len(x), -(-len(weight) // 64) * 64)[:, : len(weight)]
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 class _Linear(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from hermesflow.kernels import matmul
 from hermesflow.kernels.matmul import linear
 
 SHAPES = [(1, 32, 96), (2, 48, 32), (37, 64, 192), (300, 512, 256)]
@@ -198,3 +199,19 @@ def test_bfloat16_outside_inference_mode_is_f_linear(onednn_calls, mode):
     with MODES[mode]():
         assert torch.equal(linear(x, weight, bias, gelu="none"), F.gelu(F.linear(x, weight, bias)))
     assert onednn_calls == []
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_rows_of_an_odd_vocabulary_are_aligned(with_bias):
+    x, weight, bias = torch.randn(5, 16), torch.randn(51, 16), torch.randn(51) if with_bias else None
+    found = matmul._padded_linear(x, weight, bias)
+    torch.testing.assert_close(found, F.linear(x, weight, bias))
+    assert found.shape == (5, 51) and found.stride() == (64, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_an_odd_vocabulary_on_a_gpu():
+    x, weight = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in (7, 515))
+    found = matmul.linear(x, weight)
+    torch.testing.assert_close(found, F.linear(x, weight))
+    assert found.stride() == (576, 1) and matmul.linear(x.requires_grad_(), weight).requires_grad
