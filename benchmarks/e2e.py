@@ -12,25 +12,21 @@ case. At that shape itself this scales by the number of items.
 
 from __future__ import annotations
 
-import gzip
-import os
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from hermesflow import load_model
 from hermesflow.benchmarks import naive_model
 from hermesflow.benchmarks.lines import Line
 from hermesflow.benchmarks.measuring import Call, Effort, Part
+from hermesflow.benchmarks.profiling import write_profile
 from hermesflow.benchmarks.random_checkpoint import NUM_SPECIAL, CheckpointShape, language_model_config
 from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
 from hermesflow.engine.decoders.masked import ImageSamplingParams
@@ -40,7 +36,7 @@ from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import showo
-from hermesflow.runtime.files import atomic_write, make_folder, write_text
+from hermesflow.runtime.files import make_folder
 
 CASES = ("images", "captions", "answers", "score", "curation")
 # Greedy once, then each top-k with each temperature: HermesFlow's inference_mmu_caption.py.
@@ -56,8 +52,6 @@ LEAST_EQUAL = {torch.float32: 0.9, torch.bfloat16: 0.1}
 EFFORT = Effort(seconds=3.0, min_rounds=3, max_rounds=50, baselines_once=True)
 PARTS = ("transformer", "attention", "mlp")
 """Of the transformer, marked in profiles; attention and mlp lie in the first."""
-NUM_PROFILED = 15
-"""Operations in a profile's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,43 +398,11 @@ def _wait(device: torch.device) -> None:
 
 
 def _profile(contest: Contest, transformer: Transformer, folder: Path, device: torch.device) -> str:
-    """Write a trace of one run and the table of its operations, which is returned.
-
-    The trace opens in Perfetto or chrome://tracing. On the CPU the parts of the transformer are marked in it and summed
-    up; on CUDA a captured graph runs without Python, so that only its kernels show.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and end on stderr otherwise
-    on_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with ExitStack() as stack:
-        if not on_cuda:
-            stack.enter_context(_marked_parts(transformer))
-        recorded = stack.enter_context(profile(activities=activities))
-        start = time.perf_counter()
-        contest.ours["engine"].run()
-        _wait(device)
-        seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as outside, atomic_write(folder / f"{contest.case}.json.gz") as temporary:
-        trace = Path(outside) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        temporary.write_bytes(gzip.compress(trace.read_bytes()))
-    averages = recorded.key_averages()
-    spent = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    # On CUDA an operation's row repeats the time of its kernels, which have rows of their own.
-    here = [event for event in averages if (event.device_type == DeviceType.CUDA) == on_cuda]
-    rows = [(event.key, getattr(event, spent) / 1e6, event.count) for event in here if event.key not in PARTS]
-    rows = sorted(rows, key=lambda row: -row[1])[:NUM_PROFILED]
-    lines = [f"{contest.case}: {seconds:.3g} s under the profiler; own time of each operation"]
-    lines += [
-        f"  {spent_s:9.4f} s  {spent_s / seconds:6.1%}  {count:7d} x  {name[:90]}" for name, spent_s, count in rows
-    ]
-    if not on_cuda:
-        total = {event.key: event.cpu_time_total / 1e6 for event in averages if event.key in PARTS}
-        total["elsewhere"] = seconds - total["transformer"]
-        lines += ["parts", *(f"  {total[name]:9.4f} s  {total[name] / seconds:6.1%}  {name}" for name in total)]
-    text = "\n".join(lines) + "\n"
-    write_text(folder / f"{contest.case}.txt", text)
-    return text
+    """A profile of one run, whose table is returned. On the CPU it marks and sums up the parts of the transformer; on
+    CUDA a captured graph runs without Python, so that only its kernels show."""
+    is_cpu = device.type == "cpu"
+    with _marked_parts(transformer) if is_cpu else nullcontext():
+        return write_profile(contest.case, contest.ours["engine"].run, device, folder, PARTS if is_cpu else ())
 
 
 @contextmanager

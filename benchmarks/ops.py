@@ -24,10 +24,11 @@ from hermesflow.benchmarks.case import Case
 from hermesflow.benchmarks.measuring import ROOT, Call, Effort, Part, as_cuda_graph
 from hermesflow.benchmarks.op_cases import BUILDERS
 from hermesflow.benchmarks.op_cases import SHAPES as OP_SHAPES
+from hermesflow.benchmarks.profiling import write_profile
 from hermesflow.benchmarks.runner import BaseSettings, Contest, Run, check_device, check_names
 from hermesflow.engine.model_work import Work
 from hermesflow.kernels import registry
-from hermesflow.runtime.files import InputError
+from hermesflow.runtime.files import InputError, make_folder
 
 SHAPES = tuple(OP_SHAPES)
 OPS = (*BUILDERS, "span_attention")
@@ -48,6 +49,8 @@ class Settings(BaseSettings):
     """PNG."""
     test: bool = True
     """Run the op's tests first, where they are."""
+    profile: Path | None = None
+    """Folder of a trace and a table of each case and backend."""
 
     def __post_init__(self) -> None:
         check_names("--shape", [self.shape], SHAPES)
@@ -67,11 +70,16 @@ def run_ops(settings: Settings) -> int:
     Returns: 0, or 1 if a result was wrong.
     Raises: InputError if nothing could be measured or a file cannot be written.
     """
+    if settings.profile:
+        make_folder(settings.profile)
     run = Run("ops", settings, Effort(seconds=0.05, min_rounds=3) if settings.shape == "tiny" else Effort())
     for op in settings.ops or OPS:
         failure = _test_failure(op, run.console) if settings.test else None
         for case in _cases(op, settings.shape, run.device):
-            run.measure(_contest(case, settings, run, failure))
+            contest = _contest(case, settings, run, failure)
+            run.measure(contest)
+            if settings.profile:
+                _profile(contest, settings, run)
             torch.compiler.reset()
     if not run.lines:
         raise InputError(f"bench ops: nothing could be measured ({'; '.join(run.notes)})")
@@ -79,6 +87,17 @@ def run_ops(settings: Settings) -> int:
     if settings.plot:
         roofline.plot_roofline(run.lines, settings.plot)
     return int(any("failed" in line for line in run.lines))
+
+
+def _profile(contest: Contest, settings: Settings, run: Run) -> None:
+    """A profile of each backend; and on CUDA the command by which Nsight Compute says what limits its kernels."""
+    for backend, part in contest.ours.items():
+        name = f"{contest.case}-{backend}".replace("/", "-")
+        run.console.print(write_profile(name, part.peak or part.run, run.device, settings.profile), soft_wrap=True)
+        if run.device.type == "cuda":
+            what = f"--op {contest.case.partition('/')[0]} --backend {backend} --shape {settings.shape} --no-test"
+            report = f"ncu --set full --launch-count 20 -o {settings.profile / name}"
+            run.console.print(f"{report} {sys.executable} -m hermesflow bench ops {what}", soft_wrap=True)
 
 
 def _cases(op: str, shape: str, device: torch.device) -> Iterator[Case]:

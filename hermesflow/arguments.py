@@ -319,11 +319,12 @@ COMMANDS = (
     ),
     _command(
         "bench ops", "every op on every backend that can run; its tests run first",
-        "--shape small --op mask_topk --out results.jsonl --plot roofline.png",
+        "--shape small --op mask_topk --out results.jsonl --profile traces",
         _DEVICE, _shape("--shape", "sizes [small]", choices=("tiny", "small", "showo-1.3b")),
         *(_repeated(f"--{name} NAME", "may be repeated [all that can run]", dest=f"{name}s")
           for name in ("op", "backend", "baseline")), _OUT,
         _option("--plot FILE.png", "where to draw the roofline (needs matplotlib)", Path),
+        _option("--profile FOLDER", "where to write a trace and a table of each case and backend", Path),
         _option("--no-test", "do not run the op's tests first", dest="test", action="store_false"), configured=False,
     ),
     _command(

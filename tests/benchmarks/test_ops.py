@@ -210,3 +210,13 @@ def test_roofline_without_matplotlib(monkeypatch, capsys):
 def test_the_command_line_loads_no_benchmark_for_its_help():
     code = "import sys; from hermesflow import cli; cli.make_parser(); sys.exit('hermesflow.benchmarks' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_a_profile_of_each_case_and_backend(tmp_path, capsys):
+    assert bench("--op", "span_attention", "--backend", "torch", "--baseline", "naive", "--profile", tmp_path) == 0
+    names = {f"span_attention-{case}-torch" for case in ("images", "questions", "answers", "pairs")}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}{end}" for name in names for end in (".txt", ".json.gz")
+    }
+    assert re.search(r"% +[0-9]+ x +aten::", (tmp_path / "span_attention-images-torch.txt").read_text())
+    assert "span_attention-pairs-torch: " in capsys.readouterr().out
