@@ -15,6 +15,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (pytorch.org/blog/fl
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -426,12 +427,23 @@ def _block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _launches(dtype: torch.dtype, head_dim: int) -> _Launches:
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """Major number of a GPU's compute capability; the interpreter's CPU stands for Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _launches(dtype: torch.dtype, head_dim: int, capability: int) -> _Launches:
+    """Before Hopper products take their operands from registers, which the larger blocks spill."""
     block_d = _block_d(head_dim)
     if dtype == torch.float32:
         # Without tensor cores the products are unrolled, which larger tiles spill.
         sizes = (32, 32, 8, 2) if block_d <= 64 else (32, 16, 8, 2) if block_d <= 128 else (16, 16, 4, 2)
         return _Launches(*[_Launch(*sizes)] * 3)
+    if capability < 9 and block_d <= 64:
+        return _Launches(_Launch(128, 64, 8, 3), _Launch(64, 64, 4, 3), _Launch(32, 64, 8, 3))
+    if capability < 9 and block_d <= 128:
+        return _Launches(*[_Launch(64, 64, 8, 3)] * 2, _Launch(32, 64, 8, 2))
     if block_d <= 64:
         return _Launches(_Launch(128, 64, 8, 3), _Launch(64, 64, 4, 3), _Launch(64, 128, 8, 3))
     if block_d <= 128:
@@ -459,7 +471,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float) -> t
     out, lse = torch.empty_like(q), q.new_empty(num_heads, num_rows, dtype=torch.float32)
     if not num_rows:
         return out, lse
-    launch = _fit(tree, _launches(q.dtype, head_dim).forward)
+    launch = _fit(tree, _launches(q.dtype, head_dim, _capability(q.device)).forward)
     for block_rows, plan in row_parts(tree, launch.block_rows, launch.tile_keys):
         num_blocks = len(plan.rows) // block_rows
         num_shares = _num_shares(num_blocks * num_heads, len(plan.slots) // launch.tile_keys)
@@ -510,7 +522,7 @@ def _backward(
     dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if not num_rows:
         return dq, dk, dv
-    _, of_dq, of_dk_dv = (_fit(tree, launch) for launch in _launches(q.dtype, head_dim))
+    _, of_dq, of_dk_dv = (_fit(tree, launch) for launch in _launches(q.dtype, head_dim, _capability(q.device)))
     settings = (num_rows, num_heads // num_kv_heads, scale, scale * LOG2_E)
     for block_rows, plan in row_parts(tree, of_dq.block_rows, of_dq.tile_keys):
         _backward_dq_kernel[(len(plan.rows) // block_rows, num_heads)](
@@ -580,8 +592,8 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
     return _SpanAttention.apply(q, k, v, tree, scale)
 
 
-def _production(head_dim: int, group: int | str) -> list[tuple]:
-    launches = _launches(torch.bfloat16, head_dim)
+def _production(head_dim: int, group: int | str, capability: int) -> list[tuple]:
+    launches = _launches(torch.bfloat16, head_dim, capability)
     tensors = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
     types = {f"{name}_ptr": "*bf16" for name in tensors} | {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     types |= {"scale": "fp32", "scale_log2": "fp32", "num_rows": "i32", "group": group}
@@ -603,5 +615,6 @@ def _production(head_dim: int, group: int | str) -> list[tuple]:
     return [*found, (_merge_kernel, merge, {"num_warps": 1})]
 
 
-# For .ci/check-triton: Show-o, and grouped queries at the head size of larger models.
-PRODUCTION = [*_production(64, 1), *_production(128, "i32")]
+def production(capability: int) -> list[tuple]:
+    """For .ci/check-triton: Show-o, and grouped queries at the head size of larger models."""
+    return [*_production(64, 1, capability // 10), *_production(128, "i32", capability // 10)]

@@ -224,7 +224,7 @@ def test_a_decoding_step_fills_the_device():
     tree = SpanTree.build([([0] * 1027, -1, "full")] * 7)
     tree = tree.extend([([0], caption // 10, "causal") for caption in range(64)], reserve=24)
     tree = tree.decode(range(7, 71), torch.zeros(64, dtype=torch.int64), torch.full((64,), 2))
-    launch = launches._fit(tree, launches._launches(torch.bfloat16, 64).forward)
+    launch = launches._fit(tree, launches._launches(torch.bfloat16, 64, 9).forward)
     ((block_rows, plan),) = row_parts(tree, launch.block_rows, launch.tile_keys)
     num_programs = len(plan.rows) // block_rows * 32
     assert num_programs * launches._num_shares(num_programs, len(plan.slots) // launch.tile_keys) >= 264
