@@ -14,6 +14,7 @@ from torch import Tensor
 from hermesflow.kernels import linear_logprob_blocked as driver
 
 MAX_BLOCK_V = 4096
+MAX_BACKWARD_V = 2048  # more spill with Triton 3.6
 
 
 @triton.jit
@@ -103,8 +104,8 @@ def _kept_backward_kernel(
     tl.store(dz_ptr + row * stride_dt + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-def _block(num_ids: int) -> dict[str, int]:
-    block_v = min(MAX_BLOCK_V, max(driver.TILE, triton.next_power_of_2(num_ids)))
+def _block(num_ids: int, most: int = MAX_BLOCK_V) -> dict[str, int]:
+    block_v = min(most, max(driver.TILE, triton.next_power_of_2(num_ids)))
     return {"BLOCK_V": block_v, "num_warps": 8 if block_v > 1024 else 4}
 
 
@@ -137,7 +138,7 @@ def _epilogue(
     logits: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, grad_logprob: Tensor, first_id: int, dz: Tensor
 ) -> None:
     num_rows, num_ids = logits.shape
-    options = _block(num_ids)
+    options = _block(num_ids, MAX_BACKWARD_V)
     _block_backward_kernel[(num_rows, triton.cdiv(num_ids, options["BLOCK_V"]))](
         logits,
         logits if bias is None else bias,
@@ -202,8 +203,8 @@ def _production() -> list[tuple]:
     cases = [
         (_block_kernel, block),
         (_kept_backward_kernel, block),
-        (_block_backward_kernel, block),
-        (_block_backward_kernel, block | {"num_ids": "i32", "dz_ptr": "*fp32"}),
+        (_block_backward_kernel, block | {"BLOCK_V": MAX_BACKWARD_V}),
+        (_block_backward_kernel, block | {"BLOCK_V": MAX_BACKWARD_V, "num_ids": "i32", "dz_ptr": "*fp32"}),
     ]
     return [(kernel, {key: of[key] for key in kernel.arg_names}, {"num_warps": 8}) for kernel, of in cases]
 

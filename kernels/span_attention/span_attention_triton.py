@@ -447,7 +447,9 @@ def _launches(dtype: torch.dtype, head_dim: int, capability: int) -> _Launches:
     if block_d <= 64:
         return _Launches(_Launch(128, 64, 8, 3), _Launch(64, 64, 4, 3), _Launch(64, 128, 8, 3))
     if block_d <= 128:
-        return _Launches(_Launch(128, 64, 8, 3), _Launch(64, 64, 8, 3), _Launch(32, 64, 8, 2))
+        return _Launches(
+            _Launch(128, 64, 8, 3), _Launch(64, 64, 8, 3), _Launch(32, 64 if capability == 9 else 32, 8, 2)
+        )
     return _Launches(_Launch(64, 32, 8, 2), *[_Launch(32, 32, 8, 2)] * 2)
 
 
