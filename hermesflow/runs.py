@@ -76,10 +76,6 @@ class Run:
     def _claim(self) -> None:
         self._lock = claim_folder(self.folder, self.config, "run.name")
 
-    def of_round(self, number: int) -> Config:
-        """The settings of a round."""
-        return self.config.of_round(number)
-
     @cached_property
     def records(self) -> RecordFile:
         """All rounds' image-caption pairs with their images' codes; on the disk, and read where they are used."""
@@ -97,7 +93,9 @@ class Run:
     def _make_records(self) -> Iterator[Record]:
         """The records one by one; when the last was taken, the rejected ones are written down."""
         data, selfplay, rejected = self.config.data, self.config.selfplay, []
-        counts = [self.of_round(number).data.num_records for number in (self.rounds if selfplay.fresh_prompts else [1])]
+        counts = [
+            self.config.of_round(number).data.num_records for number in (self.rounds if selfplay.fresh_prompts else [1])
+        ]
         count = sum(counts)
         if data.source in SOURCES:
             records = resolve(SOURCES, data.source, "data.source")(self.config.run.seed, count)
@@ -121,8 +119,8 @@ class Run:
         """The records of one round: fresh ones, or the same in every round."""
         if not self.config.selfplay.fresh_prompts:
             return self.records
-        end = sum(self.of_round(each).data.num_records for each in self.rounds[:number])
-        return self.records[end - self.of_round(number).data.num_records : end]
+        end = sum(self.config.of_round(each).data.num_records for each in self.rounds[:number])
+        return self.records[end - self.config.of_round(number).data.num_records : end]
 
     def model(self, number: int) -> Model:
         """The model after a round, in the dtype in which every round draws and judges; 0 is the one it starts from."""
@@ -208,7 +206,7 @@ class Run:
     def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
         """A round's records and candidates, part by part; what is on disk is read, the rest made."""
         options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
-        records, config = self.round_records(number), self.config.drawn_by(self.of_round(number).curation)
+        records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
         return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
 
     def pairs(self, number: int) -> pa.Table:
@@ -264,7 +262,7 @@ class Run:
 
     def is_online(self, number: int) -> bool:
         """Whether a round's algorithm draws its own images as it learns, and needs no pairs."""
-        return is_online(self.of_round(number).selfplay.algorithm)
+        return is_online(self.config.of_round(number).selfplay.algorithm)
 
     def check_comparable(self, result: dict[str, Any]) -> None:
         """Raises InputError if an evaluation measured other records than that before self-play."""
@@ -307,14 +305,15 @@ def import_pairs(config: Config, number: int, path: StrPath, root: StrPath | Non
     Returns: the path of the pairs; rejected.parquet is written beside it.
     Raises: InputError if the file cannot be used, or the round has pairs already.
     """
+    check_takes_pairs(config.of_round(number).selfplay.algorithm)
     run = Run(config)
     run.check_round(number)
-    config = run.of_round(number)
-    check_takes_pairs(config.selfplay.algorithm)
     target = run.path(number, "pairs.parquet")
     if target.exists():
         raise InputError(f"{target}: round {number} has pairs already; choose another run.name or --round")
-    pairs, rejected = read_published_pairs(run.model(number - 1), path, root, config.curation.threshold)
+    pairs, rejected = read_published_pairs(
+        run.model(number - 1), path, root, config.of_round(number).curation.threshold
+    )
     write_parquet(run.path(number, "rejected.parquet"), rejected)
     write_parquet(target, pairs)
     return target

@@ -57,7 +57,7 @@ def curate_round(run: Run, number: int) -> None:
     """Draws and scores a round's candidates, and keeps each record's best and worst as a pair. Raises: as curate;
     InputError if the run has no such round, or its algorithm takes no pairs."""
     run.check_round(number)
-    check_takes_pairs(run.of_round(number).selfplay.algorithm)
+    check_takes_pairs(run.config.of_round(number).selfplay.algorithm)
     if run.is_made(number, "pairs.parquet", "rejected.parquet"):
         return
 
@@ -69,7 +69,7 @@ def curate_round(run: Run, number: int) -> None:
         ):
             for records, candidates in parts:
                 before = None if previous is None else previous.of(records)
-                pairs, rejected = make_pairs(records, candidates, run.of_round(number).curation, before)
+                pairs, rejected = make_pairs(records, candidates, run.config.of_round(number).curation, before)
                 write_kept(pairs)
                 write_rejected(rejected)
 
@@ -92,7 +92,9 @@ def train_round(run: Run, number: int) -> None:
 
     def work() -> None:
         model, options = run.policy(number - 1), {"seed": run.seed(number), "first": run.first(number)}
-        save_trained(model, train_on(model, learned, run.of_round(number), folder=folder / "train", **options), folder)
+        save_trained(
+            model, train_on(model, learned, run.config.of_round(number), folder=folder / "train", **options), folder
+        )
 
     run.timed(number, "training", work)
 

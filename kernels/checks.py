@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is made of these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def describe(tensor: Tensor) -> str:
     """A tensor's dtype, shape and device for an error message: "float32 [8, 64] on cpu"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"

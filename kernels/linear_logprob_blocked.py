@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hermesflow.kernels.checks import wants_gradient
 from hermesflow.kernels.matmul import logits_of, multiply, new_block
 
 # A GPU's matmuls want thousands of rows and ids (a guess, unmeasured). A CPU's block of logits, 16 MiB, should stay in
@@ -115,8 +116,8 @@ def linear_logprob(
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The op with KERNELS[kernels]: logprob, differentiable in x, weight and bias, and the entropy or None."""
-    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    logprob, _, entropy, _, _ = _forward(x, weight, bias, target, ignore_index, kernels, wants_gradient)
+    keep = wants_gradient(x, weight, bias)
+    logprob, _, entropy, _, _ = _forward(x, weight, bias, target, ignore_index, kernels, keep)
     return logprob, entropy if return_entropy else None
 
 

@@ -7,7 +7,6 @@ are all the memory that is needed. torch.compile sees one opaque op.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +41,6 @@ def by_triton(
     return _linear_sample(hidden, weight, bias, temperature, *key, "triton")
 
 
-def _draw(logits: Tensor, bias: Tensor | None, kernel: str, **options: Any) -> tuple[Tensor, Tensor]:
-    guided_sample = import_module(_KERNELS[kernel]).guided_sample
-    return guided_sample(logits, None, guidance_scale=0.0, bias=bias, **options)
-
-
 @torch.library.custom_op("hermesflow::linear_sample", mutates_args=())
 def _linear_sample(
     hidden: Tensor,
@@ -58,6 +52,7 @@ def _linear_sample(
     position: Tensor,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
+    guided_sample = import_module(_KERNELS[kernel]).guided_sample
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     bias = None if bias is None else bias.float().contiguous()
     if hidden.device.type == "cpu":
@@ -69,8 +64,9 @@ def _linear_sample(
         key = RandomKey(seed[rows], step[rows] if step.dim() else step, position[rows])
         with torch.autocast(hidden.device.type, enabled=False):
             # No name for the logits: it would hold this block while the next one is made.
-            drawn = _draw(logits_of(hidden[rows], weight), bias, kernel, temperature=temperature, key=key)
-        token[rows], logprob[rows] = drawn
+            token[rows], logprob[rows] = guided_sample(
+                logits_of(hidden[rows], weight), None, guidance_scale=0.0, temperature=temperature, key=key, bias=bias
+            )
     return token, logprob
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hermesflow.kernels.checks import wants_gradient
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether torch has this internal op; torch.addmm serves where it has not."""
 _LEAST_PRODUCT = 1 << 21
@@ -35,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str |
     if not _onednn_computes(x, weight):
         x = _padded_linear(x, weight, bias) if _is_odd_on_gpu(x, weight, bias) else F.linear(x, weight, bias)
         return x if gelu is None else F.gelu(x, approximate=gelu)
-    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (x, weight, bias)):
+    if wants_gradient(x, weight, bias):
         return _Linear.apply(x, weight, bias, gelu)
     return _linear_pointwise(_fill_rows(x), weight, bias, gelu)[: len(x)]
 
@@ -43,14 +45,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str |
 def _is_odd_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
-    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return len(weight) * weight.itemsize % 16 > 0 and not wants_gradient
+    return len(weight) * weight.itemsize % 16 > 0 and not wants_gradient(x, weight, bias)
 
 
 def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear whose rows begin at multiples of 128 bytes: of an odd vocabulary every second row of bf16 logits would
     else lie between two numbers of 4 bytes, which keeps matmuls and samplers from wide loads and stores."""
-    out = x.new_empty(len(x), -(-len(weight) // 64) * 64)[:, : len(weight)]
+    out = _aligned(x, weight, x.dtype)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
@@ -142,8 +143,11 @@ def logits_of(x: Tensor, weight: Tensor) -> Tensor:
 def new_block(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for a block's logits or dz. On a GPU its rows begin at multiples of 128 bytes at least, as matmuls like
     them; on a CPU they follow one another: oneDNN takes a hundred times as long where they do not."""
-    step = 1 if x.device.type == "cpu" else 64
-    return x.new_empty(len(x), -(-len(weight) // step) * step, dtype=dtype)[:, : len(weight)]
+    return x.new_empty(len(x), len(weight), dtype=dtype) if x.device.type == "cpu" else _aligned(x, weight, dtype)
+
+
+def _aligned(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(len(x), -(-len(weight) // 64) * 64, dtype=dtype)[:, : len(weight)]
 
 
 def _onednn_computes(x: Tensor, weight: Tensor) -> bool:

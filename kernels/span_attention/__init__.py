@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hermesflow.kernels import registry
-from hermesflow.kernels.checks import FLOAT_DTYPES, not_on, not_on_triton_device
+from hermesflow.kernels.checks import FLOAT_DTYPES, not_on, not_on_triton_device, wants_gradient
 from hermesflow.kernels.span_tree import SpanTree
 
 OP = "span_attention"
@@ -102,21 +102,17 @@ def _triton_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -
     return not_on_triton_device(q, k, v, with_dot=True)
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _cpu_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
     if not _HAS_FLASH:
         return f"torch {torch.__version__} has no aten::{_FLASH}"
-    if _wants_gradient(q, k, v) and q.dtype not in (torch.float32, torch.float64):
+    if wants_gradient(q, k, v) and q.dtype not in (torch.float32, torch.float64):
         return f"a gradient is wanted and q is {q.dtype}, needs fp32 or fp64 for it"
     return not_on("cpu", q, k, v)
 
 
 def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> str | None:
     if q.device.type == "cpu":
-        return "FlexAttention has no gradient on the CPU" if _wants_gradient(q, k, v) else None
+        return "FlexAttention has no gradient on the CPU" if wants_gradient(q, k, v) else None
     if q.dtype not in FLOAT_DTYPES or q.shape[2] < 16:
         return f"q is {q.dtype} with head_dim {q.shape[2]}, needs fp32, bf16 or fp16 and a head_dim of at least 16"
     return not_on("cuda", q, k, v)
