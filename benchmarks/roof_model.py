@@ -146,8 +146,8 @@ def _image_step(of: Assumptions) -> Prediction:
     parts = {
         "matmuls": linear / (of.matmul * of.gemm),
         "attention": attention / attention_rate(of),
-        "norms, rotation, GELU": layers * 18 * moved / (of.copy * of.elementwise),
-        "keys and values": layers * 2 * moved * 2 / (of.copy * 0.5),
+        # Norm 2, [q k v] read and written 6, x read by the matmuls that add to it 2.
+        "norms, rotation, residual": layers * 10 * moved / (of.copy * of.elementwise),
         "head": head / (of.matmul * 0.6) + 60e-6,
     }
     return _step("an image step, 32 guided images", "matmul", (linear + attention + head) / of.matmul, parts)
@@ -159,8 +159,8 @@ def _caption_step(of: Assumptions) -> Prediction:
     weights, cached = (4 * width * width + 2 * width * wide) * 2, (images * 1027 + rows * 24) * 2 * width * 2
     head = ids * width * 2
     parts = {
-        "matmuls": layers * (weights / (of.copy * of.gemv) + 4 * 1.2e-6),
-        "small kernels": layers * 8 * of.small_kernel,
+        "matmuls": layers * (weights / (of.copy * of.gemv) + 3 * 1.2e-6),
+        "small kernels": layers * 2 * of.small_kernel,
         "attention": layers * (cached / (of.copy * 0.75) + 2 * of.small_kernel),
         "head and sampling": head / (of.copy * 0.45) + 70e-6,
     }

@@ -32,7 +32,7 @@ class Engine:
     """Draws images, answers questions and scores answers with one model.
 
     The transformer is the caller's own, not a copy: device and dtype move it in place, and training it shows at once.
-    On CUDA its blocks are compiled at the first use; TORCHDYNAMO_DISABLE=1 leaves them as they are.
+    On CUDA with Triton its layers run as fused_layers.py says.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine:
         _check_layout(layout)
         self.transformer, self.layout, self.backend = transformer.to(device=device, dtype=dtype), layout, backend
         if self.device.type == "cuda" and triton_missing() is None:
-            transformer.compile_blocks()
+            transformer.fuse_layers()
         self.image_decoder = image_decoder(transformer, layout, backend)
         self._text = text_decoder(transformer, layout, backend)
         self._planner = MemoryPlanner(transformer)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hermesflow.engine.kv_cache import KVCache
-from hermesflow.engine.transformer import Embeds, Halves, Linear, Transformer, TransformerConfig
+from hermesflow.engine.transformer import NORMS, Block, Embeds, Halves, Linear, Transformer, TransformerConfig
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_tree import SpanTree
 
@@ -81,6 +81,11 @@ class SharedLinear(nn.Module):
         super().__init__()
         self.sources, self.precision = nn.ModuleList(sources), precision
 
+    @property
+    def plain(self) -> nn.Linear | None:
+        """The layer that is all it does; None where there are several, or an adapter."""
+        return self.sources[0] if len(self.sources) == 1 and type(self.sources[0]) is nn.Linear else None
+
     def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
         """x [T, D] -> [T, V], and GELU of it (F.gelu's approximation)."""
         results = [self._apply_one(source, self.precision.cast(x), gelu) for source in self.sources]
@@ -135,6 +140,8 @@ class SharedTransformer(Transformer):
             self.get_submodule(parent).add_module(attribute, shared)
         layers = (module for module in self.blocks.modules() if isinstance(module, SharedLinear))
         self.has_plain_layers = all(type(source) is nn.Linear for layer in layers for source in layer.sources)
+        norms = [module.source for module in self.modules() if isinstance(module, SharedNorm)]
+        self.has_torch_norms = all(type(norm) in NORMS.values() for norm in norms)
         for block in self.blocks:
             block.checkpoint_contexts = self.precision.checkpoint_contexts
 
@@ -156,10 +163,13 @@ class SharedTransformer(Transformer):
         dtype = self.precision.dtype or weight.dtype
         return KVCache(config.num_layers, capacity, config.num_kv_heads, config.head_dim, weight.device, dtype)
 
+    def _takes_fused(self) -> bool:
+        return super()._takes_fused() and self.precision.dtype is None and self.has_torch_norms
+
     def _halves(self) -> Halves:
         # A compiled block would cast its weights anew at each step, and may not take what is in place of a layer.
         is_plain = self.precision.dtype is None and self.has_plain_layers
-        return super()._halves() if is_plain else self._plain_halves()
+        return super()._halves() if is_plain else (Block.before_attention, Block.after_attention)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from hermesflow.engine.fused_layers import FusedPass, join_weights
 from hermesflow.engine.kv_cache import KVCache
+from hermesflow.kernels.checks import FLOAT_DTYPES
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
 from hermesflow.kernels.span_tree import SpanTree
@@ -25,7 +27,7 @@ Rotary = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim] of new tokens -> [Tq, H, head_dim]."""
 Halves = tuple[Callable, Callable]
-"""Block.before_attention and Block.after_attention, as they are or compiled."""
+"""Block.before_attention and Block.after_attention: as they are, compiled, or those of a FusedPass."""
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -102,6 +104,11 @@ class Linear(nn.Linear):
     """A linear layer by kernels/matmul.py, for x [T, D]."""
 
     takes_gelu = True
+
+    @property
+    def plain(self) -> nn.Linear:
+        """The layer whose weight and bias are all it does."""
+        return self
 
     def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
         """x [T, D] -> [T, V], and GELU of it (F.gelu's approximation)."""
@@ -209,7 +216,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self._compiler: str | None = None
+        self._is_fused = False
         self._training_compiler: str | None = None
 
     def forward(
@@ -224,11 +231,15 @@ class Transformer(nn.Module):
         """
         x = self._embedded(tree.token_ids, embeds)
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
-        halves = self._halves()
+        fused = FusedPass(self.blocks, tree, cache) if self._takes_fused() else None
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
-            x = block(x, rotary, functools.partial(_attend, tree, cache, layer), rows if is_last else None, halves)
-        return self.norm(x)
+            if fused is None:
+                halves, attend = self._halves(), functools.partial(_attend, tree, cache, layer)
+            else:
+                halves, attend = fused.halves(layer), functools.partial(span_attention, tree=tree)
+            x = block(x, rotary, attend, rows if is_last else None, halves)
+        return self.norm(x) if fused is None else fused.norm(self.norm, x, 2 * len(self.blocks))
 
     def _embedded(self, token_ids: Tensor, embeds: Embeds | None) -> Tensor:
         """[Tq, D]."""
@@ -242,27 +253,29 @@ class Transformer(nn.Module):
         return x.index_copy(0, rows.to(x.device), values)
 
     def prepare_training(self, *, compiled: bool, checkpointed: bool, backend: str = "inductor") -> None:
-        """How the layers run outside inference mode: through torch.compile, as compile_blocks says, or not; and where
-        gradients are wanted, keeping their inputs alone and computing the rest again in the backward pass, or not."""
+        """How the layers run outside inference mode: through torch.compile, one graph on each side of attention which
+        all layers share, for any number of tokens, or not; and where gradients are wanted, keeping their inputs alone
+        and computing the rest again in the backward pass, or not. backend is torch.compile's."""
         self._training_compiler = backend if compiled else None
         for block in self.blocks:
             block.is_checkpointed = checkpointed
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """From now on inference mode runs the blocks through torch.compile, one graph on each side of attention.
+    def fuse_layers(self) -> None:
+        """From now on inference mode takes the layers by Triton's kernels (fused_layers.py), in any dtype but float64.
 
-        All layers share the two graphs, which hold for any number of tokens; one token alone has two of its own.
-        TORCHDYNAMO_DISABLE=1 turns them off. backend is torch.compile's.
+        Weights that are read together are moved together; the parameters stay the same objects.
         """
-        self._compiler = backend
+        self._is_fused = True
+        for block in self.blocks:
+            join_weights(block)
+
+    def _takes_fused(self) -> bool:
+        return self._is_fused and torch.is_inference_mode_enabled() and self.embed.weight.dtype in FLOAT_DTYPES
 
     def _halves(self) -> Halves:
-        compiler = self._compiler if torch.is_inference_mode_enabled() else self._training_compiler
-        return self._plain_halves() if compiler is None else _compiled_halves(compiler)
-
-    @staticmethod
-    def _plain_halves() -> Halves:
-        return Block.before_attention, Block.after_attention
+        if self._training_compiler is None or torch.is_inference_mode_enabled():
+            return Block.before_attention, Block.after_attention
+        return _compiled_halves(self._training_compiler)
 
     def new_cache(self, capacity: int) -> KVCache:
         """A cache of capacity token slots on the weights' device, in their dtype."""

@@ -34,18 +34,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str |
     Returns: [T, V]; on a GPU, where V is odd and no gradient is wanted, rows lie apart. torch.compile sees F.linear.
         Differentiable once.
     """
+    if _is_inference_on_gpu(x, weight, bias):
+        return _linear_on_gpu(x, weight, bias, gelu)
     if not _onednn_computes(x, weight):
-        x = _padded_linear(x, weight, bias) if _is_odd_on_gpu(x, weight, bias) else F.linear(x, weight, bias)
+        x = F.linear(x, weight, bias)
         return x if gelu is None else F.gelu(x, approximate=gelu)
     if wants_gradient(x, weight, bias):
         return _Linear.apply(x, weight, bias, gelu)
     return _linear_pointwise(_fill_rows(x), weight, bias, gelu)[: len(x)]
 
 
-def _is_odd_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_inference_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
-    return len(weight) * weight.itemsize % 16 > 0 and not wants_gradient(x, weight, bias)
+    return not wants_gradient(x, weight, bias)
+
+
+def _linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
+    if gelu == "tanh" and bias is not None:  # cuBLAS applies it to its sums: one kernel
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    is_odd = len(weight) * weight.itemsize % 16 > 0
+    x = _padded_linear(x, weight, bias) if is_odd else F.linear(x, weight, bias)
+    return x if gelu is None else F.gelu(x, approximate=gelu)
 
 
 def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

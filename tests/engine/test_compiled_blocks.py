@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hermesflow.engine import engine as engine_module
-from hermesflow.engine.engine import Engine
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.span_tree import SpanTree
 
@@ -22,55 +20,6 @@ def num_graphs():
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
-
-
-def hidden(transformer, num_tokens, rows=None):
-    tree = SpanTree.build([(list(range(num_tokens)), -1, "full")])
-    with torch.inference_mode():
-        return transformer(tree, transformer.new_cache(tree.capacity), rows=rows)
-
-
-@pytest.mark.parametrize("name", ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied"])
-def test_compiled_blocks_give_the_same(naive, num_graphs, name):
-    transformer, rows = naive.tiny_model(name), torch.tensor([3, 17, 3])
-    expected, some = hidden(transformer, 20), hidden(transformer, 20, rows)
-    transformer.compile_blocks("aot_eager")
-    torch.testing.assert_close(hidden(transformer, 20), expected, rtol=0, atol=2e-5)
-    torch.testing.assert_close(hidden(transformer, 20, rows), some, rtol=0, atol=2e-5)
-    assert num_graphs() == 2
-
-
-@pytest.mark.parametrize("first", [17, *WIDTHS])
-def test_two_graphs_serve_any_number_of_tokens(naive, num_graphs, first):
-    """Whatever the first number is, a width of the model too; then one token, which is a case of its own."""
-    transformer = naive.tiny_model()
-    transformer.compile_blocks("eager")
-    hidden(transformer, first)
-    assert num_graphs() == 2
-    hidden(transformer, 1)
-    assert num_graphs() == 4
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for num_tokens in (19, 2, 1, 40, *WIDTHS):
-            hidden(transformer, num_tokens)
-            hidden(transformer, num_tokens, torch.zeros(3, dtype=torch.int64))
-    assert num_graphs() == 4
-
-
-def test_number_of_graphs_does_not_grow_with_layers(naive, num_graphs):
-    transformer = Transformer(dataclasses.replace(naive.tiny_model().config, num_layers=12))
-    transformer.compile_blocks("eager")
-    hidden(transformer, 16)
-    assert num_graphs() == 2
-
-
-def test_training_is_not_compiled(naive, num_graphs):
-    transformer = naive.tiny_model()
-    transformer.compile_blocks("eager")
-    tree = SpanTree.build([([1, 2, 3], -1, "causal")])
-    transformer(tree).sum().backward()
-    with torch.no_grad():
-        transformer(tree)
-    assert num_graphs() == 0
 
 
 def training_step(transformer, num_tokens, rows=None):
@@ -133,14 +82,3 @@ def test_graphs_of_training_do_not_grow_with_layers(naive, num_graphs):
         training_step(transformer, 17)
         counts.append(num_graphs() - before)
     assert counts[0] == counts[1]
-
-
-@pytest.mark.parametrize(
-    ("device", "missing", "expected"),
-    [("cuda", None, "inductor"), ("cuda", "triton is not installed", None), ("cpu", None, None)],
-    ids=["cuda", "cuda without Triton", "cpu"],
-)
-def test_engine_compiles_on_cuda(naive, monkeypatch, device, missing, expected):
-    monkeypatch.setattr(Engine, "device", torch.device(device))
-    monkeypatch.setattr(engine_module, "triton_missing", lambda: missing)
-    assert Engine(naive.tiny_model(), naive.LAYOUT).transformer._compiler == expected

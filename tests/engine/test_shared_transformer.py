@@ -158,15 +158,6 @@ def test_a_forward_of_its_own_is_seen():
     assert is_hooked(layer)
 
 
-def test_compiled_blocks_give_the_same(plain):
-    shared, _ = shared_with(plain)
-    with torch.inference_mode():
-        before = run(shared)
-        shared.compile_blocks(backend="eager")
-        torch.testing.assert_close(run(shared), before, rtol=1e-5, atol=1e-5)
-        assert run(shared, torch.bfloat16).dtype == torch.bfloat16
-
-
 def test_embeddings_in_place_of_all_tokens_leave_the_embedding_without_gradient(plain):
     shared, modules = shared_with(plain)
     tree = SpanTree.build(SPANS)
