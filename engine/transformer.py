@@ -41,6 +41,7 @@ _RANGES = {
     "num_kv_heads": (1, 2**16), "mlp_size": (1, 2**24), "norm_eps": (0, 1), "rotary_fraction": (0, 1),
     "rope_theta": (1, 1e12),
 }  # fmt: skip
+BLOCKS = ("sequential", "post", "parallel")
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
@@ -48,8 +49,10 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 class TransformerConfig:
     """Shape of a decoder.
 
-    block "sequential" is attention then MLP, each behind its own norm; "parallel" (Phi) adds both from one norm.
-    gated makes the MLP activation(gate) * up (SwiGLU with silu). rotary_fraction is the rotated part of each head.
+    block "sequential" is attention then MLP, each behind its own norm; "post" (Swin) has the norms after them instead;
+    "parallel" (Phi) adds both from one norm. gated makes the MLP activation(gate) * up (SwiGLU with silu).
+    rotary_fraction is the rotated part of each head. qk_norm norms queries and keys; with qk_norm_per_head (Chameleon)
+    by a LayerNorm of eps 1e-5 whose weights and biases are each head's own, whatever norm is.
     """
 
     vocab_size: int
@@ -66,12 +69,13 @@ class TransformerConfig:
     rotary_fraction: float = 1.0
     rope_theta: float = 10_000.0
     qk_norm: bool = False
+    qk_norm_per_head: bool = False
     bias: bool = True
     head_bias: bool = False
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("norm", NORMS), ("block", ("sequential", "parallel")), ("activation", ACTIVATIONS)):
+        for name, choices in (("norm", NORMS), ("block", BLOCKS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"TransformerConfig: {name} must be one of {list(choices)}, got {getattr(self, name)!r:.80}"
@@ -115,6 +119,21 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, gelu=gelu)
 
 
+class HeadNorm(nn.Module):
+    """LayerNorm over each head, with weights and biases [H, head_dim] of its own."""
+
+    eps = 1e-5
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H, head_dim] -> the same shape."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+
 class Attention(nn.Module):
     """The projections around grouped-query attention, with partial rotary embedding."""
 
@@ -124,9 +143,7 @@ class Attention(nn.Module):
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, width, bias=config.bias)
         self.out = Linear(config.hidden_size, config.hidden_size, bias=config.bias)
-        norm = NORMS[config.norm] if config.qk_norm else nn.Identity
-        self.q_norm = norm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = norm(config.head_dim, eps=config.norm_eps)
+        self.q_norm, self.k_norm = (_head_norm(config, count) for count in (config.num_heads, config.num_kv_heads))
 
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """x [Tq, D] -> queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim]."""
@@ -135,6 +152,12 @@ class Attention(nn.Module):
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q, k, v.to(q.dtype)
+
+
+def _head_norm(config: TransformerConfig, num_heads: int) -> nn.Module:
+    if config.qk_norm_per_head:
+        return HeadNorm(num_heads, config.head_dim)
+    return NORMS[config.norm](config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
 
 class MLP(nn.Module):
@@ -169,7 +192,8 @@ class Block(nn.Module):
         norm = NORMS[config.norm]
         self.attention_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps) if config.block == "sequential" else None
+        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps) if config.block != "parallel" else None
+        self.norms_after = config.block == "post"
         self.mlp = MLP(config)
         self.is_checkpointed = False
         self.checkpoint_contexts: Callable[[], tuple] = noop_context_fn
@@ -192,7 +216,7 @@ class Block(nn.Module):
 
     def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [Tq, D] -> normed [Tq, D], queries, keys and values."""
-        normed = self.attention_norm(x)
+        normed = x if self.norms_after else self.attention_norm(x)
         return normed, *self.attention(normed, rotary)
 
     def after_attention(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
@@ -200,6 +224,9 @@ class Block(nn.Module):
         attended = self.attention.out(attended.flatten(1))
         if self.mlp_norm is None:
             return x + attended + self.mlp(normed)
+        if self.norms_after:
+            x = x + self.attention_norm(attended)
+            return x + self.mlp_norm(self.mlp(x))
         x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 
@@ -261,7 +288,8 @@ class Transformer(nn.Module):
             block.is_checkpointed = checkpointed
 
     def fuse_layers(self) -> None:
-        """From now on inference mode takes the layers by Triton's kernels (fused_layers.py), in any dtype but float64.
+        """From now on inference mode takes the layers by Triton's kernels (fused_layers.py), but for blocks "post" and
+        for float64.
 
         Weights that are read together are moved together; the parameters stay the same objects.
         """
@@ -270,7 +298,8 @@ class Transformer(nn.Module):
             join_weights(block)
 
     def _takes_fused(self) -> bool:
-        return self._is_fused and torch.is_inference_mode_enabled() and self.embed.weight.dtype in FLOAT_DTYPES
+        can = self.config.block != "post" and self.embed.weight.dtype in FLOAT_DTYPES
+        return self._is_fused and can and torch.is_inference_mode_enabled()
 
     def _halves(self) -> Halves:
         if self._training_compiler is None or torch.is_inference_mode_enabled():

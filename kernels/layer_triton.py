@@ -31,7 +31,7 @@ class _Norm(NamedTuple):
     def of(cls, module: nn.Module, dtype: torch.dtype) -> _Norm:
         if isinstance(module, nn.Identity):
             return cls(_NO_NORM, None, None, 0.0)
-        kind = _LAYER_NORM if isinstance(module, nn.LayerNorm) else _RMS_NORM
+        kind = _RMS_NORM if isinstance(module, nn.RMSNorm) else _LAYER_NORM
         eps = torch.finfo(dtype).eps if module.eps is None else module.eps
         return cls(kind, module.weight, getattr(module, "bias", None), eps)
 
@@ -133,9 +133,11 @@ def _squares(x, mean, inside):
 @triton.jit
 def _rotate_heads(
     x_ptr, out_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, block, eps, NUM: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr, KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr, KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PERIOD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotation of a token's heads: of their first HALF channels with the next HALF; the rest stays."""
+    """Norm and rotation of a token's heads: of their first HALF channels with the next HALF; the rest stays. The norm's
+    weights begin anew after PERIOD channels: those of a head, or of all heads where each has its own."""
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
     mean, squares = tl.zeros((BLOCK_H, 1), tl.float32), tl.zeros((BLOCK_H, 1), tl.float32)
     if HALF > 0:
@@ -156,11 +158,11 @@ def _rotate_heads(
             squares += _squares(rest, mean, single)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)
         if HALF > 0:
-            a_channels = a_places % HEAD_DIM
+            a_channels = a_places % PERIOD
             a = _affine((a - mean) * scale, weight_ptr, bias_ptr, a_channels, paired, HAS_WEIGHT, HAS_BIAS)
             b = _affine((b - mean) * scale, weight_ptr, bias_ptr, a_channels + HALF, paired, HAS_WEIGHT, HAS_BIAS)
         if REST > 0:
-            channels = rest_places % HEAD_DIM
+            channels = rest_places % PERIOD
             rest = _affine((rest - mean) * scale, weight_ptr, bias_ptr, channels, single, HAS_WEIGHT, HAS_BIAS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if HALF > 0:
@@ -176,7 +178,8 @@ def _rotate_heads(
 def _heads_kernel(
     x_ptr, cos_ptr, sin_ptr, slots_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr, q_ptr, k_ptr, v_ptr,
     mlp_ptr, stride_x, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr, KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    HALF: tl.constexpr, KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PER_HEAD: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     MLP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's row [q | k | v | up]: along the grid's second axis blocks of q, of k, of v and of up."""
@@ -194,12 +197,14 @@ def _heads_kernel(
     if block < Q_END:
         _rotate_heads(
             x_ptr, q_ptr + token * (NUM_HEADS * HEAD_DIM), cos_ptr, sin_ptr, q_weight_ptr, q_bias_ptr, block, eps,
-            NUM_HEADS, HEAD_DIM, HALF, KIND, HAS_WEIGHT, HAS_BIAS, BLOCK_H,
+            NUM_HEADS, HEAD_DIM, HALF, KIND, HAS_WEIGHT, HAS_BIAS,
+            NUM_HEADS * HEAD_DIM if PER_HEAD else HEAD_DIM, BLOCK_H,
         )  # fmt: skip
     elif block < K_END:
         _rotate_heads(
             x_ptr + NUM_HEADS * HEAD_DIM, k_ptr + slot * KV_WIDTH, cos_ptr, sin_ptr, k_weight_ptr, k_bias_ptr,
-            block - Q_END, eps, NUM_KV_HEADS, HEAD_DIM, HALF, KIND, HAS_WEIGHT, HAS_BIAS, BLOCK_H,
+            block - Q_END, eps, NUM_KV_HEADS, HEAD_DIM, HALF, KIND, HAS_WEIGHT, HAS_BIAS,
+            KV_WIDTH if PER_HEAD else HEAD_DIM, BLOCK_H,
         )  # fmt: skip
     elif block < V_END:
         v_of_token = x_ptr + (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
@@ -245,7 +250,7 @@ def heads(
     Args:
         x: [T, (H + 2 Hkv) head_dim], or with the MLP's rows after it.
         rotary: cosine and sine fp32 [T, 1, n], contiguous; the heads' first n channels are turned with the next n.
-        norms: of queries and of keys, of one kind and eps; nn.Identity for none.
+        norms: of queries and of keys, of one kind and eps, weights [head_dim] or a row a head; nn.Identity for none.
         num_heads: H.
         keys, values: storage [slots, Hkv, head_dim], contiguous.
         slots: int64 [T], where each token is stored; None: one after the other.
@@ -282,6 +287,7 @@ def heads(
         q_norm.kind,
         q_norm.weight is not None,
         q_norm.bias is not None,
+        q_norm.weight is not None and q_norm.weight.dim() == 2,
         slots is not None,
         mlp_size,
         ACTIVATIONS[name],
@@ -298,7 +304,14 @@ def _production(kind: int, width: int, num_heads: int, num_kv_heads: int, head_d
     pointers |= dict.fromkeys(("bias_ptr", "q_bias_ptr", "k_bias_ptr"), "*bf16" if has_bias else None)
     pointers |= {"slots_ptr": "*i64", "shift_ptr": "*fp32" if has_bias else None, "stride_x": "i32:16"}
     sizes = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HALF": half, "KIND": kind}
-    sizes |= {"HAS_WEIGHT": True, "HAS_BIAS": has_bias, "HAS_SLOTS": True, "HAS_SHIFT": has_bias, "GATED": not has_bias}
+    sizes |= {
+        "HAS_WEIGHT": True,
+        "HAS_BIAS": has_bias,
+        "PER_HEAD": False,
+        "HAS_SLOTS": True,
+        "HAS_SHIFT": has_bias,
+        "GATED": not has_bias,
+    }
     sizes |= {"MLP_SIZE": mlp if has_bias else 0, "ACTIVATION": 1 if has_bias else 3, "SIZE": mlp, "eps": "fp32"}
     sizes |= {"size": "i32:16", "BLOCK_H": _BLOCK // head_dim, "BLOCK": _BLOCK}
     found = []

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hermesflow.engine.token_layout import TokenLayout
-from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.transformer import HeadNorm, Transformer, TransformerConfig
 from hermesflow.kernels.guided_sample import guided_sample
 from hermesflow.kernels.mask_topk import mask_topk
 from hermesflow.kernels.philox import RandomKey
@@ -16,7 +16,7 @@ from hermesflow.kernels.token_sample import token_sample
 LAYOUT = TokenLayout(text_vocab_size=40, codebook_size=64, num_image_tokens=16, sot=0, eot=1)
 FEATURE_LAYOUT = replace(LAYOUT, system_ids=(20, 21, 22))
 
-# What the built-in model, Phi and Llama are made of, each at least once.
+# What the built-in model, Phi, Llama and Chameleon are made of, each at least once.
 MODELS = {
     "sequential": {},
     "parallel-gqa-partial-qknorm": {
@@ -26,6 +26,10 @@ MODELS = {
     "rmsnorm-gated-mqa-tied": {
         "norm": "rmsnorm", "gated": True, "activation": "silu", "num_kv_heads": 1, "bias": False,
         "tie_embeddings": True, "qk_norm": True,
+    },
+    "post-rmsnorm-headnorm": {
+        "norm": "rmsnorm", "gated": True, "activation": "silu", "num_kv_heads": 2, "bias": False, "block": "post",
+        "qk_norm_per_head": True,
     },
     "relu2-no-rotary": {"activation": "relu2", "rotary_fraction": 0.0, "num_kv_heads": 2},
 }  # fmt: skip
@@ -56,6 +60,9 @@ def dense_hidden_of(transformer, x, position_ids, allowed):
         attended = _attention(block.attention, config, normed, position_ids, allowed)
         if config.block == "parallel":
             x = x + attended + _mlp(block.mlp, config, normed)
+        elif config.block == "post":
+            x = x + block.attention_norm(_attention(block.attention, config, x, position_ids, allowed))
+            x = x + block.mlp_norm(_mlp(block.mlp, config, x))
         else:
             x = x + attended
             x = x + _mlp(block.mlp, config, block.mlp_norm(x))
@@ -69,11 +76,20 @@ def _attention(attention, config, x, position_ids, allowed):
     out = []
     for head in range(heads):
         group = head * kv_heads // heads
-        query = _rotate(attention.q_norm(q[:, head * head_dim : (head + 1) * head_dim]), position_ids, config)
-        key = _rotate(attention.k_norm(k[:, group * head_dim : (group + 1) * head_dim]), position_ids, config)
+        query = q[:, head * head_dim : (head + 1) * head_dim]
+        key = k[:, group * head_dim : (group + 1) * head_dim]
+        query = _rotate(_normed(attention.q_norm, query, head), position_ids, config)
+        key = _rotate(_normed(attention.k_norm, key, group), position_ids, config)
         scores = (query @ key.T / math.sqrt(head_dim)).masked_fill(~allowed, float("-inf"))
         out.append(scores.softmax(1) @ v[:, group * head_dim : (group + 1) * head_dim])
     return F.linear(torch.cat(out, 1), attention.out.weight, attention.out.bias)
+
+
+def _normed(norm, x, head):
+    if not isinstance(norm, HeadNorm):
+        return norm(x)
+    centered = x - x.mean(1, keepdim=True)
+    return centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight[head] + norm.bias[head]
 
 
 def _rotate(x, position_ids, config):

@@ -46,10 +46,12 @@ TEXT, IMAGE = [3, 4, 5], [50, 60, 70, 80, 90]
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "headnorm"])
 @torch.inference_mode()
-def test_results_are_those_of_the_plain_layers(naive, kind):
+def test_results_are_those_of_the_plain_layers(naive, monkeypatch, kind):
     """Prefix and leaves through a cache, without one, and for some rows alone, in any order."""
+    headnorm = naive.MODELS["post-rmsnorm-headnorm"] | {"block": "sequential"}
+    monkeypatch.setitem(naive.MODELS, "headnorm", headnorm)
     plain, ours = naive.tiny_model(kind).to(DEVICE), fused(naive.tiny_model(kind))
     prefix = SpanTree.build([(TEXT, -1, "causal"), (IMAGE, -1, "full")], DEVICE)
     leaves = prefix.extend([(IMAGE, 0, "full"), (IMAGE[::-1], 0, "full"), (TEXT, 1, "causal")])

@@ -12,7 +12,13 @@ SPANS = [
     (IMAGE, -1, "full"), (QUESTION, 3, "causal"), ([1, 2], 4, "causal"), ([2, 1, 3], 4, "causal"),
     (TEXT + IMAGE, -1, 4), (QUESTION, 7, "causal"),
 ]  # fmt: skip
-MODEL_NAMES = ["sequential", "parallel-gqa-partial-qknorm", "rmsnorm-gated-mqa-tied", "relu2-no-rotary"]
+MODEL_NAMES = [
+    "sequential",
+    "parallel-gqa-partial-qknorm",
+    "rmsnorm-gated-mqa-tied",
+    "post-rmsnorm-headnorm",
+    "relu2-no-rotary",
+]
 
 
 @pytest.fixture(params=MODEL_NAMES)
