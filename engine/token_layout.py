@@ -116,6 +116,10 @@ class Layout(ABC):
     def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
         """Condition of an image; without text the unconditional one."""
 
+    def unguided_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """What stands in place of text_prompt in the unconditional half of guidance."""
+        return self.text_prompt(())
+
     @abstractmethod
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
         """An image to be understood."""

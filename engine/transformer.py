@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from hermesflow.engine.fused_layers import FusedPass, join_weights
 from hermesflow.engine.kv_cache import KVCache
+from hermesflow.engine.token_layout import Ids
 from hermesflow.kernels.checks import FLOAT_DTYPES
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
@@ -102,6 +103,17 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields, for a configuration file."""
         return asdict(self)
+
+
+class CodeHead(NamedTuple):
+    """How hidden states give the logits of image codes: linear in what `inputs` makes of them.
+
+    weight [K, E], bias [K] or None; inputs: hidden states [R, D] -> [R, E].
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Callable[[Tensor], Tensor]
 
 
 class Linear(nn.Linear):
@@ -305,6 +317,11 @@ class Transformer(nn.Module):
         if self._training_compiler is None or torch.is_inference_mode_enabled():
             return Block.before_attention, Block.after_attention
         return _compiled_halves(self._training_compiler)
+
+    def code_head(self, code_ids: Ids) -> CodeHead:
+        """Of the image codes, whose ids these are; a family whose codes have a head of their own gives that."""
+        weight, bias = code_ids.rows(self.head)
+        return CodeHead(weight, bias, lambda hidden: hidden)
 
     def new_cache(self, capacity: int) -> KVCache:
         """A cache of capacity token slots on the weights' device, in their dtype."""

@@ -12,7 +12,6 @@ to launch has none: it would cost memory, and a plan of the largest size.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine import device_graph
+from hermesflow.engine.decoders.passes import MemoryBound, even
 from hermesflow.engine.mask_schedule import Schedule, mask_temperatures, num_to_mask
-from hermesflow.engine.memory_planner import is_out_of_memory
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
@@ -44,7 +43,6 @@ _HIDES_LAUNCHES = 4e11
 launched in less (a prediction, not measured)."""
 MOST = 1e6
 """Of temperatures and guidance: beyond it, and below its inverse, logits leave what fp32 can hold."""
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class ImageDecoder:
         self.transformer, self.layout, self.backend = transformer, layout, backend
         self._session: _Session | None = None
         self._last_key: Hashable = None
-        self._max_sequences: int | None = None
+        self._memory = MemoryBound("ImageDecoder", lambda: self._session is not None, self.release)
 
     def generate(
         self,
@@ -197,7 +195,7 @@ class ImageDecoder:
             self._keep(session)
 
         for rows in progress(batches) if graphs else batches:
-            self._draw_within_memory(rows, draw, halves)
+            self._memory.call(rows, draw, halves)
         if not graphs:
             self.release()
         for row, step in enumerate(failed_steps.tolist()):
@@ -222,43 +220,12 @@ class ImageDecoder:
 
     @staticmethod
     def _batches(starts: list[Start], most: int) -> list[list[int]]:
-        """Rows that are drawn together, as even as can be, so that shapes agree: each has as many tokens to draw."""
+        """Rows that are drawn together; each has as many tokens to draw."""
         rows_of: dict[int, list[int]] = {}
         for row, (_, known) in enumerate(starts):
             rows_of.setdefault(known.count(-1), []).append(row)
         rows_of.pop(0, None)  # nothing to draw
-        batches = []
-        for rows in rows_of.values():
-            size = -(-len(rows) // -(-len(rows) // most))
-            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
-        return batches
-
-    def _draw_within_memory(self, rows: list[int], draw: Callable[[list[int]], None], halves: int) -> None:
-        """draw(rows), cut into parts that fit in memory; what is drawn again comes out the same."""
-        pending = [rows]
-        while pending:
-            rows = pending.pop(0)
-            most = len(rows) if self._max_sequences is None else max(1, self._max_sequences // halves)
-            if len(rows) > most:
-                pending[:0] = [rows[start : start + most] for start in range(0, len(rows), most)]
-                continue
-            try:
-                draw(rows)
-                continue
-            except (RuntimeError, MemoryError) as error:
-                kept = self._session is not None
-                if not is_out_of_memory(error) or (len(rows) == 1 and not kept):
-                    raise
-            # Only here, after the error and what its frames held are gone.
-            self.release()
-            if not kept:
-                self._max_sequences = len(rows) // 2 * halves
-                logger.warning(
-                    "ImageDecoder: out of memory with %d image spans in a pass; continuing with %d",
-                    len(rows) * halves,
-                    self._max_sequences,
-                )
-            pending.insert(0, rows)
+        return [part for rows in rows_of.values() for part in even(rows, most)]
 
     def _session_of(self, batch: _Batch, params: ImageSamplingParams) -> _Session:
         """The kept session if its shapes are the batch's, otherwise a new one."""

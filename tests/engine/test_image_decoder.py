@@ -331,7 +331,7 @@ def test_out_of_memory_halves_the_batch(naive, forward_calls, caplog, request, g
     halvings = [
         f"with {count} image spans in a pass; continuing with {count // 2}" for count in (32, 16, 8) if count <= spans
     ]
-    with caplog.at_level(logging.WARNING, "hermesflow.engine.decoders.masked"), torch.inference_mode():
+    with caplog.at_level(logging.WARNING, "hermesflow.engine.decoders.passes"), torch.inference_mode():
         assert torch.equal(decoder.generate(prompts, seeds, params), expected)
         assert [record.message.partition("memory ")[2] for record in caplog.records] == halvings
         forward_calls.clear()
