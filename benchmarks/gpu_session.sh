@@ -29,8 +29,8 @@
 #   DTYPE    of models                                                          [bfloat16; float32 on the cpu]
 #   LIMIT    seconds for everything                                             [590]
 #
-# Each step is a process of its own with a time limit, so that a fault in one leaves the others alone. The exit code is 1 if one
-# failed, was cut or was left out.
+# Each step is a process of its own with a time limit, so that a fault in one leaves the others alone. The exit code is 1 if
+# one failed, was cut or was left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -46,7 +46,7 @@ def session(tmp_path):
 
 
 def test_all_parts(session):
-    code, summary, _, out = session(LIMIT="8")
+    code, summary, _, out = session(LIMIT="12")
     assert code == 1
     assert {f"check-{op}" for op in ops_of("tiny")} <= set(summary)
     assert summary["check-mask_topk"] == "failed, exit code 134" and summary["check-pair_dpo"] == "ok"
