@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from hermesflow.benchmarks import naive, peers
 from hermesflow.benchmarks.case import Case, graded, with_gradients, wrong_values
@@ -138,6 +139,10 @@ def _case(part: str, sizes: Sizes, tree: SpanTree, device: torch.device, *, with
         forward = peers.flex_tree(*leaves, tree)
         return with_gradients(forward, leaves) if with_grad else forward
 
+    libraries = {
+        name: partial(peers.dense_spans, *leaves, tree, backend)
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+    }
     last_column = sum(int(tree.lengths[span]) for span in _lineage(tree, tree.num_spans - 1)) - 1
 
     def agrees(result: Any) -> bool:
@@ -160,7 +165,7 @@ def _case(part: str, sizes: Sizes, tree: SpanTree, device: torch.device, *, with
         shape=f"{num_queries} of {num_tokens} tokens, {tree.num_spans} spans, H {sizes.num_heads}, d {sizes.head_dim}",
         naive=dense(naive.dense_attention),
         compiled=dense(torch.compile(naive.dense_attention)),
-        peers={"flex": flex},
+        peers={"flex": flex} | (libraries if part == "images" else {}),
         agrees=agrees,
         # q, k, v and out; backward these and out's gradient again, three gradients.
         num_bytes=2 * q_bytes + kv_bytes + with_grad * (4 * q_bytes + 2 * kv_bytes),

@@ -33,6 +33,7 @@ from hermesflow.kernels.token_sample import token_sample, token_sample_reference
 GUIDANCE_SCALE = 5.0  # of HermesFlow's published generation
 BETA = 0.2  # of its Pair-DPO
 TEXT_VOCAB = 58_498  # Show-o's vocabulary as a whole
+PADDED_VOCAB = 58_624  # the next multiple of 256
 CODEBOOK = 8_192  # its image codes
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, tuple]] = {
         "mask_topk": (4, 32),
         "token_sample": (4, 500, FP32),
         "token_logprob": (8, 500, FP32),
-        "linear_logprob": (12, 16, 300, FP32),
+        "linear_logprob": (12, 16, 300, True, FP32),
         "pair_dpo": (64, 2),
     },
     "small": {
@@ -54,7 +55,7 @@ SHAPES: dict[str, dict[str, tuple]] = {
         "mask_topk": (64, 1024),
         "token_sample": (64, TEXT_VOCAB, FP32),
         "token_logprob": (512, TEXT_VOCAB, FP32),
-        "linear_logprob": (2048, 512, TEXT_VOCAB, FP32),
+        "linear_logprob": (2048, 512, TEXT_VOCAB, True, FP32),
         "pair_dpo": (32_768, 16),
     },
     "showo-1.3b": {
@@ -63,9 +64,12 @@ SHAPES: dict[str, dict[str, tuple]] = {
         "mask_topk": (64, 1024),
         "token_sample": (64, TEXT_VOCAB, BF16),
         "token_logprob": (4096, TEXT_VOCAB, BF16),
-        "linear_logprob": (16 * 1024, 2048, TEXT_VOCAB, BF16),
+        "linear_logprob": (16 * 1024, 2048, TEXT_VOCAB, True, BF16),
         "pair_dpo": (32_768, 16),
     },
+    # A vocabulary that every peer takes, whatever its alignment, and no bias, which some do not have.
+    "padded": {"linear_logprob": (16 * 1024, 2048, PADDED_VOCAB, False, BF16)},
+    "tiny-padded": {"linear_logprob": (12, 16, 512, False, FP32)},
 }
 
 
@@ -247,41 +251,47 @@ def token_logprob_case(num_tokens: int, vocab_size: int, dtype: torch.dtype, dev
     )
 
 
-def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Case:
+def linear_logprob_case(
+    num_tokens: int, width: int, vocab_size: int, has_bias: bool, dtype: torch.dtype, device: torch.device
+) -> Case:
     """Log-probabilities from hidden states, forward and backward."""
     x = _normal(num_tokens, width, dtype=dtype, device=device).requires_grad_()
     weight = _normal(vocab_size, width, dtype=dtype, device=device, scale=2 / width**0.5).requires_grad_()
-    bias = _normal(vocab_size, dtype=dtype, device=device).requires_grad_()
-    leaves, target = (x, weight, bias), torch.randint(vocab_size, (num_tokens,), device=device)
-    rows = some_rows(num_tokens, device)
+    bias = _normal(vocab_size, dtype=dtype, device=device).requires_grad_() if has_bias else None
+    leaves = (x, weight, bias) if has_bias else (x, weight)
+    target = torch.randint(vocab_size, (num_tokens,), device=device)
+    rows, names = some_rows(num_tokens, device), ("logprob", "grad_x", "grad_weight", "grad_bias")
     # A gradient at these rows alone makes their truth the whole truth, also that of weight and bias.
     upstream = torch.zeros(num_tokens, device=device)
     upstream[rows] = _normal(len(rows), dtype=FP32, device=device)
 
     def on(backend: str) -> Callable[..., Tensor]:
-        return lambda x, weight, bias: linear_logprob(x, weight, target, bias=bias, backend=backend)
+        return lambda x, weight, bias=None: linear_logprob(x, weight, target, bias=bias, backend=backend)
+
+    def naive_of(target: Tensor) -> Callable[..., Tensor]:
+        return lambda x, weight, bias=None: naive.linear_logprob(x, weight, bias, target)
 
     def run(backend: str) -> tuple[Tensor, ...]:
         return with_gradients(partial(on(backend), *leaves), leaves)()
 
     def check(backend: str) -> str | None:
         logprob, grad_x, *grads = graded(on(backend), list(leaves), upstream)
-        some = [x.detach()[rows], weight, bias]
+        some = [x.detach()[rows], *leaves[1:]]
         truth = graded(
-            lambda x, weight, bias: linear_logprob(x, weight, target[rows], bias=bias, backend="torch"),
+            lambda x, weight, bias=None: linear_logprob(x, weight, target[rows], bias=bias, backend="torch"),
             [leaf.double() for leaf in some],
             upstream[rows],
         )
-        eager = graded(partial(naive.linear_logprob, target=target[rows]), some, upstream[rows])
+        eager = graded(naive_of(target[rows]), some, upstream[rows])
         got = (logprob[rows], grad_x[rows], *grads)
-        return wrong_values("logprob grad_x grad_weight grad_bias", got, truth, eager)
+        return wrong_values(" ".join(names[: len(got)]), got, truth, eager)
 
     def baseline(function: Callable[..., Tensor]) -> Call:
-        return with_gradients(partial(function, *leaves, target), leaves)
+        return with_gradients(lambda: function(x, weight, bias, target), leaves)
 
     return Case(
         op="linear_logprob",
-        shape=f"T {num_tokens}, D {width}, V {vocab_size}",
+        shape=f"T {num_tokens}, D {width}, V {vocab_size}{'' if has_bias else ', no bias'}",
         dtype=dtype,
         short=False,
         run=run,
@@ -289,10 +299,10 @@ def linear_logprob_case(num_tokens: int, width: int, vocab_size: int, dtype: tor
         naive=baseline(naive.linear_logprob),
         compiled=baseline(torch.compile(naive.linear_logprob)),
         peers={
-            "liger": partial(peers.liger_linear, *leaves, target),
+            "liger": partial(peers.liger_linear, x, weight, bias, target),
             "cut_cross_entropy": partial(peers.cce_linear, x, weight, target),
             "quack": partial(peers.quack_linear, x, weight, target),
-            "trl": partial(peers.trl_linear, *leaves, target),
+            "trl": partial(peers.trl_linear, x, weight, bias, target),
         },
         agrees=agrees_with(baseline(naive.linear_logprob)),
         num_bytes=3 * sum(leaf.nbytes for leaf in leaves),  # read by both passes, gradients

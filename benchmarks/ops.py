@@ -31,8 +31,10 @@ from hermesflow.kernels import registry
 from hermesflow.runtime.files import InputError, make_folder
 
 SHAPES = tuple(OP_SHAPES)
-OPS = (*BUILDERS, "span_attention")
-BASELINES = ("naive", "compile", "liger", "cut_cross_entropy", "trl", "flashinfer", "quack", "flex")
+BASELINES = (
+    "none", "naive", "compile", "liger", "cut_cross_entropy", "trl", "flashinfer", "quack", "flex", "cudnn", "flash",
+)  # fmt: skip
+"""none is no baseline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ class Settings(BaseSettings):
 
     def __post_init__(self) -> None:
         check_names("--shape", [self.shape], SHAPES)
-        check_names("--op", self.ops, OPS)
+        check_names("--op", self.ops, ops_of(self.shape))
         check_names("--backend", self.backends, {name for of_op in registry.backends().values() for name in of_op})
         check_names("--baseline", self.baselines, BASELINES)
         check_device(self.device)
@@ -73,9 +75,9 @@ def run_ops(settings: Settings) -> int:
     if settings.profile:
         make_folder(settings.profile)
     run = Run("ops", settings, Effort(seconds=0.05, min_rounds=3) if settings.shape == "tiny" else Effort())
-    for op in settings.ops or OPS:
+    for op in settings.ops or ops_of(settings.shape):
         failure = _test_failure(op, run.console) if settings.test else None
-        for case in _cases(op, settings.shape, run.device):
+        for case in cases_of(op, settings.shape, run.device):
             contest = _contest(case, settings, run, failure)
             run.measure(contest)
             if settings.profile:
@@ -90,17 +92,26 @@ def run_ops(settings: Settings) -> int:
 
 
 def _profile(contest: Contest, settings: Settings, run: Run) -> None:
-    """A profile of each backend; and on CUDA the command by which Nsight Compute says what limits its kernels."""
+    """A profile of each backend; on CUDA also the commands that ask Nsight Compute what limits its kernels."""
     for backend, part in contest.ours.items():
         name = f"{contest.case}-{backend}".replace("/", "-")
         run.console.print(write_profile(name, part.peak or part.run, run.device, settings.profile), soft_wrap=True)
         if run.device.type == "cuda":
-            what = f"--op {contest.case.partition('/')[0]} --backend {backend} --shape {settings.shape} --no-test"
-            report = f"ncu --set full --launch-count 20 -o {settings.profile / name}"
-            run.console.print(f"{report} {sys.executable} -m hermesflow bench ops {what}", soft_wrap=True)
+            what = f"--device cuda --shape {settings.shape} --op {contest.case.partition('/')[0]} --backend {backend}"
+            report = settings.profile / name
+            ncu = f"ncu --set full --clock-control none --launch-count 20 -o {report}"
+            run.console.print(
+                f"{ncu} {sys.executable} -m hermesflow bench ops {what} --baseline none --no-test", soft_wrap=True
+            )
+            run.console.print(f"{sys.executable} -m hermesflow.benchmarks.profiling {report}.ncu-rep", soft_wrap=True)
 
 
-def _cases(op: str, shape: str, device: torch.device) -> Iterator[Case]:
+def ops_of(shape: str) -> list[str]:
+    """The ops that a shape class has."""
+    return [*OP_SHAPES[shape], *(["span_attention"] if shape in ATTENTION_SHAPES else [])]
+
+
+def cases_of(op: str, shape: str, device: torch.device) -> Iterator[Case]:
     torch.manual_seed(0)
     if op == "span_attention":
         yield from span_cases(ATTENTION_SHAPES[shape], device)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hermesflow.benchmarks.case import with_gradients
@@ -36,6 +38,10 @@ def _load(module: str, device: torch.device, *, needs_cuda: bool = True) -> Modu
         raise Unavailable(f"{package} needs CUDA")
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise Unavailable(f"{module} does not load: {error}") from error
+        raise Unavailable(f"{package} {metadata.version(package)} has no {module} any more") from error
     except ImportError as error:
         raise Unavailable(f"{module} does not load: {error}") from error
 
@@ -89,19 +95,21 @@ def quack_logprob(logits: Tensor, target: Tensor) -> Call:
     return with_gradients(lambda: module.cross_entropy(logits, target, reduction="none"), (logits,))
 
 
-def trl_linear(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Call:
-    """TRL's chunked log-probability with the chunk of its trainers; no entropy."""
+def trl_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Call:
+    """TRL's chunked log-probability with the chunk of its trainers; no entropy. Its newest versions do without it."""
     kernels = _load("trl.kernels", x.device)
     options = (1.0, 32768, None, 1.0, ())  # temperature, chunk_size, softcap, logit_scale, further outputs
     call = kernels.ChunkedLogProbFunction.apply
-    return with_gradients(lambda: call(x, weight, bias, target, *options)[0], (x, weight, bias))
+    leaves = (x, weight) if bias is None else (x, weight, bias)
+    return with_gradients(lambda: call(x, weight, bias, target, *options)[0], leaves)
 
 
-def liger_linear(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Call:
+def liger_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Call:
     """Liger's fused linear cross entropy, the sum, gradients accumulated in fp32 as ours are."""
     transformers = _load("liger_kernel.transformers", x.device)
     loss = transformers.LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
-    return with_gradients(lambda: loss(weight, x, target, bias), (x, weight, bias))
+    leaves = (x, weight) if bias is None else (x, weight, bias)
+    return with_gradients(lambda: loss(weight, x, target, bias), leaves)
 
 
 def cce_linear(x: Tensor, weight: Tensor, target: Tensor) -> Call:
@@ -119,6 +127,28 @@ def quack_linear(x: Tensor, weight: Tensor, target: Tensor) -> Call:
 
 
 # Attention.
+
+
+def dense_spans(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, backend: SDPBackend) -> Call:
+    """torch's attention by one of its libraries, forward: equal full spans behind one cached parent, without a mask."""
+    if q.device.type != "cuda" and backend != SDPBackend.MATH:
+        raise Unavailable(f"{backend.name} needs CUDA")
+    prefix, length = int(tree.lengths[0]), int(tree.lengths[-1])
+    own = slice(int(tree.starts[1]), int(tree.starts[1]) + len(q))
+
+    def batch(shared: Tensor | None, rows: Tensor) -> Tensor:
+        rows = rows.unflatten(0, (-1, length))
+        rows = rows if shared is None else torch.cat([shared.expand(len(rows), -1, -1, -1), rows], dim=1)
+        return rows.transpose(1, 2).contiguous()
+
+    first = slice(int(tree.starts[0]), int(tree.starts[0]) + prefix)
+    query, key, value = batch(None, q), batch(k[first], k[own]), batch(v[first], v[own])
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
+
+    return run
 
 
 def flex_tree(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree) -> Call:

@@ -157,15 +157,25 @@ class Run:
         calls, device = ours | baselines, self.device
         peaks = {key: max(peak_bytes(part.peak or part.run, device) for part in calls[key]) / MIB for key in calls}
         times = time_rounds(calls, device, self.effort, once=baselines if self.effort.baselines_once else ())
+        self.record(contests, times, peaks)
+
+    def record(self, contests: Sequence[Contest], times: Mapping[Any, Times], peaks: Mapping[Any, float]) -> None:
+        """Write the lines of contests whose times are known.
+
+        Args:
+            contests: their calls are not made.
+            times, peaks: times and peak MiB of (case, backend), and of a baseline's name.
+        """
         for contest in contests:
             for backend in contest.ours:
                 for baseline in contest.baselines or [None]:
                     self._add(self._line(contest, backend, baseline, times, peaks))
 
-    def print_table(self, against: str) -> None:
-        """Show the lines and the notes. Args: against: what baselines are, in words."""
-        title = f"{self.bench.replace('_', '-')}, {self.settings.shape}, {self.facts['device']}: median ms; "
-        self.console.print(console_table(self.lines, f"{title}times as fast as {against} (its ms and peak MiB)"))
+    def print_table(self, against: str | None = None) -> None:
+        """Show the lines and the notes. Args: against: what baselines are, in words; None: there are none."""
+        title = f"{self.bench.replace('_', '-')}, {self.settings.shape}, {self.facts['device']}: median ms"
+        title += f"; times as fast as {against} (its ms and peak MiB)" if against else ""
+        self.console.print(console_table(self.lines, title))
         for note in dict.fromkeys(self.notes):
             self.console.print(f"not measured: {note}")
 

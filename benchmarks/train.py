@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,12 +36,15 @@ from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import LiveReference, Reference, cached_reference
 from hermesflow.benchmarks import e2e, naive_model
 from hermesflow.benchmarks.measuring import Call, Effort, Part
+from hermesflow.benchmarks.profiling import write_profile
 from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.engine.model_work import ModelWork, Work
+from hermesflow.engine.phases import phase
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model, PromptFormat
+from hermesflow.runtime.files import make_folder
 
 CASES = ("step_live", "step_cached")
 EFFORT = Effort(seconds=20.0, min_rounds=5, max_rounds=50)
@@ -75,6 +78,11 @@ SHAPES = {
 class Settings(ModelSettings):
     """What to measure."""
 
+    naive: bool = True
+    """Measure the published algorithm too; without it nothing is compared."""
+    profile: Path | None = None
+    """Folder of a trace and a table for each case."""
+
     def __post_init__(self) -> None:
         self.check(SHAPES, CASES)
 
@@ -89,9 +97,14 @@ def run_train(settings: Settings) -> int:
     """
     run, names = Run("train", settings, EFFORT, settings.torch_dtype), settings.cases or CASES
     step = Step(settings.shape, run.device, settings.torch_dtype)
-    if not run.is_right(step.comparisons(names)):
+    if settings.naive and not run.is_right(step.comparisons(names)):
         return 1
-    run.measure(*map(step.contest, names))
+    contests = [step.contest(name) for name in names]
+    run.measure(*(one if settings.naive else replace(one, baselines={}) for one in contests))
+    if settings.profile:
+        make_folder(settings.profile)
+        for one in contests:
+            run.console.print(write_profile(one.case, one.ours["engine"].run, run.device, settings.profile))
     run.print_table("the baseline")
     return 0
 
@@ -140,9 +153,10 @@ class Step:
         total, reference = torch.zeros((), device=self.device), self._references[case]
         for chosen in self._passes():
             batch = self.packer.pack(chosen, self.device)
-            logprob = batch_logprobs(self.transformer, batch)
-            loss, _ = pass_objective(logprob, reference.logprobs(batch), batch, self.totals, self.config)
-            loss.backward()
+            with phase("pass"):
+                logprob = batch_logprobs(self.transformer, batch)
+                loss, _ = pass_objective(logprob, reference.logprobs(batch), batch, self.totals, self.config)
+                loss.backward()
             total += loss.detach()
         return total
 

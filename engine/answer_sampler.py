@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine.kv_cache import KVCache
+from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.matmul import linear
@@ -116,7 +117,10 @@ class AnswerSampler:
     def advance(self, tree: SpanTree, rows: Answers) -> None:
         """Feeds the last token of each row and draws the next one. Ended rows repeat their last step."""
         tree = tree.with_tokens(rows.last_token(), rows.length)
-        self.draw(self.logits(self.transformer(tree, self.cache)), rows)
+        with phase("step"):
+            hidden = self.transformer(tree, self.cache)
+        with phase("head"):
+            self.draw(self.logits(hidden), rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] over the ids that may be drawn."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from hermesflow.engine.answer_sampler import ENDED, FAILED, GOES_ON, Answers, AnswerSampler, SamplingParams
 from hermesflow.engine.device_graph import DeviceGraph, captures
 from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.phases import phase
 from hermesflow.engine.prompt_spans import Asked, PromptSpans
 from hermesflow.engine.slot_allocator import SlotAllocator
 from hermesflow.kernels.span_tree import SpanTree
@@ -173,9 +174,11 @@ class AnswerStream:
         embeds = prompts.embeds([image for (image,) in images])
         ends = (self.tree.packed_starts + self.tree.num_new)[-len(pairs) :] - 1
         ends = torch.from_numpy(ends).to(self.device)
-        logits = self.sampler.logits(self.sampler.transformer(self.tree, self.sampler.cache, embeds, ends))
+        with phase("prefill"):
+            hidden = self.sampler.transformer(self.tree, self.sampler.cache, embeds, ends)
         rows = Answers.new(self.seeds[tuple(zip(*pairs, strict=True))], self.sampling)
-        self.sampler.draw(logits.repeat_interleave(num_samples, dim=0), rows)
+        with phase("head"):
+            self.sampler.draw(self.sampler.logits(hidden).repeat_interleave(num_samples, dim=0), rows)
         self.rows = self.rows.join(rows)
         self.row_keys = [*self.row_keys, *((*pair, sample) for pair in pairs for sample in range(num_samples))]
         self.goes_on = np.concatenate([self.goes_on, np.ones(len(rows.seed), dtype=bool)])

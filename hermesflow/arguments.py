@@ -192,6 +192,10 @@ _DEVICE = _option("--device", "[cpu]", choices=("cpu", "cuda"), default="cpu")
 _DTYPE = _option("--dtype", "of the weights [float32]", choices=("float32", "bfloat16"), default="float32")
 _CASES = _repeated("--case NAME", "may be repeated [all]", dest="cases")
 _OUT = _option("--out FILE.jsonl", "where to write the lines", Path)
+_NAIVE = _option(
+    "--naive", "measure the published algorithm too [yes]", action=argparse.BooleanOptionalAction, default=True
+)
+_PROFILE = _option("--profile FOLDER", "where to write a trace and a table of each case", Path)
 _OF_MODELS = (_DEVICE, _shape("--shape NAME", f"one of {', '.join(_SHAPES)} [small]"), _DTYPE, _CASES, _OUT)
 
 _DRAWN = "pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-seed0.png"
@@ -320,7 +324,7 @@ COMMANDS = (
     _command(
         "bench ops", "every op on every backend that can run; its tests run first",
         "--shape small --op mask_topk --out results.jsonl --profile traces",
-        _DEVICE, _shape("--shape", "sizes [small]", choices=("tiny", "small", "showo-1.3b")),
+        _DEVICE, _shape("--shape", "sizes [small]", choices=("tiny", "small", "showo-1.3b", "padded", "tiny-padded")),
         *(_repeated(f"--{name} NAME", "may be repeated [all that can run]", dest=f"{name}s")
           for name in ("op", "backend", "baseline")), _OUT,
         _option("--plot FILE.png", "where to draw the roofline (needs matplotlib)", Path),
@@ -331,13 +335,11 @@ COMMANDS = (
         "bench e2e", "images, captions, answers and whole records, against the published algorithm",
         "--shape tiny --out results.jsonl --profile traces",
         _DEVICE, _shape("--shape", "of the model, and how much is drawn [small]", choices=_SHAPES), _DTYPE, _CASES,
-        _option("--naive", "measure the published algorithm too [yes]", action=argparse.BooleanOptionalAction,
-                default=True),
-        _OUT, _option("--profile FOLDER", "where to write a trace and a table of each case", Path), configured=False,
+        _NAIVE, _OUT, _PROFILE, configured=False,
     ),
     _command(
         "bench train", "a Pair-DPO step, forward and backward, against the published algorithm",
-        "--shape small --out results.jsonl", *_OF_MODELS, configured=False,
+        "--shape small --out results.jsonl --profile traces", *_OF_MODELS, _NAIVE, _PROFILE, configured=False,
     ),
     _command(
         "bench drop-in", "the published class's methods before and after hermesflow.accelerate",

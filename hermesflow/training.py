@@ -26,6 +26,7 @@ from hermesflow.algorithms.packing import check_pairs, referenced_sides, trained
 from hermesflow.algorithms.policy import Policy
 from hermesflow.config import Config, TrainConfig
 from hermesflow.data.records import Record
+from hermesflow.engine.phases import phase
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model
 from hermesflow.runtime.checkpointing import load_checkpoint, load_state, save_checkpoint, save_state
@@ -204,10 +205,11 @@ def forward_backward(
     sums = StepSums(algorithm.metric_names(visits), policy.device)
     for make_batch, counts in algorithm.passes(visits):
         batch = make_batch(policy.device)
-        logprob = batch_logprobs(policy.transformer, batch)
-        loss, shares = algorithm.loss(logprob, reference.logprobs(batch), batch)
-        # Shards hold the mean of the processes' gradients, which are shares of a sum.
-        (loss * (world_size() if counts else 0)).backward()
+        with phase("pass"):
+            logprob = batch_logprobs(policy.transformer, batch)
+            loss, shares = algorithm.loss(logprob, reference.logprobs(batch), batch)
+            # Shards hold the mean of the processes' gradients, which are shares of a sum.
+            (loss * (world_size() if counts else 0)).backward()
         if counts:
             sums.add(loss, shares)
             meter.add(batch.tree, len(batch.rows))

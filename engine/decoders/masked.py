@@ -23,6 +23,7 @@ from hermesflow.engine import device_graph
 from hermesflow.engine.decoders.passes import MemoryBound, even
 from hermesflow.engine.mask_schedule import Schedule, mask_temperatures, num_to_mask
 from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_sample import linear_sample
@@ -336,14 +337,16 @@ class _Session:
         positions = (~self.masked).byte().argsort(dim=1, stable=True)[:, :num_unknown]
         step_number = self.step_numbers[number]
         weight, bias = self.layout.code_ids.rows(self.transformer.head)
-        drawn = linear_sample(
-            hidden_of(positions),
-            weight,
-            bias,
-            temperature=self.params.temperature,
-            backend=self.backend,
-            key=RandomKey(self.seeds.repeat_interleave(num_unknown), step_number, positions.flatten()),
-        )
+        hidden = hidden_of(positions)
+        with phase("head"):
+            drawn = linear_sample(
+                hidden,
+                weight,
+                bias,
+                temperature=self.params.temperature,
+                backend=self.backend,
+                key=RandomKey(self.seeds.repeat_interleave(num_unknown), step_number, positions.flatten()),
+            )
         token, logprob = (values.view(positions.shape) for values in drawn)
         self.codes.scatter_(1, positions, token)
         # A code that is masked again is drawn again: the last draw is the one that was kept.
@@ -369,7 +372,8 @@ class _Session:
         image = torch.where(self.masked, self.layout.mask_id, self.layout.code_ids.of(self.codes.clamp(min=0)))
         tokens = self.frame.index_copy(1, self.code_positions, image).flatten()
         rows = (self.first_rows + self.code_positions[positions].repeat(self.halves, 1)).flatten()
-        hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache, rows=rows)
+        with phase("step"):
+            hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache, rows=rows)
         if self.halves == 1:
             return hidden
         guided, unguided = hidden.chunk(2)
@@ -378,7 +382,8 @@ class _Session:
     def _first_hidden(self, batch: _Batch, positions: Tensor) -> Tensor:
         """Before the first draw the images of one start are equal, so each start has one, which its images share."""
         length = self.layout.image_length
-        hidden = self.transformer(batch.prefill, self.cache)
+        with phase("prefill"):
+            hidden = self.transformer(batch.prefill, self.cache)
         hidden = hidden[-batch.num_shared * length :].view(batch.num_shared, length, -1)[:, self.code_positions]
         guided = hidden[batch.rows[:, None], positions].flatten(0, 1)
         if self.halves == 1:

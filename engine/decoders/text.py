@@ -16,6 +16,7 @@ from torch import Tensor
 from hermesflow.engine.answer_sampler import AnswerSampler, SamplingParams
 from hermesflow.engine.answer_stream import AnswerStream
 from hermesflow.engine.memory_planner import is_out_of_memory
+from hermesflow.engine.phases import phase
 from hermesflow.engine.prompt_spans import Asked, PromptSpans, QuestionIds
 from hermesflow.engine.sequence_logprob import next_token_targets
 from hermesflow.engine.token_layout import Ids, Layout
@@ -169,8 +170,9 @@ class TextDecoder:
         rows, targets = next_token_targets(tree, range(first_choice, len(spans)), end=self.layout.eot)
         ids = self._ids(text_only)
         weight, bias = ids.rows(self.transformer.head)
-        hidden = self.transformer(tree, embeds=prompts.embeds(images), rows=rows)
-        logprob = linear_logprob(hidden, weight, ids.numbers(targets), bias=bias, backend=self.backend)
+        with phase("judge"):
+            hidden = self.transformer(tree, embeds=prompts.embeds(images), rows=rows)
+            logprob = linear_logprob(hidden, weight, ids.numbers(targets), bias=bias, backend=self.backend)
         lengths = tree.lengths[first_choice:] + 1
         # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.
         sums = np.add.reduceat(logprob.double().cpu().numpy(), np.cumsum(lengths) - lengths)

@@ -93,6 +93,15 @@ def test_every_case(tmp_path, capsys):
     assert "pairs/s, MFU" in capsys.readouterr().out
 
 
+def test_profiles_without_the_baseline(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    assert bench("--case", "step_live", "--no-naive", "--profile", tmp_path / "traces", "--out", out) == 0
+    (line,) = lines.read_lines(out)
+    assert line["baseline"] is None and line["ms_p50"] > 0
+    table = (tmp_path / "traces" / "step_live.txt").read_text()
+    assert "pass" in table.partition("phases")[2]
+
+
 def test_readme_table(tmp_path, capsys):
     out, readme = tmp_path / "lines.jsonl", tmp_path / "README.md"
     assert bench("--case", "step_cached", "--dtype", "bfloat16", "--out", out) == 0

@@ -37,10 +37,14 @@ def test_triton_by_its_interpreter(op):
 
 
 @pytest.fixture(scope="module")
-def emulator():
-    """The library of emulated CUDA kernels."""
+def can_emulate():
     if platform.machine() != "x86_64" or not shutil.which("c++"):
         pytest.skip("the emulator of CUDA needs x86-64 and a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def emulator(can_emulate):
+    """The library of emulated CUDA kernels."""
     builder = [sys.executable, str(ROOT / "tests/csrc/build_extension.py"), "emulated", str(ROOT / "build/emulator")]
     done = subprocess.run(builder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -50,3 +54,14 @@ def emulator():
 @pytest.mark.parametrize("op", [op for op in OPS if "cuda" in registry._registered[op]])
 def test_cuda_by_the_emulator(op, emulator):
     run_cases(op, HERMESFLOW_TEST_EXTENSION=emulator)
+
+
+def test_the_program_of_compute_sanitizer(can_emulate, tmp_path):
+    """Here AddressSanitizer takes the place of memcheck."""
+    program = tmp_path / "sanitize"
+    command = ["c++", "-std=c++20", "-O1", "-g", "-fsanitize=address", f"-I{ROOT / 'tests/csrc/emulator'}", "-x", "c++"]
+    subprocess.run([*command, str(ROOT / "tests/csrc/sanitize_main.cu"), "-o", str(program)], check=True)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(program)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.endswith("every kernel was launched\n")

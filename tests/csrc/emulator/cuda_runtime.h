@@ -34,6 +34,34 @@ struct dim3 {
 
 inline dim3 threadIdx{0, 0, 0}, blockIdx{0, 0, 0}, blockDim, gridDim;
 
+#if !defined(__x86_64__)
+#error "the emulator of CUDA switches fibers in x86-64 assembly"
+#endif
+
+// Saves the registers that a call keeps on one stack and restores them from another.
+asm(R"(
+.text
+.globl hermesflow_switch_fiber
+.type hermesflow_switch_fiber, @function
+hermesflow_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size hermesflow_switch_fiber, .-hermesflow_switch_fiber
+)");
+
 extern "C" void hermesflow_switch_fiber(void** from, void* to);
 
 namespace emulator {
@@ -214,6 +242,14 @@ using std::min;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration"; }
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+template <typename T>
+cudaError_t cudaMalloc(T** memory, size_t bytes) { *memory = static_cast<T*>(std::malloc(bytes)); return cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
