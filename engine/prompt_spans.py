@@ -26,6 +26,7 @@ class PromptSpans:
         self._codes: list[list[int]] | None = None
         if images.is_floating_point():
             self._feature_ids, self._first = layout.feature_prefix(images.shape[1])
+            self._mode = self._first if layout.prefix_mode == "full" else "causal"
             self._image, self._ask = None, layout.feature_question
             self.image_length = len(self._feature_ids)
         else:
@@ -42,7 +43,7 @@ class PromptSpans:
     def image(self, image: int) -> Span:
         """Root span of an image; features take the place of its pads (embeds)."""
         if self._codes is None:
-            return self._feature_ids, -1, self._first
+            return self._feature_ids, -1, self._mode
         return self._image(self._codes[image]), -1, self._mode
 
     def question(self, image: int, question: int) -> list[int]:

@@ -8,13 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.span_tree import SpanTree
 
 
 def span_logprobs(
-    transformer: Transformer, tree: SpanTree, rows: Tensor, targets: Tensor, *, backend: str | None = None
+    transformer: Transformer,
+    tree: SpanTree,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    codes: tuple[slice, Ids] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each target under the joint vocabulary, predicted by a packed row of the tree.
 
@@ -24,13 +31,25 @@ def span_logprobs(
         rows: int64 [T], packed rows of the tree (SpanTree.span_rows); a row may occur more than once.
         targets: int64 [T], token ids. A masked image token is predicted by its own row, a text token by the row before
             it (next_token_targets).
+        codes: which of the targets are image codes that have their probability among these ids; None: none.
         backend: of linear_logprob; None takes the first that can run.
     Returns: fp32 [T].
     """
     hidden = transformer(tree, rows=rows)
     # Only now: sharded weights are whole once the forward pass has begun.
     head = transformer.head
-    return linear_logprob(hidden, head.weight, targets, bias=head.bias, backend=backend)
+    if codes is None:
+        return linear_logprob(hidden, head.weight, targets, bias=head.bias, backend=backend)
+    place, ids = codes
+    before, of_codes, after = slice(0, place.start), place, slice(place.stop, len(targets))
+    code_head = transformer.code_head(ids)
+    inputs, numbers = code_head.inputs(hidden[of_codes]), ids.numbers(targets[of_codes])
+    parts = [
+        linear_logprob(hidden[part], head.weight, targets[part], bias=head.bias, backend=backend)
+        for part in (before, after)
+    ]
+    parts.insert(1, linear_logprob(inputs, code_head.weight, numbers, bias=code_head.bias, backend=backend))
+    return torch.cat(parts)
 
 
 def next_token_targets(tree: SpanTree, spans: int | Sequence[int], end: int | None = None) -> tuple[Tensor, Tensor]:

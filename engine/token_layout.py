@@ -107,6 +107,8 @@ class Layout(ABC):
     """Of an image that is drawn: "full", or "causal" where it is drawn code by code."""
     prefix_mode: str = "full"
     """Of an image that is understood, likewise."""
+    codes_apart: bool = False
+    """Whether a code's probability is one among the codes, not in the joint vocabulary."""
     before_image: tuple[int, ...]
     row_end: tuple[int, ...] = ()
     after_image: tuple[int, ...]

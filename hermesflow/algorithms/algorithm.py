@@ -108,7 +108,7 @@ def batch_logprobs(transformer: Transformer, batch: Batch) -> Tensor:
     """Log-probability fp32 [T] of everything that a pass must predict; the head runs on those rows alone."""
     if hasattr(batch, "logprobs"):
         return batch.logprobs(transformer)
-    return span_logprobs(transformer, batch.tree, batch.rows, batch.targets)
+    return span_logprobs(transformer, batch.tree, batch.rows, batch.targets, codes=getattr(batch, "codes", None))
 
 
 class StepSums:

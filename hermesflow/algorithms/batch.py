@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hermesflow.engine.token_layout import Ids
 from hermesflow.kernels.span_tree import SpanTree
 
 REPLAY = "replay"
@@ -55,6 +57,7 @@ class PairBatch:
     visits_of: by side, the visits that have it; on the host, so that nothing waits for the device.
     num_tokens_of: by side, how many of its T tokens each of those visits has.
     totals: by side, how many pairs the whole step has, of which this pass is a part.
+    code_ids: of the image codes, where a code has its probability among them alone.
     """
 
     visits: Sequence[PairVisit]
@@ -63,6 +66,7 @@ class PairBatch:
     visits_of: dict[str, list[PairVisit]]
     num_tokens_of: dict[str, list[int]]
     totals: Mapping[str, int] = field(default_factory=dict)
+    code_ids: Ids | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -73,6 +77,15 @@ class PairBatch:
     def targets(self) -> Tensor:
         """Targets of all sides, int64 [T]."""
         return torch.cat([side.targets for side in self.sides.values()])
+
+    @property
+    def codes(self) -> tuple[slice, Ids] | None:
+        """See span_logprobs."""
+        if self.code_ids is None or "generation" not in self.sides:
+            return None
+        before = itertools.takewhile(lambda name: name != "generation", self.sides)
+        start = sum(len(self.sides[name].rows) for name in before)
+        return slice(start, start + len(self.sides["generation"].rows)), self.code_ids
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Values [T] of all sides, side by side."""

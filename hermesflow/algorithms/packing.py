@@ -17,6 +17,7 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -144,7 +145,9 @@ class PairPacker:
                 self._add_captions(builder, index, visit.pair, image)
             if REPLAY in sides:
                 self._add_answers(builder, index, visit, image)
-        return builder.build_batch(visits, device, totals or {})
+        batch = builder.build_batch(visits, device, totals or {})
+        layout = self.model.layout
+        return replace(batch, code_ids=layout.code_ids) if layout.codes_apart else batch
 
     def add_replay(self, builder: TreeBuilder, index: int, visit: PairVisit) -> None:
         """Adds a visit's replay to a pass that holds something else too; index is that of the visit in the pass."""
@@ -186,11 +189,11 @@ class PairPacker:
         ]
 
     def _prompt_of(self, visit: PairVisit) -> list[int]:
-        """The condition that win and lose share: the caption, or the empty text."""
+        """The condition that win and lose share: the caption, or what stands for it in the unconditional half."""
         # A stream of its own, so that the masks stay the same.
         is_dropped = np.random.default_rng([self.seed, 3, *visit]).random() < self.config.condition_dropout
-        text = "" if is_dropped else self._captions[visit.pair]
-        return self.model.layout.text_prompt(self.model.image_prompt(text))
+        ids = self.model.image_prompt(self._captions[visit.pair])
+        return self.model.layout.unguided_prompt(ids) if is_dropped else self.model.layout.text_prompt(ids)
 
     def _add_images(self, builder: TreeBuilder, index: int, visit: PairVisit) -> None:
         prompt = builder.add(self._prompt_of(visit), -1, "causal")

@@ -64,6 +64,51 @@ class WordTokenizer:
         self._tokenizer.save(str(folder / "tokenizer.json"))
 
 
+class FileTokenizer:
+    """A published tokenizer.json, whose special tokens lie inside its vocabulary and are found by name."""
+
+    def __init__(self, folder: Path, roles: Sequence[str] = ()) -> None:
+        """
+        Args:
+            folder: holds tokenizer.json.
+            roles: special tokens that the family's prompts spell out.
+        Raises: InputError if the file is missing or damaged.
+        """
+        self.folder, path = folder, folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: holds no tokenizer.json; give the checkpoint as transformers publishes it (-hf), or put "
+                "the file beside its weights"
+            )
+        data = read_bytes(path)
+        try:
+            self._tokenizer = Tokenizer.from_buffer(data)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{path}: not a tokenizer ({reason_of(error)}); restore it from its source") from error
+        self.vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {id: token.content for id, token in added.items() if token.special}
+        self._refused = {id: name for id, name in special.items() if name not in roles}
+
+    def id(self, name: str) -> int:
+        """Of a token. Raises: InputError if the vocabulary has none of that name."""
+        if name not in self.vocabulary:
+            raise InputError(f"{self.folder}: the tokenizer has no {name}; give the one that belongs to the checkpoint")
+        return self.vocabulary[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without a start and an end. Raises: InputError if it spells a special token."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        special = next((self._refused[token] for token in ids if token in self._refused), None)
+        if special is not None:
+            raise InputError(f"{special} in {text!r} is a special token of the model; leave it out")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens and the blanks around it."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True).strip()
+
+
 class PretrainedTokenizer:
     """A published tokenizer of transformers, with a family's special tokens behind its vocabulary."""
 

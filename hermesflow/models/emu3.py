@@ -1,0 +1,208 @@
+"""Emu3 (BAAI, arXiv 2409.18869): one joint vocabulary, images row by row, code by code, in any grid.
+
+    BAAI/Emu3-{Gen,Chat,Stage1}-hf    config.json (emu3), weights with the image tokenizer, tokenizer.json
+    BAAI/Emu3-{Gen,Chat,Stage1}       config.json (Emu3), weights; tokenizer.json made from emu3.tiktoken beside them
+
+Gen is tuned for drawing and Chat for understanding; Stage1 does both. Prompts and guidance: image_generation.py and
+processing_emu3.py of Emu3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder, CodeSamplingParams
+from hermesflow.engine.token_layout import Ids, Layout
+from hermesflow.engine.transformer import Transformer
+from hermesflow.engine.weights import WEIGHT_FILES, load_weights
+from hermesflow.models import llama, loading
+from hermesflow.models.model import Model, PromptFormat
+from hermesflow.models.text_tokenizers import FileTokenizer
+from hermesflow.runtime.files import InputError, shown
+
+VQ_TOKENIZER = "BAAI/Emu3-VisionTokenizer"
+SUFFIX = " masterpiece, film grained, best quality."
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+SYSTEM_PROMPT = "You are a helpful assistant. USER: "
+PROMPTS = PromptFormat(
+    caption_question="Give a caption for this image",
+    question="{question}. ASSISTANT:",
+    answer=" {answer}",
+    max_caption_tokens=100,
+    max_answer_tokens=100,
+)
+SAMPLING = CodeSamplingParams(guidance_scale=2.0, top_k=2048)
+WEIGHTS = {
+    "emu3": llama.weight_table("text_model.model.", "text_model.lm_head"),
+    "Emu3": llama.weight_table("model.", "lm_head"),
+}
+"""By the model_type of config.json."""
+GRID = 90
+"""Rows and columns of an image of 720 x 720 pixels."""
+_TOKENS = {
+    "bos": "<|extra_203|>", "eot": "<|extra_204|>", "boi": "<|image start|>", "eoi": "<|image end|>",
+    "img": "<|image token|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>",
+}  # fmt: skip
+_CODE_NAME = re.compile(r"<\|visual token (\d+)\|>")
+_IMAGE_TOKENIZER = r"vqmodel\..*"
+_DEFAULTS = {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "intermediate_size": 14_336, "rope_theta": 1e6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emu3Layout(Layout):
+    """Codes end the vocabulary. An image says its grid before its codes, and eol ends each row of them.
+
+    encode: text -> ids, for the grid's numbers. negative_ids stand for the text in the unconditional half.
+    """
+
+    vocab_size: int
+    code_ids: Ids
+    image_grid: tuple[int, int]
+    bos: int
+    eot: int
+    boi: int
+    eoi: int
+    img: int
+    eol: int
+    eof: int
+    system_ids: tuple[int, ...]
+    negative_ids: tuple[int, ...]
+    encode: Callable[[str], list[int]] = field(compare=False)
+    image_mode = prefix_mode = "causal"
+
+    def of_grid(self, grid: tuple[int, int]) -> Emu3Layout:
+        """The same for images of so many rows and columns."""
+        return replace(self, image_grid=grid)
+
+    @property
+    def codebook_size(self) -> int:
+        """As many as there are ids."""
+        return len(self.code_ids)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Of the grid."""
+        return self.image_grid[0] * self.image_grid[1]
+
+    @cached_property
+    def text_ids(self) -> Ids:
+        """All but the image codes'."""
+        return Ids(range(self.vocab_size - self.codebook_size))
+
+    @cached_property
+    def before_image(self) -> tuple[int, ...]:
+        """boi, rows * columns in digits, img."""
+        rows, columns = self.image_grid
+        return (self.boi, *self.encode(f"{rows}*{columns}"), self.img)
+
+    @property
+    def row_end(self) -> tuple[int, ...]:
+        """eol."""
+        return (self.eol,)
+
+    @property
+    def after_image(self) -> tuple[int, ...]:
+        """eof, eoi."""
+        return self.eof, self.eoi
+
+    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Condition of an image: [bos, text]."""
+        return [self.bos, *text_ids]
+
+    def unguided_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """[bos, negative prompt], whatever the text is."""
+        return [self.bos, *self.negative_ids]
+
+    def image_prefix(self, codes: Sequence[int]) -> list[int]:
+        """An image to be understood: [bos, system prompt, image]."""
+        return [self.bos, *self.system_ids, *self.image(codes)]
+
+    def question(self, text_ids: Sequence[int]) -> list[int]:
+        """What is asked of an image."""
+        return list(text_ids)
+
+
+class Emu3Model(Model):
+    """A model of Emu3's class; the image tokenizer is opened when it is first needed."""
+
+    image_decoder = AutoregressiveDecoder
+
+    def image_prompt(self, text: str) -> list[int]:
+        """Text ids of an image's prompt, with the suffix that asks for quality; none of an empty text."""
+        return self.encode_text(text + SUFFIX) if text else []
+
+
+class Emu3Family:
+    """Opens checkpoints of Emu3's classes."""
+
+    files = ("config.json", "tokenizer*.json", "preprocessor_config.json", *WEIGHT_FILES, "*-of-*.safetensors")
+
+    def claims(self, config: Any) -> bool:
+        """By its model_type."""
+        return isinstance(config, dict) and config.get("model_type") in WEIGHTS
+
+    def load(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        vq_tokenizer: str | None = None,
+    ) -> Emu3Model:
+        """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's."""
+        tokenizer, kind = FileTokenizer(folder), config["model_type"]
+        text = config.get("text_config") if kind == "emu3" else config
+        vocab_size = text.get("vocab_size") if isinstance(text, Mapping) else None
+        shape = llama.transformer_config(
+            text, "emu3_text_model" if kind == "emu3" else kind, _DEFAULTS, vocab_size, "Emu3"
+        )
+        layout = make_layout(tokenizer, vocab_size, (GRID, GRID))
+        with torch.device("meta"):
+            transformer = Transformer(shape)
+
+        def tensors(transformer: Transformer) -> dict[str, torch.Tensor]:
+            return loading.published_tensors(WEIGHTS[kind], transformer)
+
+        try:
+            load_weights(transformer, folder, tensors, ignored=_IMAGE_TOKENIZER, dtype=dtype, device=device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return Emu3Model(transformer.eval(), None, tokenizer, layout, GRID * 8, PROMPTS, SAMPLING)
+
+
+FAMILY = Emu3Family()
+
+
+def make_layout(tokenizer: FileTokenizer, vocab_size: int, grid: tuple[int, int]) -> Emu3Layout:
+    """The vocabulary by its tokens' names.
+
+    Raises: InputError if a token is missing, or the codes do not end the vocabulary in their order.
+    """
+    found = ((_CODE_NAME.fullmatch(name), token) for name, token in tokenizer.vocabulary.items())
+    codes = {int(match[1]): token for match, token in found if match}
+    first = (vocab_size if type(vocab_size) is int else 0) - len(codes)
+    if not codes or codes != {code: first + code for code in range(len(codes))}:
+        raise InputError(
+            f"{tokenizer.folder}: the tokenizer's visual tokens are not the last of config.json's vocabulary of "
+            f"{shown(vocab_size)}; give the tokenizer that belongs to the checkpoint"
+        )
+    ids = {name: tokenizer.id(token) for name, token in _TOKENS.items()}
+    return Emu3Layout(
+        vocab_size=vocab_size,
+        code_ids=Ids(range(first, vocab_size)),
+        image_grid=grid,
+        system_ids=tuple(tokenizer.encode(SYSTEM_PROMPT)),
+        negative_ids=tuple(tokenizer.encode(NEGATIVE_PROMPT)),
+        encode=tokenizer.encode,
+        **ids,
+    )
