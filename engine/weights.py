@@ -154,6 +154,8 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         kind = "safetensors" if file.name.endswith(".safetensors") else "PyTorch weights"
         raise ValueError(f"{file}: not a readable {kind} file ({reason}); restore it from its source") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # Lightning's checkpoints
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file}: holds a {type(state).__name__}, not named tensors; give a state dict")
     for name, tensor in state.items():
@@ -177,6 +179,9 @@ def _check_fit(path: Path, found: Mapping[str, Tensor], parts: Mapping[str, Tens
                 problems.append(f"unexpected {name}")
         elif tensor.shape != parts[name].shape:
             problems.append(f"{name}: expected {tuple(parts[name].shape)}, got {tuple(tensor.shape)}")
+        elif not parts[name].is_floating_point():  # a buffer that counts
+            if tensor.dtype != parts[name].dtype:
+                problems.append(f"{name}: expected {parts[name].dtype}, got {tensor.dtype}")
         elif tensor.dtype not in WEIGHT_DTYPES:
             problems.append(f"{name}: expected floating point of 16 bits or more, got {tensor.dtype}")
     if problems:

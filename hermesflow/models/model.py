@@ -20,7 +20,7 @@ from hermesflow.config import DrawingConfig
 from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.decoders.text import SamplingParams, TextDecoder
 from hermesflow.engine.engine import Engine
-from hermesflow.engine.image_tokenizers.magvit import VQTokenizer
+from hermesflow.engine.image_tokenizers.blocks import ImageTokenizer
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.images import ImageLike, as_image, fit_image
@@ -80,7 +80,7 @@ class Model:
     def __init__(
         self,
         transformer: Transformer,
-        vq_tokenizer: VQTokenizer | None,
+        vq_tokenizer: ImageTokenizer | None,
         text_tokenizer: WordTokenizer | PretrainedTokenizer,
         layout: Layout,
         image_size: int,
@@ -271,10 +271,10 @@ class Model:
         if not len(images):
             return torch.zeros(0, self.layout.num_image_tokens, dtype=torch.int64)
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        weight = self.vq_tokenizer.encoder.conv_in.weight
-        batches = pixels.split(self.vq_tokenizer.images_per_pass(*pixels.shape[2:]))
+        tokenizer = self.vq_tokenizer
+        batches = pixels.split(tokenizer.images_per_pass(*pixels.shape[2:]))
         return torch.cat(
-            [self.vq_tokenizer.encode(batch.to(weight.device, weight.dtype) / 127.5 - 1) for batch in batches]
+            [tokenizer.encode(batch.to(tokenizer.device, tokenizer.dtype) / 127.5 - 1) for batch in batches]
         )
 
     @torch.no_grad()
@@ -285,12 +285,12 @@ class Model:
         """
         rows, columns = self.layout.image_grid
         height, width = height or rows, width or columns
-        device, factor = self.vq_tokenizer.encoder.conv_in.weight.device, self.vq_tokenizer.config.downsampling
+        tokenizer, factor = self.vq_tokenizer, self.vq_tokenizer.config.downsampling
         if not len(codes):
             return np.zeros((0, height * factor, width * factor, 3), dtype=np.uint8)
-        batches = codes.split(self.vq_tokenizer.images_per_pass(codes.shape[1] * factor, factor))
+        batches = codes.split(tokenizer.images_per_pass(codes.shape[1] * factor, factor))
         images = torch.cat(
-            [to_pixels(self.vq_tokenizer.decode(batch.to(device), height, width)).cpu() for batch in batches]
+            [to_pixels(tokenizer.decode(batch.to(tokenizer.device), height, width)).cpu() for batch in batches]
         )
         return images.permute(0, 2, 3, 1).numpy()
 
