@@ -18,20 +18,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
-from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder, CodeSamplingParams
+from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
+from hermesflow.engine.image_tokenizers.vqgan import VQGAN
 from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import Transformer
-from hermesflow.engine.weights import WEIGHT_FILES, load_weights
-from hermesflow.models import llama, loading
-from hermesflow.models.model import Model, PromptFormat
+from hermesflow.engine.weights import save_tensors
+from hermesflow.models import llama, loading, vqgan
+from hermesflow.models.causal import FETCHED, CausalModel, load_parts, on_meta
+from hermesflow.models.hub import find_folder
+from hermesflow.models.images import fit_image
+from hermesflow.models.model import PromptFormat
 from hermesflow.models.text_tokenizers import FileTokenizer
-from hermesflow.runtime.files import InputError, shown
+from hermesflow.runtime.files import InputError, make_folder, read_json, shown, write_json
 
 MODEL_TYPE = "chameleon"
-VQ_TOKENIZER = "leloy/Anole-7b-v0.1-vqvae-hf"
-"""Hub id of the image tokenizer with its decoder."""
+VQ_FOLDER, VQ_TOKENIZER = "vqvae", "leloy/Anole-7b-v0.1-vqvae-hf"
+"""Folder beside the weights, and hub id, of the image tokenizer with its decoder."""
 WEIGHTS = llama.weight_table("model.", "lm_head")
 PROMPTS = PromptFormat(
     caption_question="Give a caption for this image.",
@@ -42,7 +49,7 @@ PROMPTS = PromptFormat(
 SAMPLING = CodeSamplingParams(guidance_scale=2.0, temperature=0.7, top_p=0.9)
 _TOKENS = {"bos": "<s>", "eot": "</s>", "boi": "<racm3:break>", "eoi": "<eoss>", "turn": "<reserved08706>"}
 _CODE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
-_IMAGE_TOKENIZER = r"model\.vqmodel\..*"
+_IMAGE_TOKENIZER = "model.vqmodel."
 _DEFAULTS = {"rms_norm_eps": 1e-5, "vocab_size": 65_536}
 
 
@@ -99,16 +106,32 @@ class ChameleonLayout(Layout):
         return [*text_ids, self.turn]
 
 
-class ChameleonModel(Model):
-    """A model of Chameleon's class; the image tokenizer is opened when it is first needed."""
+class ChameleonModel(CausalModel):
+    """A model of Chameleon's class."""
 
-    image_decoder = AutoregressiveDecoder
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """As Meta's code does: the shorter side by Lanczos, the center of the longer one."""
+        return fit_image(image, self.image_size, Image.Resampling.LANCZOS)
+
+    def tokenizer_tensors(self) -> dict[str, Tensor]:
+        """All but the decoder."""
+        tensors = vqgan.tokenizer_tensors(self.vq_tokenizer, vqgan.CHAMELEON, _IMAGE_TOKENIZER)
+        decoder = f"{_IMAGE_TOKENIZER}decoder."
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(decoder)}
+
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes the published layout, with the whole image tokenizer in vqvae/."""
+        super().write(folder, dtype)
+        whole = vqgan.tokenizer_tensors(self.vq_tokenizer, vqgan.CHAMELEON)
+        beside = make_folder(folder / VQ_FOLDER)
+        save_tensors(whole, beside / "model.safetensors")
+        write_json(beside / "config.json", vqgan.chameleon_dict(self.vq_tokenizer.config, self.image_size))
 
 
 class ChameleonFamily:
     """Opens checkpoints of Chameleon's class."""
 
-    files = ("config.json", "tokenizer*.json", "vqvae/*", *WEIGHT_FILES, "*-of-*.safetensors", "*-of-*.bin")
+    files = (*FETCHED, f"{VQ_FOLDER}/*")
 
     def claims(self, config: Any) -> bool:
         """By its model_type."""
@@ -123,18 +146,26 @@ class ChameleonFamily:
         vq_tokenizer: str | None = None,
     ) -> ChameleonModel:
         """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's."""
-        tokenizer = FileTokenizer(folder)
-        config = _DEFAULTS | dict(config)
+        path, config = folder / "config.json", _DEFAULTS | dict(config)
+        tokenizer, codes = FileTokenizer(folder), config.get("vq_config") or {}
+        size, of_codes = codes.get("resolution", 512), vqgan.chameleon_config(codes)
+        side = size // of_codes.downsampling
         more = {"qk_norm_per_head": True, "block": "post" if config.get("swin_norm") else "sequential"}
         shape = llama.transformer_config(config, MODEL_TYPE, {}, config["vocab_size"], "Chameleon", **more)
-        layout = make_layout(tokenizer, config["vocab_size"], (4, 4))
-        with torch.device("meta"):
-            transformer = Transformer(shape)
-        try:
-            load_weights(transformer, folder, _tensors, ignored=_IMAGE_TOKENIZER, dtype=dtype, device=device)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        return ChameleonModel(transformer.eval(), None, tokenizer, layout, 8, PROMPTS, SAMPLING)
+        layout = make_layout(tokenizer, config["vocab_size"], (side, side))
+        parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
+        load_parts(parts, folder, _tensors, re.escape(_IMAGE_TOKENIZER) + ".*", dtype, device)
+
+        def open_tokenizer(device: torch.device) -> VQGAN:
+            beside = folder / VQ_FOLDER
+            source = find_folder(
+                vq_tokenizer or (str(beside) if beside.is_dir() else VQ_TOKENIZER), FETCHED, "image tokenizer"
+            )
+            whole = vqgan.chameleon_config(read_json(source / "config.json"))
+            return vqgan.load_image_tokenizer(source, whole, vqgan.CHAMELEON, device=device)
+
+        settings = (tokenizer, layout, size, PROMPTS, SAMPLING, open_tokenizer)
+        return ChameleonModel(folder, parts, _tensors, *settings)
 
 
 FAMILY = ChameleonFamily()
@@ -163,5 +194,5 @@ def make_layout(tokenizer: FileTokenizer, vocab_size: int, grid: tuple[int, int]
     )
 
 
-def _tensors(transformer: Transformer) -> dict[str, torch.Tensor]:
-    return loading.published_tensors(WEIGHTS, transformer)
+def _tensors(parts: nn.ModuleDict) -> dict[str, Tensor]:
+    return loading.published_tensors(WEIGHTS, parts["transformer"])

@@ -9,23 +9,28 @@ processing_emu3.py of Emu3.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder, CodeSamplingParams
+from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
+from hermesflow.engine.image_tokenizers.emu3 import Emu3Tokenizer
 from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import Transformer
-from hermesflow.engine.weights import WEIGHT_FILES, load_weights
-from hermesflow.models import llama, loading
-from hermesflow.models.model import Model, PromptFormat
+from hermesflow.models import llama, loading, vqgan
+from hermesflow.models.causal import FETCHED, CausalModel, load_parts, on_meta
+from hermesflow.models.hub import find_folder
+from hermesflow.models.model import PromptFormat
 from hermesflow.models.text_tokenizers import FileTokenizer
-from hermesflow.runtime.files import InputError, shown
+from hermesflow.runtime.files import InputError, read_json, shown
 
 VQ_TOKENIZER = "BAAI/Emu3-VisionTokenizer"
 SUFFIX = " masterpiece, film grained, best quality."
@@ -47,14 +52,14 @@ WEIGHTS = {
     "Emu3": llama.weight_table("model.", "lm_head"),
 }
 """By the model_type of config.json."""
-GRID = 90
+GRID, PIXELS_PER_TOKEN = 90, 8
 """Rows and columns of an image of 720 x 720 pixels."""
 _TOKENS = {
     "bos": "<|extra_203|>", "eot": "<|extra_204|>", "boi": "<|image start|>", "eoi": "<|image end|>",
     "img": "<|image token|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>",
 }  # fmt: skip
 _CODE_NAME = re.compile(r"<\|visual token (\d+)\|>")
-_IMAGE_TOKENIZER = r"vqmodel\..*"
+_IMAGE_TOKENIZER = "vqmodel."
 _DEFAULTS = {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "intermediate_size": 14_336, "rope_theta": 1e6}
 
 
@@ -132,20 +137,24 @@ class Emu3Layout(Layout):
         return list(text_ids)
 
 
-class Emu3Model(Model):
-    """A model of Emu3's class; the image tokenizer is opened when it is first needed."""
-
-    image_decoder = AutoregressiveDecoder
+class Emu3Model(CausalModel):
+    """A model of Emu3's class."""
 
     def image_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt, with the suffix that asks for quality; none of an empty text."""
         return self.encode_text(text + SUFFIX) if text else []
 
+    def tokenizer_tensors(self) -> dict[str, Tensor]:
+        """All of it in transformers' layout; the original one keeps it in a checkpoint of its own."""
+        if "vq_config" not in json.loads(self.kept_files["config.json"]):
+            return {}
+        return vqgan.tokenizer_tensors(self.vq_tokenizer, vqgan.EMU3, _IMAGE_TOKENIZER)
+
 
 class Emu3Family:
     """Opens checkpoints of Emu3's classes."""
 
-    files = ("config.json", "tokenizer*.json", "preprocessor_config.json", *WEIGHT_FILES, "*-of-*.safetensors")
+    files = FETCHED
 
     def claims(self, config: Any) -> bool:
         """By its model_type."""
@@ -160,24 +169,28 @@ class Emu3Family:
         vq_tokenizer: str | None = None,
     ) -> Emu3Model:
         """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's."""
-        tokenizer, kind = FileTokenizer(folder), config["model_type"]
-        text = config.get("text_config") if kind == "emu3" else config
+        path, tokenizer, kind = folder / "config.json", FileTokenizer(folder), config["model_type"]
+        text, of_text = (config.get("text_config"), "emu3_text_model") if kind == "emu3" else (config, kind)
         vocab_size = text.get("vocab_size") if isinstance(text, Mapping) else None
-        shape = llama.transformer_config(
-            text, "emu3_text_model" if kind == "emu3" else kind, _DEFAULTS, vocab_size, "Emu3"
-        )
-        layout = make_layout(tokenizer, vocab_size, (GRID, GRID))
-        with torch.device("meta"):
-            transformer = Transformer(shape)
+        shape = llama.transformer_config(text, of_text, _DEFAULTS, vocab_size, "Emu3")
+        side, factor = _grid_of(folder)
+        layout = make_layout(tokenizer, vocab_size, (side, side))
+        parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
 
-        def tensors(transformer: Transformer) -> dict[str, torch.Tensor]:
-            return loading.published_tensors(WEIGHTS[kind], transformer)
+        def tensors(parts: nn.ModuleDict) -> dict[str, Tensor]:
+            return loading.published_tensors(WEIGHTS[kind], parts["transformer"])
 
-        try:
-            load_weights(transformer, folder, tensors, ignored=_IMAGE_TOKENIZER, dtype=dtype, device=device)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        return Emu3Model(transformer.eval(), None, tokenizer, layout, GRID * 8, PROMPTS, SAMPLING)
+        def open_tokenizer(device: torch.device) -> Emu3Tokenizer:
+            if vq_tokenizer is None and isinstance(config.get("vq_config"), Mapping):
+                of_codes = vqgan.emu3_config(config["vq_config"])
+                return vqgan.load_image_tokenizer(folder, of_codes, vqgan.EMU3, _IMAGE_TOKENIZER, device=device)
+            source = find_folder(vq_tokenizer or VQ_TOKENIZER, FETCHED, "image tokenizer")
+            of_codes = vqgan.emu3_config(read_json(source / "config.json"))
+            return vqgan.load_image_tokenizer(source, of_codes, vqgan.EMU3_ORIGINAL, device=device)
+
+        load_parts(parts, folder, tensors, re.escape(_IMAGE_TOKENIZER) + ".*", dtype, device)
+        settings = (tokenizer, layout, side * factor, PROMPTS, SAMPLING, open_tokenizer)
+        return Emu3Model(folder, parts, tensors, *settings)
 
 
 FAMILY = Emu3Family()
@@ -206,3 +219,19 @@ def make_layout(tokenizer: FileTokenizer, vocab_size: int, grid: tuple[int, int]
         encode=tokenizer.encode,
         **ids,
     )
+
+
+def _grid_of(folder: Path) -> tuple[int, int]:
+    """Tokens a side of an image, and pixels a token; as published, but no more than the preprocessor allows."""
+    path = folder / "preprocessor_config.json"
+    given = read_json(path) if path.is_file() else {}
+    factor, most = (
+        given.get("spatial_factor", PIXELS_PER_TOKEN),
+        given.get("max_pixels", (GRID * PIXELS_PER_TOKEN) ** 2),
+    )
+    if type(factor) is not int or type(most) is not int or not 1 <= factor**2 <= most:
+        raise InputError(
+            f"{path}: expected spatial_factor and max_pixels as numbers, got {shown(factor)} and {shown(most)}; "
+            "restore it from its source"
+        )
+    return min(GRID, isqrt(most) // factor), factor

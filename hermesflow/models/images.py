@@ -65,16 +65,17 @@ def as_image(image: ImageLike) -> Image.Image:
     raise InputError(f"image: expected a path, an image of Pillow or uint8 [H, W, 3], got {kind}; convert it")
 
 
-def fit_image(image: Image.Image, size: int) -> np.ndarray:
+def fit_image(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
     """An image of any mode and size as the model sees it.
 
-    It is turned upright by its EXIF orientation, laid on white where it is transparent, resized (bicubic) so that its
-    shorter side is `size`, and cropped at the center; one of size x size keeps its pixels.
+    It is turned upright by its EXIF orientation, laid on white where it is transparent, resized so that its shorter
+    side is `size`, and cropped at the center; one of size x size keeps its pixels.
 
     Args:
         image: the image. Grey of 16 bits and integers (mode I) go from 0 to 65,535; floats (mode F) from 0 to 1, or to
             255 where one is above 1.
         size: the side in pixels.
+        resample: how it is resized.
     Returns: RGB, uint8 [size, size, 3].
     Raises: ValueError on floats that are not finite; whatever Pillow raises on a damaged file.
     Source: torchvision's Resize(size) and CenterCrop(size), as Show-o's training/utils.py composes them.
@@ -86,11 +87,20 @@ def fit_image(image: Image.Image, size: int) -> np.ndarray:
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     crop = (left, top, left + size, top + size)
     if new_width * new_height <= MAX_PIXELS:
-        return np.array(image.resize((new_width, new_height), Image.Resampling.BICUBIC).crop(crop))
+        return np.array(image.resize((new_width, new_height), resample).crop(crop))
     # A long thin image would grow to gigabytes; the crop alone is the same but for rounding between Pillow's passes.
     scales = (width / new_width, height / new_height) * 2
     box = tuple(edge * scale for edge, scale in zip(crop, scales, strict=True))
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(image.resize((size, size), resample, box=box))
+
+
+def pad_image(image: Image.Image, size: int, fill: int) -> np.ndarray:
+    """As fit_image, but the longer side becomes `size`, and grey of the level fill stands around the image."""
+    image = _as_rgb(ImageOps.exif_transpose(image))
+    width, height = (max(1, size * side // max(image.size)) for side in image.size)
+    padded = Image.new("RGB", (size, size), (fill, fill, fill))
+    padded.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return np.array(padded)
 
 
 def resize_images(images: np.ndarray, size: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Janus and Janus-Pro (deepseek-ai, arXiv 2501.17811): images are seen as features of SigLIP and drawn code by code,
 with a table and a head of their own.
 
-    deepseek-community/Janus-Pro-*    config.json (janus), weights of all parts, tokenizer.json
+    deepseek-community/Janus-Pro-*               config.json (janus), weights of all parts, tokenizer.json
+    deepseek-ai/Janus-1.3B, Janus-Pro-1B, -7B    the same with config.json (multi_modality) and other names
 
 Prompts and guidance: generation_inference.py and inference.py of Janus. Codes have ids behind the text vocabulary,
 where the checkpoint has none.
@@ -9,27 +10,33 @@ where the checkpoint has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder, CodeSamplingParams
+from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
+from hermesflow.engine.image_tokenizers.vqgan import VQGAN
 from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import CodeHead, Embeds, Transformer, TransformerConfig
-from hermesflow.engine.weights import WEIGHT_FILES, load_weights, own_tensors, read_tensors
-from hermesflow.models import llama, loading, siglip
-from hermesflow.models.model import Model, PromptFormat
+from hermesflow.engine.weights import own_tensors, read_tensors
+from hermesflow.models import llama, loading, siglip, vqgan
+from hermesflow.models.causal import FETCHED, CausalModel, load_parts, on_meta
+from hermesflow.models.images import pad_image
+from hermesflow.models.model import PromptFormat
 from hermesflow.models.siglip import SiglipTower
 from hermesflow.models.text_tokenizers import FileTokenizer
 from hermesflow.runtime.files import InputError, shown
 
-MODEL_TYPE = "janus"
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -45,12 +52,11 @@ PROMPTS = PromptFormat(
     max_answer_tokens=100,
 )
 SAMPLING = CodeSamplingParams(guidance_scale=4.0)
-WEIGHTS = llama.weight_table("model.language_model.", "lm_head")
 _TOKENS = {
     "bos": "<｜begin▁of▁sentence｜>", "eot": "<｜end▁of▁sentence｜>", "boi": "<begin_of_image>",
     "eoi": "<end_of_image>", "pad": "<｜▁pad▁｜>",
 }  # fmt: skip
-_IMAGE_TOKENIZER = r"model\.vqmodel\..*"
+_IMAGES_PER_PASS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,25 +172,98 @@ class JanusTransformer(Transformer):
         return CodeHead(self.code_out.weight, self.code_out.bias, lambda hidden: F.gelu(self.code_hidden(hidden)))
 
 
-class JanusModel(Model):
-    """A model of Janus's class."""
+class _Names(NamedTuple):
+    """How a published layout calls the parts."""
 
-    image_decoder = AutoregressiveDecoder
+    body: str
+    head: str
+    code_table: str
+    code_aligner: str
+    code_head: tuple[str, str]
+    aligner: str
+    tower: str
+    tower_weights: Mapping[str, Sequence[str]]
+    image_tokenizer: str
+    tokenizer_layout: vqgan.Layout
+    mlp: Callable[[str, int], str]
+    """Name of the n-th linear layer of an aligner."""
+
+
+LAYOUTS = {
+    "janus": _Names(
+        "model.language_model.",
+        "lm_head",
+        "model.generation_embeddings.weight",
+        "model.generation_aligner",
+        ("model.generation_head.proj_out", "model.generation_head.vision_head"),
+        "model.aligner",
+        "model.vision_model.",
+        siglip.WEIGHTS,
+        "model.vqmodel.",
+        vqgan.JANUS,
+        lambda prefix, number: f"{prefix}.hidden_layers.{number - 1}" if number else f"{prefix}.fc1",
+    ),
+    "multi_modality": _Names(
+        "language_model.model.",
+        "language_model.lm_head",
+        "gen_embed.weight",
+        "gen_aligner",
+        ("gen_head.output_mlp_projector", "gen_head.vision_head"),
+        "aligner",
+        "vision_model.vision_tower.",
+        siglip.TIMM_WEIGHTS,
+        "gen_vision_model.",
+        vqgan.JANUS_ORIGINAL,
+        lambda prefix, number: f"{prefix}.layers.{2 * number}",
+    ),
+}
+"""By model_type: transformers' layout, and deepseek-ai's own."""
+_LEFT_OVER = r"vision_model\.vision_tower\.attn_pool\..*"
+
+
+class JanusModel(CausalModel):
+    """A model of Janus's class, which sees images as features."""
+
     views_codes = False
 
     def image_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt with both roles around it."""
         return self.encode_text(DRAWING_PROMPT.format(prompt=text))
 
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """As Janus's code does: the longer side, with grey around the image."""
+        return pad_image(image, self.image_size, fill=127)
+
+    @torch.no_grad()
+    def view_images(self, images: Iterable[Image.Image]) -> Tensor:
+        """Features [n, F, D] of images of any size."""
+        tower, aligner = self.parts["tower"], self.parts["aligner"]
+        weight = aligner[-1].weight
+        fitted = [self.fit(image) for image in images]
+        features = [weight.new_zeros(0, tower.position.num_embeddings, len(weight))]
+        for start in range(0, len(fitted), _IMAGES_PER_PASS):
+            pixels = torch.from_numpy(np.stack(fitted[start : start + _IMAGES_PER_PASS])).permute(0, 3, 1, 2)
+            features.append(aligner(tower(pixels.to(weight) / 127.5 - 1)))
+        return torch.cat(features)
+
+    def tokenizer_tensors(self) -> dict[str, Tensor]:
+        """All of it."""
+        names = LAYOUTS[json.loads(self.kept_files["config.json"])["model_type"]]
+        return vqgan.tokenizer_tensors(self.vq_tokenizer, names.tokenizer_layout, names.image_tokenizer)
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """With the tower and its aligner."""
+        return *super().modules(), self.parts["tower"], self.parts["aligner"]
+
 
 class JanusFamily:
-    """Opens checkpoints of Janus's class."""
+    """Opens checkpoints of Janus's classes."""
 
-    files = ("config.json", "tokenizer*.json", "preprocessor_config.json", *WEIGHT_FILES, "*-of-*.safetensors")
+    files = FETCHED
 
     def claims(self, config: Any) -> bool:
         """By its model_type."""
-        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+        return isinstance(config, dict) and config.get("model_type") in LAYOUTS
 
     def load(
         self,
@@ -194,30 +273,48 @@ class JanusFamily:
         dtype: torch.dtype | None,
         vq_tokenizer: str | None = None,
     ) -> JanusModel:
-        """Opens a checkpoint; see Family.load."""
-        tokenizer, text = FileTokenizer(folder, ROLES), config.get("text_config")
+        """Opens a checkpoint; see Family.load. The image tokenizer is the checkpoint's own."""
+        path, kind, tokenizer = folder / "config.json", config["model_type"], FileTokenizer(folder, ROLES)
+        if vq_tokenizer is not None:
+            raise InputError(f"vq_tokenizer {vq_tokenizer}: Janus's checkpoints hold their own; leave it out")
+        names = LAYOUTS[kind]
         try:
-            found = {name: tensor.shape for name, tensor in read_tensors(folder).items()}
-            num_codes, code_width = found["model.generation_embeddings.weight"]
-            hidden, width = found["model.generation_head.proj_out.weight"]
-            text_vocab_size = text["vocab_size"] if isinstance(text, Mapping) else 0
-            shape = llama.transformer_config(text, "llama", {}, text_vocab_size + num_codes, "Janus")
-            layout = make_layout(tokenizer, text_vocab_size, num_codes, (4, 4))
-            with torch.device("meta"):
-                embed = nn.Sequential(nn.Embedding(num_codes, code_width), *mlp(found, "model.generation_aligner"))
-                parts = nn.ModuleDict()
-                parts["transformer"] = JanusTransformer(
-                    shape, text_vocab_size, embed, nn.Linear(width, hidden), num_codes
-                )
-                parts["aligner"] = mlp(found, "model.aligner")
-                parts["tower"] = _tower(config.get("vision_config"))
-            load_weights(parts, folder, _tensors, ignored=_IMAGE_TOKENIZER, dtype=dtype, device=device)
+            shapes = {name: tensor.shape for name, tensor in read_tensors(folder).items()}
         except ValueError as error:
             raise InputError(str(error)) from error
-        parts.eval()
-        model = JanusModel(parts["transformer"], None, tokenizer, layout, 8, PROMPTS, SAMPLING)
-        model.tower, model.aligner = parts["tower"], parts["aligner"]
-        return model
+        text = config.get("text_config" if kind == "janus" else "language_config")
+        text_vocab_size = text.get("vocab_size") if isinstance(text, Mapping) else None
+        num_codes, code_width = shapes.get(names.code_table, (1, 1))
+        hidden, width = shapes.get(f"{names.code_head[0]}.weight", (1, 1))
+        if type(text_vocab_size) is not int:
+            raise InputError(f"{path}: vocab_size of the language model is {shown(text_vocab_size)}; restore it")
+        shape = llama.transformer_config(text, "llama", {}, text_vocab_size + num_codes, "Janus")
+        vision = siglip.sizes(config.get("vision_config"), path)
+
+        def make() -> dict[str, nn.Module]:
+            embed = nn.Sequential(nn.Embedding(num_codes, code_width), *_mlp(shapes, names, names.code_aligner))
+            return {
+                "transformer": JanusTransformer(shape, text_vocab_size, embed, nn.Linear(width, hidden), num_codes),
+                "aligner": _mlp(shapes, names, names.aligner),
+                "tower": SiglipTower(**vision),
+            }
+
+        parts = on_meta(make, path)
+        of_codes = vqgan.config_of_shapes(shapes, names.image_tokenizer, normalized_codes=True)
+        side = vision["image_size"] // of_codes.downsampling
+        layout = make_layout(tokenizer, text_vocab_size, num_codes, (side, side))
+
+        def tensors(parts: nn.ModuleDict) -> dict[str, Tensor]:
+            return _tensors(parts, names)
+
+        def open_tokenizer(device: torch.device) -> VQGAN:
+            layout, prefix = names.tokenizer_layout, names.image_tokenizer
+            return vqgan.load_image_tokenizer(folder, of_codes, layout, prefix, device=device)
+
+        ignored = f"{re.escape(names.image_tokenizer)}.*|{_LEFT_OVER}"
+        load_parts(parts, folder, tensors, ignored, dtype, device)
+        settings = (tokenizer, layout, vision["image_size"], PROMPTS, SAMPLING, open_tokenizer)
+        return JanusModel(folder, parts, tensors, *settings)
 
 
 FAMILY = JanusFamily()
@@ -238,46 +335,23 @@ def make_layout(tokenizer: FileTokenizer, text_vocab_size: int, num_codes: int, 
     )
 
 
-def mlp(found: Mapping[str, torch.Size], prefix: str) -> nn.Sequential:
+def _mlp(shapes: Mapping[str, torch.Size], names: _Names, prefix: str) -> nn.Sequential:
     """Linear layers with GELU between them, in the widths that the checkpoint has."""
-    names = [f"{prefix}.fc1.weight"]
-    while f"{prefix}.hidden_layers.{len(names) - 1}.weight" in found:
-        names.append(f"{prefix}.hidden_layers.{len(names) - 1}.weight")
-    layers = [nn.Linear(found[name][1], found[name][0]) for name in names]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.GELU())][:-1])
+    layers: list[nn.Module] = []
+    while (shape := shapes.get(f"{names.mlp(prefix, len(layers) // 2)}.weight")) is not None:
+        layers += [nn.Linear(shape[1], shape[0]), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
 
 
-def _tower(config: Any) -> SiglipTower:
-    """Raises: InputError if the configuration leaves a size out."""
-    names = {"width": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    names |= {"image_size": "image_size", "patch_size": "patch_size"}
-    config = config if isinstance(config, Mapping) else {}
-    sizes = {ours: config.get(name) for ours, name in names.items()}
-    for ours, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise InputError(f"vision_config: {names[ours]} is {shown(value)}; restore config.json from its source")
-    if config.get("use_qk_norm"):
-        raise InputError("vision_config: use_qk_norm true is not supported; give a checkpoint without it")
-    return SiglipTower(**sizes, mlp_size=int(sizes["width"] * config.get("mlp_ratio", 4.0)))
-
-
-def _mlp_names(layers: nn.Sequential, prefix: str) -> dict[str, Tensor]:
-    found = {}
-    for number, layer in enumerate(part for part in layers if isinstance(part, nn.Linear)):
-        name = f"{prefix}.fc1" if number == 0 else f"{prefix}.hidden_layers.{number - 1}"
-        found |= {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
-    return found
-
-
-def _tensors(parts: nn.ModuleDict) -> dict[str, Tensor]:
+def _tensors(parts: nn.ModuleDict, names: _Names) -> dict[str, Tensor]:
     """Every published tensor's name -> the place in the modules that it fills."""
     transformer = parts["transformer"]
-    found = loading.published_tensors(WEIGHTS, transformer)
-    found["model.generation_embeddings.weight"] = transformer.code_embed[0].weight.detach()
-    found |= _mlp_names(transformer.code_embed[1:], "model.generation_aligner")
-    for name, layer in (("proj_out", transformer.code_hidden), ("vision_head", transformer.code_out)):
-        found |= {f"model.generation_head.{name}.{kind}": tensor for kind, tensor in own_tensors(layer).items()}
-    found |= _mlp_names(parts["aligner"], "model.aligner")
-    tower = loading.published_tensors(siglip.WEIGHTS, parts["tower"])
-    found |= {f"model.vision_model.{name}": tensor for name, tensor in tower.items()}
-    return found
+    found = loading.published_tensors(llama.weight_table(names.body, names.head), transformer)
+    found[names.code_table] = transformer.code_embed[0].weight.detach()
+    layers = dict(zip(names.code_head, (transformer.code_hidden, transformer.code_out), strict=True))
+    for prefix, mlp in ((names.code_aligner, transformer.code_embed[1:]), (names.aligner, parts["aligner"])):
+        linear = (layer for layer in mlp if isinstance(layer, nn.Linear))
+        layers |= {names.mlp(prefix, number): layer for number, layer in enumerate(linear)}
+    for name, layer in layers.items():
+        found |= {f"{name}.{kind}": tensor for kind, tensor in own_tensors(layer).items()}
+    return found | siglip.published_tensors(parts["tower"], names.tower_weights, names.tower)

@@ -263,7 +263,11 @@ class Model:
 
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """What the model sees of images of any size, ready for the engine: codes int64 [n, N]."""
-        return self.encode_images(np.stack([fit_image(image, self.image_size) for image in images]))
+        return self.encode_images(np.stack([self.fit(image) for image in images]))
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """An image of any mode and size as the model sees it, uint8 [image_size, image_size, 3]; see fit_image."""
+        return fit_image(image, self.image_size)
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from hermesflow.engine.transformer import Block, TransformerConfig, rotary_table
 from hermesflow.kernels.span_attention import span_attention
 from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.models import loading
+from hermesflow.models.loading import WeightTable
+from hermesflow.runtime.files import InputError, shown
 
 WEIGHTS = {
     "patch": ["embeddings.patch_embedding"],
@@ -22,6 +28,21 @@ WEIGHTS = {
     "norm": ["post_layernorm"],
 }
 """Our modules -> those of transformers' JanusVisionModel."""
+TIMM_WEIGHTS = {
+    "patch": ["patch_embed.proj"],
+    "position": ["pos_embed"],
+    "blocks.*.attention_norm": ["blocks.*.norm1"],
+    "blocks.*.attention.qkv": ["blocks.*.attn.qkv"],
+    "blocks.*.attention.out": ["blocks.*.attn.proj"],
+    "blocks.*.mlp_norm": ["blocks.*.norm2"],
+    "blocks.*.mlp.up": ["blocks.*.mlp.fc1"],
+    "blocks.*.mlp.down": ["blocks.*.mlp.fc2"],
+    "norm": ["norm"],
+}
+"""Our modules -> those of timm's, which deepseek-ai's checkpoints hold; its table of positions is a bare tensor."""
+_PUBLISHED = {"siglip_large_patch16_384": (1024, 24, 16, 4096, 384, 16)}
+"""By the name in deepseek-ai's config.json, which says no sizes."""
+_SIZES = ("width", "depth", "num_heads", "mlp_size", "image_size", "patch_size")
 
 
 class SiglipTower(nn.Module):
@@ -53,3 +74,38 @@ class SiglipTower(nn.Module):
         for block in self.blocks:
             x = block(x, rotary, attend, None, halves)
         return self.norm(x).unflatten(0, (num_images, num_patches))
+
+
+def sizes(config: Any, path: Path) -> dict[str, int]:
+    """Of a tower: SiglipTower's arguments, from transformers' vision_config or deepseek-ai's.
+
+    Raises: InputError, which names the file, if a size is missing or something is not supported.
+    """
+    config = config if isinstance(config, Mapping) else {}
+    params = config.get("params") if isinstance(config.get("params"), Mapping) else {}
+    if params:
+        published = dict(zip(_SIZES, _PUBLISHED.get(str(params.get("model_name")), [None] * 6), strict=True))
+        found = {name: params.get(name, published[name]) for name in _SIZES}
+    else:
+        ratio, width = config.get("mlp_ratio", 4.0), config.get("hidden_size")
+        mlp_size = int(width * ratio) if isinstance(width, int) and isinstance(ratio, int | float) else None
+        given = (config.get(name) for name in ("num_hidden_layers", "num_attention_heads"))
+        found = dict(
+            zip(_SIZES, (width, *given, mlp_size, config.get("image_size"), config.get("patch_size")), strict=True)
+        )
+    for name, value in found.items():
+        if type(value) is not int or not 1 <= value <= 2**20:
+            raise InputError(f"{path}: vision_config gives {name} as {shown(value)}; restore it from its source")
+    if config.get("use_qk_norm") or params.get("select_layer", -1) != -1:
+        raise InputError(
+            f"{path}: vision_config: use_qk_norm and select_layer are not supported; use another checkpoint"
+        )
+    return found
+
+
+def published_tensors(tower: SiglipTower, table: WeightTable, prefix: str) -> dict[str, Tensor]:
+    """Of a tower: the name of each published tensor -> the parameter, or the rows of one, that it is."""
+    found = loading.published_tensors(table, tower)
+    if "pos_embed.weight" in found:
+        found["pos_embed"] = found.pop("pos_embed.weight")[None]
+    return {prefix + name: tensor for name, tensor in found.items()}

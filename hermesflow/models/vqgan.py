@@ -251,3 +251,12 @@ def _config(kind: type[_Config], names: Mapping[str, Sequence[str]], given: Any,
         return make_config(kind, defaults | found)
     except (ValueError, TypeError) as error:
         raise InputError(f"vq_config: not the shape of an image tokenizer ({error}); restore it") from error
+
+
+def chameleon_dict(config: VQGANConfig, resolution: int) -> dict[str, Any]:
+    """The config.json of a vqvae folder, which chameleon_config reads."""
+    shape = {names[0]: getattr(config, ours) for ours, names in _VQGAN_FIELDS.items()}
+    attended = [resolution >> level for level in config.attention_levels]
+    return {"model_type": "chameleon_vqgan", "architectures": ["ChameleonVQVAE"], "resolution": resolution} | (
+        shape | {"attn_resolutions": attended or None}
+    )

@@ -13,6 +13,9 @@ from typing import Any
 from hermesflow.runtime.files import InputError, reason_of, shown
 
 FAMILIES = {
+    "chameleon": "hermesflow.models.chameleon:FAMILY",
+    "emu3": "hermesflow.models.emu3:FAMILY",
+    "janus": "hermesflow.models.janus:FAMILY",
     "showo": "hermesflow.models.showo:FAMILY",
     "tiny": "hermesflow.models.tiny:FAMILY",
 }

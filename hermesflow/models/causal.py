@@ -1,0 +1,112 @@
+"""What families share whose images are drawn code by code: files that are kept, image tokenizers, how a model is saved.
+
+A checkpoint's layout says which published tensor is which part of the model; the model is saved in the layout that it
+came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder
+from hermesflow.engine.image_tokenizers.blocks import ImageTokenizer
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.weights import WEIGHT_FILES, load_weights, save_tensors
+from hermesflow.models.model import Model, PromptFormat
+from hermesflow.models.text_tokenizers import FileTokenizer
+from hermesflow.runtime.files import InputError
+
+FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Of a checkpoint, beside its weights; those that are there are saved again as they were."""
+FETCHED = (*FILES, *WEIGHT_FILES, "*-of-*.safetensors", "*-of-*.bin")
+Views = Callable[[nn.ModuleDict], dict[str, Tensor]]
+"""Of a model's parts: the name of each published tensor -> the place in the modules that it fills."""
+
+
+class CausalModel(Model):
+    """A model that draws code by code; its image tokenizer is opened when it is first needed."""
+
+    image_decoder = AutoregressiveDecoder
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: nn.ModuleDict,
+        views: Views,
+        text_tokenizer: FileTokenizer,
+        layout: Layout,
+        image_size: int,
+        prompts: PromptFormat,
+        sampling: Any,
+        open_tokenizer: Callable[[torch.device], ImageTokenizer],
+    ) -> None:
+        """
+        Args:
+            folder: the checkpoint's.
+            parts: its modules, "transformer" among them.
+            views: of the parts, in the layout of the folder.
+            text_tokenizer, layout, image_size, prompts, sampling: see Model.
+            open_tokenizer: opens the image tokenizer on a device.
+        """
+        super().__init__(parts["transformer"], None, text_tokenizer, layout, image_size, prompts, sampling)
+        self.parts, self._views, self._open_tokenizer = parts, views, open_tokenizer
+        self.kept_files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+
+    @cached_property
+    def vq_tokenizer(self) -> ImageTokenizer:
+        """In fp32, since codes are discrete. Raises: InputError if it cannot be had or does not fit."""
+        found = self._open_tokenizer(self.engine.device)
+        rows, columns = self.layout.image_grid
+        expected = (self.layout.codebook_size, self.image_size)
+        if (found.config.codebook_size, columns * found.config.downsampling) != expected:
+            raise InputError(
+                f"the image tokenizer has {found.config.codebook_size} codes and {found.config.downsampling} pixels a "
+                f"token, the model {expected[0]} codes and {rows} x {columns} tokens for {expected[1]} pixels; give "
+                "the model's own"
+            )
+        return found
+
+    def tokenizer_tensors(self) -> dict[str, Tensor]:
+        """Those of the image tokenizer that the checkpoint's weights hold, under their published names."""
+        return {}
+
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes the layout that the checkpoint came in, with one file of weights."""
+        self.parts["transformer"] = self.transformer  # training may have put another in its place
+        save_tensors(self._views(self.parts) | self.tokenizer_tensors(), folder / "model.safetensors", dtype)
+        for name, data in self.kept_files.items():
+            (folder / name).write_bytes(data)
+
+
+def load_parts(
+    parts: nn.ModuleDict,
+    folder: Path,
+    views: Views,
+    ignored: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> None:
+    """Fills parts; see load_weights. Raises: InputError if the weights are damaged or do not fit."""
+    try:
+        load_weights(parts, folder, views, ignored=ignored, dtype=dtype, device=device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    parts.eval()
+
+
+def on_meta(make: Callable[[], Mapping[str, nn.Module]], path: Path) -> nn.ModuleDict:
+    """Modules without memory. Raises: InputError that names the file if their sizes do not fit together."""
+    try:
+        with torch.device("meta"):
+            return nn.ModuleDict(make())
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, KeyError) as error:
+        raise InputError(f"{path}: not the shape of a model ({error!r:.200}); restore it from its source") from error
