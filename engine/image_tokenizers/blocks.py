@@ -236,21 +236,20 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """z [B, C, h, w] -> codes int64 [B, h * w] of the least Euclidean distance, which is computed in fp32."""
-        rows, codes = z.flatten(2).transpose(1, 2).flatten(0, 1).float(), self._codes().float()
-        rows = F.normalize(rows, dim=-1) if self.normalized else rows
+        rows = self._placed(z.flatten(2).transpose(1, 2).flatten(0, 1).float())
+        codes = self._placed(self.embedding.weight.float())
         norms = codes.square().sum(1)
         pieces = rows.split(max(1, _VALUES_PER_PASS // len(codes)))
-        # |z|^2 is the same for all codes, so it is left out.
+        # The latent's own square is the same for all codes, so it is left out.
         nearest = [torch.addmm(norms, piece, codes.T, alpha=-2).argmin(1) for piece in pieces]
-        return torch.cat(nearest).view(len(z), -1)
+        return torch.cat(nearest).view(len(z), z.shape[2] * z.shape[3])
 
     def lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         """codes int64 [B, h * w] -> latents [B, C, h, w] in the weights' dtype."""
-        return F.embedding(codes, self._codes()).transpose(1, 2).unflatten(2, (height, width))
+        return self._placed(self.embedding(codes)).transpose(1, 2).unflatten(2, (height, width))
 
-    def _codes(self) -> Tensor:
-        weight = self.embedding.weight
-        return F.normalize(weight, dim=-1) if self.normalized else weight
+    def _placed(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1) if self.normalized else rows
 
 
 class ImageTokenizer(nn.Module):
