@@ -70,7 +70,7 @@ def load_weights(
 
     Args:
         module: what to fill; one on the meta device is allocated once the file is known to fit.
-        path: a .safetensors or .bin file, or a folder that holds one of WEIGHT_FILES.
+        path: a .safetensors or .bin file, a .ckpt with a state_dict, or a folder that holds one of WEIGHT_FILES.
         views: which tensor on disk is which part of the module.
         ignored: regular expression of whole names that the file may have besides (buffers of old versions).
         dtype, device: of a module on the meta device; None takes the dtype of the file's first tensor, and the CPU. Any
@@ -154,8 +154,8 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         kind = "safetensors" if file.name.endswith(".safetensors") else "PyTorch weights"
         raise ValueError(f"{file}: not a readable {kind} file ({reason}); restore it from its source") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # Lightning's checkpoints
-        state = state["state_dict"]
+    if file.name.endswith(".ckpt") and isinstance(state, dict):  # Lightning's form
+        state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file}: holds a {type(state).__name__}, not named tensors; give a state dict")
     for name, tensor in state.items():
