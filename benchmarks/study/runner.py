@@ -219,7 +219,7 @@ def best_of(model: Model, config: Config, count: int) -> dict[str, Any]:
             for name in ("drawn", "scores"):
                 of_sampler[name] = [of_sampler[name][index] for index in chosen]
         if row["drawn"] is not None:
-            row["drawn"] = row["samplers"][sampler_name(model.sampling_of(wide))]["drawn"]
+            row["drawn"] = row["samplers"][sampler_name(model, model.sampling_of(wide))]["drawn"]
     return result | {"metrics": measure(result["records"])}
 
 

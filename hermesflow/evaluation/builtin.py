@@ -57,11 +57,9 @@ class Builtin(Evaluation):
             drew, to be looked at.
         Raises: InputError if the model does not know the world's words.
         """
-        lacking = {"num_steps", "temperature"} - {item.name for item in fields(model.sampling)}
-        if lacking:
+        if "temperature" not in _names(model.sampling):
             raise InputError(
-                f"eval.suite builtin: draws by steps and temperatures, and the model's family has no "
-                f"{' and no '.join(sorted(lacking))}; name another eval.suite"
+                "eval.suite builtin: draws by temperatures, and the model's family has none; name another eval.suite"
             )
         scenes, records = held_out(config)
         rows = [_empty_row(record) for record in records]
@@ -74,7 +72,7 @@ class Builtin(Evaluation):
         for row, text, record, scene in zip(asked, _write_captions(model, codes), records, scenes, strict=False):
             exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
             row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
-        default = sampler_name(model.sampling_of(config))
+        default = sampler_name(model, model.sampling_of(config))
         for name, sampling in samplers_of(model, config).items():
             judged = _judge_drawings(model, records[: config.num_prompts], config, sampling)
             for number, (drawn, scores, codes) in enumerate(judged):
@@ -98,16 +96,24 @@ class Builtin(Evaluation):
 BUILTIN = Builtin()
 
 
-def sampler_name(sampling: ImageSamplingParams) -> str:
-    """How results call a way to draw: "STEPS/TEMPERATURE", such as "4/0.7"."""
-    return f"{sampling.num_steps}/{sampling.temperature:g}"
+def sampler_name(model: Model, sampling: Any) -> str:
+    """How results call a way to draw: "STEPS/TEMPERATURE", such as "4/0.7"; code by code each code is a step."""
+    return f"{getattr(sampling, 'num_steps', model.layout.num_image_tokens)}/{sampling.temperature:g}"
 
 
-def samplers_of(model: Model, config: EvalConfig) -> dict[str, ImageSamplingParams]:
-    """The ways to draw that a model is measured by, by name: the default one first, then config.samplers."""
+def samplers_of(model: Model, config: EvalConfig) -> dict[str, Any]:
+    """The ways to draw that a model is measured by, by name: the default one first, then config.samplers; where images
+    are not drawn in steps, the temperatures alone."""
     default = model.sampling_of(config)
-    given = [default, *(replace(default, **parse_sampler(text)) for text in config.samplers)]
-    return {sampler_name(sampling): sampling for sampling in given}
+    given = [default]
+    for text in config.samplers:
+        values = parse_sampler(text)
+        given.append(replace(default, **{name: values[name] for name in values if name in _names(default)}))
+    return {sampler_name(model, sampling): sampling for sampling in given}
+
+
+def _names(sampling: Any) -> set[str]:
+    return {item.name for item in fields(sampling)}
 
 
 def held_out(config: EvalConfig) -> tuple[list[shapes.Scene], list[Record]]:
@@ -256,7 +262,7 @@ def _judge_drawings(
 ) -> Iterator[tuple[list[str], list[float], torch.Tensor]]:
     """For each record, of each image drawn of its caption, a digit a question, 1 where the oracle's answer is right;
     the model's own scores of the images; and their codes int64 [n, N]."""
-    for start in track(range(0, len(records), _BATCH), f"images {sampler_name(sampling)}", "batches"):
+    for start in track(range(0, len(records), _BATCH), f"images {sampler_name(model, sampling)}", "batches"):
         batch = records[start : start + _BATCH]
         codes = _draw(model, batch, config, sampling)
         images = model.decode_images(codes.flatten(0, 1))

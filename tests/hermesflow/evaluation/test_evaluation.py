@@ -277,7 +277,7 @@ def test_a_model_that_knows_everything_scores_full():
     assert (metrics["num_understanding"], metrics["num_prompts"], metrics["num_images"]) == (4, 5, 10)
     assert metrics["num_questions"] == sum(len(record.balanced_questions) for record in model.records[:4])
     assert len(set(model.seeds)) == 10  # no two images share a seed
-    default = sampler_name(TINY_SAMPLING)
+    default = sampler_name(model, TINY_SAMPLING)
     assert list(metrics["samplers"]) == list(dict.fromkeys([default, *SMALL.samplers]))
     assert len(model.drawn_by) == len(metrics["samplers"])
 
