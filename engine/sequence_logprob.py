@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine.token_layout import Ids
-from hermesflow.engine.transformer import Transformer
+from hermesflow.engine.transformer import Embeds, Transformer
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.span_tree import SpanTree
 
@@ -21,6 +21,7 @@ def span_logprobs(
     targets: Tensor,
     *,
     codes: tuple[slice, Ids] | None = None,
+    embeds: Embeds | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each target under the joint vocabulary, predicted by a packed row of the tree.
@@ -32,10 +33,11 @@ def span_logprobs(
         targets: int64 [T], token ids. A masked image token is predicted by its own row, a text token by the row before
             it (next_token_targets).
         codes: which of the targets are image codes that have their probability among these ids; None: none.
+        embeds: see Transformer.forward.
         backend: of linear_logprob; None takes the first that can run.
     Returns: fp32 [T].
     """
-    hidden = transformer(tree, rows=rows)
+    hidden = transformer(tree, embeds=embeds, rows=rows)
     # Only now: sharded weights are whole once the forward pass has begun.
     head = transformer.head
     if codes is None:

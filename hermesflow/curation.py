@@ -16,6 +16,7 @@ import torch
 from hermesflow.config import DRAWING, CurationConfig, print_of
 from hermesflow.data.pairs import PairFile
 from hermesflow.data.records import Record
+from hermesflow.data.sources import record_views
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import rank, world_size
@@ -159,10 +160,12 @@ def _caption_rows(
 ) -> Iterator[dict]:
     sampling = caption_sampling(config, model.prompts.max_caption_tokens)
     seeds = candidate_seeds(seed, [record.id for record in records], "caption", len(sampling))
-    codes = _real_codes(records)
     question = model.caption_prompt()
     answers = model.engine.generate_text(
-        codes, [[question]] * len(records), sampling=sampling, seeds=torch.from_numpy(seeds[:, None])
+        record_views(model, records),
+        [[question]] * len(records),
+        sampling=sampling,
+        seeds=torch.from_numpy(seeds[:, None]),
     )
     texts_of = [[model.decode_text(ids) for ids in captions] for (captions,) in answers]
     scores_of = scorers.score_captions(texts_of, [record.caption for record in records])

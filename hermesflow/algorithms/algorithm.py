@@ -108,7 +108,8 @@ def batch_logprobs(transformer: Transformer, batch: Batch) -> Tensor:
     """Log-probability fp32 [T] of everything that a pass must predict; the head runs on those rows alone."""
     if hasattr(batch, "logprobs"):
         return batch.logprobs(transformer)
-    return span_logprobs(transformer, batch.tree, batch.rows, batch.targets, codes=getattr(batch, "codes", None))
+    more = {name: getattr(batch, name, None) for name in ("codes", "embeds")}
+    return span_logprobs(transformer, batch.tree, batch.rows, batch.targets, **more)
 
 
 class StepSums:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine.token_layout import Ids
+from hermesflow.engine.transformer import Embeds
 from hermesflow.kernels.span_tree import SpanTree
 
 REPLAY = "replay"
@@ -58,6 +59,7 @@ class PairBatch:
     num_tokens_of: by side, how many of its T tokens each of those visits has.
     totals: by side, how many pairs the whole step has, of which this pass is a part.
     code_ids: of the image codes, where a code has its probability among them alone.
+    embeds: features in place of tokens, in models that see them; see Transformer.forward.
     """
 
     visits: Sequence[PairVisit]
@@ -67,6 +69,7 @@ class PairBatch:
     num_tokens_of: dict[str, list[int]]
     totals: Mapping[str, int] = field(default_factory=dict)
     code_ids: Ids | None = None
+    embeds: Embeds | None = None
 
     @property
     def rows(self) -> Tensor:

@@ -12,6 +12,7 @@ same ones.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import heapq
 import json
@@ -31,6 +32,7 @@ from hermesflow.config import TrainConfig, print_of
 from hermesflow.data.pairs import SIDES, each_row
 from hermesflow.engine.mask_schedule import mask_ratio
 from hermesflow.kernels.span_tree import SpanForest
+from hermesflow.models.images import decode_image
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import rank, world_size
 from hermesflow.runtime.files import InputError
@@ -53,6 +55,10 @@ _NOT_DRAWN_BY = (
     "activation_checkpointing", "compile", "lora_rank", "lora_alpha", "lora_targets", "holdout_pairs", "holdout_every",
     "patience", "tracker", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
+
+
+_REMEMBERED_VIEWS = 256
+"""Pairs whose features are kept."""
 
 
 class ImageMask(NamedTuple):
@@ -80,7 +86,12 @@ class PairPacker:
         self.model, self.pairs, self.config, self.seed = model, pairs, config, seed
         self._packed_sides = _trained_sides(config) + ([REPLAY] if config.replay_weight else [])
         self.question_ids = model.caption_prompt()
-        self._prefix_length = len(model.layout.image_prefix([0] * model.layout.num_image_tokens))
+        layout = model.layout
+        if model.views_codes:
+            self._ask, self._prefix_length = layout.question, len(layout.image_prefix([0] * layout.num_image_tokens))
+        else:
+            self._ask, self._prefix_length = layout.feature_question, len(layout.feature_prefix(model.num_features)[0])
+        self._views = functools.lru_cache(_REMEMBERED_VIEWS)(self._view)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
         asked = pairs.select(["questions", "answers", "choices"])
@@ -120,7 +131,7 @@ class PairPacker:
         if "understanding" in sides or REPLAY in sides:
             total += self._prefix_length
         if "understanding" in sides:
-            total += len(layout.question(self.question_ids))
+            total += len(self._ask(self.question_ids))
             total += lengths["win_caption_ids"] + lengths["lose_caption_ids"]
         if REPLAY in sides:
             for question, answers in self._replayed(visit):
@@ -182,9 +193,9 @@ class PairPacker:
         questions = self._questions[visit.pair]
         order = np.random.default_rng([self.seed, 4, *visit]).permutation(len(questions))
         chosen = (questions[number] for number in order[: self.config.replayed_questions])
-        layout, model = self.model.layout, self.model
+        model = self.model
         return [
-            (layout.question(model.question_prompt(question)), [model.answer_ids(text) for text in answers])
+            (self._ask(model.question_prompt(question)), [model.answer_ids(text) for text in answers])
             for question, answers in chosen
         ]
 
@@ -229,13 +240,25 @@ class PairPacker:
             builder.add_next_tokens("generation", index, 2 * index + lose, prompt, image, image, codes)
 
     def _add_real_image(self, builder: TreeBuilder, visit: PairVisit) -> int:
-        prefix = self.model.layout.image_prefix(self._tokens["record_codes"][visit.pair])
-        return builder.add(prefix, -1, self.model.layout.prefix_mode)
+        layout = self.model.layout
+        if self.model.views_codes:
+            return builder.add(layout.image_prefix(self._tokens["record_codes"][visit.pair]), -1, layout.prefix_mode)
+        ids, first = layout.feature_prefix(self.model.num_features)
+        builder.embed(builder.packed + first, self._views(visit.pair))
+        return builder.add(ids, -1, first if layout.prefix_mode == "full" else "causal")
+
+    def _view(self, pair: int) -> torch.Tensor:
+        """Features [F, D] of a pair's real image, or of the image that its codes give."""
+        image = self.pairs["record_image"][pair].as_py() if "record_image" in self.pairs.column_names else None
+        if image is None:
+            codes = torch.from_numpy(self._tokens["record_codes"][pair].astype(np.int64))
+            return self.model.view_codes(codes[None])[0]
+        return self.model.view_images([decode_image(image, f"pair {pair}: record_image")])[0]
 
     def _add_captions(self, builder: TreeBuilder, index: int, pair: int, image: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""
         layout = self.model.layout
-        question = builder.add(layout.question(self.question_ids), image, "causal")
+        question = builder.add(self._ask(self.question_ids), image, "causal")
         for lose, name in enumerate(("win_caption_ids", "lose_caption_ids")):
             caption = self._tokens[name][pair]
             targets = np.append(caption, layout.eot)[: self.model.prompts.max_caption_tokens]
@@ -443,6 +466,11 @@ class TreeBuilder(SpanForest):
         super().__init__()
         self._found: dict[str, list[_Predicted]] = {side: [] for side in (*SIDES, REPLAY)}
         self._answer_shares: list[float] = []
+        self._embeds: list[tuple[int, torch.Tensor]] = []
+
+    def embed(self, first: int, values: torch.Tensor) -> None:
+        """Vectors [n, D] stand in place of the embeddings of packed rows from the first on."""
+        self._embeds.append((first, values))
 
     def number_answer(self, share: float) -> int:
         """The number of a further answer of the replay, which counts with this share."""
@@ -485,7 +513,11 @@ class TreeBuilder(SpanForest):
                 counts[side][part.index] += len(part.rows)
         visits_of = {side: [visits[index] for index in counts[side]] for side in found}
         num_tokens_of = {side: list(counts[side].values()) for side in found}
-        return PairBatch(tuple(visits), self.build(device), sides, visits_of, num_tokens_of, totals)
+        embeds = None
+        if self._embeds:
+            rows = torch.cat([torch.arange(first, first + len(values)) for first, values in self._embeds])
+            embeds = rows.to(device), torch.cat([values for _, values in self._embeds]).to(device)
+        return PairBatch(tuple(visits), self.build(device), sides, visits_of, num_tokens_of, totals, embeds=embeds)
 
     def _side(self, name: str, found: list[_Predicted], num_pairs: int, device: torch.device | str | None) -> Side:
         indices, numbers, rows, targets, weights = zip(*found, strict=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from hermesflow.config import CurationConfig
-from hermesflow.data.records import Record
+from hermesflow.data.records import Record, png_bytes
 from hermesflow.data.wording import token_f1
 from hermesflow.runtime.files import ParquetRows, StrPath, damaged, read_parquet
 
@@ -42,13 +42,15 @@ PAIRS_SCHEMA = pa.schema(
         ("questions", pa.list_(pa.string())),
         ("answers", pa.list_(pa.string())),
         ("choices", pa.list_(pa.list_(pa.string()))),
+        ("record_image", pa.binary()),
     ]
 )
 """sides is "both", "generation" or "understanding"; the columns of an absent side are null. An image index counts the
 record's image candidates; PREVIOUS stands for an image of the previous round, REAL for the record's own. Caption ids
 lack the end of text. questions are those about the record's own image, balanced where it has such, with their right
-answers and their choices; null where they are not known, and files of before have no choices."""
-_OPTIONAL = ("choices",)
+answers and their choices; null where they are not known, and files of before have no choices. record_image is the file
+of the record's own image, for models that do not see codes; null for others."""
+_OPTIONAL = ("choices", "record_image")
 REJECTED_SCHEMA = pa.schema([("record_id", pa.string()), ("side", pa.string()), ("reason", pa.string())])
 
 PREVIOUS = -1
@@ -295,6 +297,7 @@ def _pair_row(record: Record, images: Preference | None, captions: Preference | 
         "questions": [question.question for question in record.image_questions],
         "answers": [question.answer for question in record.image_questions],
         "choices": [list(question.choices) for question in record.image_questions],
+        "record_image": png_bytes(record.image),
     }
     for role in Preference._fields:
         if images:

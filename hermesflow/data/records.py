@@ -113,7 +113,7 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
     ]
     schema = _schema(include_images)
     if include_images:
-        columns.append([_png_bytes(record.image) for record in rows])
+        columns.append([png_bytes(record.image) for record in rows])
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.table(arrays, schema=schema)
 
@@ -234,7 +234,8 @@ def _question(id: str, row: dict | None) -> Question:
     return Question(row["question"], tuple(row["choices"]), row["answer"], row["element_type"], row["element"])
 
 
-def _png_bytes(image: np.ndarray | bytes | None) -> bytes | None:
+def png_bytes(image: np.ndarray | bytes | None) -> bytes | None:
+    """The bytes of a PNG file of pixels uint8 [H, W, 3]; bytes of a file, and None, stay as they are."""
     if not isinstance(image, np.ndarray):
         return image
     buffer = io.BytesIO()

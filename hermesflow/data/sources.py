@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
+from torch import Tensor
 
 from hermesflow.data.balancing import balance_questions
-from hermesflow.data.records import Question, Record
-from hermesflow.models.images import decode_image, fit_image, read_image
+from hermesflow.data.records import Question, Record, png_bytes
+from hermesflow.models.images import decode_image, open_image
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, StrPath, damaged, read_bytes, read_parquet, shown
 from hermesflow.runtime.progress import track
@@ -98,13 +100,14 @@ def read_records(
 
 
 def encode_records(model: Model, records: Iterable[Record], count: int) -> Iterator[tuple[Record, str | None]]:
-    """Adds the codes of their images to records; images are opened a batch at a time and dropped.
+    """Adds the codes of their images to records; images are opened a batch at a time and dropped, but for models that
+    do not see codes.
 
     Args:
         model: encodes the images, and must know the words of captions and questions.
         records: with codes, images or image paths; images of other sizes are fitted to the model's (see fit_image).
         count: how many usable records are wanted; later ones are not looked at.
-    Yields: in order (a usable record with its codes and without its image, None), or (a record, why it is unusable).
+    Yields: in order (a usable record with its codes, None), or (a record, why it is unusable).
     """
     num_done, waiting, at_end = 0, iter(records), False
     while num_done < count and not at_end:
@@ -119,7 +122,8 @@ def encode_records(model: Model, records: Iterable[Record], count: int) -> Itera
                 [codes] = codes or [record.codes]
                 num_done += 1
                 asked = tuple(question for question in record.balanced_questions if _knows(model, question))
-                yield replace(record, codes=codes, image=None, image_path=None, balanced_questions=asked), None
+                kept = None if model.views_codes or _is_coded(record) else png_bytes(open_record(model, record))
+                yield replace(record, codes=codes, image=kept, image_path=None, balanced_questions=asked), None
 
 
 def encode_lazily(
@@ -325,7 +329,11 @@ def _check_and_open(model: Model, record: Record) -> list[np.ndarray]:
     if record.codes is not None:
         _check_codes(model, record.codes)
         return []
-    return [_open_image(record, model.image_size)]
+    return [open_record(model, record)]
+
+
+def _is_coded(record: Record) -> bool:
+    return record.image is None and record.image_path is None
 
 
 def _knows(model: Model, question: Question) -> bool:
@@ -337,18 +345,32 @@ def _knows(model: Model, question: Question) -> bool:
     return True
 
 
-def _open_image(record: Record, size: int) -> np.ndarray:
-    """A record's image, uint8 [size, size, 3]. Raises: ValueError if there is none or it is damaged."""
+def open_record(model: Model, record: Record) -> np.ndarray:
+    """A record's image as the model sees it, uint8 [image_size, image_size, 3].
+
+    Raises: ValueError if there is none or it is damaged.
+    """
     try:
         if record.image_path is not None:
-            return read_image(record.image_path, size)
+            return model.fit(open_image(record.image_path))
         if isinstance(record.image, bytes):
-            return decode_image(record.image, size, "its image")
+            return model.fit(decode_image(record.image, "its image"))
     except InputError as error:
         raise ValueError(f"damaged image: {error}") from error
     if record.image is None:
         raise ValueError("no image: the record has neither an image nor codes")
-    return fit_image(Image.fromarray(record.image), size)
+    return model.fit(Image.fromarray(record.image))
+
+
+def record_views(model: Model, records: Sequence[Record]) -> Tensor:
+    """What the model sees of records' own images: codes int64 [B, N]; or features [B, F, D], of the images, and where a
+    record has none of the images that its codes give."""
+    codes = torch.from_numpy(np.stack([record.codes for record in records]).astype(np.int64))
+    if model.views_codes or all(record.image is None for record in records):
+        return model.view_codes(codes)
+    decoded = iter(model.decode_images(codes[[record.image is None for record in records]]))
+    images = [next(decoded) if record.image is None else open_record(model, record) for record in records]
+    return model.view_pixels(np.stack(images))
 
 
 def _check_codes(model: Model, codes: np.ndarray) -> None:

@@ -33,7 +33,7 @@ from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seeds
-from hermesflow.scoring.self_answers import self_vqa
+from hermesflow.scoring.self_answers import answer_questions, self_vqa
 from hermesflow.worlds import oracle, shapes
 
 _BATCH = 64
@@ -65,11 +65,11 @@ class Builtin(Evaluation):
         rows = [_empty_row(record) for record in records]
         asked, num_understanding = rows[: config.num_understanding], config.num_understanding
         scenes_drawn = np.stack([record.image for record in records[:num_understanding]])
-        codes = model.encode_images(resize_images(scenes_drawn, model.image_size))
-        for row, answered in zip(asked, _answer_questions(model, codes, records), strict=True):
+        images = model.view_pixels(resize_images(scenes_drawn, model.image_size))
+        for row, answered in zip(asked, _answer_questions(model, images, records), strict=True):
             num_own = len(row["element_types"])
             row |= {"answered": answered[:num_own], "balanced": answered[num_own:]}
-        for row, text, record, scene in zip(asked, _write_captions(model, codes), records, scenes, strict=False):
+        for row, text, record, scene in zip(asked, _write_captions(model, images), records, scenes, strict=False):
             exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
             row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
         default = sampler_name(model, model.sampling_of(config))
@@ -233,24 +233,24 @@ def _empty_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _answer_questions(model: Model, codes: torch.Tensor, records: Sequence[Record]) -> list[str]:
+def _answer_questions(model: Model, images: torch.Tensor, records: Sequence[Record]) -> list[str]:
     """For each image a digit a question: 1 where the choice that the model finds most likely is the right one; first of
     the record's own questions, then of the balanced ones."""
     digits = []
-    for start in track(range(0, len(codes), _BATCH), "questions", "batches"):
-        batch = slice(start, min(start + _BATCH, len(codes)))
+    for start in track(range(0, len(images), _BATCH), "questions", "batches"):
+        batch = slice(start, min(start + _BATCH, len(images)))
         asked = [replace(record, questions=record.questions + record.balanced_questions) for record in records[batch]]
-        for [score] in self_vqa(model, codes[batch, None], asked):
+        for score in answer_questions(model, images[batch], asked):
             digits.append("".join(str(int(item.answer == item.expected)) for item in score.answers))
     return digits
 
 
-def _write_captions(model: Model, codes: torch.Tensor) -> list[str]:
+def _write_captions(model: Model, images: torch.Tensor) -> list[str]:
     """The greedy caption of each image."""
     greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_caption_tokens)
     question, texts = model.caption_prompt(), []
-    for start in track(range(0, len(codes), _BATCH), "captions", "batches"):
-        batch = codes[start : start + _BATCH]
+    for start in track(range(0, len(images), _BATCH), "captions", "batches"):
+        batch = images[start : start + _BATCH]
         seeds = torch.zeros(len(batch), 1, 1, dtype=torch.int64)
         ids = model.engine.generate_text(batch, [[question]] * len(batch), sampling=[greedy], seeds=seeds)
         texts += [model.decode_text(of_image[0][0]) for of_image in ids]

@@ -32,17 +32,17 @@ def read_image(path: StrPath, size: int) -> np.ndarray:
     Returns: RGB, uint8 [size, size, 3].
     Raises: InputError if the file is missing, no image, damaged, or has more than MAX_PIXELS pixels.
     """
-    return decode_image(read_bytes(path), size, str(path))
-
-
-def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
-    """As read_image, for a file's bytes; errors call it by its name."""
-    return _decode(data, name, lambda image: fit_image(image, size))
+    return _decode(read_bytes(path), str(path), lambda image: fit_image(image, size))
 
 
 def open_image(path: StrPath) -> Image.Image:
     """An image file as it is, upright, in its own mode and size. Raises: InputError as read_image."""
-    return _decode(read_bytes(path), str(path), _upright)
+    return decode_image(read_bytes(path), str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """As open_image, for a file's bytes; errors call it by its name."""
+    return _decode(data, name, _upright)
 
 
 def as_image(image: ImageLike) -> Image.Image:

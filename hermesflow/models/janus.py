@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -234,16 +234,19 @@ class JanusModel(CausalModel):
         """As Janus's code does: the longer side, with grey around the image."""
         return pad_image(image, self.image_size, fill=127)
 
+    @property
+    def num_features(self) -> int:
+        """F, patches of an image."""
+        return self.parts["tower"].position.num_embeddings
+
     @torch.no_grad()
-    def view_images(self, images: Iterable[Image.Image]) -> Tensor:
-        """Features [n, F, D] of images of any size."""
+    def view_pixels(self, images: np.ndarray) -> Tensor:
+        """Features [n, F, D] of images, uint8 [n, image_size, image_size, 3]."""
         tower, aligner = self.parts["tower"], self.parts["aligner"]
         weight = aligner[-1].weight
-        fitted = [self.fit(image) for image in images]
-        features = [weight.new_zeros(0, tower.position.num_embeddings, len(weight))]
-        for start in range(0, len(fitted), _IMAGES_PER_PASS):
-            pixels = torch.from_numpy(np.stack(fitted[start : start + _IMAGES_PER_PASS])).permute(0, 3, 1, 2)
-            features.append(aligner(tower(pixels.to(weight) / 127.5 - 1)))
+        features = [weight.new_zeros(0, self.num_features, len(weight))]
+        for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(_IMAGES_PER_PASS) if len(images) else ():
+            features.append(aligner(tower(batch.to(weight) / 127.5 - 1)))
         return torch.cat(features)
 
     def tokenizer_tensors(self) -> dict[str, Tensor]:

@@ -262,8 +262,25 @@ class Model:
         return True
 
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
-        """What the model sees of images of any size, ready for the engine: codes int64 [n, N]."""
-        return self.encode_images(np.stack([self.fit(image) for image in images]))
+        """What the model sees of images of any size, ready for the engine; see view_pixels."""
+        fitted = [self.fit(image) for image in images]
+        return self.view_pixels(
+            np.stack(fitted) if fitted else np.zeros((0, self.image_size, self.image_size, 3), "u1")
+        )
+
+    def view_pixels(self, images: np.ndarray) -> Tensor:
+        """What the model sees of images that fit, uint8 [n, image_size, image_size, 3]: codes int64 [n, N], or features
+        [n, F, D] where it does not see codes."""
+        return self.encode_images(images)
+
+    def view_codes(self, codes: Tensor) -> Tensor:
+        """What the model sees of images given by their codes int64 [n, N], likewise."""
+        return codes if self.views_codes else self.view_pixels(self.decode_images(codes))
+
+    @property
+    def num_features(self) -> int:
+        """F, in a model that does not see codes."""
+        raise NotImplementedError(f"{type(self).__name__}: sees codes")
 
     def fit(self, image: Image.Image) -> np.ndarray:
         """An image of any mode and size as the model sees it, uint8 [image_size, image_size, 3]; see fit_image."""

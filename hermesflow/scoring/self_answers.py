@@ -103,7 +103,7 @@ def _prompt_logprobs(model: Model, codes: Tensor, records: Sequence[Record]) -> 
     """fp64 [B, n]."""
     asked = [[[_caption_ids(model, record)]] for record in records for _ in range(codes.shape[1])]
     question = model.caption_prompt()
-    logprobs = model.engine.score_choices(codes.flatten(0, 1), [[question]] * len(asked), asked)
+    logprobs = model.engine.score_choices(model.view_codes(codes.flatten(0, 1)), [[question]] * len(asked), asked)
     return torch.tensor(logprobs, dtype=torch.float64).view(codes.shape[:2])
 
 
@@ -149,26 +149,30 @@ def self_vqa(
             raise ValueError(f"self_vqa: expected questions in record {record.id!r}, got none; leave the record out")
     num_images = codes.shape[1]
     asked = [record for record in records for _ in range(num_images)]
-    if match_answers is None:
-        scores = _answer_by_likelihood(model, codes.flatten(0, 1), asked)
-    else:
-        scores = _answer_freely(model, codes.flatten(0, 1), asked, match_answers)
-    scores = iter(scores)
+    scores = iter(answer_questions(model, model.view_codes(codes.flatten(0, 1)), asked, match_answers))
     return [[next(scores) for _ in range(num_images)] for _ in records]
+
+
+def answer_questions(
+    model: Model, images: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None = None
+) -> list[ImageScore]:
+    """As self_vqa, of one image a record as the model sees it: codes int64 [B, N] or features [B, F, D]."""
+    if match_answers is None:
+        return _answer_by_likelihood(model, images, records)
+    return _answer_freely(model, images, records, match_answers)
 
 
 def _log_of(score: ImageScore) -> float:
     return sum(math.log(max(answer.probability, _LEAST)) for answer in score.answers)
 
 
-def _answer_by_likelihood(model: Model, codes: Tensor, records: Sequence[Record]) -> list[ImageScore]:
-    """Scores of images int64 [B, N], each of its record."""
+def _answer_by_likelihood(model: Model, images: Tensor, records: Sequence[Record]) -> list[ImageScore]:
     prompts = [
         [model.choice_prompt(question.question, question.choices) for question in record.questions]
         for record in records
     ]
     logprobs = model.engine.score_choices(
-        codes,
+        images,
         [[prompt.question for prompt in asked] for asked in prompts],
         [[prompt.choices for prompt in asked] for asked in prompts],
     )
@@ -196,9 +200,8 @@ def _likelihood_score(record: Record, logprobs: Sequence[Any]) -> ImageScore:
 
 
 def _answer_freely(
-    model: Model, codes: Tensor, records: Sequence[Record], match_answers: AnswerMatcher
+    model: Model, images: Tensor, records: Sequence[Record], match_answers: AnswerMatcher
 ) -> list[ImageScore]:
-    """Scores of images int64 [B, N], each of its record."""
     questions = [question for record in records for question in record.questions]
     prompts = [
         [model.choices_prompt(question.question, question.choices) for question in record.questions]
@@ -206,7 +209,7 @@ def _answer_freely(
     ]
     greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_answer_tokens)
     seeds = torch.zeros(len(records), max(map(len, prompts), default=0), 1, dtype=torch.int64)
-    said = model.engine.generate_text(codes, prompts, sampling=[greedy], seeds=seeds)
+    said = model.engine.generate_text(images, prompts, sampling=[greedy], seeds=seeds)
     texts = [model.decode_text(ids) for of_image in said for [ids] in of_image]
     found = match_answers(texts, [question.choices for question in questions])
     answers = iter(
