@@ -146,6 +146,7 @@ class Run:
         if number:
             return self._open(number, self._origin().get("dtype", "float32"))
         model = self._open(0, self.config.model.dtype)
+        check_is_saved_whole(model, self.config.model.name)
         for section in (self.config.eval, *(of_round.curation for of_round in self.config.each_round())):
             model.sampling_of(self.config.drawn_by(section))  # a setting that the family lacks shows now
         self._check_origin(model)
@@ -373,6 +374,7 @@ def _open(config: Config, path: Path, root: StrPath | None, pairs: pa.Table | No
     """The model, and the pairs, which fit it; None are still to be read from a published file."""
     # A step of 2e-5 is lost in the 8 bits of bf16.
     model = open_model(replace(config.model, dtype="float32"))
+    check_is_saved_whole(model, config.model.name)
     if pairs is None:
         pairs, rejected = read_published_pairs(model, path, root, config.curation.threshold)
         if len(rejected):
@@ -463,6 +465,15 @@ def check_origin(folder: Path, origin: dict[str, str], reasons: dict[str, str], 
             raise InputError(
                 f"{path}: the run began with {reason}; choose another {elsewhere}, or delete {folder} to start over"
             )
+
+
+def check_is_saved_whole(model: Model, name: str) -> None:
+    """Raise InputError if a round of self-play could not open what the last one saved."""
+    if not model.is_saved_whole:
+        raise InputError(
+            f"{name}: sees images through a vision encoder that is saved with none of its rounds; choose a checkpoint "
+            "without it, such as showlab/show-o-512x512"
+        )
 
 
 def export_model(source: StrPath, folder: StrPath, dtype: torch.dtype | None = None, family: str = "auto") -> None:

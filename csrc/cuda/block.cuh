@@ -3,6 +3,7 @@
 // kernels on a CPU (tests/csrc/emulator).
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -23,7 +24,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
-// Storage types of bf16 and fp16: bits alone, so that no vendor header is needed on the host.
+// Storage types of bf16 and fp16: bits alone.
 struct Bf16 {
   uint16_t bits;
 };
@@ -33,13 +34,7 @@ struct Fp16 {
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
-__device__ __forceinline__ float to_float(Fp16 value) {
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  // The multiplication moves the exponent's bias and makes subnormals right; infinity and NaN need their exponent set.
-  const float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : __float_as_uint(scaled);
-  return __uint_as_float(bits | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
-}
+__device__ __forceinline__ float to_float(Fp16 value) { return __half2float(__ushort_as_half(value.bits)); }
 
 // Rounded to nearest, ties to even; NaN stays NaN.
 template <typename T>
@@ -104,16 +99,35 @@ __device__ __forceinline__ bool is_aligned_for_four(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (4 * sizeof(T)) == 0;
 }
 
-// This thread's four logits of a row of `size` from `first` on, with the bias [size] if there is one; -inf past the end.
+// Neighboring values of 16 bytes, the widest load.
 template <typename T>
-__device__ __forceinline__ void load_four_biased(const T* row, const float* bias, int64_t size, int64_t first, float (&out)[4]) {
-  const int count = static_cast<int>(min(size - first, int64_t{4}));
-  load_four(row + first, is_aligned_for_four(row + first), count, -INFINITY, out);
-  if (bias == nullptr) return;
-  float added[4];
-  load_four(bias + first, is_aligned_for_four(bias + first), count, 0.0f, added);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] += added[i];
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Pack<T>) == 0;
+}
+
+template <typename T>
+__device__ __forceinline__ Pack<T> load_pack(const T* source) {
+  return *reinterpret_cast<const Pack<T>*>(source);
+}
+
+// 16 bytes as words and value i of them. Of a Pack<Bf16> the compiler takes two instructions for a word's upper value.
+template <typename T>
+__device__ __forceinline__ Pack<uint32_t> load_words(const T* source) {
+  return load_pack(reinterpret_cast<const uint32_t*>(source));
+}
+template <typename T>
+__device__ __forceinline__ T value_of(const Pack<uint32_t>& words, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(words.values[i]);
+  } else {
+    return {static_cast<uint16_t>(words.values[i / 2] >> (16 * (i % 2)))};
+  }
 }
 
 __device__ __forceinline__ float warp_max(float value) {

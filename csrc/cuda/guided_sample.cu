@@ -13,26 +13,40 @@ std::tuple<at::Tensor, at::Tensor> guided_sample(const at::Tensor& cond_in, cons
   const int64_t num_rows = check_guided_sample(cond_in, uncond_in, bias_in);
   const RowKeys key = row_keys("guided_sample", cond_in, seed, step, position);
   const c10::cuda::CUDAGuard guard(cond_in.device());
-  const at::Tensor cond = with_unit_column_stride(cond_in);
-  const at::Tensor uncond = uncond_in ? with_unit_column_stride(*uncond_in) : at::Tensor();
-  const at::Tensor bias = bias_in ? bias_in->contiguous() : at::Tensor();
+  TORCH_CHECK_VALUE(cond_in.size(1) <= kMaxVocabSize, "guided_sample: expected at most ", kMaxVocabSize, " token ids, got ",
+                    cond_in.size(1));
+  at::Tensor cond = cond_in, second;
+  Second kind = Second::kNone;
+  if (uncond_in) {
+    second = *uncond_in;
+    kind = Second::kUncond;
+  } else if (bias_in && cond.scalar_type() == at::kFloat) {
+    second = bias_in->contiguous().expand_as(cond);
+    kind = Second::kBias;
+  }
+  if (bias_in && kind != Second::kBias) {
+    // The kernel adds a bias to fp32 logits without guidance alone, those of linear_sample.
+    cond = cond.to(at::kFloat) + *bias_in;
+    if (second.defined()) second = second.to(at::kFloat);
+  }
+  cond = with_unit_column_stride(cond);
+  if (second.defined()) second = with_unit_column_stride(second);
   at::Tensor token = at::empty({num_rows}, cond.options().dtype(at::kLong));
   at::Tensor logprob = at::empty({num_rows}, cond.options().dtype(at::kFloat));
   const bool greedy = temperature == 0;
   with_storage_type("guided_sample", cond.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     GuidedSampleArguments<T> args{storage<T>(cond),
-                                  uncond.defined() ? storage<T>(uncond) : nullptr,
-                                  bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                                  second.defined() ? storage<T>(second) : nullptr,
                                   cond.stride(0),
-                                  uncond.defined() ? uncond.stride(0) : 0,
-                                  cond.size(1),
+                                  second.defined() ? second.stride(0) : 0,
+                                  static_cast<int>(cond.size(1)),
                                   static_cast<float>(guidance_scale),
                                   greedy ? 1.0f : static_cast<float>(1 / temperature),
                                   key,
                                   token.mutable_data_ptr<int64_t>(),
                                   logprob.mutable_data_ptr<float>()};
-    check_launch("guided_sample", launch_guided_sample(args, num_rows, greedy, at::cuda::getCurrentCUDAStream()));
+    check_launch("guided_sample", launch_guided_sample(args, kind, num_rows, greedy, at::cuda::getCurrentCUDAStream()));
   });
   return {token, logprob};
 }

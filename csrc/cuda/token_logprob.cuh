@@ -31,13 +31,6 @@ struct TokenLogprobGradient {
   T* grad_logits;  // rows without gaps
 };
 
-// 16 bytes of neighboring values.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
-
 // A row as `head` single values, `num_packs` packs from a 16-byte boundary on, and single values up to its end.
 template <typename T>
 struct PackedRow {
@@ -56,11 +49,6 @@ struct PackedRow {
   // Position of a pack's first value.
   __device__ __forceinline__ int64_t pack(int64_t n) const { return head + n * Pack<T>::kSize; }
 };
-
-template <typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* source) {
-  return *reinterpret_cast<const Pack<T>*>(source);
-}
 
 // A block a row.
 template <typename T, bool kEntropy>

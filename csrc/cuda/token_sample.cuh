@@ -187,18 +187,18 @@ __global__ void __launch_bounds__(kTokenSampleThreads, 1) token_sample_kernel(To
     }
   }
 
-  TileSampler sampler(args.key, index, greedy);
-  const int64_t num_tiles = (args.vocab_size + kSampleTile - 1) / kSampleTile;
-  const auto load_kept = [&](int64_t tile, float(&logits)[4]) {
-    row.load(tile * kSampleTile + 4 * lane, logits);
+  TileSampler sampler(args.key, index, 1.0f, greedy);
+  const auto load_kept = [&](int64_t first, float* logits) {
+    float loaded[4];
+    row.load(first, loaded);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) logits[i] = logits[i] < lowest ? -INFINITY : logits[i];  // NaN stays
+    for (int i = 0; i < 4; ++i) logits[i] = loaded[i] < lowest ? -INFINITY : loaded[i];  // NaN stays
   };
-  float logits[4];
-  for (int64_t tile = warp; tile < num_tiles; tile += kTokenSampleWarps) {
-    load_kept(tile, logits);
-    const bool has_kept = logits[0] != -INFINITY || logits[1] != -INFINITY || logits[2] != -INFINITY || logits[3] != -INFINITY;
-    if (__any_sync(kFullWarp, has_kept)) sampler.add_tile(tile, logits);
+  for (int64_t first = warp * kIdsATurn; first < args.vocab_size; first += kTokenSampleWarps * kIdsATurn) {
+    float logits[kIdsALane];
+#pragma unroll
+    for (int i = 0; i < kIdsALane; i += 4) load_kept(first + TileSampler::place<4>(i), logits + i);
+    sampler.add<4>(static_cast<int>(first / kSampleTile), logits);
   }
   sampler.publish(shared.sampler);
   __syncthreads();
@@ -206,7 +206,8 @@ __global__ void __launch_bounds__(kTokenSampleThreads, 1) token_sample_kernel(To
 
   sampler.collect(shared.sampler);
   if (sampler.has_distribution()) {
-    load_kept(sampler.best_tile, logits);
+    float logits[4];
+    load_kept(int64_t{sampler.best_tile} * kSampleTile + 4 * lane, logits);
     sampler.write(logits, args.token + index, args.logprob + index);
   } else if (lane == 0) {
     args.token[index] = -1;

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hermesflow.data.balancing import balance_questions
 from hermesflow.data.records import Question, Record, png_bytes
-from hermesflow.models.images import decode_image, open_image
+from hermesflow.models.images import decode_image
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, StrPath, damaged, read_bytes, read_parquet, shown
 from hermesflow.runtime.progress import track
@@ -352,9 +352,9 @@ def open_record(model: Model, record: Record) -> np.ndarray:
     """
     try:
         if record.image_path is not None:
-            return model.fit(open_image(record.image_path))
+            return decode_image(read_bytes(record.image_path), str(record.image_path), model.fit)
         if isinstance(record.image, bytes):
-            return model.fit(decode_image(record.image, "its image"))
+            return decode_image(record.image, "its image", model.fit)
     except InputError as error:
         raise ValueError(f"damaged image: {error}") from error
     if record.image is None:

@@ -32,17 +32,33 @@ def read_image(path: StrPath, size: int) -> np.ndarray:
     Returns: RGB, uint8 [size, size, 3].
     Raises: InputError if the file is missing, no image, damaged, or has more than MAX_PIXELS pixels.
     """
-    return _decode(read_bytes(path), str(path), lambda image: fit_image(image, size))
+    return decode_image(read_bytes(path), str(path), lambda image: fit_image(image, size))
 
 
 def open_image(path: StrPath) -> Image.Image:
     """An image file as it is, upright, in its own mode and size. Raises: InputError as read_image."""
-    return decode_image(read_bytes(path), str(path))
+    return decode_image(read_bytes(path), str(path), _upright)
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """As open_image, for a file's bytes; errors call it by its name."""
-    return _decode(data, name, _upright)
+def decode_image(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:
+    """What use makes of an image file's bytes, opened by Pillow; errors call it by its name.
+
+    Raises: InputError if it is no image, damaged, or has more than MAX_PIXELS pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data and the like
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise _too_large(name)
+                return use(opened)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _too_large(name) from error
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
+        raise InputError(f"{name}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
 
 
 def as_image(image: ImageLike) -> Image.Image:
@@ -143,24 +159,6 @@ def _check_finite(image: Image.Image) -> Image.Image:
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise ValueError("fit_image: expected finite values, got NaN or infinity; write the image anew")
     return image
-
-
-def _decode(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:
-    """What use makes of the image in a file's bytes; whatever goes wrong is an InputError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF data and the like
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise _too_large(name)
-                return use(opened)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _too_large(name) from error
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error ...
-        raise InputError(f"{name}: not an image that can be read; give a whole PNG, JPEG or WebP file") from error
 
 
 def _too_large(name: str) -> InputError:

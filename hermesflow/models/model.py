@@ -74,6 +74,8 @@ class Model:
     """Draws the images; takes (transformer, layout, backend), and says in `params` what settings it takes."""
     text_decoder: type = TextDecoder
     """Writes captions and answers."""
+    is_saved_whole = True
+    """Whether save writes all that the model sees through, so that rounds of self-play can open what they saved."""
     is_published = True
     """Whether save writes a layout that others read too."""
 

@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -172,6 +171,11 @@ class ShowoModel(Model):
         """Whether it sees images as their codes, and not as features of a vision encoder."""
         return self.projector is None
 
+    @property
+    def is_saved_whole(self) -> bool:
+        """CLIP stays where it was."""
+        return self.views_codes
+
     def image_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt; a text that itself begins with the start of text does not get a second one."""
         ids = self.encode_text(text)
@@ -182,20 +186,6 @@ class ShowoModel(Model):
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """What the model sees of images of any size: codes int64 [n, N], or features [n, F, D]."""
         return super().view_images(images) if self.views_codes else self.vision_encoder.encode(list(images))
-
-    def view_pixels(self, images: np.ndarray) -> Tensor:
-        """Likewise of images that fit, uint8 [n, image_size, image_size, 3]."""
-        return super().view_pixels(images) if self.views_codes else self.vision_encoder.encode(list(images))
-
-    @property
-    def num_features(self) -> int:
-        """F, in the variant that sees through CLIP."""
-        return self.vision_encoder.num_features
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        """With what the variant that sees through CLIP sees through."""
-        seen_through = () if self.views_codes else (self.projector, self.vision_encoder.tower)
-        return *super().modules(), *seen_through
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the published layout with the language model's files and the image tokenizer, not the vision encoder.

@@ -166,7 +166,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(plac
 
 
 def test_a_vision_encoder_is_refused(place, tmp_path, monkeypatch, tiny_model):
-    monkeypatch.setattr(type(tiny_model), "views_codes", False)
+    monkeypatch.setattr(type(tiny_model), "is_saved_whole", False)
     monkeypatch.setattr(runs, "open_model", lambda config: tiny_model)
     with pytest.raises(InputError, match="sees images through a vision encoder"):
         train_on_pairs(config_for(place), place / "pairs.parquet", tmp_path / "out")

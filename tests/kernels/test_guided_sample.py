@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ SHAPES = {
     "one_tile": (6, 128),
     "ragged": (5, 131),  # the last tile holds three ids
     "many_tiles": (4, 16 * 128 + 500),  # more than one block of the Triton kernel
+    "many_turns": (3, 2 * 8192 + 1600),  # more than one turn of the CUDA kernel's warps
 }
 
 
@@ -230,6 +233,52 @@ def test_strides(backend, device):
             cond.contiguous(), wide[:, : cond.shape[1]].contiguous(), guidance_scale=1.0, key=dense, backend=backend
         )
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_warp_shift_follows_the_row(temperature, backend, device):
+    """Turns of a warp with far larger, far smaller and no logits, in either order."""
+    cond, _ = make_logits(6, 3 * 8192 + 40, device=device)
+    cond[0, :8192] -= 500
+    cond[1, 8192:] -= 500
+    cond[2, 8192 : 2 * 8192] = -INF
+    cond[3, : 2 * 8192] = -INF
+    cond[4] += torch.arange(cond.shape[1], device=device) // 1024 * 30.0
+    token, logprob = sample(cond, temperature=temperature, backend=backend)
+    expected = sample(cond, temperature=temperature)
+    assert torch.equal(token, expected[0])
+    assert (logprob - expected[1]).abs().max() < 2e-4  # logits reach 1500
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3], ids=["aligned", "odd", "even"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alignment(dtype, offset, backend, device):
+    """Rows that start at any value of a vector load, in storage that is poisoned with NaN around them."""
+    storage = torch.full((2, 3, 1024 * 2 + 56), NAN, dtype=dtype, device=device)
+    rows = storage[:, :, 8 + offset : 8 + offset + 2020]
+    for row, logits in zip(rows, make_logits(3, 2020, dtype, device), strict=True):
+        row.copy_(logits)
+    found = sample(*rows.unbind(), guidance_scale=1.5, backend=backend)
+    expected = sample(*(row.contiguous() for row in rows), guidance_scale=1.5)
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_is_added_to_cond(dtype, guidance_scale, backend, device):
+    """linear_sample passes a bias to the kernels."""
+    if backend == "torch":
+        pytest.skip("the reference takes no bias")
+    kernel = import_module(f"hermesflow.kernels.{'guided_sample_triton' if backend == 'triton' else 'extension_ops'}")
+    cond, uncond = make_logits(4, 1100, dtype, device)
+    bias = make_logits(1, 1100, device=device)[0][0]
+    bias[::3] = -INF
+    options = {"guidance_scale": guidance_scale, "temperature": 0.7, "key": make_key(4, device)}
+    found = kernel.guided_sample(cond, uncond if guidance_scale else None, bias=bias, **options)
+    expected = guided_sample(cond.float() + bias, uncond.float(), backend="torch", **options)
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).abs().max() < 2e-5
 
 
 def test_half_precision_extremes(backend, device):

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from hermesflow.kernels.linear_sample import linear_sample
 from hermesflow.kernels.philox import RandomKey
 
 OP = "linear_sample"
+needs_extension = pytest.mark.skipif(checks.cpu_missing() is not None, reason=str(checks.cpu_missing()))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {  # R, D, V
     "one_tile": (5, 16, 40),
@@ -131,6 +134,55 @@ def test_no_logits_are_kept(small_blocks, peak_bytes, backend, device):
     assert peak_bytes(draw) < blocks * 50 * 256 * 4 + 64 * 1000
 
 
+class FakeStream:
+    """Records what a stream waits for; the work itself is done at once."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.num_events = name, log, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.num_events += 1
+        return f"draw {self.num_events - 1}"
+
+
+@needs_extension
+def test_draws_beside_matmuls_wait_for_one_another(monkeypatch):
+    from hermesflow.kernels import linear_sample_blocked
+
+    log = []
+    main, side = FakeStream("main", log), FakeStream("side", log)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    multiply = linear_sample_blocked.multiply
+    monkeypatch.setattr(
+        linear_sample_blocked, "multiply", lambda *matrices: (log.append("matmul"), multiply(*matrices))
+    )
+    hidden, weight, _, _ = make_case(8, 16, 300)
+    drawn = torch.empty(8, 300)
+    blocks = [slice(0, 3), slice(3, 6), slice(6, 8)]
+    linear_sample_blocked._draw_beside_matmuls(hidden, weight, blocks, drawn.__setitem__, main, side)
+    assert torch.equal(drawn, hidden @ weight.t())
+    begin = ["matmul", "side waits for main"]
+    assert log == [*begin, *begin, "main waits for draw 0", *begin, "main waits for side"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_holds_both_streams(small_blocks):
+    hidden, weight, bias, key = make_case(50, 16, 300, device="cuda")
+    small_blocks(7, 300)
+    expected = sample(hidden, weight, bias, key=key, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = sample(hidden, weight, bias, key=key, backend="cuda")
+    graph.replay()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_rows_without_a_distribution(backend, device):
     hidden, weight, bias, key = make_case(4, 8, 200, device=device)
     clean = sample(hidden, weight, bias, key=key, backend=backend)
@@ -213,7 +265,7 @@ def test_compiles_as_a_whole(backend, device):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(checks.cpu_missing() is not None, reason=str(checks.cpu_missing()))
+@needs_extension
 def test_opcheck():
     hidden, weight, bias, key = make_case(6, 16, 300)
     sample(hidden, weight, bias, key=key, backend="cpu")  # loads the op

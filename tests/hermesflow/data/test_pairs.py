@@ -102,6 +102,7 @@ def test_best_and_worst_of_both_sides() -> None:
         "questions": ["what color is it ?"],
         "answers": ["red"],
         "choices": [["red", "blue"]],
+        "record_image": None,
     }
 
 

@@ -361,7 +361,7 @@ def test_damaged_files_are_rejected_where_they_are_opened(shared_tiny_model, fol
     assert reasons(rejected)[0].startswith("damaged image: ") and "3.png" in reasons(rejected)[0]
 
 
-@pytest.mark.parametrize(("count", "opened"), [(3, 4), (None, 20), (100, 20)])
+@pytest.mark.parametrize(("count", "opened"), [(3, 3), (None, 19), (100, 19)])
 def test_images_are_opened_a_batch_at_a_time_and_no_more_than_are_needed(
     count, opened, shared_tiny_model, folder, images_in_memory
 ):
@@ -371,7 +371,7 @@ def test_images_are_opened_a_batch_at_a_time_and_no_more_than_are_needed(
     done, rejected = encode_all(shared_tiny_model, records, count)
     assert [record.id for record in done] == [str(i) for i in range(20) if i != 1][:count] and len(rejected) == 1
     assert images_in_memory.count(1) == opened
-    assert max(np.cumsum(images_in_memory)) <= 5  # a batch of four, and the one that could not be opened
+    assert max(np.cumsum(images_in_memory)) <= 4  # a batch; one could not be opened
 
 
 ODD = [None, 1, 1.5, True, "", [], {}, "images", "x" * 300, "\ud800", "\0", float("nan"), [None], -1, 10**30, "/", ".."]

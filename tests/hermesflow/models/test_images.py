@@ -198,13 +198,13 @@ def test_what_is_no_image_is_named(data, message, tmp_path, recwarn):
     with pytest.raises(InputError, match=f"mine.png: {message}"):
         open_image(path)
     with pytest.raises(InputError, match=f"record a: {message}"):
-        decode_image(data, SIZE, "record a")
+        decode_image(data, "record a", lambda image: fit_image(image, SIZE))
 
 
 def test_the_limit_holds_whatever_pillow_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(InputError, match="has more than"):
-        decode_image(png_of_size(9460, 9460), SIZE, "mine.png")
+        decode_image(png_of_size(9460, 9460), "mine.png", lambda image: fit_image(image, SIZE))
 
 
 def test_formats_whose_reading_starts_a_program_are_refused(tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_whatever_the_bytes_there_is_an_image_or_one_line(kind):
         if rng.random() < 0.3:
             del data[rng.integers(len(data)) :]
         try:
-            pixels = decode_image(bytes(data), SIZE, "mine")
+            pixels = decode_image(bytes(data), "mine", lambda image: fit_image(image, SIZE))
             assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
             outcomes.add("image")
         except InputError as error:
