@@ -345,5 +345,7 @@ def test_a_checkpoint_without_clip_says_so(checkpoint, tmp_path, monkeypatch):
 
 def test_self_play_refuses_what_it_would_not_train(checkpoint, tmp_path):
     settings = [f"model.name={checkpoint}", f"run.folder={tmp_path}"]
-    with pytest.raises(InputError, match="sees images through a vision encoder, .*; choose a checkpoint without it"):
+    with pytest.raises(
+        InputError, match="sees images through a vision encoder that is saved .*; choose a checkpoint without it"
+    ):
         run_selfplay(load_config(None, settings))

@@ -1,0 +1,112 @@
+"""Families that draw code by code, from checkpoint to exported policy: self-play, killed and not, and every task."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hermesflow import load_model, tasks
+from hermesflow.config import load_config
+from hermesflow.data.pairs import read_pairs
+from hermesflow.runs import export_model
+from hermesflow.selfplay import run_selfplay
+from hermesflow.worlds import shapes
+
+DATA = Path(__file__).parents[2] / "data"
+FAMILIES = ("chameleon-tiny", "emu3-tiny", "janus-tiny")
+SETTINGS = (
+    "data.num_records=4", "selfplay.num_rounds=2", "curation.num_images=2", "curation.batch_records=2",
+    "curation.threshold=0", "curation.margin=0", "curation.keep=any", "curation.caption_top_k=[2]",
+    "curation.caption_scorer=token-f1", "train.num_steps=6", "train.pairs_per_step=2", "train.warmup_steps=0",
+    "train.lr=1e-3", "train.checkpoint_every=1", "eval.num_prompts=3", "eval.num_understanding=3",
+    "eval.images_per_prompt=1", "drawing.guidance_scale=0.5", "run.name=t",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Eight images of shapes, wider than high, with their captions and questions."""
+    folder, rows, rng = tmp_path_factory.mktemp("records"), [], np.random.default_rng(0)
+    for number, scene in enumerate(shapes.sample_scenes("train", 8, seed=0)):
+        record = shapes.make_record(scene, str(number), rng)
+        Image.fromarray(record.image).resize((96, 64)).save(folder / f"{number}.png")
+        questions = [
+            {"question": item.question, "choices": list(item.choices), "answer": item.answer}
+            for item in record.questions
+        ]
+        rows.append({"id": record.id, "caption": record.caption, "img_path": f"{number}.png", "questions": questions})
+    (folder / "records.json").write_text(json.dumps(rows))
+    return folder / "records.json"
+
+
+def settings(family, records, folder):
+    return [*SETTINGS, f"model.name={DATA / family}", f"data.source={records}", f"run.folder={folder}"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(family, records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_selfplay(load_config(None, settings(family, records, folder)))
+    return folder / "t"
+
+
+def test_two_rounds_train_both_sides(family, whole):
+    before = load_model(DATA / family, dtype=torch.float32)
+    for number in (1, 2):
+        pairs = read_pairs(whole / f"round-{number}" / "pairs.parquet").to_pylist()
+        assert pairs and all((pair["record_image"] is None) == before.views_codes for pair in pairs)
+        lines = [json.loads(line) for line in (whole / f"round-{number}/train/metrics.jsonl").read_text().splitlines()]
+        for side in ("generation", "understanding"):
+            losses = [line[f"{side}/loss"] for line in lines if line.get(f"{side}/loss")]
+            assert not losses or losses[0] == pytest.approx(np.log(2), abs=1e-3) and losses[-1] < losses[0]
+        assert any("generation/loss" in line for line in lines) and any("understanding/loss" in line for line in lines)
+        after = load_model(whole / f"round-{number}" / "model")
+        assert not torch.equal(after.transformer.blocks[0].mlp.up.weight, before.transformer.blocks[0].mlp.up.weight)
+        before = after
+
+
+def test_a_killed_run_ends_alike(family, records, whole, tmp_path):
+    command = [sys.executable, "-m", "hermesflow", "selfplay", *settings(family, records, tmp_path)]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until, checkpoints = time.monotonic() + 120, tmp_path / "t/round-1/train"
+    while not list(checkpoints.glob("step-*")) and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for number in (1, 2):
+        ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_every_task(family, whole, tmp_path):
+    """Of the trained model, exported."""
+    export_model(whole / "round-2/model", tmp_path / "exported")
+    model = load_model(tmp_path / "exported")
+    drawn = list(tasks.generate_images(model, ["a red circle", "two squares"], num_images=2))
+    size = model.image_size
+    assert len(drawn) == 4 and all(image.pixels.shape == (size, size, 3) for image in drawn)
+    Image.fromarray(drawn[0].pixels).save(tmp_path / "image.png")
+    mask = np.zeros((size, size), dtype=np.uint8)
+    mask[size // 2 :] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (painted,) = tasks.inpaint_images(model, tmp_path / "image.png", tmp_path / "mask.png", "a red circle")
+    kept = model.encode_images(drawn[0].pixels[None])[0].view(model.layout.image_grid)
+    assert torch.equal(painted.codes.view(model.layout.image_grid)[: len(kept) // 2], kept[: len(kept) // 2].cpu())
+    assert len(model.caption([tmp_path / "image.png"])) == 1
+    assert model.answer([tmp_path / "image.png"], "is there a circle?", choices=["yes", "no"])[0] in ("yes", "no")
