@@ -231,20 +231,23 @@ class JanusModel(CausalModel):
         return self.encode_text(DRAWING_PROMPT.format(prompt=text))
 
     def fit(self, image: Image.Image) -> np.ndarray:
-        """As Janus's code does: the longer side, with grey around the image."""
+        """The longer side, with grey around the image; rounded as transformers does, where Janus's own code cuts."""
         return pad_image(image, self.image_size, fill=127)
 
     @torch.no_grad()
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Features [n, F, D] of images of any size."""
-        tower, aligner = self.parts["tower"], self.parts["aligner"]
-        weight = aligner[-1].weight
+        weight = self.parts["aligner"][-1].weight
         fitted = [self.fit(image) for image in images]
-        features = [weight.new_zeros(0, tower.position.num_embeddings, len(weight))]
+        features = [weight.new_zeros(0, self.parts["tower"].position.num_embeddings, len(weight))]
         for start in range(0, len(fitted), _IMAGES_PER_PASS):
             pixels = torch.from_numpy(np.stack(fitted[start : start + _IMAGES_PER_PASS])).permute(0, 3, 1, 2)
-            features.append(aligner(tower(pixels.to(weight) / 127.5 - 1)))
+            features.append(self.features(pixels.to(weight) / 127.5 - 1))
         return torch.cat(features)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels [n, 3, image_size, image_size] in [-1, 1] -> features [n, F, D]; differentiable."""
+        return self.parts["aligner"](self.parts["tower"](pixels))
 
     def tokenizer_tensors(self) -> dict[str, Tensor]:
         """All of it."""
