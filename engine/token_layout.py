@@ -76,7 +76,8 @@ class Ids:
     def _table(self, device: torch.device) -> Tensor:
         """Kept by device, since a captured graph may not copy from the host."""
         if device not in self._tables:
-            self._tables[device] = torch.from_numpy(self._ids).to(device)
+            with torch.inference_mode(False):  # drawing makes it, and training uses it too
+                self._tables[device] = torch.from_numpy(self._ids).to(device)
         return self._tables[device]
 
 

@@ -298,7 +298,7 @@ def sampled_cases():
             yield pytest.param(folder, name, settings, id=f"{folder.name}-{name}")
 
 
-@pytest.mark.parametrize(("folder", "name", "settings"), sampled_cases())
+@pytest.mark.parametrize(("folder", "name", "settings"), list(sampled_cases()))
 def test_sampled_images(folder, name, settings):
     """Share of each code at each position against the mean of the laws that the original drew from."""
     original = Original(folder)
@@ -392,10 +392,13 @@ class Pair:
             *caption, end = captions[role]
             assert end == layout.eot
             row |= {f"{role}_codes": codes[role], f"{role}_caption_ids": caption}
-        row["caption"] = next(
-            text
-            for text in original.meta["prompts"]
-            if [*layout.text_prompt(model.image_prompt(text)), *layout.before_image] == start
+        prompts = {text: (model.image_prompt(text), model.encode_text(text)) for text in original.meta["prompts"]}
+        # Emu3's pair has no suffix; ours are trained under the prompt that they were drawn from.
+        row["caption"], self.prompt = next(
+            (text, ids)
+            for text, either in prompts.items()
+            for ids in either
+            if [*layout.text_prompt(ids), *layout.before_image] == start
         )
         self.row, self.captions = row, captions
 
@@ -430,7 +433,9 @@ class Step:
         table = pa.Table.from_pylist([self.pair.row], PAIRS_SCHEMA)
         packer = PairPacker(original.model, table, self.config, 0)
         packer.question_ids, visits = self.pair.question, [PairVisit(0, 0)]
-        batch = packer.pack(visits)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(original.model, "image_prompt", lambda _: self.pair.prompt)
+            batch = packer.pack(visits)
         assert (batch.codes is not None) == original.layout.codes_apart
         batch = replace(batch, code_ids=original.layout.code_ids if codes_only else None)
         now = batch_logprobs(original.model.transformer, batch)
