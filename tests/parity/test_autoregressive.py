@@ -28,6 +28,7 @@ from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.prompt_spans import PromptSpans
 from hermesflow.engine.sequence_logprob import next_token_targets
+from hermesflow.engine.weights import read_tensors
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_tree import SpanTree
@@ -418,8 +419,10 @@ class Pair:
 def reference(original, tmp_path_factory):
     """The frozen reference, opened from a copy of the folder with its tensors in place."""
     folder = shutil.copytree(original.folder, tmp_path_factory.mktemp("reference") / "model")
-    tensors = load_file(folder / "model.safetensors") | load_file(folder / "reference.safetensors")
-    save_file(tensors, folder / "model.safetensors")
+    tensors = read_tensors(original.folder) | load_file(folder / "reference.safetensors")
+    for shard in [*folder.glob("model*.safetensors"), *folder.glob("*.index.json")]:
+        shard.unlink()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return opened(folder, original.meta)
 
 
