@@ -115,7 +115,7 @@ class Engine:
             seeds: int64 [P, n].
             sampling: how images are drawn, of the decoder's params, such as ImageSamplingParams; None: their defaults.
             known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
-                None draws all.
+                None draws all. Where sampling has a grid of its own, it says how many tokens an image has.
             max_sequences: bound on the image spans of one pass (memory); a guided image is two. None takes the
                 property of that name.
             progress: is given the steps of each pass, on CUDA the passes, and gives them back one by one, as a
@@ -131,7 +131,9 @@ class Engine:
                 raise ValueError(
                     f"Engine.generate: {type(self.image_decoder).__name__} keeps no known_codes; pass None"
                 )
-            shape = (len(prompt_ids), self.layout.num_image_tokens)
+            grid = getattr(params, "grid", None)
+            layout = self.layout.of_grid(grid) if grid else self.layout
+            shape = (len(prompt_ids), layout.num_image_tokens)
             if known_codes.dtype != torch.int64 or tuple(known_codes.shape) != shape:
                 raise ValueError(
                     f"Engine.generate: expected known_codes int64 [P, num_image_tokens] = {list(shape)}, "

@@ -76,7 +76,7 @@ class Ids:
     def _table(self, device: torch.device) -> Tensor:
         """Kept by device, since a captured graph may not copy from the host."""
         if device not in self._tables:
-            with torch.inference_mode(False):  # training needs it too
+            with torch.inference_mode(False):  # drawing makes it, and training uses it too
                 self._tables[device] = torch.from_numpy(self._ids).to(device)
         return self._tables[device]
 
@@ -130,6 +130,16 @@ class Layout(ABC):
     @abstractmethod
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """What is asked of an image."""
+
+    def of_grid(self, grid: tuple[int, int]) -> Layout:
+        """The same for images of so many rows and columns. Raises: ValueError in a family that draws one grid alone."""
+        if tuple(grid) != self.image_grid:
+            rows, columns = self.image_grid
+            raise ValueError(
+                f"{type(self).__name__}: the model draws images of {rows} x {columns} codes alone, got a grid of "
+                f"{grid[0]} x {grid[1]}; leave it out"
+            )
+        return self
 
     def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
         """An image to be understood by its features, a place for each, a root span.

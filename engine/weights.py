@@ -45,8 +45,20 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes named tensors as safetensors; dtype converts floating-point ones (None keeps theirs)."""
-    save_file({name: _converted(tensor, dtype) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    """Writes named tensors; dtype converts floating-point ones (None keeps theirs).
+
+    As safetensors, or in PyTorch's form where the path ends in .pth or .ckpt, in the latter under state_dict.
+    """
+    tensors = {name: _converted(tensor, dtype) for name, tensor in tensors.items()}
+    if path.suffix in (".pth", ".ckpt"):
+        # What torch.save is given a part of it writes as a whole.
+        own = {
+            name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for name, tensor in tensors.items()
+        }
+        torch.save({"state_dict": own} if path.suffix == ".ckpt" else own, path)
+        return
+    save_file(tensors, path, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
     Path(path).chmod(0o666 & ~umask)  # safetensors writes for the owner alone

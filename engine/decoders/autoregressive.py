@@ -34,13 +34,15 @@ class CodeSamplingParams:
 
     guidance_scale g: logits (1 + g) * conditional - g * unconditional, so that a published scale w is g + 1; 0 needs no
     unconditional half. Then temperature divides the logits (0: argmax), top_k keeps the most probable codes (0: all),
-    top_p those of which the more probable hold less than it.
+    top_p those of which the more probable hold less than it. grid is an image's rows and columns of codes; None: the
+    layout's.
     """
 
     guidance_scale: float
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         ranges = {"temperature": (0, MOST), "top_k": (0, 2**31), "top_p": (0, 1), "guidance_scale": (-MOST, MOST)}
@@ -49,6 +51,8 @@ class CodeSamplingParams:
                 raise ValueError(
                     f"CodeSamplingParams: expected {name} in [{low:g}, {high:g}], got {getattr(self, name)}"
                 )
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            raise ValueError(f"CodeSamplingParams: expected grid as rows and columns from 1, got {self.grid}")
 
 
 class AutoregressiveDecoder:
@@ -83,13 +87,14 @@ class AutoregressiveDecoder:
             prompt_ids: P prompts of plain text ids; they may be equal or empty.
             seeds: int64 [P, n], one a candidate.
             params: how to draw.
-            known_codes: int64 [P, num_image_tokens], codes that each prompt's images keep, -1 where one is drawn; None
+            known_codes: int64 [P, N], N codes of an image, which each prompt's images keep, -1 where one is drawn; None
                 draws all.
             max_sequences: image spans of one pass; a guided candidate is two. Where memory runs out it is halved, for
                 later calls too.
             progress: is given the codes' numbers of each pass, and gives them back one by one, as a progress bar does.
-        Returns: codes int64 [P, n, num_image_tokens] on the model's device.
-        Raises: RuntimeError naming the candidate and the code if the model's logits hold NaN.
+        Returns: codes int64 [P, n, N] on the model's device.
+        Raises: RuntimeError naming the candidate and the code if the model's logits hold NaN; ValueError on a grid in a
+            family that draws one alone.
         """
         return self._draw(prompt_ids, seeds, params, known_codes, max_sequences, progress)[0]
 
@@ -110,8 +115,9 @@ class AutoregressiveDecoder:
         """Codes and their log-probabilities under the law that drew them, [P, n, N] each."""
         num_prompts, num_images = seeds.shape
         device = self.transformer.embed.weight.device
+        layout = self.layout.of_grid(params.grid) if params.grid else self.layout
         if known_codes is None:
-            known_codes = torch.full((num_prompts, self.layout.num_image_tokens), -1)
+            known_codes = torch.full((num_prompts, layout.num_image_tokens), -1)
         codes = known_codes.to(device, torch.int64).repeat_interleave(num_images, 0)
         logprob = torch.zeros(codes.shape, device=device)
         failed_at = torch.full((len(codes),), codes.shape[1], device=device)
@@ -121,7 +127,7 @@ class AutoregressiveDecoder:
         def draw(rows: list[int]) -> None:
             index = torch.tensor(rows, device=device)
             prompts = [tuple(prompt_ids[row // num_images]) for row in rows]
-            images = _Images(self, prompts, params, codes[index], flat_seeds[index])
+            images = _Images(self, layout, prompts, params, codes[index], flat_seeds[index])
             images.draw(progress)
             codes[index], logprob[index], failed_at[index] = images.codes, images.logprob, images.failed_at
 
@@ -147,12 +153,13 @@ class _Images:
     def __init__(
         self,
         decoder: AutoregressiveDecoder,
+        layout: Layout,
         prompts: list[tuple[int, ...]],
         params: CodeSamplingParams,
         codes: Tensor,
         seeds: Tensor,
     ) -> None:
-        layout, self.transformer, self.backend = decoder.layout, decoder.transformer, decoder.backend
+        self.transformer, self.backend = decoder.transformer, decoder.backend
         self.params, self.layout, self.seeds = params, layout, seeds
         self.known, self.codes = codes.clone(), codes.clone()
         self.logprob = torch.zeros(codes.shape, device=codes.device)

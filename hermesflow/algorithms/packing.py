@@ -88,9 +88,9 @@ class PairPacker:
         self.question_ids = model.caption_prompt()
         layout = model.layout
         if model.views_codes:
-            self._ask, self._prefix_length = layout.question, len(layout.image_prefix([0] * layout.num_image_tokens))
+            self._prefix_length = len(layout.image_prefix([0] * layout.num_image_tokens))
         else:
-            self._ask, self._prefix_length = layout.feature_question, len(layout.feature_prefix(model.num_features)[0])
+            self._prefix_length = len(layout.feature_prefix(model.num_features)[0])
         self._views = functools.lru_cache(_REMEMBERED_VIEWS)(self._view)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
@@ -181,6 +181,11 @@ class PairPacker:
         """How many of the visits have each side; sides that are not packed and sides that none has are left out."""
         found = Counter(side for visit in visits for side in self._sides_of(visit.pair))
         return {side: found[side] for side in (*SIDES, REPLAY) if found[side]}
+
+    def _ask(self, text_ids: Sequence[int]) -> list[int]:
+        """What is asked of the real image."""
+        layout = self.model.layout
+        return layout.question(text_ids) if self.model.views_codes else layout.feature_question(text_ids)
 
     def _sides_of(self, pair: int) -> list[str]:
         """Those of the pair's sides that are packed, and the replay if it has questions."""

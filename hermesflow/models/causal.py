@@ -20,7 +20,7 @@ from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.weights import WEIGHT_FILES, load_weights, save_tensors
 from hermesflow.models.model import Model, PromptFormat
 from hermesflow.models.text_tokenizers import FileTokenizer
-from hermesflow.runtime.files import InputError
+from hermesflow.runtime.files import InputError, make_folder
 
 FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -36,6 +36,8 @@ class CausalModel(Model):
     """A model that draws code by code; its image tokenizer is opened when it is first needed."""
 
     image_decoder = AutoregressiveDecoder
+    kept = FILES
+    """Files of the checkpoint that are saved as they were."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class CausalModel(Model):
         """
         super().__init__(parts["transformer"], None, text_tokenizer, layout, image_size, prompts, sampling)
         self.parts, self._views, self._open_tokenizer = parts, views, open_tokenizer
-        self.kept_files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self.kept_files = {name: (folder / name).read_bytes() for name in self.kept if (folder / name).is_file()}
 
     @cached_property
     def vq_tokenizer(self) -> ImageTokenizer:
@@ -81,23 +83,32 @@ class CausalModel(Model):
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the layout that the checkpoint came in, with one file of weights."""
+        save_tensors(self.published_tensors() | self.tokenizer_tensors(), folder / "model.safetensors", dtype)
+        self.write_kept(folder)
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """Of all parts: the name of each published tensor -> the place in the modules that it fills."""
         self.parts["transformer"] = self.transformer  # training may have put another in its place
-        save_tensors(self._views(self.parts) | self.tokenizer_tensors(), folder / "model.safetensors", dtype)
+        return self._views(self.parts)
+
+    def write_kept(self, folder: Path) -> None:
+        """Writes the files that were kept."""
         for name, data in self.kept_files.items():
+            make_folder((folder / name).parent)
             (folder / name).write_bytes(data)
 
 
 def load_parts(
     parts: nn.ModuleDict,
-    folder: Path,
+    path: Path,
     views: Views,
     ignored: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> None:
-    """Fills parts; see load_weights. Raises: InputError if the weights are damaged or do not fit."""
+    """Fills parts from a file or a folder; see load_weights. Raises: InputError if the weights do not fit."""
     try:
-        load_weights(parts, folder, views, ignored=ignored, dtype=dtype, device=device)
+        load_weights(parts, path, views, ignored=ignored, dtype=dtype, device=device)
     except ValueError as error:
         raise InputError(str(error)) from error
     parts.eval()

@@ -5,6 +5,7 @@ A family is one file with an object of the class below, and one line in FAMILIES
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +29,11 @@ class Family(Protocol):
 
     files: tuple[str, ...]
     """Patterns of the files that are fetched from the hub, no code among them."""
+    markers: tuple[str, ...] = (CONFIG,)
+    """Files of JSON by which a checkpoint is known, the preferred first; may be left out."""
 
     def claims(self, config: Any) -> bool:
-        """Whether a checkpoint with this config.json, whatever JSON it is, is of the family."""
+        """Whether a checkpoint whose first marker holds this, whatever JSON it is, is of the family."""
 
     def load(
         self,
@@ -44,7 +47,7 @@ class Family(Protocol):
 
         Args:
             folder: of the checkpoint.
-            config: its config.json.
+            config: what its first marker holds, such as its config.json.
             device: where the weights go; None is the CPU.
             dtype: of the backbone; None takes the checkpoint's.
             options: of load_model, those that are given.
@@ -82,16 +85,17 @@ def load_model(
     name_or_path = os.fspath(name_or_path)
     names = list(FAMILIES) if family == "auto" else [family]
     families = {name: resolve(FAMILIES, name, "model.family", ("files", "claims", "load")) for name in names}
-    folder = _find(name_or_path)
-    config = read_json(folder / CONFIG)
+    markers_of = {name: getattr(item, "markers", (CONFIG,)) for name, item in families.items()}
+    folder, marker = _find(name_or_path, tuple(dict.fromkeys((CONFIG, *itertools.chain(*markers_of.values())))))
+    config = read_json(folder / marker)
     options = {} if vq_tokenizer is None else {"vq_tokenizer": os.fspath(vq_tokenizer)}
     if family == "auto":
-        families = {name: item for name, item in families.items() if item.claims(config)}
+        families = {name: item for name, item in families.items() if marker in markers_of[name] and item.claims(config)}
         if not families:
             named = {name: config[name] for name in ("_class_name", "model_type", "architectures") if name in config}
             given = ", ".join(f"{name} {shown(value)}" for name, value in named.items()) or "no family"
             raise InputError(
-                f"{folder / CONFIG}: unknown {given}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
+                f"{folder / marker}: unknown {given}; known: {', '.join(FAMILIES)}; restore it from its source, or set "
                 "model.family (--family)"
             )
     found = next(iter(families.values()))
@@ -120,13 +124,14 @@ def trained_rounds(run_folder: StrPath) -> list[Path]:
     return sorted(rounds, key=lambda path: int(path.parent.name.removeprefix("round-")))
 
 
-def _find(name: str) -> Path:
-    """The folder of a model's config.json."""
+def _find(name: str, markers: tuple[str, ...]) -> tuple[Path, str]:
+    """The folder of a model, and the first of the markers that it holds."""
     is_name = name == Path(name).name  # "./tiny" is a folder of the user's
     folder = ASSETS / name if is_name and os.path.isfile(ASSETS / name / CONFIG) else None
     if folder is None and ("/" in name or os.path.isdir(name)):
-        folder = find_folder(name, (CONFIG,), "model")
-    if folder is None or not (folder / CONFIG).is_file():
+        folder = find_folder(name, markers, "model")
+    marker = next((marker for marker in markers if folder and (folder / marker).is_file()), None)
+    if marker is None:
         rounds = trained_rounds(name) if os.path.isdir(name) else []
         if rounds:
             raise InputError(f"{name}: is the folder of a run; give the model of a round, such as {rounds[-1]}")
@@ -134,4 +139,4 @@ def _find(name: str) -> Path:
             f"no model {name!r}: give 'tiny', a folder that holds config.json, or a hub id such as "
             "showlab/show-o-512x512"
         )
-    return folder
+    return folder, marker

@@ -81,7 +81,12 @@ def as_image(image: ImageLike) -> Image.Image:
     raise InputError(f"image: expected a path, an image of Pillow or uint8 [H, W, 3], got {kind}; convert it")
 
 
-def fit_image(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+def fit_image(
+    image: Image.Image,
+    size: int,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    whole: Callable[[float], int] = round,
+) -> np.ndarray:
     """An image of any mode and size as the model sees it.
 
     It is turned upright by its EXIF orientation, laid on white where it is transparent, resized so that its shorter
@@ -92,6 +97,7 @@ def fit_image(image: Image.Image, size: int, resample: Image.Resampling = Image.
             255 where one is above 1.
         size: the side in pixels.
         resample: how it is resized.
+        whole: makes the crop's offset a whole number of pixels.
     Returns: RGB, uint8 [size, size, 3].
     Raises: ValueError on floats that are not finite; whatever Pillow raises on a damaged file.
     Source: torchvision's Resize(size) and CenterCrop(size), as Show-o's training/utils.py composes them.
@@ -100,7 +106,7 @@ def fit_image(image: Image.Image, size: int, resample: Image.Resampling = Image.
     width, height = image.size
     # The longer side is rounded down, and the offset half to even, as torchvision does.
     new_width, new_height = (size if side == min(image.size) else size * side // min(image.size) for side in image.size)
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    left, top = whole((new_width - size) / 2), whole((new_height - size) / 2)
     crop = (left, top, left + size, top + size)
     if new_width * new_height <= MAX_PIXELS:
         return np.array(image.resize((new_width, new_height), resample).crop(crop))
@@ -113,7 +119,7 @@ def fit_image(image: Image.Image, size: int, resample: Image.Resampling = Image.
 def pad_image(image: Image.Image, size: int, fill: int) -> np.ndarray:
     """As fit_image, but the longer side becomes `size`, and grey of the level fill stands around the image."""
     image = _as_rgb(ImageOps.exif_transpose(image))
-    width, height = (max(1, size * side // max(image.size)) for side in image.size)
+    width, height = (max(1, round(size * side / max(image.size))) for side in image.size)
     padded = Image.new("RGB", (size, size), (fill, fill, fill))
     padded.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
     return np.array(padded)

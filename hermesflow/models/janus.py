@@ -231,7 +231,7 @@ class JanusModel(CausalModel):
         return self.encode_text(DRAWING_PROMPT.format(prompt=text))
 
     def fit(self, image: Image.Image) -> np.ndarray:
-        """As Janus's code does: the longer side, with grey around the image."""
+        """The longer side, with grey around the image; rounded as transformers does, where Janus's own code cuts."""
         return pad_image(image, self.image_size, fill=127)
 
     @property
@@ -242,12 +242,15 @@ class JanusModel(CausalModel):
     @torch.no_grad()
     def view_pixels(self, images: np.ndarray) -> Tensor:
         """Features [n, F, D] of images, uint8 [n, image_size, image_size, 3]."""
-        tower, aligner = self.parts["tower"], self.parts["aligner"]
-        weight = aligner[-1].weight
+        weight = self.parts["aligner"][-1].weight
         features = [weight.new_zeros(0, self.num_features, len(weight))]
         for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(_IMAGES_PER_PASS) if len(images) else ():
-            features.append(aligner(tower(batch.to(weight) / 127.5 - 1)))
+            features.append(self.features(batch.to(weight) / 127.5 - 1))
         return torch.cat(features)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels [n, 3, image_size, image_size] in [-1, 1] -> features [n, F, D]; differentiable."""
+        return self.parts["aligner"](self.parts["tower"](pixels))
 
     def tokenizer_tensors(self) -> dict[str, Tensor]:
         """All of it."""

@@ -105,8 +105,10 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        """The engine over this model's backbone; it shares the weights, so training shows in it at once."""
-        if self._engine is None or self._engine.transformer is not self.transformer:
+        """The engine over this model's backbone; it shares the weights, so training shows in it at once. It follows
+        when transformer or layout is replaced."""
+        parts = None if self._engine is None else (self._engine.transformer, self._engine.layout)
+        if parts is None or parts[0] is not self.transformer or parts[1] is not self.layout:
             kinds = {"image_decoder": self.image_decoder, "text_decoder": self.text_decoder}
             self._engine = Engine(self.transformer, self.layout, **kinds)
         return self._engine
@@ -121,7 +123,7 @@ class Model:
             num_images: images of each prompt.
             seed: of the first image; each further one counts up, so that any can be drawn again alone.
             sampling: how they are drawn, such as replace(model.sampling, num_steps=8); None: the model's own way.
-        Returns: RGB images of image_size pixels a side, prompt by prompt.
+        Returns: RGB images of image_size pixels a side, or of sampling's grid, prompt by prompt.
         Raises: InputError on an empty prompt or a word that the model does not know; ValueError on the numbers.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -133,8 +135,10 @@ class Model:
         if not ids:
             return []
         seeds = seed + torch.arange(len(ids) * num_images).view(len(ids), num_images)
-        codes = self.engine.generate(ids, num_images=num_images, seeds=seeds, sampling=sampling or self.sampling)
-        return [Image.fromarray(pixels) for pixels in self.decode_images(codes.flatten(0, 1))]
+        sampling = sampling or self.sampling
+        codes = self.engine.generate(ids, num_images=num_images, seeds=seeds, sampling=sampling).flatten(0, 1)
+        grid = getattr(sampling, "grid", None) or self.layout.image_grid
+        return [Image.fromarray(pixels) for pixels in self.decode_images(codes, *grid)]
 
     def caption(self, images: Sequence[ImageLike]) -> list[str]:
         """Says what images show, greedily.

@@ -67,17 +67,18 @@ class WordTokenizer:
 class FileTokenizer:
     """A published tokenizer.json, whose special tokens lie inside its vocabulary and are found by name."""
 
-    def __init__(self, folder: Path, roles: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, roles: Sequence[str] = (), name: str = "tokenizer.json") -> None:
         """
         Args:
-            folder: holds tokenizer.json.
+            folder: holds the file.
             roles: special tokens that the family's prompts spell out.
+            name: of the file.
         Raises: InputError if the file is missing or damaged.
         """
-        self.folder, path = folder, folder / "tokenizer.json"
+        self.folder, path = folder, folder / name
         if not path.is_file():
             raise InputError(
-                f"{folder}: holds no tokenizer.json; give the checkpoint as transformers publishes it (-hf), or put "
+                f"{folder}: holds no {name}; give the checkpoint as transformers publishes it (-hf), or put "
                 "the file beside its weights"
             )
         data = read_bytes(path)

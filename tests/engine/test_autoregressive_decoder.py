@@ -172,11 +172,33 @@ def test_an_engine_draws_by_it(transformer):
     assert torch.equal(codes, decode(transformer, PLAIN))
 
 
+def test_a_grid_of_its_own(transformer):
+    """The layout's own grid is no other one; a layout of one grid refuses the rest, whatever is known."""
+    assert torch.equal(decode(transformer, dataclasses.replace(PLAIN, grid=(2, 3))), decode(transformer, PLAIN))
+    engine, wide = (
+        Engine(transformer, LAYOUT, image_decoder=AutoregressiveDecoder),
+        dataclasses.replace(PLAIN, grid=(1, 4)),
+    )
+    for known in (None, torch.full((4, 4), -1)):
+        with pytest.raises(ValueError, match="draws images of 2 x 3 codes alone, got a grid of 1 x 4; leave it out"):
+            engine.generate(PROMPTS, num_images=3, seeds=SEEDS, sampling=wide, known_codes=known)
+
+
+def test_ids_that_drawing_looked_up_serve_training_too():
+    ids = Ids([5, 3, 9])
+    with torch.inference_mode():
+        ids.of(torch.tensor([0, 1]))
+    head = torch.nn.Linear(2, 10)
+    ids.rows(head)[0].sum().backward()
+    assert head.weight.grad.sum(1).nonzero()[:, 0].tolist() == [3, 5, 9]
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1.0), ("top_k", -1), ("top_p", 1.5), ("guidance_scale", float("nan"))]
+    ("name", "value"),
+    [("temperature", -1.0), ("top_k", -1), ("top_p", 1.5), ("guidance_scale", float("nan")), ("grid", (0, 4))],
 )
 def test_bad_settings(name, value):
-    with pytest.raises(ValueError, match=f"expected {name} in"):
+    with pytest.raises(ValueError, match=f"expected {name} (in|as rows)"):
         dataclasses.replace(PLAIN, **{name: value})
 
 
