@@ -182,7 +182,8 @@ class TokenLayout(Layout):
 
     sot and eot are text tokens (Show-o uses the text tokenizer's bos and eos, which may be the same id). system_ids are
     the text ids that stand before an image's features in a model that understands images by features. image_rows 0: an
-    image has as many rows as columns.
+    image has as many rows as columns. image_mode is "full", or "causal" in a model that draws code by code; it then
+    sees images causally too.
     """
 
     text_vocab_size: int
@@ -192,8 +193,11 @@ class TokenLayout(Layout):
     eot: int
     system_ids: tuple[int, ...] = ()
     image_rows: int = 0
+    image_mode: str = "full"
 
     def __post_init__(self) -> None:
+        if self.image_mode not in ("full", "causal"):
+            raise ValueError(f"TokenLayout: image_mode must be 'full' or 'causal', got {self.image_mode!r:.80}")
         for name, limit in _LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
                 raise ValueError(f"TokenLayout: {name} must lie in [1, {limit}], got {getattr(self, name)}")
@@ -222,6 +226,11 @@ class TokenLayout(Layout):
     def code_ids(self) -> Ids:
         """Of the image codes."""
         return Ids(range(self.code_offset, self.code_offset + self.codebook_size))
+
+    @property
+    def prefix_mode(self) -> str:
+        """Of an image that is understood, that of one that is drawn."""
+        return self.image_mode
 
     @property
     def pad(self) -> int:

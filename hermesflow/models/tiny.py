@@ -1,6 +1,6 @@
 """The built-in model's family: a folder of our own.
 
-    FOLDER/  config.json  model.safetensors  vq_tokenizer.safetensors  tokenizer.json
+    FOLDER/  config.json  model.safetensors  vq_tokenizer.safetensors  tokenizer.json      (built in: "tiny", "tiny-ar")
 
 config.json holds the shapes, the layout, the prompts and how images are drawn.
 """
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder
+from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
@@ -26,6 +27,7 @@ from hermesflow.models.model import Model, PromptFormat
 from hermesflow.models.text_tokenizers import WordTokenizer
 from hermesflow.runtime.files import InputError, read_json, reason_of
 
+_DECODERS = {"full": ImageDecoder, "causal": AutoregressiveDecoder}
 _WEIGHTS, _VQ_WEIGHTS, _TOKENIZER = "model.safetensors", "vq_tokenizer.safetensors", "tokenizer.json"
 
 
@@ -33,6 +35,11 @@ class TinyModel(Model):
     """A model of this family."""
 
     is_published = False
+
+    @property
+    def image_decoder(self) -> type:
+        """By how its images are drawn."""
+        return _DECODERS[self.layout.image_mode]
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the four files; see Model.save."""
@@ -74,14 +81,16 @@ class TinyFamily:
                 vq_tokenizer = VQTokenizer(make_config(VQTokenizerConfig, config["vq_tokenizer"]))
             layout, image_size = make_config(TokenLayout, config["layout"]), int(config["image_size"])
             _check_sizes(transformer.config, vq_tokenizer.config, layout, image_size)
-            prompts, sampling = _prompts_and_sampling(config)
+            prompts, sampling = _prompts_and_sampling(config, layout)
         except Exception as error:  # wrong values raise many types: ArithmeticError, RuntimeError ...
             raise InputError(
                 f"{folder / CONFIG}: not a model configuration ({reason_of(error)}); restore it from its source"
             ) from error
         try:
             load_weights(transformer, folder / _WEIGHTS, dtype=dtype or torch.float32, device=device)
-            load_weights(vq_tokenizer, folder / _VQ_WEIGHTS, dtype=torch.float32, device=device)
+            own = folder / _VQ_WEIGHTS
+            shared = own if own.exists() or folder.parent != ASSETS else ASSETS / "tiny" / _VQ_WEIGHTS
+            load_weights(vq_tokenizer, shared, dtype=torch.float32, device=device)
         except ValueError as error:
             raise InputError(str(error)) from error
         text_tokenizer = WordTokenizer.from_file(folder / _TOKENIZER)
@@ -96,11 +105,13 @@ class TinyFamily:
 FAMILY = TinyFamily()
 
 
-def _prompts_and_sampling(config: Mapping[str, Any]) -> tuple[PromptFormat, ImageSamplingParams]:
+def _prompts_and_sampling(config: Mapping[str, Any], layout: TokenLayout) -> tuple[PromptFormat, Any]:
     """Older folders lack both: they descend from the built-in model."""
     if "prompts" not in config:
         config = read_json(ASSETS / "tiny" / CONFIG)
-    return make_config(PromptFormat, config["prompts"]), make_config(ImageSamplingParams, config["sampling"])
+    return make_config(PromptFormat, config["prompts"]), make_config(
+        _DECODERS[layout.image_mode].params, config["sampling"]
+    )
 
 
 def _check_sizes(

@@ -1,9 +1,10 @@
 """How the built-in tiny model is made from a seed: first its image tokenizer, then its transformer.
 
 The transformer trains in Show-o's way (arXiv 2408.12528): masked image tokens under a cosine schedule given the
-caption, and next-token prediction of captions and answers given the image. Every batch is one forest of span trees: a
-caption carries two differently masked copies of its image, an image carries its caption and several questions. A step's
-batch is a pure function of (seed, step), so that a killed run resumes from its checkpoint with the same result.
+caption, or the next code (pretrain.images causal), and next-token prediction of captions and answers given the image.
+Every batch is one forest of span trees: a caption carries two differently masked copies of its image, or the image
+itself, an image carries its caption and several questions. A step's batch is a pure function of (seed, step), so that a
+killed run resumes from its checkpoint with the same result.
 
 A step has two half-batches. One process works on both in turn; under torchrun two processes take one each and average
 their gradients, which on two cores is faster than one process with two threads.
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hermesflow.config import PretrainConfig
+from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.token_layout import TokenLayout
@@ -53,6 +55,7 @@ TOKENIZER = VQTokenizerConfig(
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // TOKENIZER.downsampling) ** 2
 PROMPTS = PromptFormat(caption_question=shapes.CAPTION_QUESTION)
 SAMPLING = ImageSamplingParams(num_steps=8, guidance_scale=0.5, mask_temperature=1.0, temperature=0.7)
+CODE_SAMPLING = CodeSamplingParams(guidance_scale=0.5, temperature=0.7)
 OBJECT_WEIGHT = 10.0
 """Weight of pixels on or within 3 px of an object: backgrounds are easy and large."""
 QUESTIONS_PER_IMAGE = 6
@@ -79,6 +82,7 @@ def run_pretraining(config: PretrainConfig) -> Path:
         num_image_tokens=NUM_IMAGE_TOKENS,
         sot=text_tokenizer.bos,
         eot=text_tokenizer.eos,
+        image_mode="full" if config.images == "masked" else "causal",
     )
     transformer = Transformer(
         TransformerConfig(
@@ -104,7 +108,8 @@ def run_pretraining(config: PretrainConfig) -> Path:
         load_weights(vq_tokenizer, weights)
     except ValueError as error:
         raise InputError(f"{error}, or delete it and run the same command again to train it anew") from error
-    model = TinyModel(transformer, vq_tokenizer.eval(), text_tokenizer, layout, IMAGE_SIZE, PROMPTS, SAMPLING)
+    sampling = SAMPLING if config.images == "masked" else CODE_SAMPLING
+    model = TinyModel(transformer, vq_tokenizer.eval(), text_tokenizer, layout, IMAGE_SIZE, PROMPTS, sampling)
     train_transformer(model, config)
 
     def save() -> None:
@@ -236,6 +241,11 @@ class SceneBatches:
             codes = self.codes[index]
             image = np.array(self.layout.image(codes))
             position = rng.random()
+            if self.layout.image_mode == "causal":
+                places = self.layout.code_positions
+                learn("image", places - 1, image[places])
+                add(image, root, "causal")
+                continue
             for copy in range(MASKS_PER_IMAGE):
                 ratio = math.cos(0.5 * math.pi * ((position + copy / MASKS_PER_IMAGE) % 1))
                 masked = rng.permutation(len(codes))[: max(round(ratio * len(codes)), 1)]
