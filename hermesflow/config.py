@@ -47,7 +47,7 @@ STUDY_ARMS = (
 )  # fmt: skip
 
 
-DRAWING = ("num_steps", "temperature", "guidance_scale", "mask_temperature")
+DRAWING = ("num_steps", "temperature", "guidance_scale", "mask_temperature", "top_k", "top_p")
 """The settings that say how images are drawn."""
 
 
@@ -131,6 +131,11 @@ class DrawingConfig:
     """Classifier-free guidance g in (1 + g) * conditional - g * unconditional; -1 leaves it open."""
     mask_temperature: float = -1.0
     """Noise on the confidence that decides which image tokens are masked again; -1 leaves it open."""
+    top_k: int = -1
+    """Image tokens that may be drawn, the most likely ones, where a model draws code by code; 0 is all, -1 leaves it
+    open."""
+    top_p: float = -1.0
+    """Likewise those of which the more likely hold less than this probability; 1 is all, -1 leaves it open."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -806,10 +811,12 @@ def _check_drawing(section: Any) -> None:
     _check(section, DRAWING[:1], lambda value: 0 <= value <= 2**16, "1 to 65536, or 0 to leave it open")
     _check(
         section,
-        DRAWING[1:],
+        DRAWING[1:4],
         lambda value: value in (0, -1) or 1e-6 <= value <= 1e6,
         "at least 0, or -1 to leave it open, and 1e-6 to 1e6 if not 0",
     )
+    _check(section, ("top_k",), lambda value: -1 <= value < 2**31, "at least 0, or -1 to leave it open")
+    _check(section, ("top_p",), lambda value: value == -1 or 0 <= value <= 1, "0 to 1, or -1 to leave it open")
 
 
 def _check_at_least(section: Any, low: float, *names: str) -> None:
