@@ -209,7 +209,7 @@ class Engine:
         hidden = self.transformer(forest.build(self.device), rows=torch.cat([found.guided, found.unguided]))
         guided, unguided = hidden.split([len(found.guided), len(found.unguided)])
         logprob = code_logprobs(
-            self.transformer.head, self.layout, params, guided, unguided, found.targets, backend=self.backend
+            self.transformer, self.layout, params, guided, unguided, found.targets, backend=self.backend
         )
         places = found.owners * codes.shape[1] + found.positions
         return logprob.new_zeros(codes.size).index_add(0, places, logprob).view(drawn.codes.shape)

@@ -1,4 +1,4 @@
-"""The law by which masked images are drawn, as a differentiable log-probability.
+"""The law by which images are drawn, as a differentiable log-probability.
 
 At each step the decoder draws every masked code from softmax(head(lerp(unguided, guided, 1 + g)) / temperature). The
 state of a step is the image with the codes that were kept before it; all states of an image follow from its codes and
@@ -6,7 +6,9 @@ the steps at which they were kept. They lie in one span tree, so that one pass g
 
     prompt -> states of its images        empty prompt -> the same states, where there is guidance
 
-States that are equal under one prompt, such as the first of all its images, are one span.
+States that are equal under one prompt, such as the first of all its images, are one span. Where images are drawn code
+by code, the image itself is all states at once, a causal span of which each row predicts the next code; what filters
+took away from the law is not taken away here.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.span_tree import SpanForest
 
@@ -56,7 +59,7 @@ class RolloutStates:
         """
         Args:
             layout: of the model.
-            params: with which the images were drawn.
+            params: with which the images were drawn, ImageSamplingParams or CodeSamplingParams.
             forest: receives the spans; it may hold others.
             unguided_forest: receives those of the unguided half, so that its pass can be without a gradient; None: they
                 are in the same forest.
@@ -64,6 +67,11 @@ class RolloutStates:
         """
         if not params.temperature:
             raise ValueError("RolloutStates: expected a temperature above 0, got 0; draw with another temperature")
+        if getattr(params, "top_k", 0) or getattr(params, "top_p", 1) != 1:
+            raise ValueError(
+                f"RolloutStates: expected top_k 0 and top_p 1, got {params.top_k} and {params.top_p}; a filtered law "
+                "gives other codes no probability, draw without"
+            )
         self.layout, self.params = layout, params
         self.guided = _States(layout, forest)
         self.unguided = self.guided if unguided_forest is None else _States(layout, unguided_forest)
@@ -88,7 +96,14 @@ class RolloutStates:
             steps: the steps whose states are added; None: all.
         """
         image = np.array(self.layout.image(codes.tolist()))
-        places = self.layout.code_positions
+        places, conditions = self.layout.code_positions, [self.layout.text_prompt(prompt_ids)]
+        if self.params.guidance_scale:
+            conditions.append(self.layout.unguided_prompt(prompt_ids))
+        if self.layout.image_mode == "causal":
+            of_steps = np.isin(kept_at, kept_at[kept_at >= 0] if steps is None else list(steps))
+            self._add_found(conditions, image, places - 1, np.flatnonzero(of_steps), codes, kept_at)
+            self._num_images += 1
+            return
         for step in np.unique(kept_at[kept_at >= 0]).tolist() if steps is None else sorted(steps):
             targets = codes if drawn is None else drawn[step]
             chosen = np.flatnonzero(kept_at == step if drawn is None else targets >= 0)
@@ -96,12 +111,24 @@ class RolloutStates:
                 continue
             state = image.copy()
             state[places[kept_at >= step]] = self.layout.mask_id
-            rows = [self.guided.row_of(prompt_ids, state) + places[chosen], chosen[:0]]
-            if self.params.guidance_scale:
-                rows[1] = self.unguided.row_of((), state) + places[chosen]
-            owner, number = np.full(len(chosen), self._num_images), np.full(len(chosen), step)
-            self._found.append((*rows, targets[chosen], owner, chosen, number))
+            self._add_found(conditions, state, places, chosen, targets, np.full(len(codes), step))
         self._num_images += 1
+
+    def _add_found(
+        self,
+        conditions: list[list[int]],
+        state: np.ndarray,
+        places: np.ndarray,
+        chosen: np.ndarray,
+        targets: np.ndarray,
+        steps: np.ndarray,
+    ) -> None:
+        """A state, of whose codes those chosen are predicted by rows at their places in it."""
+        rows = [chosen[:0]] * 2
+        for half, (states, condition) in enumerate(zip((self.guided, self.unguided), conditions, strict=False)):
+            rows[half] = states.row_of(condition, state) + places[chosen]
+        owner = np.full(len(chosen), self._num_images)
+        self._found.append((*rows, targets[chosen], owner, chosen, steps[chosen]))
 
     def drawn(self, device: torch.device | str | None = None) -> DrawnCodes:
         """What the rows of the finished tree predict."""
@@ -117,16 +144,16 @@ class _States:
         self._roots: dict[tuple[int, ...], int] = {}
         self._first_rows: dict[tuple[int, bytes], int] = {}
 
-    def add_prompt(self, prompt_ids: Sequence[int]) -> int:
-        """The span of a prompt's condition."""
-        prompt = tuple(prompt_ids)
-        if prompt not in self._roots:
-            self._roots[prompt] = self.forest.add(self.layout.text_prompt(prompt), -1, "causal")
-        return self._roots[prompt]
+    def add_condition(self, ids: Sequence[int]) -> int:
+        """The span of a condition."""
+        condition = tuple(ids)
+        if condition not in self._roots:
+            self._roots[condition] = self.forest.add(condition, -1, "causal")
+        return self._roots[condition]
 
-    def row_of(self, prompt_ids: Sequence[int], state: np.ndarray) -> int:
+    def row_of(self, condition: Sequence[int], state: np.ndarray) -> int:
         """The packed row of a state's first token."""
-        root = self.add_prompt(prompt_ids)
+        root = self.add_condition(condition)
         key = root, state.tobytes()
         if key not in self._first_rows:
             self._first_rows[key] = self.forest.packed
@@ -135,7 +162,7 @@ class _States:
 
 
 def code_logprobs(
-    head: nn.Module,
+    transformer: Transformer,
     layout: Layout,
     params: ImageSamplingParams,
     guided: Tensor,
@@ -147,7 +174,7 @@ def code_logprobs(
     """Log-probability of codes by the guided, tempered law of the decoder.
 
     Args:
-        head: of the transformer.
+        transformer: the model, whose head they are taken by.
         layout: of the model.
         params: with which the codes were drawn.
         guided, unguided: hidden states [T, D] of their rows; unguided is not read without guidance.
@@ -155,8 +182,10 @@ def code_logprobs(
         backend: of linear_logprob.
     Returns: fp32 [T]; differentiable.
     """
-    weight, bias = layout.code_ids.rows(head)
-    hidden = torch.lerp(unguided, guided, 1 + params.guidance_scale) if params.guidance_scale else guided
+    head = transformer.code_head(layout.code_ids)
+    hidden, bias = head.inputs(guided), head.bias
+    if params.guidance_scale:
+        hidden = torch.lerp(head.inputs(unguided), hidden, 1 + params.guidance_scale)
     if params.temperature != 1:
         hidden, bias = hidden / params.temperature, None if bias is None else bias / params.temperature
-    return linear_logprob(hidden, weight, codes, bias=bias, backend=backend)
+    return linear_logprob(hidden, head.weight, codes, bias=bias, backend=backend)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine import device_graph
-from hermesflow.engine.decoders.masked import MOST, Progress
+from hermesflow.engine.decoders.masked import MOST, ImageRollout, Progress
 from hermesflow.engine.decoders.passes import MemoryBound, even
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.token_layout import Layout
@@ -97,6 +97,21 @@ class AutoregressiveDecoder:
             family that draws one alone.
         """
         return self._draw(prompt_ids, seeds, params, known_codes, max_sequences, progress)[0]
+
+    def rollout(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Tensor,
+        params: CodeSamplingParams,
+        *,
+        max_sequences: int = 256,
+        progress: Progress = iter,
+    ) -> ImageRollout:
+        """The images of generate, with how they were drawn, each code in a step of its own that keeps it; arguments and
+        errors are those of generate. drawn is the codes again, [P, n, 1, N]."""
+        codes, logprob = self._draw(prompt_ids, seeds, params, None, max_sequences, progress)
+        kept_at = torch.arange(codes.shape[-1], device=codes.device).expand_as(codes)
+        return ImageRollout(codes, kept_at, logprob, codes.int().unsqueeze(2))
 
     def release(self) -> None:
         """Gives back what the device's cache of memory holds; from call to call nothing is kept."""

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from hermesflow.algorithms.references import live_reference, make_reference
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record
-from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.rollout_logprob import DrawnCodes, RolloutStates, code_logprobs
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
@@ -94,7 +95,7 @@ class GRPOBatch:
     """
 
     layout: Layout
-    params: ImageSamplingParams
+    params: Any
     codes: DrawnCodes
     replay: PairBatch
     unguided_tree: SpanTree | None
@@ -124,11 +125,11 @@ class GRPOBatch:
         guided, unguided = self.codes.guided, self.codes.unguided
         with torch.no_grad():
             aside = None if self.unguided_tree is None else transformer(self.unguided_tree, rows=unguided)
-        hidden = transformer(self.tree, rows=self.rows)
+        hidden = transformer(self.tree, embeds=self.replay.embeds, rows=self.rows)
         of_guided, hidden = hidden.tensor_split([len(guided)])
         of_unguided, hidden = hidden.tensor_split([len(unguided)]) if aside is None else (aside, hidden)
         head = transformer.head
-        logprob = code_logprobs(head, self.layout, self.params, of_guided, of_unguided, self.codes.targets)
+        logprob = code_logprobs(transformer, self.layout, self.params, of_guided, of_unguided, self.codes.targets)
         if not self.replay.sides:
             return logprob
         return torch.cat([logprob, linear_logprob(hidden, head.weight, self.replay.targets, bias=head.bias)])
@@ -156,11 +157,7 @@ class GRPO:
             )
         for record in records:
             check_record(model, record)
-        default: ImageSamplingParams = model.sampling_of(config.drawn_by(config.curation))
-        if not default.temperature:
-            raise InputError("curation.temperature: expected above 0 with grpo, got 0; images of a prompt must differ")
-        counts = [max(1, round(fraction * default.num_steps)) for fraction in config.grpo.step_fractions]
-        self._ways = [replace(default, num_steps=count) for count in counts]
+        self._ways = _ways_to_draw(model.sampling_of(config.drawn_by(config.curation)), config)
         self.packer = PairPacker(model, records_table(records), config.train, seed).only(REPLAY)
         self._rewards, self._match_answers = find_rewards(config.grpo), find_matcher(config.curation)
         self._num_codes = model.layout.num_image_tokens
@@ -309,6 +306,7 @@ class GRPO:
         """Of a group, at most; images share the states that are equal."""
         params, num_steps = self._params(group.rollout), len(np.unique(group.kept_at))
         num_steps = min(num_steps, self.config.grpo.trained_steps or num_steps)
+        num_steps = 1 if self.model.layout.image_mode == "causal" else num_steps  # all of them are rows of one image
         halves = 2 if params.guidance_scale else 1
         states = halves * num_steps * len(group.used) * self.model.layout.image_length
         return states + self.packer.num_tokens(_visit(group))
@@ -323,7 +321,7 @@ class GRPO:
         states = RolloutStates(self.model.layout, params, builder, aside)
         images = [(group, image) for group in groups for image in group.used]
         for group in groups:  # one that teaches nothing, too, so that no tree is empty
-            states.guided.add_prompt(self._prompt_of(group))
+            states.guided.add_condition(self.model.layout.text_prompt(self._prompt_of(group)))
         weights = [self._add_image(states, group, image) for group, image in images]
         for index, visit in enumerate(visits):
             self.packer.add_replay(builder, index, visit)
@@ -345,7 +343,7 @@ class GRPO:
             key,
         )
 
-    def _params(self, rollout: int) -> ImageSamplingParams:
+    def _params(self, rollout: int) -> Any:
         return self._ways[rollout % len(self._ways)]
 
     def _prompt_of(self, group: Group) -> list[int]:
@@ -369,6 +367,22 @@ class GRPO:
         chosen = rng.permutation(steps)[:count].tolist()
         states.add(self._prompt_of(group), codes, kept_at, drawn=drawn, steps=chosen)
         return len(steps) / len(chosen)
+
+
+def _ways_to_draw(default: Any, config: Config) -> list[Any]:
+    """Of the rollouts, by turns: fewer steps where images are drawn in steps. Raises: InputError on settings without
+    chance, or whose law gives drawn codes no probability."""
+    if not default.temperature:
+        raise InputError("curation.temperature: expected above 0 with grpo, got 0; images of a prompt must differ")
+    if isinstance(default, CodeSamplingParams):
+        if default.top_k or default.top_p != 1:
+            raise InputError(
+                f"curation.top_k {default.top_k}, curation.top_p {default.top_p:g}: grpo learns from the whole law; "
+                "set drawing.top_k to 0 and drawing.top_p to 1"
+            )
+        return [default]
+    counts = [max(1, round(fraction * default.num_steps)) for fraction in config.grpo.step_fractions]
+    return [replace(default, num_steps=count) for count in counts]
 
 
 class _ReplayReference:

@@ -205,3 +205,20 @@ def test_bad_settings(name, value):
 def test_masked_images_are_refused(naive, transformer):
     with pytest.raises(ValueError, match="draws causal images, the layout's image_mode is 'full'"):
         AutoregressiveDecoder(transformer, naive.LAYOUT)
+
+
+@pytest.mark.parametrize("name", ["plain", "unguided"])
+def test_a_rollout_is_scored_by_the_law_that_drew_it(transformer, name):
+    """To rounding, and differentiable; each code has a step of its own."""
+    engine = Engine(transformer, LAYOUT, image_decoder=AutoregressiveDecoder)
+    drawn = engine.rollout(PROMPTS, num_images=3, seeds=SEEDS, sampling=PARAMS[name])
+    assert torch.equal(drawn.codes, decode(transformer, PARAMS[name]))
+    assert torch.equal(drawn.kept_at, torch.arange(6).expand(4, 3, 6)) and torch.equal(
+        drawn.drawn[:, :, 0], drawn.codes
+    )
+    logprob = engine.rollout_logprobs(PROMPTS, drawn, sampling=PARAMS[name])
+    torch.testing.assert_close(logprob, drawn.logprob, rtol=1e-5, atol=1e-5)
+    logprob.sum().backward()
+    assert transformer.embed.weight.grad.norm() > 0
+    with pytest.raises(ValueError, match="expected top_k 0 and top_p 1, got 4 and 1.0; a filtered law"):
+        engine.rollout_logprobs(PROMPTS, drawn, sampling=PARAMS["top-k"])

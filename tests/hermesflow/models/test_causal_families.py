@@ -111,3 +111,13 @@ def test_every_task(family, whole, tmp_path):
     assert torch.equal(painted.codes.view(model.layout.image_grid)[: len(kept) // 2], kept[: len(kept) // 2].cpu())
     assert len(model.caption([tmp_path / "image.png"])) == 1
     assert model.answer([tmp_path / "image.png"], "is there a circle?", choices=["yes", "no"])[0] in ("yes", "no")
+
+
+def test_grpo_meets_the_law_of_the_drawing(family, records, tmp_path):
+    more = ["selfplay.algorithm=grpo", "selfplay.num_rounds=1", "train.num_steps=2", "grpo.prompts_per_step=2"]
+    more += ["grpo.num_images=3", "drawing.top_k=0", "drawing.top_p=1", "train.lr=1e-4"]
+    run_selfplay(load_config(None, [*settings(family, records, tmp_path), *more]))
+    lines = (tmp_path / "t/round-1/train/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["drift"] for line in lines if "drift" in json.loads(line)] == pytest.approx(
+        [0, 0], abs=1e-4
+    )
