@@ -60,7 +60,7 @@ class CausalModel(Model):
             open_tokenizer: opens the image tokenizer on a device.
         """
         super().__init__(parts["transformer"], None, text_tokenizer, layout, image_size, prompts, sampling)
-        self.parts, self._views, self._open_tokenizer = parts, views, open_tokenizer
+        self.folder, self.parts, self._views, self._open_tokenizer = folder, parts, views, open_tokenizer
         self.kept_files = {name: (folder / name).read_bytes() for name in self.kept if (folder / name).is_file()}
 
     @cached_property
@@ -71,8 +71,9 @@ class CausalModel(Model):
         expected = (self.layout.codebook_size, self.image_size)
         if (found.config.codebook_size, columns * found.config.downsampling) != expected:
             raise InputError(
-                f"the image tokenizer has {found.config.codebook_size} codes and {found.config.downsampling} pixels a "
-                f"token, the model {expected[0]} codes and {rows} x {columns} tokens for {expected[1]} pixels; give "
+                f"{self.folder}: the image tokenizer has {found.config.codebook_size} codes and "
+                f"{found.config.downsampling} pixels a token, the model {expected[0]} codes and {rows} x {columns} "
+                f"tokens for {expected[1]} pixels; give "
                 "the model's own"
             )
         return found
@@ -119,5 +120,5 @@ def on_meta(make: Callable[[], Mapping[str, nn.Module]], path: Path) -> nn.Modul
     try:
         with torch.device("meta"):
             return nn.ModuleDict(make())
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
         raise InputError(f"{path}: not the shape of a model ({error!r:.200}); restore it from its source") from error

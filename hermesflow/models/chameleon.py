@@ -196,10 +196,13 @@ class ChameleonFamily:
             return _load_meta(folder, config, device, dtype, vq_tokenizer)
         path, config = folder / "config.json", _DEFAULTS | dict(config)
         tokenizer, codes = FileTokenizer(folder), config.get("vq_config") or {}
-        size, of_codes = codes.get("resolution", 512), vqgan.chameleon_config(codes)
+        with loading.errors_of(path):
+            of_codes = vqgan.chameleon_config(codes)
+        size = codes.get("resolution", 512)
         side = size // of_codes.downsampling
         more = {"qk_norm_per_head": True, "block": "post" if config.get("swin_norm") else "sequential"}
-        shape = llama.transformer_config(config, MODEL_TYPE, {}, config["vocab_size"], "Chameleon", **more)
+        with loading.errors_of(path):
+            shape = llama.transformer_config(config, MODEL_TYPE, {}, config["vocab_size"], "Chameleon", **more)
         layout = make_layout(tokenizer, config["vocab_size"], (side, side))
         parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
         load_parts(parts, folder, _tensors, re.escape(_IMAGE_TOKENIZER) + ".*", dtype, device)
@@ -227,7 +230,9 @@ def _load_meta(
     weights, code_weights = folder / META_WEIGHTS, folder / META_VQ_WEIGHTS
     shapes, code_shapes = _shapes(weights), _shapes(code_weights)
     shape = _meta_shape(params, shapes, folder)
-    of_codes, size = vqgan.config_of_shapes(code_shapes), _resolution(folder / META_VQ_CONFIG)
+    with loading.errors_of(code_weights):
+        of_codes = vqgan.config_of_shapes(code_shapes)
+    size = _resolution(folder / META_VQ_CONFIG)
     side = size // of_codes.downsampling
     layout = make_layout(tokenizer, shape.vocab_size, (side, side))
     parts = on_meta(lambda: {"transformer": Transformer(shape)}, folder / META_CONFIGS[0])
@@ -272,8 +277,9 @@ def _meta_shape(params: Mapping[str, Any], shapes: Mapping[str, torch.Size], fol
     params = {**params, **params["model"], **more}
     if params.get("qk_normalization") is False:
         raise InputError(f"{folder / META_CONFIGS[0]}: qk_normalization false is not supported; give a model with it")
-    widths = (shapes.get(f"{name}.weight", (0,))[0] for name in ("tok_embeddings", "layers.0.feed_forward.w1"))
-    vocab_size, mlp_size = widths
+    vocab_size, mlp_size = (
+        (*shapes.get(f"{name}.weight", ()), 0)[0] for name in ("tok_embeddings", "layers.0.feed_forward.w1")
+    )
     given = {
         "model_type": MODEL_TYPE,
         "hidden_size": params.get("dim"),
@@ -285,7 +291,9 @@ def _meta_shape(params: Mapping[str, Any], shapes: Mapping[str, torch.Size], fol
         "rope_theta": params.get("rope_theta", 10_000.0),
     }
     block = "post" if params.get("swin_norm") else "sequential"
-    return llama.transformer_config(given, MODEL_TYPE, {}, vocab_size, "Chameleon", qk_norm_per_head=True, block=block)
+    more = {"qk_norm_per_head": True, "block": block}
+    with loading.errors_of(folder / META_CONFIGS[0]):
+        return llama.transformer_config(given, MODEL_TYPE, {}, vocab_size, "Chameleon", **more)
 
 
 def _resolution(path: Path) -> int:
@@ -342,7 +350,8 @@ def _to_pairs(tensors: Mapping[str, Tensor], norm_shapes: Mapping[str, torch.Siz
 def _open_tokenizer(name: str, device: torch.device) -> VQGAN:
     """An image tokenizer as transformers publishes it, a folder or a hub id."""
     source = find_folder(name, FETCHED, "image tokenizer")
-    whole = vqgan.chameleon_config(read_json(source / "config.json"))
+    with loading.errors_of(source / "config.json"):
+        whole = vqgan.chameleon_config(read_json(source / "config.json"))
     return vqgan.load_image_tokenizer(source, whole, vqgan.CHAMELEON, device=device)
 
 

@@ -158,7 +158,7 @@ class Emu3Family:
 
     def claims(self, config: Any) -> bool:
         """By its model_type."""
-        return isinstance(config, dict) and config.get("model_type") in WEIGHTS
+        return isinstance(config, dict) and config.get("model_type") in tuple(WEIGHTS)
 
     def load(
         self,
@@ -172,7 +172,8 @@ class Emu3Family:
         path, tokenizer, kind = folder / "config.json", FileTokenizer(folder), config["model_type"]
         text, of_text = (config.get("text_config"), "emu3_text_model") if kind == "emu3" else (config, kind)
         vocab_size = text.get("vocab_size") if isinstance(text, Mapping) else None
-        shape = llama.transformer_config(text, of_text, _DEFAULTS, vocab_size, "Emu3")
+        with loading.errors_of(path):
+            shape = llama.transformer_config(text, of_text, _DEFAULTS, vocab_size, "Emu3")
         side, factor = _grid_of(folder)
         layout = make_layout(tokenizer, vocab_size, (side, side))
         parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
@@ -182,10 +183,12 @@ class Emu3Family:
 
         def open_tokenizer(device: torch.device) -> Emu3Tokenizer:
             if vq_tokenizer is None and isinstance(config.get("vq_config"), Mapping):
-                of_codes = vqgan.emu3_config(config["vq_config"])
+                with loading.errors_of(path):
+                    of_codes = vqgan.emu3_config(config["vq_config"])
                 return vqgan.load_image_tokenizer(folder, of_codes, vqgan.EMU3, _IMAGE_TOKENIZER, device=device)
             source = find_folder(vq_tokenizer or VQ_TOKENIZER, FETCHED, "image tokenizer")
-            of_codes = vqgan.emu3_config(read_json(source / "config.json"))
+            with loading.errors_of(source / "config.json"):
+                of_codes = vqgan.emu3_config(read_json(source / "config.json"))
             return vqgan.load_image_tokenizer(source, of_codes, vqgan.EMU3_ORIGINAL, device=device)
 
         load_parts(parts, folder, tensors, re.escape(_IMAGE_TOKENIZER) + ".*", dtype, device)
@@ -225,6 +228,7 @@ def _grid_of(folder: Path) -> tuple[int, int]:
     """Tokens a side of an image, and pixels a token; as published, but no more than the preprocessor allows."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
+    given = given if isinstance(given, Mapping) else {"spatial_factor": given}
     factor, most = (
         given.get("spatial_factor", PIXELS_PER_TOKEN),
         given.get("max_pixels", (GRID * PIXELS_PER_TOKEN) ** 2),

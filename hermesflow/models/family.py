@@ -92,7 +92,8 @@ def load_model(
     if family == "auto":
         families = {name: item for name, item in families.items() if marker in markers_of[name] and item.claims(config)}
         if not families:
-            named = {name: config[name] for name in ("_class_name", "model_type", "architectures") if name in config}
+            known = config if isinstance(config, Mapping) else {}
+            named = {name: known[name] for name in ("_class_name", "model_type", "architectures") if name in known}
             given = ", ".join(f"{name} {shown(value)}" for name, value in named.items()) or "no family"
             raise InputError(
                 f"{folder / marker}: unknown {given}; known: {', '.join(FAMILIES)}; restore it from its source, or set "

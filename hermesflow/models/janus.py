@@ -269,7 +269,7 @@ class JanusFamily:
 
     def claims(self, config: Any) -> bool:
         """By its model_type."""
-        return isinstance(config, dict) and config.get("model_type") in LAYOUTS
+        return isinstance(config, dict) and config.get("model_type") in tuple(LAYOUTS)
 
     def load(
         self,
@@ -290,11 +290,14 @@ class JanusFamily:
             raise InputError(str(error)) from error
         text = config.get("text_config" if kind == "janus" else "language_config")
         text_vocab_size = text.get("vocab_size") if isinstance(text, Mapping) else None
-        num_codes, code_width = shapes.get(names.code_table, (1, 1))
-        hidden, width = shapes.get(f"{names.code_head[0]}.weight", (1, 1))
+        (num_codes, code_width), (hidden, width) = (
+            shape if len(shape := shapes.get(name, ())) == 2 else (1, 1)
+            for name in (names.code_table, f"{names.code_head[0]}.weight")
+        )
         if type(text_vocab_size) is not int:
             raise InputError(f"{path}: vocab_size of the language model is {shown(text_vocab_size)}; restore it")
-        shape = llama.transformer_config(text, "llama", {}, text_vocab_size + num_codes, "Janus")
+        with loading.errors_of(path):
+            shape = llama.transformer_config(text, "llama", {}, text_vocab_size + num_codes, "Janus")
         vision = siglip.sizes(config.get("vision_config"), path)
 
         def make() -> dict[str, nn.Module]:
@@ -306,7 +309,8 @@ class JanusFamily:
             }
 
         parts = on_meta(make, path)
-        of_codes = vqgan.config_of_shapes(shapes, names.image_tokenizer, normalized_codes=True)
+        with loading.errors_of(folder):
+            of_codes = vqgan.config_of_shapes(shapes, names.image_tokenizer, normalized_codes=True)
         side = vision["image_size"] // of_codes.downsampling
         layout = make_layout(tokenizer, text_vocab_size, num_codes, (side, side))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -15,6 +17,15 @@ from hermesflow.runtime.files import InputError, shown
 WeightTable = Mapping[str, Sequence[str]]
 """Our modules -> the published ones that lie in them one below the other, such as q, k and v in attention.qkv; * counts
 the layers. Weight and bias go together."""
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Puts the file's name before the InputErrors of the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def published_tensors(table: WeightTable, transformer: Transformer) -> dict[str, Tensor]:

@@ -88,7 +88,8 @@ def sizes(config: Any, path: Path) -> dict[str, int]:
         found = {name: params.get(name, published[name]) for name in _SIZES}
     else:
         ratio, width = config.get("mlp_ratio", 4.0), config.get("hidden_size")
-        mlp_size = int(width * ratio) if isinstance(width, int) and isinstance(ratio, int | float) else None
+        is_number = isinstance(width, int) and isinstance(ratio, int | float) and 0 < ratio < 2**20
+        mlp_size = int(width * ratio) if is_number else None
         given = (config.get(name) for name in ("num_hidden_layers", "num_attention_heads"))
         found = dict(
             zip(_SIZES, (width, *given, mlp_size, config.get("image_size"), config.get("patch_size")), strict=True)

@@ -141,7 +141,7 @@ def config_of_shapes(
     inside = {name.removeprefix(prefix): tuple(shape) for name, shape in shapes.items() if name.startswith(prefix)}
     level = r"encoder\.(?:down_block\.)?(?:down|conv_blocks)\.(\d+)\."
     blocks = {
-        (int(found[1]), int(found[2])): shape[0]
+        (int(found[1]), int(found[2])): (*shape, 0)[0]
         for name, shape in inside.items()
         if (found := re.fullmatch(level + r"(?:block|res)\.(\d+)\.conv2\.weight", name))
     }

@@ -284,6 +284,8 @@ REFUSED = [
     ("chameleon-tiny", with_json("config.json", lambda values: values.update(attention_bias=True)), "attention_bias"),
     ("chameleon-tiny", with_json("config.json", lambda values: values.update(hidden_size=63)), "hidden_size|fit"),
     ("chameleon-tiny", with_json("config.json", lambda values: values.update(vocab_size=300)), "ids up to 346.*300"),
+    ("chameleon-tiny", with_json("config.json", lambda values: values.update(vq_config=3)), "vq_config is 3.*restore"),
+    ("chameleon-tiny", with_json("config.json", lambda values: values.update(model_type=[1])), "unknown model_type"),
     ("chameleon-tiny", without_token("<racm3:break>"), "no <racm3:break>; give"),
     ("chameleon-tiny", without_token("IMGIMGBZ"), "IMGIMG..Z.*gaps; restore"),
     ("chameleon-tiny", no_tokenizer, "no tokenizer.json; give"),
@@ -306,6 +308,16 @@ REFUSED = [
         "use_qk_norm.*not supported",
     ),
     ("janus-tiny", with_json("config.json", lambda values: values["text_config"].update(vocab_size="x")), "vocab_size"),
+    (
+        "janus-tiny",
+        with_json("config.json", lambda values: values["vision_config"].update(mlp_ratio=float("inf"))),
+        "mlp_size as None; restore",
+    ),
+    (
+        "janus-tiny",
+        with_weights(lambda tensors: tensors.update({"model.generation_embeddings.weight": torch.zeros(3)})),
+        r"generation_embeddings.weight: expected \(1, 1\), got \(3,\)|not the shape",
+    ),
     ("janus-tiny", without_token("<begin_of_image>"), "no <begin_of_image>; give"),
     (
         "janus-tiny",
@@ -334,7 +346,7 @@ def test_damaged_folders_are_refused(folder, damage, message):
 def check_refused(folder, message):
     with pytest.raises(InputError, match=message) as caught:
         load_model(folder)
-    assert str(caught.value).isprintable()
+    assert str(caught.value).isprintable() and str(caught.value).startswith(str(folder))
 
 
 def no_resolution(folder):
@@ -347,6 +359,7 @@ def more_than_tensors(folder):
 
 PARAMS = "models/7b/params.json"
 META_REFUSED = {
+    "no object": (lambda folder: (folder / PARAMS).write_text("7"), "params.json: unknown no family"),
     "no yaml": (no_resolution, "vqgan.yaml: says no resolution; restore"),
     "code": (more_than_tensors, "consolidated.pth: holds more than tensors"),
     "layers": (with_json(PARAMS, lambda values: values["model"].update(n_layers=4)), "missing layers.3.*restore"),
