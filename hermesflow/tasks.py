@@ -20,7 +20,7 @@ from torch import Tensor
 from hermesflow import __version__
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.models.contact_sheet import draw_contact_sheet
-from hermesflow.models.images import fit_image, open_image, read_image
+from hermesflow.models.images import open_image
 from hermesflow.models.model import Model, check_words
 from hermesflow.runtime.files import InputError, StrPath, atomic_write
 from hermesflow.runtime.progress import track
@@ -102,7 +102,7 @@ def inpaint_images(
     redrawn = _masked_tokens(model, opened_mask)
     if not redrawn.any():
         raise InputError(f"{mask}: the mask has no white to draw anew; paint at least half of a patch white (255)")
-    codes = model.encode_images(fit_image(opened, model.image_size)[None])
+    codes = model.encode_images(model.fit(opened)[None])
     known = codes.masked_fill(redrawn.to(codes.device), -1)
     size = _images_per_batch(model)
     for start in track(range(0, num_images, size), "inpaint", "batches"):
@@ -148,7 +148,7 @@ def extrapolate_image(
     grid = model.layout.image_grid
     _check_extensions(prompts, directions, steps, offset, grid)
     prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
-    codes = model.encode_images(read_image(image, model.image_size)[None])
+    codes = model.encode_images(model.fit(open_image(image))[None])
     canvas = codes.view(1, *grid).repeat(num_images, 1, 1)
     seeds = [seed + index for index in range(num_images)]
     for step, direction in enumerate(track(list(directions) * steps, "extrapolate", "extensions")):
@@ -292,7 +292,7 @@ def _masked_tokens(model: Model, mask: Image.Image) -> Tensor:
     if mask.has_transparency_data and not mask.mode.startswith("I"):
         mask = _without_transparency(mask)
     rows, columns = model.layout.image_grid
-    levels = fit_image(mask, model.image_size).mean(2)
+    levels = model.fit(mask).mean(2)
     height, width = levels.shape[0] // rows, levels.shape[1] // columns
     means = levels.reshape(rows, height, columns, width).mean((1, 3))
     return torch.from_numpy(means >= 127.5).view(1, -1)

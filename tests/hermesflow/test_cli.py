@@ -22,7 +22,7 @@ from hermesflow.arguments import with_settings
 from hermesflow.config import load_config
 from hermesflow.kernels.registry import BackendError
 from hermesflow.models import family
-from hermesflow.models.images import fit_image
+from hermesflow.models.images import fit_image, read_image
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
 from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
@@ -458,7 +458,7 @@ def test_the_tasks_on_the_real_engine(tiny_model, monkeypatch, tmp_path, capsys,
     assert cli.main(["generate", prompts[1], "--seed", "3", "-o", "one", "--set", "eval.num_steps=3"]) == 0
     again, image = (str(tmp_path / folder / "a-blue-square-seed3.png") for folder in ("one", "all"))
     # The codes are equal (tests/engine); convolutions round by batch size, which may move a pixel by one level of 255.
-    first, second = (tasks.read_image(path, 64).astype(int) for path in (again, image))
+    first, second = (read_image(path, 64).astype(int) for path in (again, image))
     assert abs(first - second).max() <= 1
     capsys.readouterr()
     assert cli.main(["caption", again, image]) == 0
@@ -517,20 +517,20 @@ def test_read_image_crops_the_centre_and_turns_it_upright(tmp_path):
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255  # the center
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert (tasks.read_image(tmp_path / "wide.png", 8)[:, 1:7] > 200).all()
+    assert (read_image(tmp_path / "wide.png", 8)[:, 1:7] > 200).all()
 
     turned = np.zeros((8, 8, 3), np.uint8)
     turned[:, :4] = 255  # left, to be turned by 90 degrees clockwise: top
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
-    upright = tasks.read_image(tmp_path / "turned.png", 8)
+    upright = read_image(tmp_path / "turned.png", 8)
     assert upright[:3].min() == 255 and upright[5:].max() == 0
 
 
 def test_read_image_keeps_the_levels_of_16_bit_grey(tmp_path):
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
-    assert (tasks.read_image(tmp_path / "deep.png", 4) == 128).all()
+    assert (read_image(tmp_path / "deep.png", 4) == 128).all()
 
 
 def no_image(tmp_path, kind):
