@@ -12,6 +12,7 @@ from hermesflow import tasks
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.engine import Engine
 from hermesflow.models.contact_sheet import draw_contact_sheet
+from hermesflow.models.images import read_image
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.seeds import candidate_seed
 
@@ -69,7 +70,7 @@ def inpaint(model, image, mask, **options):
 
 
 def original_codes(model, path):
-    return model.encode_images(tasks.read_image(path, SIZE)[None]).view(4, 4)
+    return model.encode_images(read_image(path, SIZE)[None]).view(4, 4)
 
 
 @pytest.mark.parametrize("white", [LEFT, SPOTS], ids=["left", "spots"])
