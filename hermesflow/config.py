@@ -86,6 +86,9 @@ class ModelConfig:
     """"tiny" for the model that ships with the package, the folder of a model, or a hub id."""
     device: str = "auto"
     """Where it runs: cpu, cuda or cuda:N; auto takes cuda where there is one."""
+    judge: str = ""
+    """Another model, as name, that scores the images which this one draws for pairs, such as Emu3-Chat of Emu3-Gen's;
+    both must have the same image codes. Empty: the model itself."""
     family: str = "auto"
     """Its family, by name or "module:object" of your own; auto finds it by config.json."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -236,6 +239,10 @@ class TrainConfig:
     "module:object" of your own."""
     beta: float = 0.2
     """Scale of the rewards, log-ratios of policy to reference: the larger, the nearer the policy stays to it."""
+    generation_beta: float = 0.0
+    """Of the image side alone, whose sums may be over many more tokens than a caption's; 0 takes beta."""
+    understanding_beta: float = 0.0
+    """Of the caption side alone; 0 takes beta."""
     label_smoothing: float = 0.0
     """Share of pairs that are taken for wrongly ordered, below 0.5; for sigmoid and robust."""
     simpo_margin: float = 0.5
@@ -301,6 +308,7 @@ class TrainConfig:
         _check_at_least(self, 1, "num_steps", "pairs_per_step", "tokens_per_pass", "checkpoint_every")
         _check_at_least(self, 1, "keep_checkpoints", "masks_per_pair", "holdout_every", "patience")
         _check_above(self, 0, "lr", "beta", "max_grad_norm", "lora_alpha")
+        _check_at_least(self, 0, "generation_beta", "understanding_beta")
         _check_at_least(self, 0, "weight_decay", "warmup_steps", "simpo_margin", "lora_rank", "holdout_pairs")
         _check_at_least(self, 0, "generation_weight", "understanding_weight", "preference_weight", "nll_weight")
         _check_at_least(self, 0, "replay_weight")

@@ -72,6 +72,7 @@ def curate(
     seed: int,
     folder: StrPath,
     previous: PairFile | None = None,
+    judge: Model | None = None,
 ) -> Iterator[tuple[list[Record], pa.Table]]:
     """Draws and scores every record's candidates, part by part: what is in memory does not grow with the records.
 
@@ -92,6 +93,7 @@ def curate(
         folder: of the parts.
         previous: the pairs of the previous round; their images of these records are scored again by this model, so that
             one judge compares old and new.
+        judge: scores images in place of the model.
     Yields: (the records of one of this process's parts, their candidates with CANDIDATES_SCHEMA), both in the records'
         order.
     Raises: InputError, at the call itself, on a damaged part, parts of other records or settings, an unwritable folder,
@@ -103,7 +105,7 @@ def curate(
     _refuse_strange_parts(make_folder(folder), paths)
     done = {path for path, fingerprint in zip(paths, prints, strict=True) if _is_made(path, fingerprint)}
     share = slice(rank(), None, world_size())
-    scorers = Scorers(config) if set(paths[share]) - done else None
+    scorers = Scorers(config, judge) if set(paths[share]) - done else None
 
     def parts() -> Iterator[tuple[list[Record], pa.Table]]:
         every = zip(paths, prints, _batches(records, config), strict=True)

@@ -130,6 +130,23 @@ class Run:
             self._loaded = (number, self._load(number))
         return self._loaded[1]
 
+    @cached_property
+    def judge(self) -> Model | None:
+        """What scores drawn images in place of the model. Raises: InputError if it has other image codes."""
+        name = self.config.model.judge
+        if not name:
+            return None
+        config = self.config.model
+        judge, painter = open_model(replace(config, name=name)), self.model(0)
+        theirs, ours = ((model.layout.codebook_size, *model.layout.image_grid) for model in (judge, painter))
+        if theirs != ours:
+            codes, expected = ("{} codes in {} x {}".format(*values) for values in (theirs, ours))
+            raise InputError(
+                f"model.judge {name}: its images are {codes}, those of {config.name} {expected}; give a judge with "
+                "the same image tokenizer"
+            )
+        return judge
+
     def policy(self, number: int) -> Model:
         """The model after a round, in float32, to be trained in place."""
         model = self.model(number)
@@ -205,7 +222,7 @@ class Run:
 
     def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
         """A round's records and candidates, part by part; what is on disk is read, the rest made."""
-        options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
+        options = {"folder": self.path(number, "candidates"), "previous": self.previous(number), "judge": self.judge}
         records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
         return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
 

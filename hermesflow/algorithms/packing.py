@@ -50,13 +50,12 @@ _DRAWN_BY = (
 )  # fmt: skip
 _NOT_DRAWN_BY = (
     "num_steps", "pairs_per_step", "tokens_per_pass", "lr", "weight_decay", "warmup_steps", "max_grad_norm",
-    "loss_type", "beta", "label_smoothing", "simpo_margin", "length_normalize", "generation_weight",
-    "understanding_weight", "preference_weight", "nll_weight", "replay_weight", "elbo_weighting", "reference", "dtype",
-    "activation_checkpointing", "compile", "lora_rank", "lora_alpha", "lora_targets", "holdout_pairs", "holdout_every",
-    "patience", "tracker", "checkpoint_every", "keep_checkpoints",
+    "loss_type", "beta", "generation_beta", "understanding_beta", "label_smoothing", "simpo_margin",
+    "length_normalize", "generation_weight", "understanding_weight", "preference_weight", "nll_weight",
+    "replay_weight", "elbo_weighting", "reference", "dtype", "activation_checkpointing",
+    "compile", "lora_rank", "lora_alpha", "lora_targets", "holdout_pairs", "holdout_every", "patience", "tracker",
+    "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
-
-
 _REMEMBERED_VIEWS = 256
 """Pairs whose features are kept."""
 

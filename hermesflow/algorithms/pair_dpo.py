@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,12 +63,18 @@ def pass_objective(
             kept = kept / totals[name]
             loss, shares = loss + config.replay_weight * kept, shares | {f"{name}/{metric}": kept.detach()}
             continue
-        values = _pair_values(policy, before[name], batch.sides[name], config)
+        values = _pair_values(policy, before[name], batch.sides[name], side_config(config, name))
         means = {metric: value.sum() / totals[name] for metric, value in values.items()}
         preferred = config.preference_weight * means["loss"]
         loss = loss + getattr(config, f"{name}_weight") * (preferred + config.nll_weight * means["nll"])
         shares |= {f"{name}/{metric}": mean.detach() for metric, mean in means.items()}
     return loss, shares
+
+
+def side_config(config: TrainConfig, side: str) -> TrainConfig:
+    """The settings with the side's own beta, where it has one."""
+    beta = getattr(config, f"{side}_beta")
+    return replace(config, beta=beta) if beta else config
 
 
 def replay_metric(config: TrainConfig) -> str:

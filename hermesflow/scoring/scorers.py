@@ -31,12 +31,14 @@ class Scorers:
     - of answers: function(answer: str, choices: list[str]) -> the index of the choice it means, -1 for none.
     """
 
-    def __init__(self, config: CurationConfig) -> None:
+    def __init__(self, config: CurationConfig, judge: Model | None = None) -> None:
         """
         Args:
             config: score, caption_scorer, answer_scorer, and the models that they use.
+            judge: scores images in place of the model that is given to score_images.
         Raises: InputError if a model or a function cannot be had.
         """
+        self._judge = judge
         self._score_images = _image_scorer(IMAGE_SCORERS, config.score, "curation.score")
         caption, is_own = _load(CAPTION_SCORERS, config, "caption_scorer"), ":" in config.caption_scorer
         self._score_captions = _UserCaptions(config.caption_scorer, caption) if is_own else caption(config)
@@ -47,13 +49,13 @@ class Scorers:
         """How well images show what their record says: in the eyes of the model, or by a function of the user's.
 
         Args:
-            model: the judge, which also decodes the images.
+            model: the judge unless there is another, which also decodes the images.
             codes: int64 [B, n, N], n images of each record.
             records: B records.
         Returns: the scores, [B][n]; a function's come without answers.
         Raises: as self_vqa; InputError on what a user's function returns.
         """
-        return self._score_images(model, codes, records, self.match_answers)
+        return self._score_images(self._judge or model, codes, records, self.match_answers)
 
     def score_captions(self, captions: Sequence[Sequence[str]], truths: Sequence[str]) -> list[list[float]]:
         """Likeness of captions to the true caption of their record, all records in one pass.

@@ -35,6 +35,7 @@ SETTINGS = {
     "masks, means over tokens": {"masks_per_pair": 4, "length_normalize": True},
     "elbo": {"masks_per_pair": 2, "elbo_weighting": True},
     "likelihood": {"nll_weight": 0.3},
+    "a beta a side": {"generation_beta": 0.05, "understanding_beta": 0.4},
     "weights": {
         "generation_weight": 0.7,
         "understanding_weight": 1.9,
@@ -140,7 +141,8 @@ def plain_objective(logprob, reference, batch, config):
             tokens = [side.segment == 2 * pair + lose for lose in (0, 1)]
             if tokens[0].any():
                 values = ([each[mine] for mine in tokens] for each in (now, before[name], side.token_weight))
-                rows.append(plain_pair(*values, config))
+                own = getattr(config, f"{name}_beta") or config.beta
+                rows.append(plain_pair(*values, dataclasses.replace(config, beta=own)))
         means = {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
         loss += getattr(config, f"{name}_weight") * (
             config.preference_weight * means["loss"] + config.nll_weight * means["nll"]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +17,9 @@ from PIL import Image
 from hermesflow import load_model, tasks
 from hermesflow.config import load_config
 from hermesflow.data.pairs import read_pairs
-from hermesflow.runs import export_model
-from hermesflow.selfplay import run_selfplay
+from hermesflow.runs import Run, export_model
+from hermesflow.runtime.files import InputError
+from hermesflow.selfplay import curate_round, run_selfplay
 from hermesflow.worlds import shapes
 
 DATA = Path(__file__).parents[2] / "data"
@@ -121,3 +123,23 @@ def test_grpo_meets_the_law_of_the_drawing(family, records, tmp_path):
     assert [json.loads(line)["drift"] for line in lines if "drift" in json.loads(line)] == pytest.approx(
         [0, 0], abs=1e-4
     )
+
+
+def test_another_model_judges(records, tmp_path):
+    """It changes the images' scores and nothing that is drawn; one with other codes is refused."""
+    judge, scores, tokens = load_model(DATA / "emu3-tiny", dtype=torch.float32), [], []
+    judge.transformer.head.weight.data.mul_(-1)
+    judge.save(tmp_path / "judge")
+    for name, more in (("self", []), ("other", [f"model.judge={tmp_path / 'judge'}"])):
+        config = load_config(None, [*settings("emu3-tiny", records, tmp_path / name), *more])
+        curate_round(Run(config), 1)
+        parts = [pq.read_table(part) for part in sorted((tmp_path / name / "t/round-1/candidates").glob("*.parquet"))]
+        rows = [row for part in parts for row in part.to_pylist() if row["kind"] == "image"]
+        tokens.append([row["token_ids"] for row in rows])
+        scores.append([row["score"] for row in rows])
+    assert tokens[0] == tokens[1] and scores[0] != scores[1]
+    config = load_config(
+        None, [*settings("emu3-tiny", records, tmp_path), f"model.judge={DATA / 'chameleon-swin-tiny'}"]
+    )
+    with pytest.raises(InputError, match="model.judge .*: its images are .* codes in .*; give a judge with the same"):
+        curate_round(Run(config), 1)
