@@ -12,11 +12,12 @@ case. At that shape itself this scales by the number of items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,20 +119,42 @@ def run_e2e(settings: Settings) -> int:
     Raises: InputError if a file cannot be written.
     """
     run = Run("e2e", settings, EFFORT, settings.torch_dtype)
+    tasks = Tasks(SHAPES[settings.shape], run.device, settings.torch_dtype)
+    contests = (getattr(tasks, name)() for name in settings.cases or CASES)
+    if not measure_tasks(run, settings, contests, tasks.check, tasks.engine.transformer):
+        return 1
+    run.console.print(_projection(run.lines, settings.torch_dtype))
+    return 0
+
+
+def measure_tasks(
+    run: Run,
+    settings: Any,
+    contests: Iterable[Contest],
+    check: Callable[[], str | None],
+    transformer: Transformer,
+) -> bool:
+    """Check, then measure contests one by one and print their table.
+
+    Args:
+        run: where lines and tables go.
+        settings: Settings, or those of another family, with the same fields.
+        contests: made one by one.
+        check: None, or how the engine's results are wrong.
+        transformer: whose parts profiles mark.
+    Returns: whether the results are right; if not, nothing is measured.
+    """
     if settings.profile:
         make_folder(settings.profile)
-    tasks = Tasks(SHAPES[settings.shape], run.device, settings.torch_dtype)
-    if not run.is_right([tasks.check()]):
-        return 1
-    for name in settings.cases or CASES:
-        contest: Contest = getattr(tasks, name)()
+    if not run.is_right([check()]):
+        return False
+    for contest in contests:
         baselines = contest.baselines if settings.naive else {}
         run.measure(replace(contest, shape=f"{settings.shape}: {contest.shape}", baselines=baselines))
         if settings.profile:
-            run.console.print(_profile(contest, tasks.engine.transformer, settings.profile, run.device))
+            run.console.print(_profile(contest, transformer, settings.profile, run.device))
     run.print_table("the baseline")
-    run.console.print(_projection(run.lines, settings.torch_dtype))
-    return 0
+    return True
 
 
 class Tasks:

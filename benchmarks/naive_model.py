@@ -12,8 +12,9 @@ Sources: Show-o (arXiv 2408.12528) and HermesFlow (arXiv 2502.12148) with their 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,10 +41,10 @@ def all_logits(transformer: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
         normed = block.attention_norm(x)
         attended = _attention(block, normed, rotary, mask)
         if config.block == "parallel":
-            x = x + attended + _mlp(block, normed)
+            x = x + attended + feed_forward(block, normed)
         else:
             x = x + attended
-            x = x + _mlp(block, block.mlp_norm(x))
+            x = x + feed_forward(block, block.mlp_norm(x))
     return F.linear(transformer.norm(x), transformer.head.weight, transformer.head.bias)
 
 
@@ -58,7 +59,8 @@ def _attention(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Ten
     return F.linear(attended, attention.out.weight, attention.out.bias)
 
 
-def _mlp(block: Block, x: Tensor) -> Tensor:
+def feed_forward(block: Block, x: Tensor) -> Tensor:
+    """A block's MLP, for normed x [..., D]."""
     mlp, activation = block.mlp, ACTIVATIONS[block.attention.config.activation]
     x = F.linear(x, mlp.up.weight, mlp.up.bias)
     if mlp.gated:
@@ -219,14 +221,14 @@ def pad_pairs(layout: TokenLayout, batch: PairBatch, num_text_tokens: int) -> Pa
         for segment in range(2 * num_pairs):
             at, chosen = (segment % 2, first + segment // 2), side.segment == segment
             rows = side.rows[chosen]
-            sequence = _sequence_to(tree, int(rows[-1]))
+            sequence = sequence_to(tree, int(rows[-1]))
             start = shape[2] - len(sequence) if name == "generation" else 0
             ids[at][start : start + len(sequence)] = sequence
             labels[at][start + tree.position_ids[rows]] = side.targets[chosen]
     return PaddedPairs(ids, labels)
 
 
-def _sequence_to(tree: SpanTree, row: int) -> Tensor:
+def sequence_to(tree: SpanTree, row: int) -> Tensor:
     """Token ids of the span that holds a packed row, after those of its ancestors."""
     span, parts = int(np.searchsorted(tree.packed_starts, row, side="right")) - 1, []
     while span >= 0:
@@ -243,16 +245,23 @@ def train_step(
     Four passes: policy and reference, each over the wins and over the loses. The published code sums a batch before the
     sigmoid, which is a mistake (the method compares pair by pair); here it is as the method says.
     """
-    policy = torch.stack([_label_logprobs(transformer, layout, pairs, role) for role in (0, 1)], dim=1)
+    return dpo_step(partial(_label_logprobs, layout=layout, pairs=pairs), transformer, reference, beta)
+
+
+def dpo_step(
+    logprobs: Callable[[Transformer, int], Tensor], transformer: Transformer, reference: Transformer, beta: float
+) -> Tensor:
+    """Loss of one step, 0-dim, with its gradient; logprobs of a model and a role (win 0, lose 1) are [2 P, L]."""
+    policy = torch.stack([logprobs(transformer, role) for role in (0, 1)], dim=1)
     with torch.no_grad():
-        before = torch.stack([_label_logprobs(reference, layout, pairs, role) for role in (0, 1)], dim=1)
+        before = torch.stack([logprobs(reference, role) for role in (0, 1)], dim=1)
     losses, _, _ = naive.pair_dpo(policy, before, beta)
     loss = losses.view(2, -1).mean(dim=1).sum()
     loss.backward()
     return loss.detach()
 
 
-def _label_logprobs(transformer: Transformer, layout: TokenLayout, pairs: PaddedPairs, role: int) -> Tensor:
+def _label_logprobs(transformer: Transformer, role: int, layout: TokenLayout, pairs: PaddedPairs) -> Tensor:
     """Log-probability of each label [2 P, L], 0 where there is none, by logits at all positions."""
     ids, labels = pairs.ids[role], pairs.labels[role]
     images, captions = ids.chunk(2)

@@ -59,9 +59,25 @@ class Prediction(NamedTuple):
     """The slowest resource, or the largest parts."""
 
 
+class CodeModel(NamedTuple):
+    """A model that draws code by code; every head has its own keys and values."""
+
+    name: str
+    layers: int
+    width: int
+    mlp_width: int
+    """Of each of the MLP's three matrices."""
+    code_width: int
+    """Of the image head's inner layer."""
+
+
+JANUS_PRO = (CodeModel("Janus-Pro 1B", 24, 2048, 5632, 2048), CodeModel("Janus-Pro 7B", 30, 4096, 11_008, 4096))
+
+
 def predictions(of: Assumptions) -> list[Prediction]:
-    """All cases, at the shapes of Show-o 1.3B."""
-    return [*_samplers(of), _linear_sample(of), _linear_logprob(of), _attention(of), _image_step(of), _caption_step(of)]
+    """All cases: at the shapes of Show-o 1.3B, and a step of images drawn code by code by both sizes of Janus-Pro."""
+    ops = [*_samplers(of), _linear_sample(of), _linear_logprob(of), _attention(of)]
+    return [*ops, _image_step(of), _caption_step(of), *(_code_step(of, size) for size in JANUS_PRO)]
 
 
 def _streaming(
@@ -170,6 +186,24 @@ def _caption_step(of: Assumptions) -> Prediction:
         "head and sampling": head / (of.copy * 0.45) + 70e-6,
     }
     return _step("a caption step, 64 captions", "bytes", (layers * (weights + cached) + head) / of.copy, parts)
+
+
+def _code_step(of: Assumptions, model: CodeModel) -> Prediction:
+    """A code for each of 16 guided images of a prompt of 25 tokens, with half of the 576 codes drawn."""
+    codes, rows = 16_384, 32
+    weights = (4 * model.width**2 + 3 * model.width * model.mlp_width) * 2
+    cached = (2 * 25 + rows * 288) * 2 * model.width * 2
+    head = (model.width + codes) * model.code_width * 2
+    parts = {
+        "matmuls": model.layers * (weights / (of.copy * of.gemv) + 4 * 1.2e-6),
+        # Two norms, rotation and storage, activation.
+        "small kernels": model.layers * 4 * of.small_kernel,
+        "attention": model.layers * (cached / (of.copy * 0.75) + 2 * of.small_kernel),
+        # Guidance, sampling, the code's record and its embedding.
+        "head and sampling": head / (of.copy * 0.45) + 70e-6,
+    }
+    ideal = (model.layers * (weights + cached) + head) / of.copy
+    return _step(f"a code step, 16 guided images, {model.name}", "bytes", ideal, parts)
 
 
 def _step(case: str, roof: str, ideal: float, parts: dict[str, float]) -> Prediction:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -42,6 +43,7 @@ from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.phases import phase
+from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.model import Model, PromptFormat
 from hermesflow.runtime.files import make_folder
@@ -95,8 +97,20 @@ def run_train(settings: Settings) -> int:
     Returns: 0, or 1 if loss or gradients are not those of the published algorithm.
     Raises: InputError if a file cannot be written.
     """
-    run, names = Run("train", settings, EFFORT, settings.torch_dtype), settings.cases or CASES
-    step = Step(settings.shape, run.device, settings.torch_dtype)
+    run = Run("train", settings, EFFORT, settings.torch_dtype)
+    return measure_step(run, settings, Step(settings.shape, run.device, settings.torch_dtype))
+
+
+def measure_step(run: Run, settings: Any, step: Step) -> int:
+    """Compare, measure, print a table.
+
+    Args:
+        run: where lines and tables go.
+        settings: Settings, or those of another family, with the same fields.
+        step: what is measured.
+    Returns: see run_train.
+    """
+    names = settings.cases or CASES
     if settings.naive and not run.is_right(step.comparisons(names)):
         return 1
     contests = [step.contest(name) for name in names]
@@ -110,21 +124,29 @@ def run_train(settings: Settings) -> int:
 
 
 class Step:
-    """One step of Pair-DPO by our packed passes and by the published algorithm, over the same pairs."""
+    """One step of Pair-DPO by our packed passes and by the published algorithm, over the same pairs.
+
+    Another family overrides model_kind, make_model, pad, run_naive and pass_work.
+    """
+
+    model_kind: type[Model] = Model
 
     def __init__(self, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.shape_name, shape, model_shape = shape_name, SHAPES[shape_name], e2e.SHAPES[shape_name]
-        self.transformer, layout = e2e.make_model(model_shape.checkpoint, device, dtype)
+        self.shape_name, shape = shape_name, SHAPES[shape_name]
+        self.transformer, layout = self.make_model(device, dtype)
         generator = torch.Generator().manual_seed(0)
 
         def draw_ids(limit: int, length: int) -> list[int]:
             return torch.randint(limit, (length,), generator=generator).tolist()
 
+        def text_ids(length: int) -> list[int]:
+            return [layout.text_ids[number] for number in draw_ids(len(layout.text_ids), length)]
+
         def text(length: int) -> str:
-            return " ".join(map(str, draw_ids(layout.text_vocab_size, length)))
+            return " ".join(map(str, text_ids(length)))
 
         prompts = PromptFormat(caption_question=text(shape.question_len))
-        model = Model(self.transformer, None, _SpelledIds(), layout, 0, prompts, None)
+        model = self.model_kind(self.transformer, None, _SpelledIds(), layout, 0, prompts, None)
         codes, num_codes = layout.codebook_size, layout.num_image_tokens
         rows = [
             {
@@ -132,8 +154,8 @@ class Step:
                 "caption": text(shape.prompt_len),
                 "sides": "both",
                 **{name: draw_ids(codes, num_codes) for name in ("record_codes", "win_codes", "lose_codes")},
-                "win_caption_ids": draw_ids(layout.text_vocab_size, shape.caption_len),
-                "lose_caption_ids": draw_ids(layout.text_vocab_size, shape.caption_len),
+                "win_caption_ids": text_ids(shape.caption_len),
+                "lose_caption_ids": text_ids(shape.caption_len),
             }
             for number in range(shape.num_pairs)
         ]
@@ -145,8 +167,16 @@ class Step:
         self.reference = copy.deepcopy(self.transformer)
         self._references = {"step_live": LiveReference(self.reference), "step_cached": self._cached()}
         _move(self.transformer.requires_grad_(), torch.Generator(device).manual_seed(1))
-        self._padded = naive_model.pad_pairs(layout, self.packer.pack(self.visits, device), model_shape.num_text_tokens)
+        self._padded = self.pad(self.packer.pack(self.visits, device))
         self.work = ModelWork(config=self.transformer.config, layout=layout, dtype=dtype)
+
+    def make_model(self, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Layout]:
+        """Random weights, and their layout."""
+        return e2e.make_model(e2e.SHAPES[self.shape_name].checkpoint, device, dtype)
+
+    def pad(self, batch: PairBatch) -> Any:
+        """What run_naive reads of a pass over all pairs."""
+        return naive_model.pad_pairs(self.layout, batch, e2e.SHAPES[self.shape_name].num_text_tokens)
 
     def run(self, case: str) -> Tensor:
         """Loss of our step, 0-dim; gradients are added to those of the weights."""
@@ -220,7 +250,11 @@ class Step:
         """What a step needs at least."""
         num_forwards = 4 if case == "step_live" else 3
         batches = [self.packer.pack(chosen) for chosen in self._passes()]
-        return [self.work.tree(batch.tree, len(batch.rows)) for batch in batches for _ in range(num_forwards)]
+        return [self.pass_work(batch) for batch in batches for _ in range(num_forwards)]
+
+    def pass_work(self, batch: PairBatch) -> Work:
+        """What a forward pass needs at least."""
+        return self.work.tree(batch.tree, len(batch.rows))
 
     def _passes(self) -> list[list[PairVisit]]:
         return [chosen for chosen, counts in self.packer.passes(self.visits) if counts]

@@ -60,6 +60,22 @@ class ModelWork:
         counts = num_to_mask(num_tokens, num_steps)[:-1]
         return passes + [self.one_pass(step, cached, drawn * num_unknown, codes) for num_unknown in counts]
 
+    def images_by_code(self, num_images: int, prompt_len: int) -> list[Work]:
+        """Guided images of one prompt of prompt_len plain ids, drawn code by code. Of the head its last layer counts,
+        once for both halves, and ids between rows of codes are computed with the code before them."""
+        layout, text = self.layout, [0] * prompt_len
+        prompts = [
+            len(ids) + len(layout.before_image) for ids in (layout.text_prompt(text), layout.unguided_prompt(text))
+        ]
+        passes, drawn = [self.one_pass([(1, length, 0, True) for length in prompts], 0, 1, layout.codebook_size)], 0
+        for number in range(1, layout.num_image_tokens):
+            width = 1 + (len(layout.row_end) if number % layout.image_grid[1] == 0 else 0)
+            spans = [(num_images, width, length + drawn, True) for length in prompts]
+            cached = sum(prompts) + len(prompts) * num_images * drawn
+            passes.append(self.one_pass(spans, cached, num_images, layout.codebook_size))
+            drawn += width
+        return passes
+
     def answers(
         self, num_images: int, num_questions: int, question_len: int, num_samples: int, num_tokens: int
     ) -> list[Work]:

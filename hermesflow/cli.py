@@ -326,15 +326,19 @@ def _bench_ops(arguments: Arguments, config: Config) -> int:
 
 
 def _bench_e2e(arguments: Arguments, config: Config) -> int:
-    from hermesflow.benchmarks.e2e import Settings, run_e2e
+    from hermesflow.benchmarks import causal_tasks, e2e
 
-    return run_e2e(_settings(Settings, arguments))
+    if arguments.family == "showo":
+        return e2e.run_e2e(_settings(e2e.Settings, arguments))
+    return causal_tasks.run_causal_e2e(_settings(causal_tasks.TaskSettings, arguments))
 
 
 def _bench_train(arguments: Arguments, config: Config) -> int:
-    from hermesflow.benchmarks.train import Settings, run_train
+    from hermesflow.benchmarks import causal_tasks, train
 
-    return run_train(_settings(Settings, arguments))
+    if arguments.family == "showo":
+        return train.run_train(_settings(train.Settings, arguments))
+    return causal_tasks.run_causal_train(_settings(causal_tasks.StepSettings, arguments))
 
 
 def _bench_drop_in(arguments: Arguments, config: Config) -> int:
