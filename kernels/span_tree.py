@@ -83,6 +83,8 @@ class SpanTree:
     that are new (0: cached), regions the slots it may grow into.
     num_visible: of a tree that decodes (see decode), int64 [Tq]: how many tokens a row's own span has by now, the row's
     included; the host then takes the span's whole region for its length. None: the host knows all lengths.
+    most_visible: a bound on num_visible that the host knows, so that less need be read; None: the regions. How sums are
+        rounded depends on it: give one that does not depend on what else is in the batch.
     fixed: whether plans of trees with as many rows, and about the capacity, have tensors of the same sizes, for load_;
         trees made from a fixed one are fixed.
     capacity: storage slots that the tree needs, reserved ones included.
@@ -101,6 +103,7 @@ class SpanTree:
     num_visible: Tensor | None = None
     fixed: bool = False
     _plans: dict[Hashable, tuple[Callable[[SpanTree], Any], Any]] = field(default_factory=dict, repr=False)
+    most_visible: int | None = None
     _of_step: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     capacity: int = field(init=False)
     has_mixed: bool = field(init=False)
@@ -237,7 +240,9 @@ class SpanTree:
             self.token_ids, self.starts, lengths, self.parents, self.num_causal, self.num_new, self.regions
         )
 
-    def with_tokens(self, token_ids: Tensor, num_visible: Tensor | None = None) -> SpanTree:
+    def with_tokens(
+        self, token_ids: Tensor, num_visible: Tensor | None = None, most_visible: int | None = None
+    ) -> SpanTree:
         """The same structure over other token ids [Tq], and in a tree that decodes other lengths; plans are shared.
 
         Raises:
@@ -265,6 +270,7 @@ class SpanTree:
             num_visible,
             self.fixed,
             self._plans,
+            most_visible,
         )
 
     def _make_before(self) -> tuple[Tensor, Tensor]:

@@ -204,6 +204,7 @@ class _Images:
         self.hidden = hidden[torch.tensor(parents, device=device)]
         self.num_visible = torch.zeros(len(parents), dtype=torch.int64, device=device)
         self.tokens = torch.zeros(len(parents), dtype=torch.int64, device=device)
+        self.num_fed = 0
         spans = range(tree.num_spans, leaves.num_spans)
         self.leaves = leaves.decode(list(spans), self.tokens, self.num_visible + 1)
 
@@ -230,7 +231,11 @@ class _Images:
 
     def _feed(self, tokens: Tensor) -> None:
         self.num_visible += 1
-        self.hidden.copy_(self.transformer(self.leaves.with_tokens(tokens, self.num_visible), self.cache))
+        self.num_fed += 1
+        # A graph is captured at one number and replayed at all.
+        most = None if self.leaves.fixed else self.num_fed
+        leaves = self.leaves.with_tokens(tokens, self.num_visible, most)
+        self.hidden.copy_(self.transformer(leaves, self.cache))
 
     def _draw_code(self) -> None:
         drawn, logprob = self._sampled()

@@ -94,7 +94,8 @@ class _Part(NamedTuple):
 def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None) -> Tensor:
     """hermesflow.kernels.span_attention.span_attention on the CPU.
 
-    Whole regions of spans that decode are read, under a mask: what lies there beyond their tokens must be finite.
+    Regions of spans that decode are read under a mask, to tree.most_visible or as a whole: what lies there beyond their
+    tokens must be finite.
     """
     if not len(tree.token_ids):
         return torch.zeros_like(q)
@@ -205,14 +206,17 @@ def _add_gradients(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:
     """Output [n, H, d] and log-sum-exp [n, H] of the part's rows."""
-    mask = part.mask
+    query, key, value, mask = part.queries.of(q), part.keys.of(k), part.keys.of(v), part.mask
     if part.visible is not None:
         rows, num_before = part.visible
-        visible = torch.arange(part.keys.length) < (num_before + tree.num_visible[rows])[:, None, None, None]
+        seen = num_before + tree.num_visible[rows]
+        if tree.most_visible is not None:
+            most = int(num_before.max()) + tree.most_visible
+            key, value = key[:, :, :most], value[:, :, :most]
+        visible = torch.arange(key.shape[2]) < seen[:, None, None, None]
         mask = torch.where(visible, 0.0, float("-inf"))
     if mask is not None:
         mask = mask.to(q.dtype).expand(-1, -1, part.queries.length, -1)
-    query, key, value = part.queries.of(q), part.keys.of(k), part.keys.of(v)
     out, lse = _flash(query, key, value, 0.0, part.causal, attn_mask=mask, scale=scale)
     out, lse = out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     return (out, lse) if part.picked is None else (out.index_select(0, part.picked), lse.index_select(0, part.picked))
