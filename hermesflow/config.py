@@ -83,7 +83,7 @@ class ModelConfig:
     """The unified model that is improved."""
 
     name: str = "tiny"
-    """"tiny" for the model that ships with the package, the folder of a model, or a hub id."""
+    """"tiny", or "tiny-ar" that draws code by code, of the package; the folder of a model, or a hub id."""
     device: str = "auto"
     """Where it runs: cpu, cuda or cuda:N; auto takes cuda where there is one."""
     judge: str = ""

@@ -69,10 +69,11 @@ def load_model(
     vq_tokenizer: StrPath | None = None,
     family: str = "auto",
 ) -> Model:
-    """Opens the built-in model "tiny", a folder that Model.save wrote, or a published checkpoint.
+    """Opens a built-in model, a folder that Model.save wrote, or a published checkpoint.
 
     Args:
-        name_or_path: "tiny", a folder, or a hub id such as "showlab/show-o-512x512" or "Gen-Verse/HermesFlow".
+        name_or_path: "tiny" or "tiny-ar", a folder, or a hub id such as "showlab/show-o-512x512" or
+            "Gen-Verse/HermesFlow".
         device: where the weights go; None is the CPU.
         dtype: of the backbone; None takes the checkpoint's, and fp32 for the built-in model's folders.
         vq_tokenizer: for published checkpoints: folder or hub id of the image tokenizer; None takes the one beside the
@@ -137,7 +138,7 @@ def _find(name: str, markers: tuple[str, ...]) -> tuple[Path, str]:
         if rounds:
             raise InputError(f"{name}: is the folder of a run; give the model of a round, such as {rounds[-1]}")
         raise InputError(
-            f"no model {name!r}: give 'tiny', a folder that holds config.json, or a hub id such as "
+            f"no model {name!r}: give 'tiny' or 'tiny-ar', a folder that holds config.json, or a hub id such as "
             "showlab/show-o-512x512"
         )
     return folder, marker

@@ -130,7 +130,8 @@ def check_settings(config: PretrainConfig, path: Path) -> None:
         write_json(path, now)
         return
     saved = read_json(path)
-    changed = [f"pretrain.{name}" for name in now if not isinstance(saved, dict) or now[name] != saved.get(name)]
+    saved = {"images": "masked"} | saved if isinstance(saved, dict) else {}  # files of before do not say
+    changed = [f"pretrain.{name}" for name in now if now[name] != saved.get(name)]
     if changed:
         raise InputError(
             f"{path}: the folder holds a run with other settings ({', '.join(changed)}); choose another "

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 import hermesflow.worlds.pretraining as pretraining
 from hermesflow.config import PretrainConfig
+from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder
 from hermesflow.models.family import ASSETS, load_model
 from hermesflow.runtime.files import InputError
+from hermesflow.scoring.self_answers import self_vqa
 from hermesflow.worlds import oracle, shapes
 from hermesflow.worlds.pretraining import SceneBatches, run_pretraining
 
@@ -106,6 +108,31 @@ def test_batches_predict_codes_and_the_texts_that_belong_to_them(made):
             assert target == (layout.eot if row + 1 in ends else ids[row + 1])
 
 
+def test_a_model_that_draws_code_by_code_is_made_too(tmp_path):
+    """A row of an image predicts the next code."""
+    model = load_model(str(run_pretraining(PretrainConfig(folder=str(tmp_path), images="causal", **SMALL))))
+    assert isinstance(model.engine.image_decoder, AutoregressiveDecoder)
+    batch = SceneBatches(model, "train", 20, seed=0).draw(np.random.default_rng(0), 5, 4, dropout=0.0)
+    rows, targets = batch.rows["image"], batch.targets["image"]
+    assert len(rows) == 5 * 16 and torch.equal(batch.tree.token_ids[rows + 1], targets)
+    assert batch.tree.causal.all() and not (batch.tree.token_ids == model.layout.mask_id).any()
+
+
+def test_the_shipped_model_that_draws_code_by_code_understands_and_draws():
+    """It takes the tokenizer of tiny; what it saves holds its own."""
+    model, scenes = load_model("tiny-ar"), shapes.sample_scenes("validation", 60, seed=7)
+    assert not (ASSETS / "tiny-ar" / "vq_tokenizer.safetensors").exists()
+    records = [shapes.make_record(scene, "", np.random.default_rng(0)) for scene in scenes]
+    codes = model.encode_images(np.stack([record.image for record in records]))
+    marks = [score.hard for [score] in self_vqa(model, codes[:, None], records)]
+    assert np.mean(marks) > 0.85
+    prompts = [model.image_prompt(record.caption) for record in records]
+    drawn = model.engine.generate(prompts, num_images=1, seeds=torch.arange(60)[:, None], sampling=model.sampling)
+    seen = oracle.read(model.decode_images(drawn[:, 0]))
+    marks = [oracle.score(record.questions, item)[0] for record, item in zip(records, seen, strict=True)]
+    assert np.mean(marks) > 0.7
+
+
 def test_the_shipped_model_fits_ten_megabytes_and_reads_and_draws_its_world():
     folder = ASSETS / "tiny"
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 10e6
@@ -140,7 +167,7 @@ def test_weights_of_another_size_are_listed(made, tmp_path):
 
 
 def test_an_unknown_model_says_what_to_give():
-    with pytest.raises(InputError, match="no model 'giant': give 'tiny', a folder"):
+    with pytest.raises(InputError, match="no model 'giant': give 'tiny' or 'tiny-ar', a folder"):
         load_model("giant")
 
 
@@ -158,6 +185,7 @@ GRADIENT_OF_A_STEP = """
 import os, sys, torch
 import torch.distributed as dist
 from hermesflow.config import PretrainConfig
+from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder
 from hermesflow.models import load_model
 from hermesflow.worlds.pretraining import SceneBatches, add_gradients
 if "RANK" in os.environ:
