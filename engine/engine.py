@@ -23,6 +23,9 @@ from hermesflow.kernels.span_tree import SpanForest, SpanTree
 # tiles on 132 multiprocessors; in decoding each further answer is nearly free until 64 images with 10 captions each.
 # CPU: see LOG.md.
 _MOST_IMAGE_TOKENS = {"cuda": 32_768, "cpu": 16_384}
+_MOST_CODE_ROWS = {"cuda": 512, "cpu": 64}
+"""Images that are drawn code by code at once, where throughput stays level: CUDA by arithmetic, a token of 300 rows
+multiplies for as long as its weights take to be read."""
 _MOST_TEXT_TOKENS = {"cuda": 98_304, "cpu": 16_384}
 _TOKENS_PER_ANSWER = 16
 """At least as many tokens of a batch come with an answer: its own, and its share of image and question."""
@@ -84,6 +87,9 @@ class Engine:
     def max_sequences(self) -> int:
         """Image spans that one pass of generate computes: what free memory holds and speed asks for."""
         length = self.layout.image_length
+        if self.layout.image_mode == "causal":  # a step computes one token of each image, and the rest is cached
+            most = {device: rows * length for device, rows in _MOST_CODE_ROWS.items()}
+            return max(2, self._planner.max_tokens("images", most, computed=False) // length)
         most = {device: max(2, round(tokens / length)) * length for device, tokens in _MOST_IMAGE_TOKENS.items()}
         return max(2, self._planner.max_tokens("images", most) // length)
 

@@ -36,7 +36,9 @@ class MemoryPlanner:
         self._transformer = transformer
         self._planned: dict[str, int] = {}
 
-    def max_tokens(self, work: str, most: dict[str, int], *, vocab_size: int = 0, tokens_per_row: int = 1) -> int:
+    def max_tokens(
+        self, work: str, most: dict[str, int], *, vocab_size: int = 0, tokens_per_row: int = 1, computed: bool = True
+    ) -> int:
         """How many tokens a pass may compute and cache.
 
         Args:
@@ -44,11 +46,13 @@ class MemoryPlanner:
             most: device type -> tokens beyond which throughput stays level.
             vocab_size: of the logits that are held at once, for one row of every tokens_per_row tokens; 0: no logits.
             tokens_per_row: at least 1.
+            computed: False if all but a few tokens are only cached.
         Returns: at least 1.
         """
         if work not in self._planned:
             weight = self._transformer.embed.weight
-            each = token_bytes(self._transformer.config, weight.itemsize)
+            bytes_of = token_bytes if computed else kv_bytes
+            each = bytes_of(self._transformer.config, weight.itemsize)
             each += vocab_size * 4 * LOGITS_COPIES // tokens_per_row
             free, count = free_bytes(weight.device), most.get(weight.device.type, most["cpu"])
             if not math.isinf(free):

@@ -6,8 +6,10 @@ import logging
 import pytest
 import torch
 
+from hermesflow.engine import memory_planner
 from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder, CodeSamplingParams
 from hermesflow.engine.engine import Engine
+from hermesflow.engine.memory_planner import kv_bytes
 from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.kernels.philox import RandomKey
@@ -222,3 +224,11 @@ def test_a_rollout_is_scored_by_the_law_that_drew_it(transformer, name):
     assert transformer.embed.weight.grad.norm() > 0
     with pytest.raises(ValueError, match="expected top_k 0 and top_p 1, got 4 and 1.0; a filtered law"):
         engine.rollout_logprobs(PROMPTS, drawn, sampling=PARAMS["top-k"])
+
+
+def test_passes_are_as_large_as_the_cache_allows(transformer, monkeypatch):
+    """A row's tokens are keys and values, not what one computed token takes; at most 64 rows on a CPU."""
+    row = LAYOUT.image_length * kv_bytes(transformer.config, 4)
+    for free, expected in ((10 * row / 0.9 + 1, 10), (1e15, 64)):
+        monkeypatch.setattr(memory_planner, "free_bytes", lambda device, free=free: free)
+        assert Engine(transformer, LAYOUT, image_decoder=AutoregressiveDecoder).max_sequences == expected
