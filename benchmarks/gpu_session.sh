@@ -5,7 +5,7 @@
 #
 #   rates      the extension loads, doctor, clocks, copy and matmul rates
 #   check      every op's fast backends against its reference, at the shape that is timed
-#   images     steps of guided images by kernel, 32 and 64 spans, eager and compiled
+#   images     steps of guided images by kernel, 32 and 64 spans, layers fused and plain
 #   decoding   a decoding step of 64 rows by kernel
 #   attention  attention by itself: blocks of other sizes, cuDNN, flash attention and FlexAttention
 #   ops        every other op on every backend
@@ -137,13 +137,13 @@ check() {
 
 images() {
     part 100
-    steps images-eager 45 images
-    steps images-compiled 70 images --compiled
+    steps images-fused 60 images
+    steps images-plain 45 images --plain
 }
 
 decoding() {
     part 60
-    steps decoding 60 decoding --compiled
+    steps decoding 60 decoding
 }
 
 attention() {

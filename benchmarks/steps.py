@@ -1,14 +1,15 @@
 """Single steps of a model, timed alone and by kernel.
 
 usage: python -m hermesflow.benchmarks.steps CASE [...] [--device cuda] [--shape showo-1.3b] [--dtype bfloat16]
-           [--compiled] [--out FILE.jsonl] [--profile FOLDER]
+           [--plain] [--out FILE.jsonl] [--profile FOLDER]
 
     roof       the copy and matmul rates that the other lines are compared with
     images     a step of guided images, in passes of 32 and of 64 spans
     decoding   a step of 64 answers, 8 about each image; on CUDA a graph
     attention  a layer's attention in a step of images, by the sizes of its kernel's blocks
 
-Weights are random (e2e.make_model). `--compiled` runs the blocks through torch.compile, as the engine does on CUDA.
+Weights are random (e2e.make_model). On CUDA layers are fused as in the engine; `--plain` leaves
+them to torch, op by op.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from hermesflow.engine.device_graph import DeviceGraph, captures
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.prompt_spans import PromptSpans
 from hermesflow.kernels import registry
+from hermesflow.kernels.checks import triton_missing
 from hermesflow.kernels.span_tree import SpanTree
-from hermesflow.runtime.files import make_folder
+from hermesflow.runtime.files import InputError, make_folder
 
 NUM_SPANS = (32, 64)
 """Of a pass; a guided image is two."""
@@ -53,8 +55,8 @@ EFFORT = Effort(seconds=1.0, min_rounds=3)
 class Settings(ModelSettings):
     """What to measure."""
 
-    compiled: bool = False
-    """Run the blocks through torch.compile."""
+    plain: bool = False
+    """Leave the layers to torch, op by op."""
     profile: Path | None = None
     """Folder of a trace and a table for each case."""
 
@@ -103,7 +105,7 @@ def measure_images(run: Run, settings: Settings) -> None:
                     samples.append((_now(run.device) - began) * 1e3)
 
         draw = _inference(partial(decoder.generate, [prompt], seeds, params, max_sequences=num_spans))
-        peak = peak_bytes(draw, run.device) / MIB  # this call also compiles
+        peak = peak_bytes(draw, run.device) / MIB  # this call also compiles kernels
         draw(progress=timed)
         if not samples:
             run.notes.append(f"steps of {num_spans} spans: the pass is one CUDA graph; take a larger shape")
@@ -204,13 +206,13 @@ def _by_blocks(launch: tuple[int, int, int, int]) -> Callable[[Callable], Callab
 def _model(run: Run, settings: Settings) -> tuple:
     transformer, layout = e2e.make_model(e2e.SHAPES[settings.shape].checkpoint, run.device, settings.torch_dtype)
     transformer.head.bias[layout.eot] = -100.0  # is never drawn
-    if settings.compiled:
-        transformer.compile_blocks()
+    if not settings.plain and run.device.type == "cuda" and triton_missing() is None:
+        transformer.fuse_layers()
     return transformer, layout
 
 
 def _mode(settings: Settings) -> str:
-    return "compiled" if settings.compiled else "eager"
+    return "fused" if settings.device == "cuda" and not settings.plain else "plain"
 
 
 def _contest(
@@ -243,17 +245,23 @@ def _profile(run: Run, settings: Settings, name: str, call: Call) -> None:
         run.console.print(write_profile(name, call, run.device, settings.profile), soft_wrap=True)
 
 
-def main() -> None:
+def main() -> int:
+    """Returns: the exit code: 2 if a file cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(MEASURE)} [all]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=e2e.SHAPES, default="tiny", help="of the model [tiny]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compiled", action="store_true", help="run the blocks through torch.compile")
+    parser.add_argument("--plain", action="store_true", help="leave the layers to torch, op by op")
     parser.add_argument("--out", type=Path, help="file of JSON lines")
     parser.add_argument("--profile", type=Path, help="folder of a trace and a table for each case")
     arguments = parser.parse_args()
-    run_steps(Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)}))
+    try:
+        run_steps(Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)}))
+    except InputError as error:
+        print(f"steps: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

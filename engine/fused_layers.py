@@ -1,4 +1,4 @@
-"""A pass through the layers in inference on a GPU: few kernels, each of which takes in what it can of its neighbors.
+"""Forward pass in inference on a GPU with few kernels, each fused with its neighbors.
 
     norm -> [q k v] -> norm, rotation, storage -> attention -> out -> (norm ->) up, activation -> down
 
@@ -22,7 +22,7 @@ from hermesflow.engine.kv_cache import KVCache
 from hermesflow.kernels.span_tree import SpanTree
 
 _FEW = 512
-"""Tokens up to which a matmul reads its weights for longer than it multiplies them."""
+"""Up to this many tokens a matmul takes as long as reading its weights."""
 
 
 class FusedPass:
@@ -39,12 +39,12 @@ class FusedPass:
         return self._kernels.norm(plain_norm(module), x, shift)
 
     def halves(self, layer: int) -> tuple[Callable, Callable]:
-        """Of a layer, as Block has them."""
+        """before_attention and after_attention of a layer, with the signatures of Block's."""
         return functools.partial(self._before_attention, layer), functools.partial(self._after_attention, layer)
 
     def _before_attention(self, layer: int, block: nn.Module, x: Tensor, rotary: tuple) -> tuple[Tensor, ...]:
-        """As Block.before_attention; keys and values are the whole storage, and where the MLP's matmul was done too,
-        its activated rows stand in place of normed."""
+        """As Block.before_attention, but keys and values are the layer's whole storage; after a joined matmul the first
+        result is the MLP's activated rows."""
         attention, config = block.attention, block.attention.config
         normed = self.norm(block.attention_norm, x, 2 * layer)
         joined = _joined(block) if len(x) <= _FEW else None
@@ -78,7 +78,7 @@ def join_weights(block: nn.Module) -> None:
     """Lays the weights [q k v | up] of a parallel block one after the other in memory, where both layers are plain and
     nothing stands in between; the parameters stay the same objects."""
     qkv, up = plain_layer(block.attention.qkv), plain_layer(block.mlp.up)
-    if block.mlp_norm is not None or block.mlp.gated or qkv is None or up is None:
+    if not _can_join(block):
         return
     for first, second in ((qkv.weight, up.weight), (qkv.bias, up.bias)):
         if first is not None and type(first.data) is Tensor and type(second.data) is Tensor:
@@ -89,7 +89,7 @@ def join_weights(block: nn.Module) -> None:
 def _joined(block: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of both layers as one, if join_weights has laid them so and nobody has moved them since."""
     qkv, up = plain_layer(block.attention.qkv), plain_layer(block.mlp.up)
-    if block.mlp_norm is not None or block.mlp.gated or qkv is None or up is None:
+    if not _can_join(block):
         return None
     pairs = [(qkv.weight, up.weight), *([] if qkv.bias is None else [(qkv.bias, up.bias)])]
     if not all(_follows(*pair) for pair in pairs):
@@ -98,6 +98,13 @@ def _joined(block: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride()) for first, second in pairs
     )
     return weight, *(bias or [None])
+
+
+def _can_join(block: nn.Module) -> bool:
+    qkv, up = plain_layer(block.attention.qkv), plain_layer(block.mlp.up)
+    if block.mlp_norm is not None or block.mlp.gated or qkv is None or up is None:
+        return False
+    return (qkv.bias is None) == (up.bias is None)
 
 
 def _follows(first: Tensor, second: Tensor) -> bool:
@@ -117,7 +124,7 @@ def _shifts(blocks: nn.ModuleList) -> Tensor | None:
 
 
 def plain_layer(layer: nn.Module) -> nn.Linear | None:
-    """The layer that is its weight and bias alone; None for adapters and the like."""
+    """The nn.Linear behind a layer; None for an adapter."""
     return getattr(layer, "plain", None)
 
 

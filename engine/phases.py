@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 PHASES = ("prefill", "step", "head", "judge", "pass")
 """The transformer over prompts, and over a step of images or answers; the head and the draws from it; scoring of given
-answers; a forward and backward pass of training. None holds another."""
+answers; a forward and backward pass of training. Phases are never nested."""
 _NOTHING = contextlib.nullcontext()
 
 

@@ -7,8 +7,8 @@ the steps at which they were kept. They lie in one span tree, so that one pass g
     prompt -> states of its images        empty prompt -> the same states, where there is guidance
 
 States that are equal under one prompt, such as the first of all its images, are one span. Where images are drawn code
-by code, the image itself is all states at once, a causal span of which each row predicts the next code; what filters
-took away from the law is not taken away here.
+by code, the image itself is all states at once, a causal span of which each row predicts the next code; top_k and top_p
+are refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RolloutStates:
         if getattr(params, "top_k", 0) or getattr(params, "top_p", 1) != 1:
             raise ValueError(
                 f"RolloutStates: expected top_k 0 and top_p 1, got {params.top_k} and {params.top_p}; a filtered law "
-                "gives other codes no probability, draw without"
+                "gives other codes no probability, set top_k to 0 and top_p to 1"
             )
         self.layout, self.params = layout, params
         self.guided = _States(layout, forest)

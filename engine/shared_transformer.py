@@ -83,7 +83,7 @@ class SharedLinear(nn.Module):
 
     @property
     def plain(self) -> nn.Linear | None:
-        """The layer that is all it does; None where there are several, or an adapter."""
+        """The single nn.Linear behind it; None for several layers or an adapter."""
         return self.sources[0] if len(self.sources) == 1 and type(self.sources[0]) is nn.Linear else None
 
     def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from hermesflow.engine.fused_layers import FusedPass, join_weights
 from hermesflow.engine.kv_cache import KVCache
 from hermesflow.engine.token_layout import Ids
-from hermesflow.kernels.checks import FLOAT_DTYPES
+from hermesflow.kernels.checks import FLOAT_DTYPES, not_on_triton_device
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
 from hermesflow.kernels.span_tree import SpanTree
@@ -123,7 +123,7 @@ class Linear(nn.Linear):
 
     @property
     def plain(self) -> nn.Linear:
-        """The layer whose weight and bias are all it does."""
+        """This layer: it is nothing but its weight and bias."""
         return self
 
     def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
@@ -300,8 +300,9 @@ class Transformer(nn.Module):
             block.is_checkpointed = checkpointed
 
     def fuse_layers(self) -> None:
-        """From now on inference mode takes the layers by Triton's kernels (fused_layers.py), but for blocks "post" and
-        for float64.
+        """Inference mode now runs the layers by Triton's kernels (fused_layers.py) where the weights are on a GPU.
+
+        Block "post" and float64 keep the plain layers.
 
         Weights that are read together are moved together; the parameters stay the same objects.
         """
@@ -310,7 +311,8 @@ class Transformer(nn.Module):
             join_weights(block)
 
     def _takes_fused(self) -> bool:
-        can = self.config.block != "post" and self.embed.weight.dtype in FLOAT_DTYPES
+        weight = self.embed.weight
+        can = self.config.block != "post" and weight.dtype in FLOAT_DTYPES and not_on_triton_device(weight) is None
         return self._is_fused and can and torch.is_inference_mode_enabled()
 
     def _halves(self) -> Halves:
@@ -319,7 +321,7 @@ class Transformer(nn.Module):
         return _compiled_halves(self._training_compiler)
 
     def code_head(self, code_ids: Ids) -> CodeHead:
-        """Of the image codes, whose ids these are; a family whose codes have a head of their own gives that."""
+        """The head of the image codes with these ids; a family with a separate head overrides it."""
         weight, bias = code_ids.rows(self.head)
         return CodeHead(weight, bias, lambda hidden: hidden)
 

@@ -183,8 +183,8 @@ _DRAWING = (
     _option("--temperature T", "sampling temperature of image tokens [the model's own]", _number),
     _option("--guidance-scale G", "classifier-free guidance [the model's own]", _number),
     _option("--mask-temperature T", "noise on which tokens are masked again [the model's own]", _number),
-    _option("--top-k K", "draw from the K most likely, code by code [the model's own]", _positive),
-    _option("--top-p P", "draw from the most likely that hold P, code by code [the model's own]", _number),
+    _option("--top-k K", "draw from the K most likely codes, 0 for all [the model's own]", _seed),
+    _option("--top-p P", "draw from the most likely codes that hold P together [the model's own]", _number),
 )  # fmt: skip
 
 # Of benchmarks; their destinations are the fields of the benchmark's settings.

@@ -83,12 +83,13 @@ class ModelConfig:
     """The unified model that is improved."""
 
     name: str = "tiny"
-    """"tiny", or "tiny-ar" that draws code by code, of the package; the folder of a model, or a hub id."""
+    """"tiny" (masked codes) or "tiny-ar" (code by code), which ship with the package; the folder of a model; or a hub
+    id."""
     device: str = "auto"
     """Where it runs: cpu, cuda or cuda:N; auto takes cuda where there is one."""
     judge: str = ""
-    """Another model, as name, that scores the images which this one draws for pairs, such as Emu3-Chat of Emu3-Gen's;
-    both must have the same image codes. Empty: the model itself."""
+    """A second model, by folder or hub id, that scores the drawn images of pairs, such as Emu3-Chat for Emu3-Gen; needs
+    the same image codes. Empty: the model scores its own."""
     family: str = "auto"
     """Its family, by name or "module:object" of your own; auto finds it by config.json."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -138,7 +139,8 @@ class DrawingConfig:
     """Image tokens that may be drawn, the most likely ones, where a model draws code by code; 0 is all, -1 leaves it
     open."""
     top_p: float = -1.0
-    """Likewise those of which the more likely hold less than this probability; 1 is all, -1 leaves it open."""
+    """Nucleus sampling, likewise: the fewest most likely tokens whose probabilities sum to this; 1 is all, -1 leaves it
+    open."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def curate(
     seed: int,
     folder: StrPath,
     previous: PairFile | None = None,
-    judge: Model | None = None,
+    judge: Callable[[], Model | None] = lambda: None,
 ) -> Iterator[tuple[list[Record], pa.Table]]:
     """Draws and scores every record's candidates, part by part: what is in memory does not grow with the records.
 
@@ -93,7 +93,8 @@ def curate(
         folder: of the parts.
         previous: the pairs of the previous round; their images of these records are scored again by this model, so that
             one judge compares old and new.
-        judge: scores images in place of the model.
+        judge: opens the model that scores images in place of this one; None: this one. Do not resume a folder with
+            another judge.
     Yields: (the records of one of this process's parts, their candidates with CANDIDATES_SCHEMA), both in the records'
         order.
     Raises: InputError, at the call itself, on a damaged part, parts of other records or settings, an unwritable folder,
@@ -105,7 +106,7 @@ def curate(
     _refuse_strange_parts(make_folder(folder), paths)
     done = {path for path, fingerprint in zip(paths, prints, strict=True) if _is_made(path, fingerprint)}
     share = slice(rank(), None, world_size())
-    scorers = Scorers(config, judge) if set(paths[share]) - done else None
+    scorers = Scorers(config, judge()) if set(paths[share]) - done else None
 
     def parts() -> Iterator[tuple[list[Record], pa.Table]]:
         every = zip(paths, prints, _batches(records, config), strict=True)

@@ -151,6 +151,7 @@ class Run:
         """The model after a round, in float32, to be trained in place."""
         model = self.model(number)
         self._loaded = None
+        self.__dict__.pop("judge", None)  # its memory is needed
         # A step of 2e-5 is lost in the 8 bits of bf16.
         return model if model.engine.dtype == torch.float32 else self._open(number, "float32")
 
@@ -222,7 +223,8 @@ class Run:
 
     def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
         """A round's records and candidates, part by part; what is on disk is read, the rest made."""
-        options = {"folder": self.path(number, "candidates"), "previous": self.previous(number), "judge": self.judge}
+        options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
+        options["judge"] = lambda: self.judge
         records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
         return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
 

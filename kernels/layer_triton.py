@@ -1,7 +1,8 @@
-"""What a transformer layer does between its matmuls, in inference: norms; rotation and storage of heads; activations.
+"""Kernels of a transformer layer between its matmuls, for inference: norms, rotary embedding and storage of heads,
+activations.
 
 Each kernel reads its input once and writes its result once, computed in fp32. A program takes a token, or some of its
-heads. engine/fused_layers.py says where they stand.
+heads. engine/fused_layers.py calls them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu2": 2, "silu": 3}
 _NO_NORM, _LAYER_NORM, _RMS_NORM = range(3)
 _BLOCK = 2048
-"""Numbers of a program."""
+"""Values that a program handles."""
 
 
 class _Norm(NamedTuple):
-    """What the kernels need of a norm."""
+    """A norm as arguments of a kernel."""
 
     kind: int
     weight: Tensor | None
@@ -136,8 +137,8 @@ def _rotate_heads(
     HALF: tl.constexpr, KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PERIOD: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotation of a token's heads: of their first HALF channels with the next HALF; the rest stays. The norm's
-    weights begin anew after PERIOD channels: those of a head, or of all heads where each has its own."""
+    """Norm and rotation of a token's heads: of their first HALF channels with the next HALF; the other channels are
+    copied. The norm's weights repeat every PERIOD channels: those of a head, or of all heads where each has its own."""
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
     mean, squares = tl.zeros((BLOCK_H, 1), tl.float32), tl.zeros((BLOCK_H, 1), tl.float32)
     if HALF > 0:
@@ -249,11 +250,11 @@ def heads(
 
     Args:
         x: [T, (H + 2 Hkv) head_dim], or with the MLP's rows after it.
-        rotary: cosine and sine fp32 [T, 1, n], contiguous; the heads' first n channels are turned with the next n.
+        rotary: cosine and sine fp32 [T, 1, n], contiguous; the heads' first n channels are rotated with the next n.
         norms: of queries and of keys, of one kind and eps, weights [head_dim] or a row a head; nn.Identity for none.
         num_heads: H.
         keys, values: storage [slots, Hkv, head_dim], contiguous.
-        slots: int64 [T], where each token is stored; None: one after the other.
+        slots: int64 [T], where each token is stored; None: token t in slot t.
         mlp: activation and width of further columns of x.
     Returns: queries [T, H, head_dim] in the keys' dtype, and activation(further columns) or None.
     """

@@ -101,16 +101,18 @@ def _draw_beside_matmuls(
     """
     workspaces = [new_block(hidden[blocks[0]], weight, torch.float32) for _ in range(2)]
     drawn: list[torch.cuda.Event] = []
-    for index, rows in enumerate(blocks):
-        if index >= 2:
-            main.wait_event(drawn[index - 2])
-        logits = workspaces[index % 2][: rows.stop - rows.start]
-        multiply(hidden[rows], weight.t(), logits)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            draw(rows, logits)
-        drawn.append(side.record_event())
-    main.wait_stream(side)
+    try:
+        for index, rows in enumerate(blocks):
+            if index >= 2:
+                main.wait_event(drawn[index - 2])
+            logits = workspaces[index % 2][: rows.stop - rows.start]
+            multiply(hidden[rows], weight.t(), logits)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                draw(rows, logits)
+            drawn.append(side.record_event())
+    finally:  # also where memory runs out: what is freed then must not be written to any more
+        main.wait_stream(side)
 
 
 @_linear_sample.register_fake

@@ -1,7 +1,7 @@
 """Images from prompts code by code: a step draws the next code of every image.
 
-Prompts, and what stands for them in the unconditional half, are prefilled once and shared by their candidates, whose
-codes are causal leaves with reserved slots. All images move in step, so that one structure and one plan of the
+Prompts and their unconditional twins are prefilled once and shared by their candidates; a candidate's codes are a
+causal leaf with reserved slots. All images move in step, so that one structure and one plan of the
 attention serve every step, and on CUDA one graph. Guidance is applied before the head's last layer, since it commutes
 with it, and the head runs on the image codes only. Ids between rows of codes, and codes that are known from the start,
 are forced; a code depends on those before it alone, so that known codes act as a condition only where they come first.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hermesflow.engine import device_graph
 from hermesflow.engine.decoders.masked import MOST, ImageRollout, Progress
-from hermesflow.engine.decoders.passes import MemoryBound, even
+from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
@@ -45,7 +45,11 @@ class CodeSamplingParams:
     grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": (0, MOST), "top_k": (0, 2**31), "top_p": (0, 1), "guidance_scale": (-MOST, MOST)}
+        if not (self.temperature == 0 or 1 / MOST <= self.temperature <= MOST):
+            raise ValueError(
+                f"CodeSamplingParams: expected temperature of 0 or {1 / MOST:g} to {MOST:g}, got {self.temperature}"
+            )
+        ranges = {"top_k": (0, 2**31), "top_p": (0, 1), "guidance_scale": (-MOST, MOST)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(
@@ -114,7 +118,7 @@ class AutoregressiveDecoder:
         return ImageRollout(codes, kept_at, logprob, codes.int().unsqueeze(2))
 
     def release(self) -> None:
-        """Gives back what the device's cache of memory holds; from call to call nothing is kept."""
+        """Empties torch's cache of CUDA memory; the decoder keeps nothing between calls."""
         if self.transformer.embed.weight.is_cuda:
             torch.cuda.empty_cache()
 
@@ -147,7 +151,7 @@ class AutoregressiveDecoder:
             codes[index], logprob[index], failed_at[index] = images.codes, images.logprob, images.failed_at
 
         undrawn = (codes < 0).any(1).nonzero()[:, 0].tolist()
-        for rows in even(undrawn, max(1, max_sequences // halves)):
+        for rows in split_evenly(undrawn, max(1, max_sequences // halves)):
             self._memory.call(rows, draw, halves)
         for row, number in enumerate(failed_at.tolist()):
             if number < codes.shape[1]:
@@ -159,7 +163,7 @@ class AutoregressiveDecoder:
 
 
 class _Images:
-    """Images under way, in tensors that stay where they are.
+    """Images that are being drawn, in fixed tensors, since CUDA graphs read them.
 
     codes int64 [B, N], -1 where none is known; logprob fp32 [B, N]; failed_at int64 [B], the first code that had no
     distribution, or N. hidden [B or 2 B, D] predicts the next code, the guided half first.
@@ -196,7 +200,7 @@ class _Images:
         parents = [number[root] for root in roots]
         tree = SpanTree.build([(root, -1, "causal") for root in number], device, fixed=device_graph.captures(device))
         rows, columns = layout.image_grid
-        room = rows * columns + (rows - 1) * len(layout.row_end)  # one more than is fed
+        room = rows * columns + (rows - 1) * len(layout.row_end)  # the last code is never fed
         leaves = tree.extend([([0], parent, "causal") for parent in parents], reserve=[room - 1] * len(parents))
         self.cache = self.transformer.new_cache(leaves.capacity)
         last = torch.from_numpy(tree.packed_starts + tree.num_new - 1).to(device)
@@ -232,7 +236,7 @@ class _Images:
     def _feed(self, tokens: Tensor) -> None:
         self.num_visible += 1
         self.num_fed += 1
-        # A graph is captured at one number and replayed at all.
+        # One captured graph serves every number of tokens, so it has no bound.
         most = None if self.leaves.fixed else self.num_fed
         leaves = self.leaves.with_tokens(tokens, self.num_visible, most)
         self.hidden.copy_(self.transformer(leaves, self.cache))

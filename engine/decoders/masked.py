@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hermesflow.engine import device_graph
-from hermesflow.engine.decoders.passes import MemoryBound, even
+from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.mask_schedule import Schedule, mask_temperatures, num_to_mask
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.phases import phase
@@ -226,7 +226,7 @@ class ImageDecoder:
         for row, (_, known) in enumerate(starts):
             rows_of.setdefault(known.count(-1), []).append(row)
         rows_of.pop(0, None)  # nothing to draw
-        return [part for rows in rows_of.values() for part in even(rows, most)]
+        return [part for rows in rows_of.values() for part in split_evenly(rows, most)]
 
     def _session_of(self, batch: _Batch, params: ImageSamplingParams) -> _Session:
         """The kept session if its shapes are the batch's, otherwise a new one."""

@@ -1,4 +1,4 @@
-"""Passes over many images: as even as can be, and smaller where memory runs out."""
+"""Splits work over many images into even passes, and into smaller ones when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from hermesflow.engine.memory_planner import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 
-def even(rows: list[int], most: int) -> list[list[int]]:
-    """The rows in parts of at most `most`, whose lengths agree but for the last."""
+def split_evenly(rows: list[int], most: int) -> list[list[int]]:
+    """Parts of at most `most` rows, all but the last of one length."""
     size = -(-len(rows) // -(-len(rows) // most)) if rows else 1
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 class MemoryBound:
-    """Calls a function on rows, on fewer at once where memory runs out, for later calls too."""
+    """Calls a function on rows; when memory runs out it halves their number and keeps that bound."""
 
     def __init__(self, name: str, keeps: Callable[[], bool], release: Callable[[], None]) -> None:
         """
         Args:
-            name: whose passes they are, for the log.
+            name: of the decoder, for the log.
             keeps: says whether memory is kept from call to call, which is given back before fewer rows are tried.
             release: gives it back, and what the device's cache holds.
         """

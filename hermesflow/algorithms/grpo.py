@@ -168,6 +168,8 @@ class GRPO:
     def check(config: Config) -> None:
         """Raises InputError on settings that do not go together."""
         train, grpo = config.train, config.grpo
+        if config.model.judge:
+            raise InputError("model.judge: grpo takes its rewards from the section grpo; leave it empty")
         find_rewards(grpo)
         find_matcher(config.curation)
         if train.checkpoint_every % grpo.updates_per_rollout:
@@ -370,15 +372,15 @@ class GRPO:
 
 
 def _ways_to_draw(default: Any, config: Config) -> list[Any]:
-    """Of the rollouts, by turns: fewer steps where images are drawn in steps. Raises: InputError on settings without
-    chance, or whose law gives drawn codes no probability."""
+    """Sampling settings that the rollouts take in turn: fewer steps where images are drawn in steps. Raises: InputError
+    on temperature 0, top_k or top_p."""
     if not default.temperature:
         raise InputError("curation.temperature: expected above 0 with grpo, got 0; images of a prompt must differ")
     if isinstance(default, CodeSamplingParams):
         if default.top_k or default.top_p != 1:
             raise InputError(
-                f"curation.top_k {default.top_k}, curation.top_p {default.top_p:g}: grpo learns from the whole law; "
-                "set drawing.top_k to 0 and drawing.top_p to 1"
+                f"drawing.top_k {default.top_k}, drawing.top_p {default.top_p:g}: grpo needs the unfiltered "
+                "distribution; set drawing.top_k to 0 and drawing.top_p to 1"
             )
         return [default]
     counts = [max(1, round(fraction * default.num_steps)) for fraction in config.grpo.step_fractions]

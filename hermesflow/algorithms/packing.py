@@ -256,8 +256,8 @@ class PairPacker:
         image = self.pairs["record_image"][pair].as_py() if "record_image" in self.pairs.column_names else None
         if image is None:
             codes = torch.from_numpy(self._tokens["record_codes"][pair].astype(np.int64))
-            return self.model.view_codes(codes[None])[0]
-        return self.model.view_pixels(decode_image(image, f"pair {pair}: record_image", self.model.fit)[None])[0]
+            return self.model.view_codes(codes[None])[0].cpu()
+        return self.model.view_pixels(decode_image(image, f"pair {pair}: record_image", self.model.fit)[None])[0].cpu()
 
     def _add_captions(self, builder: TreeBuilder, index: int, pair: int, image: int) -> None:
         """Next tokens, and eot where a caption ended by itself."""

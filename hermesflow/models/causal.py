@@ -1,4 +1,4 @@
-"""What families share whose images are drawn code by code: files that are kept, image tokenizers, how a model is saved.
+"""Shared by families that draw code by code: kept files, image tokenizers, saving.
 
 A checkpoint's layout says which published tensor is which part of the model; the model is saved in the layout that it
 came in.
@@ -26,10 +26,10 @@ FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""Of a checkpoint, beside its weights; those that are there are saved again as they were."""
+"""Files of a checkpoint beside its weights; save writes back those that exist, unchanged."""
 FETCHED = (*FILES, *WEIGHT_FILES, "*-of-*.safetensors", "*-of-*.bin")
 Views = Callable[[nn.ModuleDict], dict[str, Tensor]]
-"""Of a model's parts: the name of each published tensor -> the place in the modules that it fills."""
+"""Of a model's parts: the name of each published tensor -> the parameter, or the part of one, that it fills."""
 
 
 class CausalModel(Model):
@@ -65,7 +65,7 @@ class CausalModel(Model):
 
     @cached_property
     def vq_tokenizer(self) -> ImageTokenizer:
-        """In fp32, since codes are discrete. Raises: InputError if it cannot be had or does not fit."""
+        """In fp32, since codes are discrete. Raises: InputError if it is unavailable or does not fit."""
         found = self._open_tokenizer(self.engine.device)
         rows, columns = self.layout.image_grid
         expected = (self.layout.codebook_size, self.image_size)
@@ -73,8 +73,7 @@ class CausalModel(Model):
             raise InputError(
                 f"{self.folder}: the image tokenizer has {found.config.codebook_size} codes and "
                 f"{found.config.downsampling} pixels a token, the model {expected[0]} codes and {rows} x {columns} "
-                f"tokens for {expected[1]} pixels; give "
-                "the model's own"
+                f"tokens for {expected[1]} pixels; give the model's own"
             )
         return found
 
@@ -84,11 +83,14 @@ class CausalModel(Model):
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the layout that the checkpoint came in, with one file of weights."""
-        save_tensors(self.published_tensors() | self.tokenizer_tensors(), folder / "model.safetensors", dtype)
+        published = self.published_tensors()
+        if dtype is not None:  # the image tokenizer stays as it is: in fewer bits images would get other codes
+            published = {name: tensor.to(dtype) for name, tensor in published.items()}
+        save_tensors(published | self.tokenizer_tensors(), folder / "model.safetensors")
         self.write_kept(folder)
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """Of all parts: the name of each published tensor -> the place in the modules that it fills."""
+        """Of all parts: the name of each published tensor -> the parameter, or the part of one, that it fills."""
         self.parts["transformer"] = self.transformer  # training may have put another in its place
         return self._views(self.parts)
 

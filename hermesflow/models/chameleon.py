@@ -127,7 +127,7 @@ class ChameleonLayout(Layout):
         return [self.bos, *self.image(codes)]
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
-        """What is asked of an image: [text, turn]."""
+        """A question about an image: [text, turn]."""
         return [*text_ids, self.turn]
 
 

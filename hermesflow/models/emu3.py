@@ -133,7 +133,7 @@ class Emu3Layout(Layout):
         return [self.bos, *self.system_ids, *self.image(codes)]
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
-        """What is asked of an image."""
+        """A question about an image."""
         return list(text_ids)
 
 

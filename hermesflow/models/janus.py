@@ -119,7 +119,7 @@ class JanusLayout(Layout):
         return [self.bos, *self.before_image_ids, *self.image(codes)]
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
-        """What is asked of an image."""
+        """A question about an image."""
         return list(text_ids)
 
     def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
@@ -128,7 +128,7 @@ class JanusLayout(Layout):
         return [*before, *[self.pad] * num_features], len(before)
 
     def feature_question(self, text_ids: Sequence[int]) -> list[int]:
-        """What is asked of an image given by features: [eoi, text]."""
+        """A question about an image given by features: [eoi, text]."""
         return [self.eoi, *text_ids]
 
 
@@ -152,6 +152,8 @@ class JanusTransformer(Transformer):
             num_codes: of the code book.
         """
         super().__init__(config)
+        if config.tie_embeddings:
+            raise ValueError("tie_word_embeddings is not supported; give a checkpoint with a head of its own")
         self.embed = nn.Embedding(text_vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, text_vocab_size, bias=False)
         self.code_embed, self.code_hidden = code_embed, code_hidden
@@ -350,6 +352,8 @@ def _mlp(shapes: Mapping[str, torch.Size], names: _Names, prefix: str) -> nn.Seq
     layers: list[nn.Module] = []
     while (shape := shapes.get(f"{names.mlp(prefix, len(layers) // 2)}.weight")) is not None:
         layers += [nn.Linear(shape[1], shape[0]), nn.GELU()]
+    if not layers:
+        raise ValueError(f"no weights under {prefix}")
     return nn.Sequential(*layers[:-1])
 
 

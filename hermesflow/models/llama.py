@@ -69,7 +69,8 @@ def transformer_config(
     if isinstance(given, Mapping):
         _check_supported(given, owner)
         head_dim = given.get("head_dim")
-        given = {**DEFAULTS, **defaults, **given}
+        rope = given.get("rope_parameters")  # where transformers 5 keeps rope_theta
+        given = {**DEFAULTS, **defaults, **(rope if isinstance(rope, Mapping) else {}), **given}
     config = loading.transformer_config(given, model_type, _SETTINGS | more, _ACTIVATIONS, vocab_size, owner)
     if head_dim not in (None, config.head_dim):
         raise InputError(

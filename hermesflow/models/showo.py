@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -186,6 +187,15 @@ class ShowoModel(Model):
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """What the model sees of images of any size: codes int64 [n, N], or features [n, F, D]."""
         return super().view_images(images) if self.views_codes else self.vision_encoder.encode(list(images))
+
+    def view_pixels(self, images: np.ndarray) -> Tensor:
+        """Likewise of images that fit, uint8 [n, image_size, image_size, 3]."""
+        return super().view_pixels(images) if self.views_codes else self.vision_encoder.encode(list(images))
+
+    @property
+    def num_features(self) -> int:
+        """F, in the variant that sees through CLIP."""
+        return self.vision_encoder.num_features
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the published layout with the language model's files and the image tokenizer, not the vision encoder.

@@ -12,7 +12,7 @@ from hermesflow.benchmarks.ops import ops_of
 
 ROOT = Path(__file__).parents[2]
 LINE = '{"case": "a case"}'
-# Writes its arguments, and a line where --out says; the check of mask_topk crashes, what is compiled hangs.
+# Writes its arguments, and a line where --out says; the check of mask_topk crashes, plain images hang.
 STAND_IN = f"""#!/bin/bash
 printf '%q ' "$@" >>"$CALLS"; echo >>"$CALLS"
 previous=
@@ -22,7 +22,7 @@ for argument in "$@"; do
 done
 case "$*" in
 *every_op*mask_topk*) echo "illegal memory access"; exit 134 ;;
-*images*--compiled*) sleep 60 ;;
+*images*--plain*) sleep 60 ;;
 esac
 """
 
@@ -50,7 +50,7 @@ def test_all_parts(session):
     assert code == 1
     assert {f"check-{op}" for op in ops_of("tiny")} <= set(summary)
     assert summary["check-mask_topk"] == "failed, exit code 134" and summary["check-pair_dpo"] == "ok"
-    assert summary["images-eager"] == "ok" and summary["images-compiled"].startswith("cut after ")
+    assert summary["images-fused"] == "ok" and summary["images-plain"].startswith("cut after ")
     later = ("decoding", "attention-blocks", "ops-guided_sample", "loss", "train", "tests-mask_topk")
     assert {summary[name] for name in later} == {"left out: no time"}
     # A step that is cut keeps what it has measured.

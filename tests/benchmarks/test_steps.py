@@ -22,7 +22,7 @@ def test_every_case(monkeypatch, tmp_path, capsys):
         assert line["ms_p50"] > 0 and line["roof_fraction"] > 0
     small, large, decoding = (line["items_per_s"]["tokens"] * line["ms_p50"] / 1e3 for line in written[2:5])
     assert (small, large, decoding) == pytest.approx((32 * 18, 64 * 18, 64))
-    table = (folder / "image_step-32-eager.txt").read_text()
+    table = (folder / "image_step-32-plain.txt").read_text()
     assert "linear_sample" in table and "step" in table.partition("phases")[2]
     assert "attention: " in capsys.readouterr().out
 

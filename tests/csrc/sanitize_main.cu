@@ -81,16 +81,20 @@ RowKeys keys(int64_t num_rows) { return {counted(num_rows, 977), counted(num_row
 template <typename T>
 void sample_and_score(int64_t num_rows, int64_t vocab_size) {
   const T *cond = random_values<T>(num_rows * vocab_size), *uncond = random_values<T>(num_rows * vocab_size);
-  const float* bias = random_values<float>(vocab_size);
+  const T* bias = random_values<T>(vocab_size);
   int64_t* token = empty<int64_t>(num_rows);
   float* logprob = empty<float>(num_rows);
   const RowKeys key = keys(num_rows);
-  for (const T* other : {uncond, static_cast<const T*>(nullptr)})
+  const int num_ids = static_cast<int>(vocab_size);
+  for (const Second kind : {Second::kNone, Second::kUncond, Second::kBias}) {
+    if (kind == Second::kBias && sizeof(T) != sizeof(float)) continue;  // a bias is added to fp32 logits alone
+    const T* second = kind == Second::kNone ? nullptr : kind == Second::kUncond ? uncond : bias;
     for (const bool greedy : {false, true}) {
-      const GuidedSampleArguments<T> args{cond, other, other ? nullptr : bias, vocab_size, vocab_size, vocab_size, 5.0f, 1.0f,
-                                          key, token, logprob};
-      finish("guided_sample", launch_guided_sample(args, num_rows, greedy, nullptr));
+      const GuidedSampleArguments<T> args{cond, second, vocab_size, kind == Second::kUncond ? vocab_size : 0, num_ids, 5.0f,
+                                          1.0f, key, token, logprob};
+      finish("guided_sample", launch_guided_sample(args, kind, num_rows, greedy, nullptr));
     }
+  }
 
   for (const float temperature : {0.8f, 0.0f}) {
     const RowSettings settings{filled(num_rows, temperature), filled<int64_t>(num_rows, 50), filled(num_rows, 0.9f),

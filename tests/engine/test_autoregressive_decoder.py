@@ -197,10 +197,17 @@ def test_ids_that_drawing_looked_up_serve_training_too():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("top_k", -1), ("top_p", 1.5), ("guidance_scale", float("nan")), ("grid", (0, 4))],
+    [
+        ("temperature", -1.0),
+        ("temperature", 1e-30),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("guidance_scale", float("nan")),
+        ("grid", (0, 4)),
+    ],
 )
 def test_bad_settings(name, value):
-    with pytest.raises(ValueError, match=f"expected {name} (in|as rows)"):
+    with pytest.raises(ValueError, match=f"expected {name} (in|of|as rows)"):
         dataclasses.replace(PLAIN, **{name: value})
 
 
