@@ -10,6 +10,7 @@ import csv
 import gzip
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -130,6 +131,9 @@ def read_ncu(path: Path) -> list[KernelReport]:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise InputError(f"{path}: ncu is not found; install Nsight Compute, or give its CSV") from None
+        if done.returncode:
+            reason = done.stderr.strip().partition("\n")[0][:200]
+            raise InputError(f"{path}: ncu failed ({reason}); open it with the ncu that wrote it")
         text = done.stdout
     else:
         text = read_text(path)
@@ -172,12 +176,18 @@ def ncu_table(reports: Sequence[KernelReport]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
+    """Returns: the exit code: 2 if a report cannot be read."""
     parser = argparse.ArgumentParser(description="what limits the kernels of reports of Nsight Compute")
     parser.add_argument("reports", nargs="+", type=Path)
-    for path in parser.parse_args().reports:
-        print(f"{path}\n{ncu_table(read_ncu(path))}")
+    try:
+        for path in parser.parse_args().reports:
+            print(f"{path}\n{ncu_table(read_ncu(path))}")
+    except InputError as error:
+        print(f"profiling: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

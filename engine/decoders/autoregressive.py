@@ -19,6 +19,7 @@ from hermesflow.engine import device_graph
 from hermesflow.engine.decoders.masked import MOST, ImageRollout, Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_sample import linear_sample
@@ -151,6 +152,8 @@ class AutoregressiveDecoder:
             codes[index], logprob[index], failed_at[index] = images.codes, images.logprob, images.failed_at
 
         undrawn = (codes < 0).any(1).nonzero()[:, 0].tolist()
+        # The bound counts images of the model's own grid; larger ones are fewer.
+        max_sequences = min(max_sequences, max_sequences * self.layout.image_length // layout.image_length)
         for rows in split_evenly(undrawn, max(1, max_sequences // halves)):
             self._memory.call(rows, draw, halves)
         for row, number in enumerate(failed_at.tolist()):
@@ -204,7 +207,8 @@ class _Images:
         leaves = tree.extend([([0], parent, "causal") for parent in parents], reserve=[room - 1] * len(parents))
         self.cache = self.transformer.new_cache(leaves.capacity)
         last = torch.from_numpy(tree.packed_starts + tree.num_new - 1).to(device)
-        hidden = self.transformer(tree, self.cache, rows=last)
+        with phase("prefill"):
+            hidden = self.transformer(tree, self.cache, rows=last)
         self.hidden = hidden[torch.tensor(parents, device=device)]
         self.num_visible = torch.zeros(len(parents), dtype=torch.int64, device=device)
         self.tokens = torch.zeros(len(parents), dtype=torch.int64, device=device)
@@ -239,10 +243,12 @@ class _Images:
         # One captured graph serves every number of tokens, so it has no bound.
         most = None if self.leaves.fixed else self.num_fed
         leaves = self.leaves.with_tokens(tokens, self.num_visible, most)
-        self.hidden.copy_(self.transformer(leaves, self.cache))
+        with phase("step"):
+            self.hidden.copy_(self.transformer(leaves, self.cache))
 
     def _draw_code(self) -> None:
-        drawn, logprob = self._sampled()
+        with phase("head"):
+            drawn, logprob = self._sampled()
         at = self.number.expand(len(drawn), 1)
         known = self.known.gather(1, at)[:, 0]
         code = torch.where(known < 0, drawn, known)
@@ -255,11 +261,8 @@ class _Images:
 
     def _sampled(self) -> tuple[Tensor, Tensor]:
         """A code of each image and its log-probability, [B] each."""
-        head, guidance, key = (
-            self.code_head,
-            self.params.guidance_scale,
-            RandomKey(self.seeds, self.number, self.nowhere),
-        )
+        head, guidance = self.code_head, self.params.guidance_scale
+        key = RandomKey(self.seeds, self.number, self.nowhere)
         hidden = head.inputs(self.hidden)
         if guidance:
             guided, unguided = hidden.chunk(2)

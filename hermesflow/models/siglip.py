@@ -42,6 +42,10 @@ TIMM_WEIGHTS = {
 """Our modules -> those of timm's, which deepseek-ai's checkpoints hold; its table of positions is a bare tensor."""
 _PUBLISHED = {"siglip_large_patch16_384": (1024, 24, 16, 4096, 384, 16)}
 """By the name in deepseek-ai's config.json, which says no sizes."""
+_FIXED = {
+    "use_qk_norm": False, "select_layer": -1, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "attention_bias": True,
+}  # fmt: skip
+"""Settings of which one value is supported."""
 _SIZES = ("width", "depth", "num_heads", "mlp_size", "image_size", "patch_size")
 
 
@@ -97,10 +101,12 @@ def sizes(config: Any, path: Path) -> dict[str, int]:
     for name, value in found.items():
         if type(value) is not int or not 1 <= value <= 2**20:
             raise InputError(f"{path}: vision_config gives {name} as {shown(value)}; restore it from its source")
-    if config.get("use_qk_norm") or params.get("select_layer", -1) != -1:
-        raise InputError(
-            f"{path}: vision_config: use_qk_norm and select_layer are not supported; use another checkpoint"
-        )
+    for name, expected in _FIXED.items():
+        value = params.get(name, config.get(name, expected))
+        if value != expected:
+            raise InputError(
+                f"{path}: vision_config: {name} {shown(value)} is not supported, {expected} is; use another checkpoint"
+            )
     return found
 
 
