@@ -320,6 +320,10 @@ class Transformer(nn.Module):
             return Block.before_attention, Block.after_attention
         return _compiled_halves(self._training_compiler)
 
+    def skeleton(self) -> Transformer:
+        """Another one of the same kind and shape; under torch.device("meta") without memory."""
+        return Transformer(self.config)
+
     def code_head(self, code_ids: Ids) -> CodeHead:
         """The head of the image codes with these ids; a family with a separate head overrides it."""
         weight, bias = code_ids.rows(self.head)

@@ -56,7 +56,7 @@ from hermesflow.runtime.files import (
 )
 from hermesflow.runtime.progress import stage
 from hermesflow.runtime.registry import SOURCES, resolve
-from hermesflow.training import check_takes_pairs, check_training, is_online, train_checked_pairs
+from hermesflow.training import check_model, check_takes_pairs, check_training, is_online, train_checked_pairs
 
 _ELSEWHERE = "output folder (-o)"
 _LOGGER = logging.getLogger(__name__)
@@ -130,6 +130,11 @@ class Run:
             self._loaded = (number, self._load(number))
         return self._loaded[1]
 
+    def check_judge(self) -> None:
+        """Raises InputError as judge does; keeps nothing in memory."""
+        _ = self.judge
+        self.__dict__.pop("judge", None)
+
     @cached_property
     def judge(self) -> Model | None:
         """What scores drawn images in place of the model. Raises: InputError if it has other image codes."""
@@ -137,7 +142,10 @@ class Run:
         if not name:
             return None
         config = self.config.model
-        judge, painter = open_model(replace(config, name=name)), self.model(0)
+        try:
+            judge, painter = open_model(replace(config, name=name, family="auto")), self.model(0)
+        except InputError as error:
+            raise InputError(f"model.judge: {error}") from error
         theirs, ours = ((model.layout.codebook_size, *model.layout.image_grid) for model in (judge, painter))
         if theirs != ours:
             codes, expected = ("{} codes in {} x {}".format(*values) for values in (theirs, ours))
@@ -167,6 +175,8 @@ class Run:
         check_is_saved_whole(model, self.config.model.name)
         for section in (self.config.eval, *(of_round.curation for of_round in self.config.each_round())):
             model.sampling_of(self.config.drawn_by(section))  # a setting that the family lacks shows now
+        for of_round in self.config.each_round():
+            check_model(model, of_round)
         self._check_origin(model)
         return model
 
@@ -409,7 +419,8 @@ def _digest(pairs: pa.Table) -> str:
     """A fingerprint of all columns, wherever the file lies and however it is stored."""
     digest = hashlib.blake2b(digest_size=16)
     for row in each_row(pairs):
-        digest.update(json.dumps(row).encode())
+        image = row.pop("record_image", None)  # which older files do not have
+        digest.update(json.dumps(row).encode() + (image or b""))
     return digest.hexdigest()
 
 

@@ -38,7 +38,8 @@ def run_selfplay(config: Config, console: Console | None = None) -> dict[str, An
     find_evaluation(config.eval)
     run = Run(config)
     console.print(f"settings: {run.folder / 'config.toml'}", soft_wrap=True, highlight=False)
-    _ = run.records  # a mistake in the data shows before the first evaluation
+    _ = run.records  # a mistake in the data shows before the first evaluation, and so does a judge that does not fit
+    run.check_judge()
     evaluate_round(run, 0)
     for number in run.rounds:
         play_round(run, number)

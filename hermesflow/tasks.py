@@ -249,15 +249,19 @@ def _draw_codes(
     sampling: ImageSamplingParams | None,
     known_codes: Tensor | None = None,
 ) -> Tensor:
-    """Codes int64 [P, n, N]; seeds int64 [P, n], known_codes [P, N]."""
-    return model.engine.generate(
+    """Codes int64 [P, n, N], or [P, n, h, w] where sampling has a grid; seeds int64 [P, n], known_codes [P, N]."""
+    sampling, grid = sampling or model.sampling, getattr(sampling or model.sampling, "grid", None)
+    if grid and known_codes is not None:
+        raise InputError(f"sampling.grid {grid}: what is known of an image lies in the model's own grid; leave it out")
+    codes = model.engine.generate(
         prompt_ids,
         num_images=seeds.shape[1],
         seeds=seeds,
         known_codes=known_codes,
-        sampling=sampling or model.sampling,
+        sampling=sampling,
         progress=lambda steps: track(steps, "draw"),
     )
+    return codes.unflatten(2, grid) if grid else codes
 
 
 def _check_keeps_codes(model: Model) -> None:

@@ -185,6 +185,13 @@ def check_takes_pairs(algorithm: str) -> None:
         )
 
 
+def check_model(model: Model, config: Config) -> None:
+    """Raises InputError where the algorithm of the settings cannot train the model, before any work."""
+    check = getattr(find_algorithm(config.selfplay.algorithm), "check_model", None)
+    if check is not None:
+        check(model, config)
+
+
 def is_online(name: str) -> bool:
     """Whether an algorithm learns from records, whose images it draws itself, and not from pairs."""
     return getattr(find_algorithm(name), "is_online", False)

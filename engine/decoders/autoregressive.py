@@ -50,6 +50,8 @@ class CodeSamplingParams:
             raise ValueError(
                 f"CodeSamplingParams: expected temperature of 0 or {1 / MOST:g} to {MOST:g}, got {self.temperature}"
             )
+        if type(self.top_k) is not int:
+            raise ValueError(f"CodeSamplingParams: expected top_k as a whole number, got {self.top_k!r:.80}")
         ranges = {"top_k": (0, 2**31), "top_p": (0, 1), "guidance_scale": (-MOST, MOST)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:

@@ -151,10 +151,7 @@ class GRPO:
         Raises: InputError on records that cannot be judged, or a model whose decoder does not say how it draws.
         """
         self.model, self.records, self.config, self.seed = model, records, config, seed
-        if not hasattr(model.engine.image_decoder, "rollout"):
-            raise InputError(
-                "selfplay.algorithm grpo: the model's image decoder does not say how it draws; take pair-dpo"
-            )
+        self.check_model(model, config)
         for record in records:
             check_record(model, record)
         self._ways = _ways_to_draw(model.sampling_of(config.drawn_by(config.curation)), config)
@@ -163,6 +160,15 @@ class GRPO:
         self._num_codes = model.layout.num_image_tokens
         self._groups: tuple[int, list[Group]] = (-1, [])
         self._old: dict[tuple[int, ...], Tensor] = {}
+
+    @staticmethod
+    def check_model(model: Model, config: Config) -> None:
+        """Raises InputError on a model whose decoder does not say how it draws, or draws in a way without chance."""
+        if not hasattr(model.engine.image_decoder, "rollout"):
+            raise InputError(
+                "selfplay.algorithm grpo: the model's image decoder does not say how it draws; take pair-dpo"
+            )
+        _ways_to_draw(model.sampling_of(config.drawn_by(config.curation)), config)
 
     @staticmethod
     def check(config: Config) -> None:

@@ -83,6 +83,8 @@ class OwnDrawings(PairDPO):
     def check(config: Config) -> None:
         """Raises InputError on settings that do not go together."""
         find_matcher(config.curation)
+        if config.model.judge:
+            raise InputError("model.judge: with own-drawings the model judges its own drawings; leave it empty")
         if config.train.pairs_per_step % 2:
             raise InputError(
                 f"train.pairs_per_step {config.train.pairs_per_step}: half of them are of drawings; give an even number"

@@ -170,6 +170,9 @@ class PairPacker:
         texts = [self.question_ids, self._captions, self._sides, self._packed_sides, self.seed, drawn_by]
         texts += [self._questions] if REPLAY in referenced_sides(self.config) else []
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
+        if "record_image" in self.pairs.column_names:
+            for image in self.pairs["record_image"].drop_null().to_pylist():
+                digest.update(image)
         for rows in self._tokens.values():
             digest.update(np.array([len(row) for row in rows], dtype=np.int32))
             for row in rows:

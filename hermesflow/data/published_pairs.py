@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from hermesflow.config import load_config
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, SIDES, read_pairs
+from hermesflow.data.records import png_bytes
 from hermesflow.data.sources import describe_rejected, encode_lazily, id_of, path_inside, read_entries, text_of
 from hermesflow.models.family import open_model
-from hermesflow.models.images import read_image
+from hermesflow.models.images import decode_image
 from hermesflow.models.model import Model
-from hermesflow.runtime.files import InputError, StrPath, atomic_write, write_json
+from hermesflow.runtime.files import InputError, StrPath, atomic_write, read_bytes, write_json
 from hermesflow.runtime.progress import track
 
 FILE_NAME = "pair_dpo_data.json"
@@ -87,8 +87,9 @@ def write_published_pairs(model: Model, pairs: pa.Table, folder: StrPath) -> Pat
         for (index, key, _), image in zip(found, pixels, strict=True):
             # Numbered, since an id may be no file name.
             names[index][key] = f"images/{start + index:06d}-{key}.png"
+            kept = rows[index].get("record_image") if key == "img_path" else None
             with atomic_write(folder / names[index][key]) as temporary:
-                Image.fromarray(image).save(temporary, format="PNG")
+                temporary.write_bytes(kept or png_bytes(image))
         entries += [_published(row, images) for row, images in zip(rows, names, strict=True)]
     write_json(folder / FILE_NAME, entries)
     return folder / FILE_NAME
@@ -121,13 +122,17 @@ def read_published_pairs(
             entries[id] = _check_entry(model, id, row, root, threshold)
         except ValueError as error:
             unusable.append({"record_id": id, "reason": str(error)})
-    pairs, size = [], model.image_size
-    for entry, codes in encode_lazily(model, entries.values(), lambda entry: _open_images(entry, size), len(entries)):
+    pairs = []
+    for entry, codes in encode_lazily(model, entries.values(), lambda entry: _open_images(model, entry), len(entries)):
         if isinstance(codes, str):
             unusable.append({"record_id": entry.row["record_id"], "reason": codes})
         else:
             columns = (_IMAGES[key] for key in entry.images)
-            pairs.append(entry.row | dict(zip(columns, codes, strict=True)))
+            row = entry.row | dict(zip(columns, codes, strict=True))
+            if not model.views_codes:
+                path = entry.images["img_path"]
+                row["record_image"] = png_bytes(decode_image(read_bytes(path), str(path), model.fit))
+            pairs.append(row)
     if not pairs:
         raise InputError(f"{path}: no pair can be used ({describe_rejected(unusable)}); mend the file")
     rejected = [row | {"side": side} for row in unusable for side in SIDES]
@@ -196,8 +201,8 @@ def _encode(model: Model, text: str) -> list[int]:
         raise ValueError(f"unknown word: {str(error).partition('; ')[0]}") from error
 
 
-def _open_images(entry: _Entry, size: int) -> list[np.ndarray]:
+def _open_images(model: Model, entry: _Entry) -> list[np.ndarray]:
     try:
-        return [read_image(path, size) for path in entry.images.values()]
+        return [decode_image(read_bytes(path), str(path), model.fit) for path in entry.images.values()]
     except InputError as error:
         raise ValueError(f"damaged image: {error}") from error

@@ -200,7 +200,7 @@ class ChameleonFamily:
             of_codes = vqgan.chameleon_config(codes)
         size = codes.get("resolution", 512)
         side = size // of_codes.downsampling
-        more = {"qk_norm_per_head": True, "block": "post" if config.get("swin_norm") else "sequential"}
+        more = {"qk_norm_per_head": True, "block": _block(config, path)}
         with loading.errors_of(path):
             shape = llama.transformer_config(config, MODEL_TYPE, {}, config["vocab_size"], "Chameleon", **more)
         layout = make_layout(tokenizer, config["vocab_size"], (side, side))
@@ -290,10 +290,18 @@ def _meta_shape(params: Mapping[str, Any], shapes: Mapping[str, torch.Size], fol
         "rms_norm_eps": params.get("norm_eps", 1e-5),
         "rope_theta": params.get("rope_theta", 10_000.0),
     }
-    block = "post" if params.get("swin_norm") else "sequential"
+    block = _block(params, folder / "models/7b/params.json")
     more = {"qk_norm_per_head": True, "block": block}
     with loading.errors_of(folder / META_CONFIGS[0]):
         return llama.transformer_config(given, MODEL_TYPE, {}, vocab_size, "Chameleon", **more)
+
+
+def _block(given: Mapping[str, Any], path: Path) -> str:
+    """Where norms stand."""
+    after = given.get("swin_norm", False)
+    if after not in (True, False, None):
+        raise InputError(f"{path}: swin_norm: expected true or false, got {shown(after)}; restore it from its source")
+    return "post" if after else "sequential"
 
 
 def _resolution(path: Path) -> int:

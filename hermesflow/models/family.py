@@ -101,6 +101,8 @@ def load_model(
                 "model.family (--family)"
             )
     found = next(iter(families.values()))
+    if family in FAMILIES and not (marker in markers_of[family] and found.claims(config)):
+        raise InputError(f"{folder / marker}: is no checkpoint of the family {family}; set model.family to auto")
     if folder != ASSETS / name_or_path:
         folder = find_folder(name_or_path, found.files, "model")  # of a hub's repository the rest
     if ":" not in family:

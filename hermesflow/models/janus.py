@@ -169,6 +169,15 @@ class JanusTransformer(Transformer):
         rows, values = embeds
         return x.index_copy(0, rows.to(x.device), values.to(x))
 
+    def skeleton(self) -> JanusTransformer:
+        """See Transformer."""
+        table, *layers = self.code_embed
+        sizes = [(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, nn.Linear)]
+        aligner = [part for size in sizes for part in (nn.Linear(*size), nn.GELU())][:-1]
+        embed = nn.Sequential(nn.Embedding(table.num_embeddings, table.embedding_dim), *aligner)
+        hidden = nn.Linear(self.code_hidden.in_features, self.code_hidden.out_features)
+        return JanusTransformer(self.config, self.embed.num_embeddings, embed, hidden, table.num_embeddings)
+
     def code_head(self, code_ids: Ids) -> CodeHead:
         """Linear in GELU of the first layer."""
         return CodeHead(self.code_out.weight, self.code_out.bias, lambda hidden: F.gelu(self.code_hidden(hidden)))

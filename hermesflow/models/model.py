@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hermesflow.config import DrawingConfig
+from hermesflow.config import DRAWING, DrawingConfig
 from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.decoders.text import SamplingParams, TextDecoder
 from hermesflow.engine.engine import Engine
@@ -258,7 +258,7 @@ class Model:
             if given.pop(name) != usual[name]:  # a default that the user did not choose
                 raise InputError(
                     f"{name} (of drawing, curation or eval): the model's images are not drawn by it, but by "
-                    f"{', '.join(known)}; leave it as it is"
+                    f"{', '.join(item for item in known if item in DRAWING)}; leave it as it is"
                 )
         return replace(self.sampling, **given)
 

@@ -99,7 +99,10 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without a start and an end. Raises: InputError if it spells a special token."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # half a character, as of an argument that is no UTF-8
+            raise InputError(f"{text!r}: is no text that UTF-8 can hold; write it anew") from error
         special = next((self._refused[token] for token in ids if token in self._refused), None)
         if special is not None:
             raise InputError(f"{special} in {text!r} is a special token of the model; leave it out")

@@ -93,10 +93,11 @@ def chameleon_config(given: Mapping[str, Any]) -> VQGANConfig:
     """
     config = _config(VQGANConfig, _VQGAN_FIELDS, given)
     resolution, attended = given.get("resolution", 512), given.get("attn_resolutions") or ()
-    if type(resolution) is not int or not isinstance(attended, list | tuple):
+    fits = type(resolution) is int and 0 < resolution < 2**16 and resolution % config.downsampling == 0
+    if not fits or not isinstance(attended, list | tuple):
         raise InputError(
-            f"vq_config: expected resolution as a number and attn_resolutions as a list, got {shown(resolution)} and "
-            f"{shown(attended)}; restore it from its source"
+            f"vq_config: expected resolution as a multiple of {config.downsampling} pixels and attn_resolutions "
+            f"as a list, got {shown(resolution)} and {shown(attended)}; restore it from its source"
         )
     levels = range(len(config.channel_multipliers))
     return replace(config, attention_levels=tuple(level for level in levels if resolution >> level in attended))

@@ -245,7 +245,7 @@ def unshard(sharded: Transformer) -> Transformer:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(sharded, options=options)
     with torch.device("meta"):
-        whole = Transformer(sharded.config)
+        whole = sharded.skeleton()
     if is_main():
         whole.load_state_dict(weights, assign=True)
         if whole.config.tie_embeddings:

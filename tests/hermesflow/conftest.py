@@ -16,7 +16,7 @@ from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerCo
 from hermesflow.engine.token_layout import TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.models import Model
-from hermesflow.models.images import decode_image, read_image
+from hermesflow.models.images import decode_image
 from hermesflow.models.text_tokenizers import WordTokenizer
 from hermesflow.models.tiny import TinyModel
 from hermesflow.worlds import pretraining, shapes
@@ -77,10 +77,6 @@ def images_in_memory(shared_tiny_model: Model, monkeypatch) -> list[int]:
     events: list[int] = []
     encode = shared_tiny_model.encode_images
 
-    def noting_read(path, size):
-        events.append(1)
-        return read_image(path, size)
-
     def noting_decode(*arguments):
         events.append(1)
         return decode_image(*arguments)
@@ -89,7 +85,7 @@ def images_in_memory(shared_tiny_model: Model, monkeypatch) -> list[int]:
         events.append(-len(images))
         return encode(images)
 
-    monkeypatch.setattr(published_pairs, "read_image", noting_read)
+    monkeypatch.setattr(published_pairs, "decode_image", noting_decode)
     monkeypatch.setattr(sources, "decode_image", noting_decode)
     monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
     monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)

@@ -38,7 +38,7 @@ def test_other_names_of_the_published_configurations():
     [
         (vqgan.chameleon_config, None, "vq_config is None, no object"),
         (vqgan.chameleon_config, {"double_latent": True}, "double_latent is True, only False is supported"),
-        (vqgan.chameleon_config, {"resolution": "512"}, "expected resolution as a number"),
+        (vqgan.chameleon_config, {"resolution": "512"}, "expected resolution as a multiple of 16 pixels"),
         (vqgan.janus_config, {"base_channels": "128"}, "channels is '128'"),
         (vqgan.janus_config, {"channel_multiplier": []}, "expected 1 to 8 channel_multipliers, got 0"),
         (vqgan.emu3_config, {"latent_channels": 8}, "latent_channels must be embed_dim, got 8 and 4"),
