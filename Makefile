@@ -42,8 +42,8 @@ lint: setup
 check-install: setup
 	VENV=$(VENV) .ci/check-install
 
-check-cuda:
-	.ci/check-cuda
+check-cuda: setup
+	$(BIN)/python .ci/check-cuda
 
 check-triton: setup
 	$(BIN)/python .ci/check-triton
