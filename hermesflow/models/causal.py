@@ -6,7 +6,7 @@ came in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,38 @@ FILES = (
 FETCHED = (*FILES, *WEIGHT_FILES, "*-of-*.safetensors", "*-of-*.bin")
 Views = Callable[[nn.ModuleDict], dict[str, Tensor]]
 """Of a model's parts: the name of each published tensor -> the parameter, or the part of one, that it fills."""
+
+
+class CausalLayout(Layout):
+    """Sequences as most such families have them; boi and eoi frame an image, bos begins."""
+
+    bos: int
+    boi: int
+    eoi: int
+    image_mode = prefix_mode = "causal"
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Of the grid."""
+        return self.image_grid[0] * self.image_grid[1]
+
+    @property
+    def before_image(self) -> tuple[int, ...]:
+        """boi."""
+        return (self.boi,)
+
+    @property
+    def after_image(self) -> tuple[int, ...]:
+        """eoi."""
+        return (self.eoi,)
+
+    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Condition of an image: [bos, text]."""
+        return [self.bos, *text_ids]
+
+    def question(self, text_ids: Sequence[int]) -> list[int]:
+        """A question about an image."""
+        return list(text_ids)
 
 
 class CausalModel(Model):

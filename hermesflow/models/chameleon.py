@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.image_tokenizers.vqgan import VQGAN
-from hermesflow.engine.token_layout import Ids, Layout
+from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.weights import read_tensors, save_tensors
 from hermesflow.models import llama, loading, vqgan
-from hermesflow.models.causal import FETCHED, CausalModel, load_parts, on_meta
+from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
 from hermesflow.models.hub import find_folder
 from hermesflow.models.images import fit_image
 from hermesflow.models.model import PromptFormat
@@ -79,7 +79,7 @@ _DEFAULTS = {"rms_norm_eps": 1e-5, "vocab_size": 65_536}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChameleonLayout(Layout):
+class ChameleonLayout(CausalLayout):
     """Codes lie in the middle of the vocabulary, in an order of their own; turn ends what a user says."""
 
     vocab_size: int
@@ -90,7 +90,6 @@ class ChameleonLayout(Layout):
     boi: int
     eoi: int
     turn: int
-    image_mode = prefix_mode = "causal"
     codes_apart = True
 
     @property
@@ -98,25 +97,10 @@ class ChameleonLayout(Layout):
         """As many as there are ids."""
         return len(self.code_ids)
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Of the grid."""
-        return self.image_grid[0] * self.image_grid[1]
-
     @cached_property
     def text_ids(self) -> Ids:
         """All but the image codes'."""
         return Ids([token for token in range(self.vocab_size) if token not in self.code_ids])
-
-    @property
-    def before_image(self) -> tuple[int, ...]:
-        """boi."""
-        return (self.boi,)
-
-    @property
-    def after_image(self) -> tuple[int, ...]:
-        """eoi."""
-        return (self.eoi,)
 
     def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
         """Condition of an image: [bos, text, turn]; without text bos alone."""

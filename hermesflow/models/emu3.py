@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.image_tokenizers.emu3 import Emu3Tokenizer
-from hermesflow.engine.token_layout import Ids, Layout
+from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import llama, loading, vqgan
-from hermesflow.models.causal import FETCHED, CausalModel, load_parts, on_meta
+from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
 from hermesflow.models.hub import find_folder
 from hermesflow.models.model import PromptFormat
 from hermesflow.models.text_tokenizers import FileTokenizer
@@ -64,7 +64,7 @@ _DEFAULTS = {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "intermediate_size"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Emu3Layout(Layout):
+class Emu3Layout(CausalLayout):
     """Codes end the vocabulary. An image says its grid before its codes, and eol ends each row of them.
 
     encode: text -> ids, for the grid's numbers. negative_ids stand for the text in the unconditional half.
@@ -83,7 +83,6 @@ class Emu3Layout(Layout):
     system_ids: tuple[int, ...]
     negative_ids: tuple[int, ...]
     encode: Callable[[str], list[int]] = field(compare=False)
-    image_mode = prefix_mode = "causal"
 
     def of_grid(self, grid: tuple[int, int]) -> Emu3Layout:
         """The same for images of so many rows and columns."""
@@ -93,11 +92,6 @@ class Emu3Layout(Layout):
     def codebook_size(self) -> int:
         """As many as there are ids."""
         return len(self.code_ids)
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Of the grid."""
-        return self.image_grid[0] * self.image_grid[1]
 
     @cached_property
     def text_ids(self) -> Ids:
@@ -120,10 +114,6 @@ class Emu3Layout(Layout):
         """eof, eoi."""
         return self.eof, self.eoi
 
-    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
-        """Condition of an image: [bos, text]."""
-        return [self.bos, *text_ids]
-
     def unguided_prompt(self, text_ids: Sequence[int]) -> list[int]:
         """[bos, negative prompt], whatever the text is."""
         return [self.bos, *self.negative_ids]
@@ -131,10 +121,6 @@ class Emu3Layout(Layout):
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
         """An image to be understood: [bos, system prompt, image]."""
         return [self.bos, *self.system_ids, *self.image(codes)]
-
-    def question(self, text_ids: Sequence[int]) -> list[int]:
-        """A question about an image."""
-        return list(text_ids)
 
 
 class Emu3Model(CausalModel):

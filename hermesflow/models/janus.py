@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.image_tokenizers.vqgan import VQGAN
-from hermesflow.engine.token_layout import Ids, Layout
+from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import CodeHead, Embeds, Transformer, TransformerConfig
 from hermesflow.engine.weights import own_tensors, read_tensors
 from hermesflow.models import llama, loading, siglip, vqgan
-from hermesflow.models.causal import FETCHED, CausalModel, load_parts, on_meta
+from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
 from hermesflow.models.images import pad_image
 from hermesflow.models.model import PromptFormat
 from hermesflow.models.siglip import SiglipTower
@@ -60,7 +60,7 @@ _IMAGES_PER_PASS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class JanusLayout(Layout):
+class JanusLayout(CausalLayout):
     """[text | codes]; pads stand for the text in the unconditional half, which is as long as the prompt."""
 
     text_vocab_size: int
@@ -73,18 +73,12 @@ class JanusLayout(Layout):
     pad: int
     before_image_ids: tuple[int, ...]
     """What stands between bos and an image to be understood."""
-    image_mode = prefix_mode = "causal"
     codes_apart = True
 
     @property
     def vocab_size(self) -> int:
         """Of both tables."""
         return self.text_vocab_size + self.codebook_size
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Of the grid."""
-        return self.image_grid[0] * self.image_grid[1]
 
     @cached_property
     def text_ids(self) -> Ids:
@@ -96,20 +90,6 @@ class JanusLayout(Layout):
         """Behind the text ids."""
         return Ids(range(self.text_vocab_size, self.vocab_size))
 
-    @property
-    def before_image(self) -> tuple[int, ...]:
-        """boi."""
-        return (self.boi,)
-
-    @property
-    def after_image(self) -> tuple[int, ...]:
-        """eoi."""
-        return (self.eoi,)
-
-    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
-        """Condition of an image: [bos, text]."""
-        return [self.bos, *text_ids]
-
     def unguided_prompt(self, text_ids: Sequence[int]) -> list[int]:
         """[bos, a pad for each id of the text]."""
         return [self.bos, *[self.pad] * len(text_ids)]
@@ -117,10 +97,6 @@ class JanusLayout(Layout):
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
         """An image by its codes, which the model was not trained to understand."""
         return [self.bos, *self.before_image_ids, *self.image(codes)]
-
-    def question(self, text_ids: Sequence[int]) -> list[int]:
-        """A question about an image."""
-        return list(text_ids)
 
     def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
         """An image to be understood: [bos, system prompt, boi, a pad for each feature]."""
