@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hermesflow.benchmarks.naive_causal import WAYS, Way
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.token_layout import Ids, Layout
-from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.transformer import Linear, Transformer, TransformerConfig
 from hermesflow.models import chameleon, emu3, janus
 from hermesflow.models.model import Model
 
@@ -175,9 +175,9 @@ def make_model(
     )
     with torch.device(device):
         if family.way.own_head:
-            aligner = nn.Sequential(nn.Linear(CODE_WIDTH, width), nn.GELU(), nn.Linear(width, width))
+            aligner = nn.Sequential(Linear(CODE_WIDTH, width), nn.GELU(), Linear(width, width))
             embed = nn.Sequential(nn.Embedding(shape.codebook_size, CODE_WIDTH), *aligner)
-            parts = (shape.text_vocab_size, embed, nn.Linear(width, width), shape.codebook_size)
+            parts = (shape.text_vocab_size, embed, Linear(width, width), shape.codebook_size)
             transformer = janus.JanusTransformer(config, *parts)
         else:
             transformer = Transformer(config)

@@ -213,7 +213,9 @@ def embedded(transformer: Transformer, ids: Tensor, seen: Seen | None = None) ->
     if len(table) == transformer.config.vocab_size:
         return F.embedding(ids, table)
     is_code = ids >= len(table)
-    codes = transformer.code_embed((ids - len(table)).clamp(min=0))
+    code_table, inner, _, outer = transformer.code_embed
+    codes = F.embedding((ids - len(table)).clamp(min=0), code_table.weight)
+    codes = F.linear(F.gelu(F.linear(codes, inner.weight, inner.bias)), outer.weight, outer.bias)
     x = torch.where(is_code[..., None], codes, F.embedding(ids.masked_fill(is_code, 0), table))
     if seen is None:
         return x

@@ -160,9 +160,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """x [Tq, D] -> queries [Tq, H, head_dim], keys and values [Tq, Hkv, head_dim]."""
         config = self.config
+        counts = [config.num_heads, config.num_kv_heads]
         heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        turned, v = heads.split([sum(counts), config.num_kv_heads], dim=1)
+        if isinstance(self.q_norm, nn.Identity):
+            q, k = rotate(turned, rotary).split(counts, dim=1)
+        else:
+            q, k = turned.split(counts, dim=1)
+            q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q, k, v.to(q.dtype)
 
 

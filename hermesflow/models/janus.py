@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.image_tokenizers.vqgan import VQGAN
 from hermesflow.engine.token_layout import Ids
-from hermesflow.engine.transformer import CodeHead, Embeds, Transformer, TransformerConfig
+from hermesflow.engine.transformer import CodeHead, Embeds, Linear, Transformer, TransformerConfig
 from hermesflow.engine.weights import own_tensors, read_tensors
 from hermesflow.models import llama, loading, siglip, vqgan
 from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
@@ -116,7 +116,7 @@ class JanusTransformer(Transformer):
         config: TransformerConfig,
         text_vocab_size: int,
         code_embed: nn.Module,
-        code_hidden: nn.Linear,
+        code_hidden: Linear,
         num_codes: int,
     ) -> None:
         """
@@ -149,9 +149,9 @@ class JanusTransformer(Transformer):
         """See Transformer."""
         table, *layers = self.code_embed
         sizes = [(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, nn.Linear)]
-        aligner = [part for size in sizes for part in (nn.Linear(*size), nn.GELU())][:-1]
+        aligner = [part for size in sizes for part in (Linear(*size), nn.GELU())][:-1]
         embed = nn.Sequential(nn.Embedding(table.num_embeddings, table.embedding_dim), *aligner)
-        hidden = nn.Linear(self.code_hidden.in_features, self.code_hidden.out_features)
+        hidden = Linear(self.code_hidden.in_features, self.code_hidden.out_features)
         return JanusTransformer(self.config, self.embed.num_embeddings, embed, hidden, table.num_embeddings)
 
     def code_head(self, code_ids: Ids) -> CodeHead:
@@ -237,7 +237,8 @@ class JanusModel(CausalModel):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels [n, 3, image_size, image_size] in [-1, 1] -> features [n, F, D]; differentiable."""
-        return self.parts["aligner"](self.parts["tower"](pixels))
+        seen = self.parts["tower"](pixels)
+        return self.parts["aligner"](seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
 
     def tokenizer_tensors(self) -> dict[str, Tensor]:
         """All of it."""
@@ -290,7 +291,7 @@ class JanusFamily:
         def make() -> dict[str, nn.Module]:
             embed = nn.Sequential(nn.Embedding(num_codes, code_width), *_mlp(shapes, names, names.code_aligner))
             return {
-                "transformer": JanusTransformer(shape, text_vocab_size, embed, nn.Linear(width, hidden), num_codes),
+                "transformer": JanusTransformer(shape, text_vocab_size, embed, Linear(width, hidden), num_codes),
                 "aligner": _mlp(shapes, names, names.aligner),
                 "tower": SiglipTower(**vision),
             }
@@ -336,7 +337,7 @@ def _mlp(shapes: Mapping[str, torch.Size], names: _Names, prefix: str) -> nn.Seq
     """Linear layers with GELU between them, in the widths that the checkpoint has."""
     layers: list[nn.Module] = []
     while (shape := shapes.get(f"{names.mlp(prefix, len(layers) // 2)}.weight")) is not None:
-        layers += [nn.Linear(shape[1], shape[0]), nn.GELU()]
+        layers += [Linear(shape[1], shape[0]), nn.GELU()]
     if not layers:
         raise ValueError(f"no weights under {prefix}")
     return nn.Sequential(*layers[:-1])

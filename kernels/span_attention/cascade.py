@@ -67,6 +67,11 @@ class _Runs(NamedTuple):
             start = self.first + run * self.step
             storage[start : start + self.length] += values[run]
 
+    def begin(self, length: int) -> _Runs:
+        """The first length rows of each run."""
+        indices = None if self.indices is None else self.indices.view(self.num_runs, -1)[:, :length].flatten()
+        return self._replace(length=min(self.length, length), indices=indices)
+
     def some(self, start: int, stop: int) -> _Runs:
         """Runs [start, stop)."""
         indices = None if self.indices is None else self.indices[start * self.length : stop * self.length]
@@ -90,6 +95,17 @@ class _Part(NamedTuple):
     padded: Tensor | None
     visible: tuple[Tensor, Tensor] | None
 
+    def of_step(self, tree: SpanTree) -> _Part:
+        """The same with the keys that there are by now, and a mask [G, 1, 1, K] of what each row sees of them."""
+        if self.visible is None:
+            return self
+        rows, num_before = self.visible
+        keys = self.keys
+        if tree.most_visible is not None:
+            keys = keys.begin(int(num_before.max()) + tree.most_visible)
+        is_seen = torch.arange(keys.length) < (num_before + tree.num_visible[rows])[:, None, None, None]
+        return self._replace(keys=keys, mask=torch.where(is_seen, 0.0, float("-inf")), visible=None)
+
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: float | None = None) -> Tensor:
     """hermesflow.kernels.span_attention.span_attention on the CPU.
@@ -105,11 +121,15 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, *, scale: fl
 
 
 def _parts(q: Tensor, k: Tensor, tree: SpanTree) -> tuple[list[_Part], list[_Part]]:
-    """The plan of _make_plan, made once for a tree."""
+    """The plan of _make_plan, made once for a tree, with what a decoding step sees, found once for its layers."""
     key_bytes = 2 * k.shape[1] * k.shape[2] * k.element_size()
     row_bytes = _MERGE_COST * 2 * q.shape[1] * q.shape[2] * 4
-    make = functools.partial(_make_plan, key_bytes=key_bytes, row_bytes=row_bytes)
-    return tree.plan(("cascade", key_bytes, row_bytes), make)
+    key = ("cascade", key_bytes, row_bytes)
+    plan = tree.plan(key, functools.partial(_make_plan, key_bytes=key_bytes, row_bytes=row_bytes))
+    if tree.num_visible is None:
+        return plan
+    own, shared = plan
+    return tree.plan_step(key, lambda tree: ([part.of_step(tree) for part in own], shared))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -121,7 +141,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | Non
         # It also scales what its triangle has masked with -inf.
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     dtype = torch.promote_types(q.dtype, torch.float32) if shared else q.dtype
-    results = [_attend(q, k, v, part, tree, scale) for part in own]
+    results = [_attend(q, k, v, part, scale) for part in own]
     if len(own) == 1 and isinstance(own[0].rows, slice):
         out, lse = results[0]
         out = out.to(dtype)
@@ -131,7 +151,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tree: SpanTree, scale: float | Non
             _put(out, part.rows, part_out.to(dtype))
             _put(lse, part.rows, part_lse)
     for part in shared:
-        part_out, part_lse = _attend(q, k, v, part, tree, scale)
+        part_out, part_lse = _attend(q, k, v, part, scale)
         old_out, old_lse = _rows(out, part.rows), _rows(lse, part.rows)
         weight = torch.sigmoid(part_lse - old_lse)[..., None]
         _put(out, part.rows, torch.lerp(old_out, part_out.to(dtype), weight))
@@ -204,17 +224,9 @@ def _add_gradients(
     keys.add_to(grads[2], heads(torch.bmm(probs.mT, grad_out), keys))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part, tree: SpanTree, scale: float | None) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part, scale: float | None) -> tuple[Tensor, Tensor]:
     """Output [n, H, d] and log-sum-exp [n, H] of the part's rows."""
     query, key, value, mask = part.queries.of(q), part.keys.of(k), part.keys.of(v), part.mask
-    if part.visible is not None:
-        rows, num_before = part.visible
-        seen = num_before + tree.num_visible[rows]
-        if tree.most_visible is not None:
-            most = int(num_before.max()) + tree.most_visible
-            key, value = key[:, :, :most], value[:, :, :most]
-        visible = torch.arange(key.shape[2]) < seen[:, None, None, None]
-        mask = torch.where(visible, 0.0, float("-inf"))
     if mask is not None:
         mask = mask.to(q.dtype).expand(-1, -1, part.queries.length, -1)
     out, lse = _flash(query, key, value, 0.0, part.causal, attn_mask=mask, scale=scale)
