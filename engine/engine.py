@@ -73,6 +73,12 @@ class Engine:
         self._text = text_decoder(transformer, layout, backend)
         self._planner = MemoryPlanner(transformer)
 
+    def of_grid(self, grid: tuple[int, int]) -> Engine:
+        """An engine over the same model for images of so many rows and columns of codes. Raises: ValueError in a family
+        that has one grid alone."""
+        kinds = {"image_decoder": type(self.image_decoder), "text_decoder": type(self._text)}
+        return Engine(self.transformer, self.layout.of_grid(grid), backend=self.backend, **kinds)
+
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""

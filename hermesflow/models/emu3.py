@@ -11,23 +11,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import isqrt
+from math import ceil, floor, isqrt, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
+from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_tokenizers.emu3 import Emu3Tokenizer
 from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import llama, loading, vqgan
 from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
 from hermesflow.models.hub import find_folder
+from hermesflow.models.images import upright_rgb
 from hermesflow.models.model import PromptFormat
 from hermesflow.models.text_tokenizers import FileTokenizer
 from hermesflow.runtime.files import InputError, read_json, shown
@@ -52,8 +56,9 @@ WEIGHTS = {
     "Emu3": llama.weight_table("model.", "lm_head"),
 }
 """By the model_type of config.json."""
-GRID, PIXELS_PER_TOKEN = 90, 8
+GRID = 90
 """Rows and columns of an image of 720 x 720 pixels."""
+MOST_ASPECT = 5
 _TOKENS = {
     "bos": "<|extra_203|>", "eot": "<|extra_204|>", "boi": "<|image start|>", "eoi": "<|image end|>",
     "img": "<|image token|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>",
@@ -123,8 +128,55 @@ class Emu3Layout(CausalLayout):
         return [self.bos, *self.system_ids, *self.image(codes)]
 
 
+class PixelBounds(NamedTuple):
+    """Of images to be understood: their sides are multiples of factor, their pixels lie between least and most."""
+
+    factor: int
+    least: int
+    most: int
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The size nearest to this one. Source: smart_resize of Emu3's image_processing_emu3visionvq.py."""
+        sides = [round(side / self.factor) for side in (height, width)]
+        pixels = sides[0] * sides[1] * self.factor**2
+        if pixels > self.most:
+            scale = sqrt(self.most / (height * width)) / self.factor
+            sides = [floor(side * scale) for side in (height, width)]
+        elif pixels < self.least:
+            scale = sqrt(self.least / (height * width)) / self.factor
+            sides = [ceil(side * scale) for side in (height, width)]
+        return sides[0] * self.factor, sides[1] * self.factor
+
+
+_PUBLISHED_BOUNDS = PixelBounds(8, 512 * 512, 1024 * 1024)
+
+
 class Emu3Model(CausalModel):
     """A model of Emu3's class."""
+
+    bounds: PixelBounds
+
+    def fit_whole(self, image: Image.Image) -> np.ndarray:
+        """An image of any mode and size with its aspect, as it is understood: uint8 [H, W, 3]. Raises: InputError on an
+        aspect above MOST_ASPECT."""
+        image = upright_rgb(image)
+        width, height = image.size
+        if max(width, height) > MOST_ASPECT * min(width, height):
+            raise InputError(
+                f"image: Emu3 sees images of an aspect up to {MOST_ASPECT}, got {width} x {height} pixels; crop it"
+            )
+        height, width = self.bounds.fit(height, width)
+        return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+
+    def views(self, images: Iterable[Image.Image]) -> Iterator[tuple[Sequence[int], Tensor, Engine]]:
+        """See Model; every image keeps its aspect."""
+        groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for number, pixels in enumerate(map(self.fit_whole, images)):
+            groups.setdefault(pixels.shape, []).append((number, pixels))
+        for (height, width, _), group in groups.items():
+            numbers, pixels = zip(*group, strict=True)
+            grid = height // self.bounds.factor, width // self.bounds.factor
+            yield numbers, self.encode_images(np.stack(pixels)), self.engine.of_grid(grid)
 
     def image_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt, with the suffix that asks for quality; none of an empty text."""
@@ -160,7 +212,8 @@ class Emu3Family:
         vocab_size = text.get("vocab_size") if isinstance(text, Mapping) else None
         with loading.errors_of(path):
             shape = llama.transformer_config(text, of_text, _DEFAULTS, vocab_size, "Emu3")
-        side, factor = _grid_of(folder)
+        bounds = _pixel_bounds(folder)
+        side = min(GRID, isqrt(bounds.most) // bounds.factor)
         layout = make_layout(tokenizer, vocab_size, (side, side))
         parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
 
@@ -178,8 +231,10 @@ class Emu3Family:
             return vqgan.load_image_tokenizer(source, of_codes, vqgan.EMU3_ORIGINAL, device=device)
 
         load_parts(parts, folder, tensors, re.escape(_IMAGE_TOKENIZER) + ".*", dtype, device)
-        settings = (tokenizer, layout, side * factor, PROMPTS, SAMPLING, open_tokenizer)
-        return Emu3Model(folder, parts, tensors, *settings)
+        settings = (tokenizer, layout, side * bounds.factor, PROMPTS, SAMPLING, open_tokenizer)
+        model = Emu3Model(folder, parts, tensors, *settings)
+        model.bounds = bounds
+        return model
 
 
 FAMILY = Emu3Family()
@@ -210,18 +265,16 @@ def make_layout(tokenizer: FileTokenizer, vocab_size: int, grid: tuple[int, int]
     )
 
 
-def _grid_of(folder: Path) -> tuple[int, int]:
-    """Tokens a side of an image, and pixels a token; as published, but no more than the preprocessor allows."""
+def _pixel_bounds(folder: Path) -> PixelBounds:
+    """What the preprocessor allows; as published where it is silent."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
     given = given if isinstance(given, Mapping) else {"spatial_factor": given}
-    factor, most = (
-        given.get("spatial_factor", PIXELS_PER_TOKEN),
-        given.get("max_pixels", (GRID * PIXELS_PER_TOKEN) ** 2),
-    )
-    if type(factor) is not int or type(most) is not int or not 1 <= factor**2 <= most:
+    names = ("spatial_factor", "min_pixels", "max_pixels")
+    bounds = PixelBounds(*(given.get(name, usual) for name, usual in zip(names, _PUBLISHED_BOUNDS, strict=True)))
+    if any(type(value) is not int for value in bounds) or min(bounds) < 1 or bounds.factor**2 > bounds.most:
         raise InputError(
-            f"{path}: expected spatial_factor and max_pixels as numbers, got {shown(factor)} and {shown(most)}; "
-            "restore it from its source"
+            f"{path}: expected {', '.join(names)} as numbers, got {', '.join(map(shown, bounds))}; restore it from its "
+            "source"
         )
-    return min(GRID, isqrt(most) // factor), factor
+    return bounds

@@ -102,7 +102,7 @@ def fit_image(
     Raises: ValueError on floats that are not finite; whatever Pillow raises on a damaged file.
     Source: torchvision's Resize(size) and CenterCrop(size), as Show-o's training/utils.py composes them.
     """
-    image = _as_rgb(ImageOps.exif_transpose(image))
+    image = upright_rgb(image)
     width, height = image.size
     # The longer side is rounded down, and the offset half to even, as torchvision does.
     new_width, new_height = (size if side == min(image.size) else size * side // min(image.size) for side in image.size)
@@ -118,7 +118,7 @@ def fit_image(
 
 def pad_image(image: Image.Image, size: int, fill: int) -> np.ndarray:
     """As fit_image, but the longer side becomes `size`, and grey of the level fill stands around the image."""
-    image = _as_rgb(ImageOps.exif_transpose(image))
+    image = upright_rgb(image)
     width, height = (max(1, round(size * side / max(image.size))) for side in image.size)
     padded = Image.new("RGB", (size, size), (fill, fill, fill))
     padded.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
@@ -142,7 +142,9 @@ def resize_images(images: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).resize((size, size), method)) for image in images])
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, turned upright, on white where it is transparent; see fit_image."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip at 255
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65_535) // 257).astype(np.uint8))
     elif image.mode == "F":

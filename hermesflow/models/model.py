@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,20 +188,28 @@ class Model:
             )
         asked = [[self.question_prompt(question)] for question in _one_each(questions, images)]
         answers = [[[self.answer_ids(choice) for choice in choices]]] * len(images)
-        if not asked:
-            return []
-        scores = self.engine.score_choices(self.view_images(map(as_image, images)), asked, answers)
-        chances = [torch.tensor(of_image[0], dtype=torch.float64).softmax(0).tolist() for of_image in scores]
-        return [dict(zip(choices, of_image, strict=True)) for of_image in chances]
+        found: list[dict[str, float]] = [{}] * len(asked)
+        for numbers, seen, engine in self.views(map(as_image, images)):
+            group = [asked[number] for number in numbers]
+            scores = engine.score_choices(seen, group, answers[: len(group)])
+            for number, of_image in zip(numbers, scores, strict=True):
+                chances = torch.tensor(of_image[0], dtype=torch.float64).softmax(0).tolist()
+                found[number] = dict(zip(choices, chances, strict=True))
+        return found
 
     def _say(self, images: Sequence[ImageLike], questions: Sequence[list[int]], max_new_tokens: int) -> list[str]:
         """The greedy text after a question about each image."""
-        if not questions:
-            return []
         greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=max_new_tokens)
-        asked, seeds = [[question] for question in questions], torch.zeros(len(questions), 1, 1, dtype=torch.int64)
-        ids = self.engine.generate_text(self.view_images(map(as_image, images)), asked, sampling=[greedy], seeds=seeds)
-        return [self.decode_text(of_image[0][0]) for of_image in ids]
+        said = [""] * len(questions)
+        for numbers, seen, engine in self.views(map(as_image, images)):
+            asked, seeds = (
+                [[questions[number]] for number in numbers],
+                torch.zeros(len(numbers), 1, 1, dtype=torch.int64),
+            )
+            ids = engine.generate_text(seen, asked, sampling=[greedy], seeds=seeds)
+            for number, of_image in zip(numbers, ids, strict=True):
+                said[number] = self.decode_text(of_image[0][0])
+        return said
 
     def encode_text(self, text: str) -> list[int]:
         """Text ids without special tokens.
@@ -266,6 +274,15 @@ class Model:
     def views_codes(self) -> bool:
         """Whether it sees images as their codes, and not as features of a vision encoder."""
         return True
+
+    def views(self, images: Iterable[Image.Image]) -> Iterator[tuple[Sequence[int], Tensor, Engine]]:
+        """What the model sees of images of any size, in groups of one shape.
+
+        Yields: the images' numbers, what is seen of them (see view_pixels), and the engine that takes it.
+        """
+        images = list(images)
+        if images:
+            yield range(len(images)), self.view_images(images), self.engine
 
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """What the model sees of images of any size, ready for the engine; see view_pixels."""

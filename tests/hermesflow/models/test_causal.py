@@ -6,6 +6,7 @@ import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from hermesflow import load_model
 from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.weights import read_tensors
 from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.models.images import as_image
 from hermesflow.runtime.files import InputError
 
 DATA = Path(__file__).parents[2] / "data"
@@ -298,6 +300,7 @@ REFUSED = [
     ),
     ("emu3-tiny", with_json("config.json", lambda values: values.update(text_config=7)), "is '?7.*restore"),
     ("emu3-tiny", with_json("preprocessor_config.json", lambda values: values.update(max_pixels="x")), "max_pixels"),
+    ("emu3-tiny", with_json("preprocessor_config.json", lambda values: values.update(min_pixels=0)), "min_pixels.* 0, 64"),
     ("emu3-tiny", without_token("<|extra_200|>"), "no <|extra_200|>; give"),
     ("emu3-tiny", without_token("<|visual token 000007|>"), "visual tokens are not the last.*give"),
     ("emu3-tiny", cut, "model.safetensors: not a readable"),
@@ -381,6 +384,22 @@ def test_an_image_tokenizer_of_another_model_is_refused():
     model = load_model(DATA / "chameleon-tiny", vq_tokenizer=DATA / "chameleon-swin-tiny" / "vqvae")
     with pytest.raises(InputError, match="image tokenizer has 16 codes and 1 pixels a token, the model 48 codes"):
         model.vq_tokenizer  # noqa: B018
+
+
+def test_emu3_understands_images_of_any_aspect():
+    """Those of one grid go together; each is answered as it is alone."""
+    model = load_model(DATA / "emu3-tiny", dtype=torch.float32)
+    pixels = np.random.default_rng(0).integers(256, size=(3, 40, 40, 3), dtype=np.uint8)
+    images = [pixels[0, :24], pixels[1, :, :20], pixels[2, :24]]
+    groups = {engine.layout.image_grid: tuple(numbers) for numbers, _, engine in model.views(map(as_image, images))}
+    assert groups == {(3, 5): (0, 2), (5, 2): (1,)}
+    assert model.caption(images) == [model.caption([image])[0] for image in images]
+    questions, choices = ["what is there ?", "how many ?", "what is it ?"], ["one", "two"]
+    together = model.score(images, questions, choices)
+    for image, question, chances in zip(images, questions, together, strict=True):
+        assert model.score([image], question, choices)[0] == pytest.approx(chances, rel=1e-4)
+    with pytest.raises(InputError, match="aspect up to 5, got 40 x 4 pixels; crop it"):
+        model.caption([pixels[0, :4]])
 
 
 def test_a_layout_may_be_replaced():
