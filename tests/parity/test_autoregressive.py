@@ -347,7 +347,9 @@ def test_preprocessed_images(original):
         ours = (fitted * settings["rescale_factor"] - mean) / std
         assert_close(ours, original.golden[f"preprocess{number}.pixel_values"], 2 / 255)
     by_hand = original.model.features if original.family == "janus" else original.model.vq_tokenizer.encode
-    seen = {number: view for numbers, views, _ in original.model.views(images) for number, view in zip(numbers, views)}
+    seen = {}
+    for numbers, views, _ in original.model.views(images):
+        seen |= dict(zip(numbers, views, strict=True))
     for number, image in enumerate(images):
         pixels = torch.from_numpy(fit(image)).permute(2, 0, 1)[None]
         assert_close(seen[number], by_hand(pixels / 127.5 - 1)[0], 1e-5)
