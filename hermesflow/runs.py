@@ -38,7 +38,7 @@ from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rej
 from hermesflow.evaluation.metrics import check_same_records, is_balanced, summarize
 from hermesflow.models.family import load_model, open_model, trained_rounds
 from hermesflow.models.merging import merge_models
-from hermesflow.models.model import Model, model_digest
+from hermesflow.models.model import Model, model_digest, weights_digest
 from hermesflow.runtime.distributed import is_main, on_main
 from hermesflow.runtime.files import (
     InputError,
@@ -137,7 +137,8 @@ class Run:
 
     @cached_property
     def judge(self) -> Model | None:
-        """What scores drawn images in place of the model. Raises: InputError if it has other image codes."""
+        """What scores drawn images in place of the model. Raises: InputError if it has other image codes, or other weights
+        than when the run began."""
         name = self.config.model.judge
         if not name:
             return None
@@ -153,6 +154,13 @@ class Run:
                 f"model.judge {name}: its images are {codes}, those of {config.name} {expected}; give a judge with "
                 "the same image tokenizer"
             )
+        if weights_digest(judge.vq_tokenizer) != weights_digest(painter.vq_tokenizer):
+            raise InputError(
+                f"model.judge {name}: the weights of its image tokenizer are not those of {config.name}, so that codes "
+                "mean other images to it; give a judge with the same image tokenizer"
+            )
+        reasons = {"judge": f"other weights than the judge {name!r} holds now"}
+        check_origin(self.folder, {"judge": model_digest(judge)}, reasons, "run.name", file="judge.json")
         return judge
 
     def policy(self, number: int) -> Model:
@@ -476,17 +484,20 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
         )
 
 
-def check_origin(folder: Path, origin: dict[str, str], reasons: dict[str, str], elsewhere: str) -> None:
-    """Writes origin.json, or raises if it records other weights or pairs.
+def check_origin(
+    folder: Path, origin: dict[str, str], reasons: dict[str, str], elsewhere: str, file: str = "origin.json"
+) -> None:
+    """Writes the file, or raises if it records other weights or pairs.
 
     Args:
         folder: of the run.
         origin: what it would begin with now.
         reasons: for each key that must be as it was, what another value means, for messages.
         elsewhere: as in claim_folder.
+        file: in the folder.
     Raises: InputError if a value is another one.
     """
-    path = folder / "origin.json"
+    path = folder / file
     if not path.exists():
         write_json(path, origin)
     began = read_json(path)

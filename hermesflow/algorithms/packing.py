@@ -331,6 +331,7 @@ def _check_row(row: dict, model: Model) -> None:
             _check_ids(name, row[name], range(layout.codebook_size), f"codebook has {layout.codebook_size}")
         else:
             _check_ids(name, row[name], layout.text_ids, f"text vocabulary has {len(layout.text_ids)}")
+            _check_spelling(name, row[name], row[name.removesuffix("_ids")], model)
     questions, answers = row["questions"] or [], row["answers"] or []
     if len(questions) != len(answers) or None in (*questions, *answers):
         raise ValueError(f"questions and answers do not match: there are {len(questions)} and {len(answers)}")
@@ -341,6 +342,15 @@ def _check_row(row: dict, model: Model) -> None:
         model.question_prompt(question)
         for choice in of_question:
             model.answer_ids(choice)
+
+
+def _check_spelling(name: str, ids: list[int], text: str | None, model: Model) -> None:
+    """Ids of another text tokenizer spell another text. Captions that were drawn are what their ids spell; imported ones
+    give their ids, which are cut where they are too many."""
+    if text is None or model.decode_text(ids).strip() == text.strip():
+        return
+    if model.encode_text(text)[: len(ids)] != ids:
+        raise ValueError(f"{name} spells {model.decode_text(ids)!r:.80}, not {text!r:.80}")
 
 
 def _is_choice(answer: str, choices: list[str | None] | None) -> bool:

@@ -388,8 +388,13 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def model_digest(model: Model) -> str:
     """A fingerprint of the weights of a model's modules."""
+    return weights_digest(*model.modules())
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """A fingerprint of the weights of modules."""
     digest = hashlib.blake2b(digest_size=16)
-    for module in model.modules():
+    for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -663,6 +663,9 @@ STRANGE = {
     "an empty choice": ("choices", [["red", None]], "choices do not match: .*, which holds its answer"),
     "no list of choices": ("choices", [None], "choices do not match: .*, which holds its answer"),
     "an unknown word in a choice": ("choices", [["red", "unicorn"]], "the model does not know .* 'unicorn' in .*"),
+    "ids that spell another caption": (
+        "win_caption", "a red circle", "win_caption_ids spells '.*', not 'a red circle'"
+    ),
     "an unknown side": ("sides", "neither", "sides is 'neither', expected both, generation or understanding"),
 }  # fmt: skip
 

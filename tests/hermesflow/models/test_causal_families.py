@@ -126,7 +126,7 @@ def test_grpo_meets_the_law_of_the_drawing(family, records, tmp_path):
 
 
 def test_another_model_judges(records, tmp_path):
-    """It changes the images' scores and nothing that is drawn; one with other codes is refused."""
+    """It changes the images' scores and nothing that is drawn; one with other codes, or that has changed, is refused."""
     judge, scores, tokens = load_model(DATA / "emu3-tiny", dtype=torch.float32), [], []
     judge.transformer.head.weight.data.mul_(-1)
     judge.save(tmp_path / "judge")
@@ -138,6 +138,14 @@ def test_another_model_judges(records, tmp_path):
         tokens.append([row["token_ids"] for row in rows])
         scores.append([row["score"] for row in rows])
     assert tokens[0] == tokens[1] and scores[0] != scores[1]
+    judge.transformer.head.weight.data.mul_(-1)
+    judge.save(tmp_path / "judge")
+    with pytest.raises(InputError, match="judge.json: the run began with other weights than the judge"):
+        Run(config).check_judge()
+    next(judge.vq_tokenizer.parameters()).data.mul_(-1)
+    judge.save(tmp_path / "judge")
+    with pytest.raises(InputError, match="weights of its image tokenizer are not those of .*; give a judge with"):
+        Run(config).check_judge()
     config = load_config(
         None, [*settings("emu3-tiny", records, tmp_path), f"model.judge={DATA / 'chameleon-swin-tiny'}"]
     )
