@@ -137,8 +137,8 @@ class Run:
 
     @cached_property
     def judge(self) -> Model | None:
-        """What scores drawn images in place of the model. Raises: InputError if it has other image codes, or other weights
-        than when the run began."""
+        """What scores drawn images in place of the model. Raises: InputError if it has other image codes, or
+        other weights than when the run began."""
         name = self.config.model.judge
         if not name:
             return None

@@ -345,8 +345,8 @@ def _check_row(row: dict, model: Model) -> None:
 
 
 def _check_spelling(name: str, ids: list[int], text: str | None, model: Model) -> None:
-    """Ids of another text tokenizer spell another text. Captions that were drawn are what their ids spell; imported ones
-    give their ids, which are cut where they are too many."""
+    """Ids of another text tokenizer spell another text. Drawn captions are what their ids spell; imported ones give
+    their ids, which are cut where they are too many."""
     if text is None or model.decode_text(ids).strip() == text.strip():
         return
     if model.encode_text(text)[: len(ids)] != ids:

@@ -126,7 +126,7 @@ def test_grpo_meets_the_law_of_the_drawing(family, records, tmp_path):
 
 
 def test_another_model_judges(records, tmp_path):
-    """It changes the images' scores and nothing that is drawn; one with other codes, or that has changed, is refused."""
+    """It changes the images' scores and nothing that is drawn; one that has changed, or has other codes, is refused."""
     judge, scores, tokens = load_model(DATA / "emu3-tiny", dtype=torch.float32), [], []
     judge.transformer.head.weight.data.mul_(-1)
     judge.save(tmp_path / "judge")
