@@ -1,6 +1,7 @@
-"""Show-o checkpoints of random weights in the published layout, and what it takes to open and use one.
+"""Checkpoints of random weights in published layouts, Show-o's and Janus's, and what it takes to open and use one.
 
     python -m hermesflow.benchmarks.random_checkpoint make FOLDER --shape showo-1.3b --weights sharded-bin
+    python -m hermesflow.benchmarks.random_checkpoint make FOLDER --shape janus-pro-1b
     python -m hermesflow.benchmarks.random_checkpoint use FOLDER
 
 The text tokenizer spells bytes; its other entries are there for the size of the vocabulary.
@@ -12,8 +13,8 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from hermesflow import load_model
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.transformer import Transformer
 from hermesflow.engine.weights import save_tensors
-from hermesflow.models import showo
+from hermesflow.models import janus, showo
 from hermesflow.models.magvit import save_vq_tokenizer
 from hermesflow.runtime.files import write_json
 
@@ -62,6 +63,84 @@ TINY = CheckpointShape(
     ),
 )
 SHAPES = {"showo-1.3b": CheckpointShape(), "tiny": TINY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusShape:
+    """Sizes of a checkpoint of Janus; those with defaults are the same in all that are published."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    vision_size: int = 1024
+    num_vision_layers: int = 24
+    code_channels: int = 128
+    """Of the image tokenizer's first level."""
+    side: int = 24
+    """Rows, and columns, of an image's codes and of its features."""
+
+
+JANUS_SHAPES = {
+    "tiny-janus": JanusShape(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        mlp_size=48,
+        vision_size=32,
+        num_vision_layers=2,
+        code_channels=32,
+        side=3,
+    ),
+    "janus-pro-1b": JanusShape(hidden_size=2048, num_layers=24, num_heads=16, mlp_size=5632),
+    "janus-pro-7b": JanusShape(hidden_size=4096, num_layers=30, num_heads=32, mlp_size=11_008),
+}
+
+
+def write_janus(folder: Path, shape: JanusShape, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+    """Writes FOLDER in the layout of transformers' Janus, in shards of at most 2 GB or a tensor.
+
+    Args:
+        folder: where to; made if need be.
+        shape: the sizes.
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    width, heads = shape.hidden_size, max(2, shape.vision_size // 64)
+    config = JanusConfig(
+        text_config={
+            "model_type": "llama", "hidden_size": width, "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_heads,
+            "intermediate_size": shape.mlp_size, "vocab_size": 102_400, "rms_norm_eps": 1e-6,
+        },
+        vision_config={
+            "hidden_size": shape.vision_size, "num_hidden_layers": shape.num_vision_layers,
+            "num_attention_heads": heads, "patch_size": 16, "image_size": 16 * shape.side,
+            "num_image_tokens": shape.side**2, "projection_dim": width, "depth": 2, "mlp_ratio": 4.0,
+        },
+        vq_config={
+            "base_channels": shape.code_channels, "num_patches": shape.side, "image_token_embed_dim": width,
+            "projection_dim": width,
+        },
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, 101_000, tuple(janus.TOKENS.values()))
+    write_json(folder / "config.json", config.to_dict() | {"architectures": ["JanusForConditionalGeneration"]})
+    write_json(folder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in JanusForConditionalGeneration(config).state_dict().items()}
+    generator, weight_map, shard = torch.Generator().manual_seed(seed), {}, {}
+    left = sum(shape.numel() for shape in shapes.values())
+    for name, of in shapes.items():
+        shard[name] = torch.empty(of, dtype=dtype)
+        _fill(name, shard[name], generator)
+        left -= of.numel()
+        if not left or sum(tensor.nbytes for tensor in shard.values()) > 2 << 30:
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_tensors(shard, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def write_checkpoint(
@@ -138,15 +217,18 @@ def language_model_config(shape: CheckpointShape) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(folder: Path, size: int) -> None:
-    """Writes a tokenizer of that many ids that spells text byte by byte; id 0 begins and ends texts."""
+def write_tokenizer(folder: Path, size: int, special: Sequence[str] = ("<|endoftext|>",)) -> None:
+    """Writes a tokenizer of that many ids that spells text byte by byte. Special tokens come first; the very first one
+    begins and ends texts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<|endoftext|>", *alphabet, *(f"<unused {index}>" for index in range(size - len(alphabet) - 1))]
+    unused = (f"<unused {index}>" for index in range(size - len(alphabet) - len(special)))
+    names = [*special, *alphabet, *unused]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[0], unk_token=special[0]
     )
+    wrapped.add_special_tokens({"additional_special_tokens": list(special[1:])})
     wrapped.save_pretrained(str(folder))
 
 
@@ -193,25 +275,22 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
     """Opens a checkpoint, draws an image and captions it; one line of seconds and peak memory."""
     from hermesflow.engine.decoders.text import SamplingParams
 
-    checkpoint_bytes = sum(path.stat().st_size for path in folder.glob("pytorch_model*"))
+    checkpoint_bytes = sum(path.stat().st_size for path in folder.glob("*model*"))
     before, began = _peak_mib(), time.perf_counter()
     model = load_model(str(folder))
     opened, opened_mib = time.perf_counter(), _peak_mib()
-    codes = model.engine.generate(
-        [model.image_prompt("a red circle above a blue square")],
-        num_images=1,
-        num_steps=num_steps,
-        guidance_scale=5.0,
-        mask_temperature=1.0,
-        mask_decay="showo",
-        seeds=torch.zeros(1, 1, dtype=torch.int64),
-    )[0]
+    sampling = model.sampling
+    if "num_steps" in (item.name for item in fields(sampling)):
+        sampling = replace(sampling, num_steps=num_steps)
+    seeds = torch.zeros(1, 1, dtype=torch.int64)
+    prompt = model.image_prompt("a red circle above a blue square")
+    codes = model.engine.generate([prompt], num_images=1, seeds=seeds, sampling=sampling)[0]
     image = model.decode_images(codes)
     drawn = time.perf_counter()
-    sampling = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
+    greedy = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
     seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
     seen, question = model.view_images([Image.fromarray(image[0])]), model.caption_prompt()
-    (((ids,),),) = model.engine.generate_text(seen, [[question]], sampling=sampling, seeds=seeds)
+    (((ids,),),) = model.engine.generate_text(seen, [[question]], sampling=greedy, seeds=seeds)
     captioned = time.perf_counter()
     return {
         "checkpoint_mib": round(checkpoint_bytes / 2**20),
@@ -220,7 +299,8 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
         "load_peak_to_checkpoint": round(opened_mib * 2**20 / checkpoint_bytes, 3),
         "load_s": round(opened - began, 2),
         "image_px": image.shape[1],
-        "num_steps": num_steps,
+        "image_tokens": codes.shape[1],
+        "num_steps": getattr(sampling, "num_steps", codes.shape[1]),
         "image_s": round(drawn - opened, 2),
         "caption_tokens": len(ids),
         "caption_s": round(captioned - drawn, 2),
@@ -235,17 +315,23 @@ def _peak_mib() -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 
+def _make(arguments: argparse.Namespace) -> None:
+    folder, name, dtype = arguments.folder, arguments.shape, getattr(torch, arguments.dtype)
+    if name in JANUS_SHAPES:
+        write_janus(folder, JANUS_SHAPES[name], dtype=dtype)
+    else:
+        write_checkpoint(folder, SHAPES[name], weights=arguments.weights, dtype=dtype)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("make", help="write a checkpoint")
     make.add_argument("folder", type=Path)
-    make.add_argument("--shape", choices=SHAPES, default="showo-1.3b")
-    make.add_argument("--weights", choices=WEIGHTS, default="safetensors")
+    make.add_argument("--shape", choices=(*SHAPES, *JANUS_SHAPES), default="showo-1.3b")
+    make.add_argument("--weights", choices=WEIGHTS, default="safetensors", help="of Show-o's")
     make.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    make.set_defaults(
-        run=lambda a: write_checkpoint(a.folder, SHAPES[a.shape], weights=a.weights, dtype=getattr(torch, a.dtype))
-    )
+    make.set_defaults(run=_make)
     use = commands.add_parser("use", help="open it, draw an image and caption it; prints a JSON line")
     use.add_argument("folder", type=Path)
     use.add_argument("--num-steps", type=int, default=18)

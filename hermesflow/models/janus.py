@@ -52,7 +52,7 @@ PROMPTS = PromptFormat(
     max_answer_tokens=100,
 )
 SAMPLING = CodeSamplingParams(guidance_scale=4.0)
-_TOKENS = {
+TOKENS = {
     "bos": "<｜begin▁of▁sentence｜>", "eot": "<｜end▁of▁sentence｜>", "boi": "<begin_of_image>",
     "eoi": "<end_of_image>", "pad": "<｜▁pad▁｜>",
 }  # fmt: skip
@@ -320,7 +320,7 @@ FAMILY = JanusFamily()
 
 def make_layout(tokenizer: FileTokenizer, text_vocab_size: int, num_codes: int, grid: tuple[int, int]) -> JanusLayout:
     """The vocabulary by its tokens' names, whose ids differ between sizes. Raises: InputError if one is missing."""
-    ids = {name: tokenizer.id(token) for name, token in _TOKENS.items()}
+    ids = {name: tokenizer.id(token) for name, token in TOKENS.items()}
     highest = max(tokenizer.vocabulary.values())
     if highest >= text_vocab_size:
         raise InputError(
