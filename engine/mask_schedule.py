@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("cosine", "linear", "sigmoid", "powX with a number X > 0, such as pow2")
-DECAYS = ("linear", "showo")
+DECAYS = ("linear", "showo", "none")
 MOST_STEPS = 2**16
 """An image has no more tokens."""
 Schedule = str | tuple[float, ...]
@@ -81,13 +81,16 @@ def mask_temperatures(mask_temperature: float, num_steps: int, decay: str = "lin
         mask_temperature: before the decay.
         num_steps: at least 1.
         decay: "linear" multiplies mask_temperature by 1 - (step + 1) / num_steps; "showo" multiplies the last step's
-            temperature by it, as the published code of Show-o does.
+            temperature by it, as the published code of Show-o does; "none" keeps it, but for the last step, which masks
+            nothing.
     Returns: num_steps temperatures.
     Raises: ValueError on an unknown decay or fewer than one step.
     """
     _check_steps("mask_temperatures", num_steps)
     if decay not in DECAYS:
         raise ValueError(f"mask_temperatures: expected decay {' or '.join(map(repr, DECAYS))}, got {decay!r}")
+    if decay == "none":
+        return [*[mask_temperature] * (num_steps - 1), 0.0]
     temperatures, current = [], mask_temperature
     for step in range(num_steps):
         factor = 1 - (step + 1) / num_steps

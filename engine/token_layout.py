@@ -110,6 +110,13 @@ class Layout(ABC):
     """Of an image that is understood, likewise."""
     codes_apart: bool = False
     """Whether a code's probability is one among the codes, not in the joint vocabulary."""
+    whole: bool = False
+    """Whether everything sees everything: a prompt and its image are one full span, and so are an image, a question and
+    the masked region of its answer."""
+    after_answer: tuple[int, ...] = ()
+    """Ids behind the region of an answer that is drawn, in a layout that is whole."""
+    filler: int
+    """What fills the region behind an answer and its eot, in training; in a layout that is whole."""
     before_image: tuple[int, ...]
     row_end: tuple[int, ...] = ()
     after_image: tuple[int, ...]
@@ -130,6 +137,10 @@ class Layout(ABC):
     @abstractmethod
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """What is asked of an image."""
+
+    def asked(self, codes: Sequence[int], text_ids: Sequence[int]) -> list[int]:
+        """An image together with what is asked of it: all that precedes the answer."""
+        return [*self.image_prefix(codes), *self.question(text_ids)]
 
     def of_grid(self, grid: tuple[int, int]) -> Layout:
         """The same for images of so many rows and columns. Raises: ValueError in a family that draws one grid alone."""

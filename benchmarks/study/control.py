@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hermesflow.algorithms.algorithm import Reference
 from hermesflow.algorithms.batch import REPLAY
-from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import NoReference
+from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record
@@ -35,7 +35,7 @@ class RightAnswers(PairDPO):
             seed: of the order of records and questions.
         """
         self.config = replace(config.train, replay_target="answers", replay_weight=1.0)
-        self.packer = PairPacker(model, records_table(records), self.config, seed).only(REPLAY)
+        self.packer = make_packer(model, records_table(records), self.config, seed).only(REPLAY)
 
     @staticmethod
     def check(config: Config) -> None:

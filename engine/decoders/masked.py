@@ -1,8 +1,9 @@
 """Images from prompts by parallel decoding (MaskGIT): a step draws all masked tokens and keeps the most confident.
 
 Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and
-the unconditional ones in one pass. Guidance is applied to hidden states, since it commutes with the linear head, and
-the head runs on the masked positions and on the image codes only. Codes that are known from the start are kept
+the unconditional ones in one pass. Where everything sees everything (layout.whole) nothing but the first step can be
+shared, and a step computes prompts too. Guidance is applied to hidden states, since it commutes with the linear head,
+and the head runs on the masked positions and on the image codes only. Codes that are known from the start are kept
 (inpainting); they stand in both branches.
 
 All steps after the first work on tensors that stay where they are and never wait for the device, so that on CUDA they
@@ -68,7 +69,9 @@ class ImageSamplingParams:
 
     guidance_scale g: logits (1 + g) * conditional - g * unconditional; 0 needs no unconditional half.
     temperature divides the logits (0: argmax); mask_temperature scales the noise on the confidences and decays by
-    mask_decay; schedule says how many tokens stay masked. Both are explained in mask_schedule.py.
+    mask_decay; schedule says how many tokens stay masked, of the image's or, with schedule_unknown, of those that are
+    unknown at the start. They are explained in mask_schedule.py. grid is an image's rows and columns of codes; None:
+    the layout's.
     """
 
     num_steps: int
@@ -77,6 +80,8 @@ class ImageSamplingParams:
     temperature: float = 1.0
     schedule: Schedule = "cosine"
     mask_decay: str = "linear"
+    schedule_unknown: bool = False
+    grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "mask_temperature"):
@@ -87,6 +92,8 @@ class ImageSamplingParams:
             raise ValueError(
                 f"ImageSamplingParams: expected a guidance_scale of at most {MOST:g}, got {self.guidance_scale}"
             )
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            raise ValueError(f"ImageSamplingParams: expected grid as rows and columns from 1, got {self.grid}")
         num_to_mask(1, self.num_steps, self.schedule)
         mask_temperatures(self.mask_temperature, self.num_steps, self.mask_decay)
 
@@ -167,8 +174,9 @@ class ImageDecoder:
     ) -> dict[str, Tensor]:
         """The named fields of ImageRollout."""
         num_prompts, num_images = seeds.shape
+        layout = self.layout.of_grid(params.grid) if params.grid else self.layout
         if known_codes is None:
-            known_codes = torch.full((num_prompts, self.layout.num_image_tokens), -1)
+            known_codes = torch.full((num_prompts, layout.num_image_tokens), -1)
         known = [tuple(codes) for codes in known_codes.tolist()]
         unguided_ids = [()] * num_prompts if unguided_ids is None else unguided_ids
         starts, unguided = (
@@ -181,12 +189,12 @@ class ImageDecoder:
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
         halves = 2 if params.guidance_scale else 1
         batches = self._batches(starts, max(1, max_sequences // halves))
-        graphs = self._takes_graph(halves * max(map(len, batches), default=0))
+        graphs = self._takes_graph(layout.image_length * halves * max(map(len, batches), default=0))
 
         def draw(rows: list[int]) -> None:
             of_rows = ([of_all[row] for row in rows] if of_all else [] for of_all in (starts, unguided))
-            batch = _Batch(self.transformer, self.layout, *of_rows, fixed=graphs)
-            session = self._session_of(batch, params)
+            batch = _Batch(self.transformer, layout, *of_rows, fixed=graphs)
+            session = self._session_of(layout, batch, params)
             # Indexed by a tensor: a list would wait for the device in between.
             index = torch.tensor(rows, device=codes.device)
             session.draw(batch, codes[index], flat_seeds[index], iter if graphs else progress)
@@ -213,9 +221,8 @@ class ImageDecoder:
         if self.transformer.embed.weight.is_cuda:
             torch.cuda.empty_cache()
 
-    def _takes_graph(self, num_sequences: int) -> bool:
-        """Whether the steps of a pass over so many image spans are captured."""
-        tokens = num_sequences * self.layout.image_length
+    def _takes_graph(self, tokens: int) -> bool:
+        """Whether the steps of a pass over image spans of so many tokens are captured."""
         parameters = sum(weight.numel() for weight in self.transformer.blocks[0].parameters())
         return device_graph.captures(self.transformer.embed.weight.device) and tokens * parameters < _HIDES_LAUNCHES
 
@@ -228,13 +235,13 @@ class ImageDecoder:
         rows_of.pop(0, None)  # nothing to draw
         return [part for rows in rows_of.values() for part in split_evenly(rows, most)]
 
-    def _session_of(self, batch: _Batch, params: ImageSamplingParams) -> _Session:
+    def _session_of(self, layout: Layout, batch: _Batch, params: ImageSamplingParams) -> _Session:
         """The kept session if its shapes are the batch's, otherwise a new one."""
         weights = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in self.transformer.parameters())
         key = (len(batch.starts), batch.num_unknown, params, weights)
         if self._session is not None and self._session.key == key and self._session.takes(batch):
             return self._session
-        return _Session(self, batch, params, key)
+        return _Session(self, layout, batch, params, key)
 
     def _keep(self, session: _Session) -> None:
         """For the next batch; a shape that comes once, as a last batch does, does not replace one that comes again."""
@@ -246,7 +253,8 @@ class ImageDecoder:
 class _Batch:
     """What a batch of images starts from: its prompts, to be prefilled, and the tree of its image spans.
 
-    Equal starts share a span, of either half.
+    Equal starts share a span, of either half. first_rows [S, N] and code_rows [B or 2 B, N] are the packed rows of
+    their codes in the two trees.
     """
 
     def __init__(
@@ -265,11 +273,21 @@ class _Batch:
         of_start = _indices(starts + unguided)
         of_prompt = _indices([prompt for prompt, _ in of_start])
 
-        spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
-        images = {start: (layout.image(start[1]), of_prompt[start[0]], layout.image_mode) for start in of_start}
-        self.prefill = SpanTree.build([*spans, *images.values()], device)
-        self.tree = SpanTree.build(spans, device, fixed=fixed).extend([images[start] for start in starts + unguided])
-        self.num_shared = len(images)
+        if layout.whole:
+            images = {
+                start: ([*layout.text_prompt(start[0]), *layout.image(start[1])], -1, "full") for start in of_start
+            }
+            self.prefill = SpanTree.build(list(images.values()), device)
+            self.tree = SpanTree.build([images[start] for start in starts + unguided], device, fixed=fixed)
+        else:
+            spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
+            images = {start: (layout.image(start[1]), of_prompt[start[0]], layout.image_mode) for start in of_start}
+            self.prefill = SpanTree.build([*spans, *images.values()], device)
+            self.tree = SpanTree.build(spans, device, fixed=fixed).extend(
+                [images[start] for start in starts + unguided]
+            )
+        self.first_rows = _code_rows(self.prefill, len(images), layout)
+        self.code_rows = _code_rows(self.tree, len(starts + unguided), layout)
         self.rows = torch.tensor([of_start[start] for start in starts], device=device)
         self.unguided = torch.tensor([of_start[start] for start in unguided], device=device)
 
@@ -281,8 +299,10 @@ class _Session:
     failed_steps int64 [B]; the prompts are in the cache, the image spans are computed anew at each step.
     """
 
-    def __init__(self, decoder: ImageDecoder, batch: _Batch, params: ImageSamplingParams, key: Hashable) -> None:
-        self.transformer, self.layout, self.backend = decoder.transformer, decoder.layout, decoder.backend
+    def __init__(
+        self, decoder: ImageDecoder, layout: Layout, batch: _Batch, params: ImageSamplingParams, key: Hashable
+    ) -> None:
+        self.transformer, self.layout, self.backend = decoder.transformer, layout, decoder.backend
         self.params, self.key, self.tree = params, key, batch.tree
         self.was_reused = False
         device = self.transformer.embed.weight.device
@@ -292,14 +312,13 @@ class _Session:
         self.codes = self.state["codes"]
         self.masked = torch.empty(num_rows, num_tokens, dtype=torch.bool, device=device)
         self.seeds, self.failed_steps = (torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.code_positions = torch.from_numpy(self.layout.code_positions).to(device)
-        self.frame = torch.tensor(self.layout.image([0] * num_tokens), device=device).repeat(num_rows, 1)
+        self.tokens, self.code_rows = batch.tree.token_ids.clone(), batch.code_rows.clone()
         self.halves = 2 if params.guidance_scale else 1
-        self.first_rows = torch.arange(self.halves * num_rows, device=device)[:, None] * self.layout.image_length
         self.step_numbers = torch.arange(params.num_steps, device=device)
         self.steps = _changing_steps(num_tokens, batch.num_unknown, params)
         # Room for longer prompts than this batch's.
-        self.cache = self.transformer.new_cache(-(-batch.tree.capacity // 1024) * 1024)
+        room = -(-batch.tree.capacity // 1024) * 1024
+        self.cache = None if self.layout.whole else self.transformer.new_cache(room)
         # By a weak reference, since memory must be free as soon as the session is dropped, not after a collection.
         later_steps = weakref.WeakMethod(self._later_steps)
 
@@ -310,7 +329,8 @@ class _Session:
 
     def takes(self, batch: _Batch) -> bool:
         """Whether the batch fits in here; its tree then stands in place of the last one's."""
-        self.was_reused = batch.tree.capacity <= self.cache.capacity and self.tree.load_(batch.tree)
+        has_room = self.cache is None or batch.tree.capacity <= self.cache.capacity
+        self.was_reused = has_room and self.tree.load_(batch.tree)
         return self.was_reused
 
     def draw(self, batch: _Batch, codes: Tensor, seeds: Tensor, progress: Progress) -> None:
@@ -318,6 +338,8 @@ class _Session:
         num_steps."""
         for name, values in self.state.items():
             values.copy_(_blank(name, codes, self.params.num_steps))
+        self.tokens.copy_(batch.tree.token_ids)
+        self.code_rows.copy_(batch.code_rows)
         self.masked.copy_(codes < 0)
         self.seeds.copy_(seeds)
         self.failed_steps.fill_(self.params.num_steps)
@@ -370,10 +392,10 @@ class _Session:
         """Guided hidden states [B * U, D] of positions [B, U]."""
         # A masked code may be -1, which is no number of an id.
         image = torch.where(self.masked, self.layout.mask_id, self.layout.code_ids.of(self.codes.clamp(min=0)))
-        tokens = self.frame.index_copy(1, self.code_positions, image).flatten()
-        rows = (self.first_rows + self.code_positions[positions].repeat(self.halves, 1)).flatten()
+        tokens = self.tokens.index_copy(0, self.code_rows.flatten(), image.repeat(self.halves, 1).flatten())
+        rows = self.code_rows.gather(1, positions.repeat(self.halves, 1)).flatten()
         with phase("step"):
-            hidden = self.transformer(self.tree.with_tokens(tokens.repeat(self.halves)), self.cache, rows=rows)
+            hidden = self.transformer(self.tree.with_tokens(tokens), self.cache, rows=rows)
         if self.halves == 1:
             return hidden
         guided, unguided = hidden.chunk(2)
@@ -381,15 +403,20 @@ class _Session:
 
     def _first_hidden(self, batch: _Batch, positions: Tensor) -> Tensor:
         """Before the first draw the images of one start are equal, so each start has one, which its images share."""
-        length = self.layout.image_length
+        rows = batch.first_rows
         with phase("prefill"):
-            hidden = self.transformer(batch.prefill, self.cache)
-        hidden = hidden[-batch.num_shared * length :].view(batch.num_shared, length, -1)[:, self.code_positions]
+            hidden = self.transformer(batch.prefill, self.cache, rows=rows.flatten()).view(*rows.shape, -1)
         guided = hidden[batch.rows[:, None], positions].flatten(0, 1)
         if self.halves == 1:
             return guided
         unguided = hidden[batch.unguided[:, None], positions].flatten(0, 1)
         return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
+
+
+def _code_rows(tree: SpanTree, num_images: int, layout: Layout) -> Tensor:
+    """Packed rows int64 [num_images, N] of the codes of images, which end the tree's last spans."""
+    first = (tree.packed_starts + tree.num_new)[-num_images:] - layout.image_length
+    return torch.from_numpy(first[:, None] + layout.code_positions).to(tree.token_ids.device)
 
 
 def _blank(name: str, codes: Tensor, num_steps: int) -> Tensor:
@@ -403,7 +430,8 @@ def _blank(name: str, codes: Tensor, num_steps: int) -> Tensor:
 
 def _changing_steps(num_tokens: int, num_unknown: int, params: ImageSamplingParams) -> list[Step]:
     """The steps without those that would draw the one unknown token and mask it again."""
-    counts = num_to_mask(num_tokens, params.num_steps, params.schedule, num_unknown)
+    of_all = num_unknown if params.schedule_unknown else num_tokens
+    counts = num_to_mask(of_all, params.num_steps, params.schedule, num_unknown)
     temperatures = mask_temperatures(params.mask_temperature, params.num_steps, params.mask_decay)
     steps = zip(range(params.num_steps), [num_unknown, *counts], counts, temperatures, strict=False)
     return [step for step in steps if step[1] != step[2]]

@@ -120,17 +120,19 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention unless it has none, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, norm: Norm) -> None:
+    def __init__(self, channels: int, norm: Norm, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels, norm)
-        self.attn_1 = SpatialAttention(channels, norm)
+        self.attn_1 = SpatialAttention(channels, norm) if attention else None
         self.block_2 = ResBlock(channels, channels, norm)
 
     def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
         """x [B, C, h, w] -> the same shape."""
-        x = self.attn_1(self.block_1(x, *condition), *condition)
+        x = self.block_1(x, *condition)
+        if self.attn_1 is not None:
+            x = self.attn_1(x, *condition)
         return self.block_2(x, *condition)
 
 
@@ -146,6 +148,7 @@ class Encoder(nn.Module):
         out_channels: int,
         norm: Norm,
         attention_levels: Collection[int] = (),
+        middle_attention: bool = True,
     ) -> None:
         """
         Args:
@@ -154,6 +157,7 @@ class Encoder(nn.Module):
             widths, num_blocks: channels and residual blocks of each level, the finest first.
             norm: makes the norms.
             attention_levels: levels with attention after each block; 0 is the finest.
+            middle_attention: whether the middle has it.
         """
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -165,7 +169,7 @@ class Encoder(nn.Module):
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(width, norm)
+        self.mid = Middle(width, norm, middle_attention)
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
@@ -191,20 +195,21 @@ class Decoder(nn.Module):
         out_channels: int,
         norm: Norm,
         attention_levels: Collection[int] = (),
+        middle_attention: bool = True,
         post_quant_conv: nn.Module | None = None,
     ) -> None:
         """
         Args:
             in_channels, out_channels: of a latent and of an image.
             channels: of the first convolution and the middle.
-            widths, num_blocks, attention_levels: as the encoder's, the finest level first.
+            widths, num_blocks, attention_levels, middle_attention: as the encoder's, the finest level first.
             norm: makes the norms.
             post_quant_conv: comes before all else, where the published names have it in here.
         """
         super().__init__()
         self.post_quant_conv = post_quant_conv or nn.Identity()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.mid = Middle(channels, norm)
+        self.mid = Middle(channels, norm, middle_attention)
         levels, width = [], channels
         for index in reversed(range(len(widths))):
             level = Level(width, widths[index], num_blocks[index], norm, attention=index in attention_levels)

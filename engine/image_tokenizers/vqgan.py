@@ -44,7 +44,11 @@ class VQGANConfig:
     num_res_blocks: int = 2
     """Of each level of the encoder; the decoder's have one more."""
     attention_levels: tuple[int, ...] = ()
-    """Levels with attention after each block; 0 is the finest. The middle always has it."""
+    """Levels with attention after each block; 0 is the finest."""
+    middle_attention: bool = True
+    """Whether the middle has it too."""
+    unit_pixels: bool = False
+    """Whether it was trained on images in [0, 1]."""
     normalized_codes: bool = False
     """Whether latents and codes lie on the unit sphere, as LlamaGen's do."""
     has_decoder: bool = True
@@ -85,6 +89,7 @@ class VQGAN(ImageTokenizer):
             config.latent_channels,
             norm,
             config.attention_levels,
+            config.middle_attention,
         )
         self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.embed_dim, config.normalized_codes)
@@ -98,10 +103,12 @@ class VQGAN(ImageTokenizer):
                 3,
                 norm,
                 config.attention_levels,
+                config.middle_attention,
             )
 
     def images_to_latent(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> z [B, embed_dim, h, w]."""
+        images = (images + 1) / 2 if self.config.unit_pixels else images
         return self.quant_conv(self.encoder(images))
 
     def latent_to_codes(self, z: Tensor) -> Tensor:
@@ -119,4 +126,5 @@ class VQGAN(ImageTokenizer):
         """
         if not self.config.has_decoder:
             raise ValueError("VQGAN: this tokenizer has no decoder; load one that has it, such as Anole's")
-        return self.decoder(self.post_quant_conv(z))
+        images = self.decoder(self.post_quant_conv(z))
+        return images * 2 - 1 if self.config.unit_pixels else images

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Pass, Reference
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
-from hermesflow.algorithms.packing import PairPacker, TreeBuilder, plan_passes, referenced_sides
+from hermesflow.algorithms.packing import TreeBuilder, plan_passes, referenced_sides
 from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import live_reference, make_reference
+from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record
@@ -155,7 +156,7 @@ class GRPO:
         for record in records:
             check_record(model, record)
         self._ways = _ways_to_draw(model.sampling_of(config.drawn_by(config.curation)), config)
-        self.packer = PairPacker(model, records_table(records), config.train, seed).only(REPLAY)
+        self.packer = make_packer(model, records_table(records), config.train, seed).only(REPLAY)
         self._rewards, self._match_answers = find_rewards(config.grpo), find_matcher(config.curation)
         self._num_codes = model.layout.num_image_tokens
         self._groups: tuple[int, list[Group]] = (-1, [])

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Reference
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
-from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import make_reference
+from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Question, Record
@@ -77,7 +77,7 @@ class OwnDrawings(PairDPO):
                 "data.num_records or own_drawings.num_images"
             )
         self._num_own, self._num_real = len(own), len(records)
-        self.packer = PairPacker(model, records_table([*own, *records]), self.config, seed).only(REPLAY)
+        self.packer = make_packer(model, records_table([*own, *records]), self.config, seed).only(REPLAY)
 
     @staticmethod
     def check(config: Config) -> None:

@@ -149,12 +149,7 @@ class PairPacker:
             sides = self._sides_of(visit.pair)
             if "generation" in sides:
                 self._add_images(builder, index, visit)
-            if "understanding" in sides or REPLAY in sides:
-                image = self._add_real_image(builder, visit)
-            if "understanding" in sides:
-                self._add_captions(builder, index, visit.pair, image)
-            if REPLAY in sides:
-                self._add_answers(builder, index, visit, image)
+            self._add_asked(builder, index, visit, [side for side in sides if side != "generation"])
         batch = builder.build_batch(visits, device, totals or {})
         layout = self.model.layout
         return replace(batch, code_ids=layout.code_ids) if layout.codes_apart else batch
@@ -162,7 +157,7 @@ class PairPacker:
     def add_replay(self, builder: TreeBuilder, index: int, visit: PairVisit) -> None:
         """Adds a visit's replay to a pass that holds something else too; index is that of the visit in the pass."""
         if REPLAY in self._sides_of(visit.pair):
-            self._add_answers(builder, index, visit, self._add_real_image(builder, visit))
+            self._add_asked(builder, index, visit, [REPLAY])
 
     def fingerprint(self) -> str:
         """Of all that the visits' passes depend on: the pairs' tokens, what is asked, the seed and the settings."""
@@ -231,7 +226,7 @@ class PairPacker:
             if config.boundary_labels:
                 around = np.setdiff1d(np.arange(layout.image_length), codes)
                 rows = np.sort(np.concatenate([rows, around]))
-                weights = np.where(np.isin(rows, around), _mask_share(config), weight)
+                weights = np.where(np.isin(rows, around), mask_share(config), weight)
             for lose, image in enumerate(images):
                 builder.predict("generation", index, 2 * index + lose, builder.packed + rows, image[rows], weights)
                 masked = image.copy()
@@ -245,6 +240,16 @@ class PairPacker:
         codes = self.model.layout.code_positions
         for lose, image in enumerate(images):
             builder.add_next_tokens("generation", index, 2 * index + lose, prompt, image, image, codes)
+
+    def _add_asked(self, builder: TreeBuilder, index: int, visit: PairVisit, sides: list[str]) -> None:
+        """What is said about the real image, below which it all stands."""
+        if not sides:
+            return
+        image = self._add_real_image(builder, visit)
+        if "understanding" in sides:
+            self._add_captions(builder, index, visit.pair, image)
+        if REPLAY in sides:
+            self._add_answers(builder, index, visit, image)
 
     def _add_real_image(self, builder: TreeBuilder, visit: PairVisit) -> int:
         layout = self.model.layout
@@ -379,10 +384,12 @@ def trained_pairs(pairs: pa.Table, config: TrainConfig) -> pa.Table:
     return kept
 
 
-def draw_masks(num_codes: int, config: TrainConfig, rng: np.random.Generator) -> list[ImageMask]:
-    """The masks of one visit of a pair of images.
+def draw_masks(
+    num_codes: int, config: TrainConfig, rng: np.random.Generator, schedule: str = "cosine"
+) -> list[ImageMask]:
+    """The masks of one visit of a pair of images, or of captions.
 
-    A mask hides the cosine schedule's share of the image at a uniform time. The weighted log-probabilities of what all
+    A mask hides the schedule's share of the image at a uniform time. The weighted log-probabilities of what all
     masks hide add up to the image's: to the mean of the masks' sums, or with elbo_weighting to an unbiased estimate of
     the evidence lower bound of decoding in any order, which is the sum over k = 1..N of
     (1 / k) E[sum over k hidden tokens, drawn uniformly]: a mask that hides k with probability P(k) weighs 1 / (k P(k)).
@@ -391,27 +398,29 @@ def draw_masks(num_codes: int, config: TrainConfig, rng: np.random.Generator) ->
         num_codes: N, tokens of an image.
         config: masks_per_pair, complementary_masks and elbo_weighting are used, and whether tokens are averaged.
         rng: the visit's.
+        schedule: "cosine", or "linear", as LLaDA hides text (arXiv 2502.09992).
     Returns: masks_per_pair masks. Of complementary ones every second hides what the one before it shows, or all where
         that one shows nothing; it comes with the probability of the one before it.
     Source: MaskGIT (arXiv 2202.04200), section 3.3, for the schedule; autoregressive diffusion (arXiv 2110.02037),
         section 3, for the bound.
     """
-    probability, masks = mask_count_probability(num_codes), []
+    probability, masks = mask_count_probability(num_codes, schedule), []
     for _ in range(config.masks_per_pair // (2 if config.complementary_masks else 1)):
-        ratio = mask_ratio(torch.tensor(rng.random(), dtype=torch.float64), "cosine").item()
+        ratio = mask_ratio(torch.tensor(rng.random(), dtype=torch.float64), schedule).item()
         order, count = rng.permutation(num_codes), max(round(ratio * num_codes), 1)
         for part in (order[:count], order[count:])[: 2 if config.complementary_masks else 1]:
             hidden = np.sort(part if len(part) else order)
             weight = 1 / (len(hidden) * probability[count - 1]) if config.elbo_weighting else 1.0
-            masks.append(ImageMask(hidden, weight * _mask_share(config)))
+            masks.append(ImageMask(hidden, weight * mask_share(config)))
     return masks
 
 
-def mask_count_probability(num_codes: int) -> np.ndarray:
-    """Probability fp64 [N] that a mask at a uniform time hides 1, ..., N tokens: max(round(cos(pi t / 2) N), 1)."""
+def mask_count_probability(num_codes: int, schedule: str = "cosine") -> np.ndarray:
+    """Probability fp64 [N] that a mask at a uniform time hides 1, ..., N tokens: max(round(cos(pi t / 2) N), 1), or
+    with the linear schedule max(round((1 - t) N), 1)."""
     # The times at which the rounded count falls below k.
-    least = np.arange(1, num_codes + 1) - 0.5
-    until = np.arccos(least / num_codes) * 2 / np.pi
+    least = (np.arange(1, num_codes + 1) - 0.5) / num_codes
+    until = np.arccos(least) * 2 / np.pi if schedule == "cosine" else 1 - least
     until[0] = 1.0
     return until - np.append(until[1:], 0.0)
 
@@ -452,8 +461,8 @@ def _trained_sides(config: TrainConfig) -> list[str]:
     return [side for side in SIDES if getattr(config, f"{side}_weight")]
 
 
-def _mask_share(config: TrainConfig) -> float:
-    """Of one mask in an image's log-probability; a mean over all masks' tokens needs no weights."""
+def mask_share(config: TrainConfig) -> float:
+    """Share of one mask in an image's log-probability; a mean over all masks' tokens needs no weights."""
     is_mean = config.length_normalize or find_loss(config.loss_type).means_over_tokens
     return 1.0 if is_mean else 1 / config.masks_per_pair
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from hermesflow.algorithms.algorithm import Pass
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit, Side
 from hermesflow.algorithms.losses import find_loss
-from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import Reference, make_reference
+from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import TrainConfig
 from hermesflow.models.model import Model
 
@@ -133,7 +133,7 @@ class PairDPO:
             config: loss, weights and masks.
             seed: of masks, dropped prompts and the order of pairs.
         """
-        self.config, self.packer = config, PairPacker(model, pairs, config, seed)
+        self.config, self.packer = config, make_packer(model, pairs, config, seed)
 
     def visits(self, step: int | None) -> list[PairVisit]:
         """The pairs of a step; None: every pair under the masks of its first visit."""

@@ -34,7 +34,8 @@ from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.weights import read_tensors, save_tensors
 from hermesflow.models import llama, loading, vqgan
-from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
+from hermesflow.models.causal import CausalLayout, CausalModel
+from hermesflow.models.checkpoint import FETCHED, load_parts, on_meta
 from hermesflow.models.hub import find_folder
 from hermesflow.models.images import fit_image
 from hermesflow.models.model import PromptFormat

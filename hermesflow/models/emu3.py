@@ -29,7 +29,8 @@ from hermesflow.engine.image_tokenizers.emu3 import Emu3Tokenizer
 from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import llama, loading, vqgan
-from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
+from hermesflow.models.causal import CausalLayout, CausalModel
+from hermesflow.models.checkpoint import FETCHED, load_parts, on_meta
 from hermesflow.models.hub import find_folder
 from hermesflow.models.images import upright_rgb
 from hermesflow.models.model import PromptFormat

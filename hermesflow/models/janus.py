@@ -30,7 +30,8 @@ from hermesflow.engine.token_layout import Ids
 from hermesflow.engine.transformer import CodeHead, Embeds, Linear, Transformer, TransformerConfig
 from hermesflow.engine.weights import own_tensors, read_tensors
 from hermesflow.models import llama, loading, siglip, vqgan
-from hermesflow.models.causal import FETCHED, CausalLayout, CausalModel, load_parts, on_meta
+from hermesflow.models.causal import CausalLayout, CausalModel
+from hermesflow.models.checkpoint import FETCHED, load_parts, on_meta
 from hermesflow.models.images import pad_image
 from hermesflow.models.model import PromptFormat
 from hermesflow.models.siglip import SiglipTower

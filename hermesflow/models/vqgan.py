@@ -6,6 +6,7 @@ JANUS            model.vqmodel.* of transformers (deepseek-community/Janus-Pro-*
 JANUS_ORIGINAL   gen_vision_model.* of deepseek-ai/Janus*
 EMU3             vqmodel.* of transformers (BAAI/Emu3-*-hf)
 EMU3_ORIGINAL    BAAI/Emu3-VisionTokenizer
+DIFFUSERS        vqvae/ of Alpha-VLLM/Lumina-DiMOO: VQModel of diffusers
 """
 
 from __future__ import annotations
@@ -64,11 +65,31 @@ EMU3 = Layout(
     linear_attention=True,
 )
 EMU3_ORIGINAL = Layout()
+DIFFUSERS = Layout(
+    (
+        (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+        (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+        (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+        (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+        (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+        (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+        (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."),
+        (r"\.norm_out\.", ".conv_norm_out."),
+    ),
+    coarsest_first=True,
+    linear_attention=True,
+)
 
 _VQGAN_FIELDS = {
     "codebook_size": ["num_embeddings"], "embed_dim": ["embed_dim"], "latent_channels": ["latent_channels"],
     "channels": ["base_channels"], "channel_multipliers": ["channel_multiplier"], "num_res_blocks": ["num_res_blocks"],
 }  # fmt: skip
+_VQ_MODEL = {
+    "block_out_channels": [64], "layers_per_block": 1, "latent_channels": 3, "num_vq_embeddings": 256,
+    "norm_num_groups": 32, "vq_embed_dim": None, "norm_type": "group", "mid_block_add_attention": True,
+}  # fmt: skip
+"""Defaults of diffusers' VQModel."""
 _EMU3_FIELDS = {
     "codebook_size": ["codebook_size"], "embed_dim": ["embed_dim"], "channels": ["base_channels", "ch"],
     "channel_multipliers": ["channel_multiplier", "ch_mult"], "num_res_blocks": ["num_res_blocks"],
@@ -126,6 +147,36 @@ def emu3_config(given: Mapping[str, Any]) -> Emu3TokenizerConfig:
         if given.get(name) not in (None, config.embed_dim):
             raise InputError(f"vq_config: {name} must be embed_dim, got {shown(given[name])} and {config.embed_dim}")
     return config
+
+
+def diffusers_config(given: Mapping[str, Any]) -> VQGANConfig:
+    """The shape of diffusers' VQModel from its config.json, for images in [0, 1]. Absent values are its defaults.
+
+    Raises: InputError that names what does not fit.
+    """
+    given = {**_VQ_MODEL, **given}
+    widths = given["block_out_channels"]
+    if not isinstance(widths, list | tuple) or not widths or any(type(width) is not int for width in widths):
+        raise InputError(f"block_out_channels: expected a list of numbers, got {shown(widths)}; restore it")
+    for name, expected in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if given.get(name) is not None and set(given[name]) != {expected}:
+            raise InputError(f"{name}: {shown(given[name])}: only {expected} is supported; give another tokenizer")
+    if widths[0] < 1 or any(width % widths[0] for width in widths) or given["norm_type"] != "group":
+        raise InputError(
+            f"block_out_channels {shown(widths)} and norm_type {shown(given['norm_type'])}: expected multiples of the "
+            "first and group; give another tokenizer"
+        )
+    shape = {
+        "codebook_size": given["num_vq_embeddings"],
+        "embed_dim": given["vq_embed_dim"] or given["latent_channels"],
+        "latent_channels": given["latent_channels"],
+        "channels": widths[0],
+        "channel_multipliers": [width // widths[0] for width in widths],
+        "num_res_blocks": given["layers_per_block"],
+        "num_groups": given["norm_num_groups"],
+        "middle_attention": given["mid_block_add_attention"],
+    }
+    return replace(_config(VQGANConfig, {name: [name] for name in shape}, shape), unit_pixels=True)
 
 
 def config_of_shapes(

@@ -15,6 +15,8 @@ from hermesflow.runtime.files import InputError, reason_of, shown
 FAMILIES = {
     "chameleon": "hermesflow.models.chameleon:FAMILY",
     "emu3": "hermesflow.models.emu3:FAMILY",
+    "mmada": "hermesflow.models.mmada:FAMILY",
+    "lumina-dimoo": "hermesflow.models.lumina_dimoo:FAMILY",
     "janus": "hermesflow.models.janus:FAMILY",
     "showo": "hermesflow.models.showo:FAMILY",
     "tiny": "hermesflow.models.tiny:FAMILY",

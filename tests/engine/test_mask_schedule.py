@@ -86,8 +86,8 @@ def test_other_messages():
             num_to_mask(16, 4, num_unknown=num_unknown)
     with pytest.raises(ValueError, match="mask_temperatures: expected num_steps of 1 to 65536, got 0"):
         mask_temperatures(1.0, 0)
-    with pytest.raises(ValueError, match="expected decay 'linear' or 'showo', got 'none'"):
-        mask_temperatures(1.0, 4, "none")
+    with pytest.raises(ValueError, match="expected decay 'linear' or 'showo' or 'none', got 'no'"):
+        mask_temperatures(1.0, 4, "no")
 
 
 def test_shares_of_the_callers_own():

@@ -1,0 +1,295 @@
+"""Captions and answers by diffusion: a region of masks behind the question is filled block by block, in steps.
+
+    asked | region: kept tokens, masks | after_answer           one full span of an answer: everything sees everything
+
+A step draws every masked token up to the end of the current block and keeps the most confident; a block's masks are
+shared out evenly over its steps, the remainder to the first. So no prefix can be cached, and what is exact is saved
+elsewhere: the last layer and the head run on those masked rows alone, the first step is computed once for all samples
+of a question, and answers of any questions share a pass, which the ended ones leave and waiting ones enter. Drawing
+ends after a block that holds eot.
+
+Given answers are scored behind the same questions: the region is masked as a whole, so that one pass gives the logits
+of every choice. That is exact for answers of one token, and the product of their marginals for longer ones.
+
+Draws are those of kernels/sampling.py. A Gumbel number of 23 bits a tile of 128 ids and one for the ids inside
+it leave no id of 134,656 further from its probability than 2^-23 of its tile's.
+Source: mmu_generate of MMaDA, generate_text_understanding of Lumina-DiMOO, both after LLaDA (arXiv 2502.09992).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hermesflow.engine.answer_sampler import SamplingParams
+from hermesflow.engine.decoders.passes import MemoryBound
+from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.phases import phase
+from hermesflow.engine.prompt_spans import QuestionIds
+from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.transformer import Transformer
+from hermesflow.kernels.linear_logprob import linear_logprob
+from hermesflow.kernels.matmul import linear
+from hermesflow.kernels.philox import RandomKey
+from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.kernels.token_sample import token_sample
+
+BLOCK_LENGTH, TOKENS_PER_STEP = 32, 2
+"""Where SamplingParams leave them open: as Lumina-DiMOO's README has them, and twice as many tokens a step."""
+_SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+_ROWS_PER_DRAW = 1024
+"""Rows whose logits are held at once: 0.5 GB at 134,656 ids."""
+
+
+class MaskedTextDecoder:
+    """Draws and scores answers. An answer is a function of the model, its image, question, seed and settings alone."""
+
+    def __init__(self, transformer: Transformer, layout: Layout, backend: str | None = None) -> None:
+        """Raises: ValueError if the layout is not whole."""
+        if not layout.whole or layout.mask_id is None:
+            raise ValueError(
+                f"MaskedTextDecoder: fills masks that everything sees, {type(layout).__name__} has none; give the "
+                "model another text_decoder"
+            )
+        self.transformer, self.layout, self.backend = transformer, layout, backend
+        self._memory = MemoryBound("MaskedTextDecoder", lambda: False, _empty_cache)
+        self._text_bias: Tensor | None = None
+
+    def extend(
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        sampling: Sequence[SamplingParams],
+        seeds: Tensor,
+        *,
+        text_only: bool = True,
+        max_tokens: int = 16384,
+    ) -> list[list[list[list[int]]]]:
+        """Answer each question once for every entry of sampling; arguments and returns are those of TextDecoder.extend.
+
+        text_only=False draws from the joint vocabulary, as published; a mask that is drawn stays a mask, and is left
+        out of the answer.
+        Raises: RuntimeError naming the answer if the model's logits hold NaN.
+        """
+        codes = images.tolist()
+        answers = [
+            [[_Answer(self.layout, codes[image], ids, params, int(seeds[image, question, sample]))
+              for sample, params in enumerate(sampling)] for question, ids in enumerate(questions)]
+            for image, questions in enumerate(question_ids)
+        ]  # fmt: skip
+        waiting = [answer for of_image in answers for of_question in of_image for answer in of_question]
+        active: list[_Answer] = []
+        while waiting or active:
+            room = max_tokens - sum(answer.num_tokens for answer in active)
+            while waiting and (not active or waiting[0].num_tokens <= room):
+                room -= waiting[0].num_tokens
+                active.append(waiting.pop(0))
+
+            def step(rows: list[int], active: list[_Answer] = active) -> None:
+                self._step([active[row] for row in rows], text_only)
+
+            self._memory.call(list(range(len(active))), step, 1)
+            active = [answer for answer in active if not answer.has_ended]
+        return [[[answer.ids() for answer in of_question] for of_question in of_image] for of_image in answers]
+
+    def score_choices(
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        choice_ids: Sequence[QuestionIds],
+        *,
+        text_only: bool = True,
+        max_tokens: int = 16384,
+    ) -> list[list[list[float]]]:
+        """Log-probability of each given answer and the eot after it, all masked; arguments and returns are those of
+        TextDecoder.score_choices. The region of a question is as long as its longest choice and eot."""
+        codes, layout = images.tolist(), self.layout
+        scores: list[list[list[float]]] = [[[] for _ in questions] for questions in question_ids]
+        asked = []
+        for image, questions in enumerate(question_ids):
+            for question, ids in enumerate(questions):
+                if choices := choice_ids[image][question]:
+                    before = layout.asked(codes[image], ids)
+                    asked.append((image, question, before, [[*choice, layout.eot] for choice in choices]))
+        lengths = [len(before) + max(map(len, choices)) for _, _, before, choices in asked]
+
+        def score(numbers: list[int]) -> None:
+            group = [asked[number] for number in numbers]
+            for (image, question, _, _), found in zip(group, self._score(group, text_only), strict=True):
+                scores[image][question] = found
+
+        for numbers in _batches(lengths, max_tokens):
+            self._memory.call(numbers, score, 1)
+        return scores
+
+    def _score(self, asked: list[tuple], text_only: bool) -> list[list[float]]:
+        layout, device = self.layout, self.transformer.embed.weight.device
+        regions = [[layout.mask_id] * max(map(len, choices)) for _, _, _, choices in asked]
+        spans = [
+            [*before, *region, *layout.after_answer] for (_, _, before, _), region in zip(asked, regions, strict=True)
+        ]
+        tree = SpanTree.build([(span, -1, "full") for span in spans], device)
+        rows, targets, counts = [], [], []
+        for start, (_, _, before, choices) in zip(tree.packed_starts.tolist(), asked, strict=True):
+            for choice in choices:
+                rows += range(start + len(before), start + len(before) + len(choice))
+                targets += choice
+                counts.append(len(choice))
+        with phase("judge"):
+            hidden = self.transformer(tree, rows=torch.tensor(rows, device=device))
+            target = torch.tensor(targets, device=device)
+            weight, bias = self._head(text_only)
+            logprob = linear_logprob(hidden, weight, target, bias=bias, backend=self.backend)
+        # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.
+        sums = iter(np.add.reduceat(logprob.double().cpu().numpy(), np.cumsum(counts) - counts).tolist())
+        return [[next(sums) for _ in choices] for _, _, _, choices in asked]
+
+    def _step(self, answers: list[_Answer], text_only: bool) -> None:
+        """One step of each answer."""
+        device, mask_id = self.transformer.embed.weight.device, self.layout.mask_id
+        spans: dict[tuple, list[int]] = {}
+        guided: list[tuple[tuple, int, np.ndarray]] = []
+        unguided: list[tuple[tuple, int, np.ndarray]] = []
+        for answer in answers:
+            region, positions = answer.region.tolist(), answer.masked()
+            for before, found in ((answer.before, guided), ((mask_id,) * len(answer.before), unguided)):
+                if found is guided or answer.params.guidance_scale:
+                    span = (*before, *region, *self.layout.after_answer)
+                    spans.setdefault(span, []).append(len(before))  # equal ones are one span: all of a first step are
+                    found.append((span, len(before), positions))
+        tree = SpanTree.build([(list(span), -1, "full") for span in spans], device)
+        starts = dict(zip(spans, tree.packed_starts.tolist(), strict=True))
+
+        rows = [starts[span] + first + positions for span, first, positions in (*guided, *unguided)]
+        with phase("step"):
+            hidden = self.transformer(tree, rows=torch.from_numpy(np.concatenate(rows)).to(device))
+        counts = [len(positions) for _, _, positions in guided]
+        hidden, without = hidden.split([sum(counts), len(hidden) - sum(counts)])
+        scales = np.repeat([answer.params.guidance_scale for answer in answers], counts)
+        if len(without):
+            scale = torch.from_numpy(1 + scales[scales != 0]).to(hidden)[:, None]
+            is_guided = torch.from_numpy(scales != 0).to(device)
+            hidden = hidden.masked_scatter(is_guided[:, None], torch.lerp(without, hidden[is_guided], scale))
+        with phase("head"):
+            token, confidence = self._draw(hidden, answers, counts, text_only)
+        for answer, drawn, sure in zip(answers, np.split(token, np.cumsum(counts)[:-1]),
+                                       np.split(confidence, np.cumsum(counts)[:-1]), strict=True):  # fmt: skip
+            if (drawn < 0).any():
+                raise RuntimeError(
+                    f"MaskedTextDecoder: the model gives no distribution (NaN) in step {answer.step} of an answer; "
+                    f"{likely_cause(self.transformer)}"
+                )
+            answer.keep(drawn, sure)
+
+    def _draw(
+        self, hidden: Tensor, answers: list[_Answer], counts: list[int], text_only: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A token a row, and its log-probability at temperature 1, without filters."""
+        device = hidden.device
+
+        def each(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(np.repeat(values, counts), dtype=dtype, device=device)
+
+        settings = {
+            name: each([getattr(answer.params, name) for answer in answers], dtype) for name, dtype in _SETTINGS.items()
+        }
+        seed = each([answer.seed for answer in answers], torch.int64)
+        step = each([answer.step for answer in answers], torch.int64)
+        position = torch.from_numpy(np.concatenate([answer.masked() for answer in answers])).to(device)
+        weight, bias = self._head(text_only)
+        tokens, confidences = [], []
+        for start in range(0, len(hidden), _ROWS_PER_DRAW):
+            part = slice(start, start + _ROWS_PER_DRAW)
+            logits = linear(hidden[part], weight, bias).float()
+            key = RandomKey(seed[part], step[part], position[part])
+            of_part = {name: values[part] for name, values in settings.items()}
+            token, _ = token_sample(logits, **of_part, key=key, backend=self.backend)
+            sure = logits.gather(1, token.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(1)
+            tokens.append(token)
+            confidences.append(sure)
+        return torch.cat(tokens).cpu().numpy(), torch.cat(confidences).cpu().numpy()
+
+    def _head(self, text_only: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the whole head; where text alone may be drawn, other ids have -inf."""
+        head = self.transformer.head
+        if not text_only:
+            return head.weight, head.bias
+        if self._text_bias is None or self._text_bias.device != head.weight.device:
+            bias = torch.full((len(head.weight),), float("-inf"))
+            bias[torch.tensor(list(self.layout.text_ids))] = 0.0
+            self._text_bias = bias.to(head.weight.device)
+        bias = self._text_bias.to(head.weight.dtype)
+        return head.weight, bias if head.bias is None else head.bias + bias
+
+
+class _Answer:
+    """An answer under way.
+
+    before: all ids that precede the region. region: int64 [L]. step counts all steps so far, of all blocks.
+    """
+
+    def __init__(
+        self, layout: Layout, codes: list[int], question: Sequence[int], params: SamplingParams, seed: int
+    ) -> None:
+        self.layout, self.params, self.seed, self.step = layout, params, seed, 0
+        self.before = tuple(layout.asked(codes, question))
+        self.region = np.full(params.max_new_tokens, layout.mask_id)
+        self.num_tokens = len(self.before) + len(self.region) + len(layout.after_answer)
+        self._steps = iter(_steps(params))
+        self._end, self._count, self._ends_block = next(self._steps)
+        self.has_ended = False
+
+    def masked(self) -> np.ndarray:
+        """Positions of the masks up to the end of the current block."""
+        return np.flatnonzero(self.region[: self._end] == self.layout.mask_id)
+
+    def keep(self, token: np.ndarray, confidence: np.ndarray) -> None:
+        """Takes over the most confident of the tokens drawn for masked(), as many as the step keeps."""
+        positions = self.masked()
+        kept = np.argsort(-confidence, kind="stable")[: self._count]
+        self.region[positions[kept]] = token[kept]
+        self.step += 1
+        block_ended, following = self._ends_block, next(self._steps, None)
+        if following is None or (block_ended and self.layout.eot in self.region[: self._end]):
+            self.has_ended = True
+        else:
+            self._end, self._count, self._ends_block = following
+
+    def ids(self) -> list[int]:
+        """What stands before the first eot, without masks."""
+        region = self.region.tolist()
+        end = region.index(self.layout.eot) if self.layout.eot in region else len(region)
+        return [token for token in region[:end] if token != self.layout.mask_id]
+
+
+def _steps(params: SamplingParams) -> Iterator[tuple[int, int, bool]]:
+    """(end of the block, tokens that are kept, whether the block ends) of each step."""
+    length = params.max_new_tokens
+    block = min(length, params.block_length or BLOCK_LENGTH)
+    num_blocks = -(-length // block)
+    num_steps = params.num_steps or -(-length // TOKENS_PER_STEP)
+    for start in range(0, length, block):
+        size = min(block, length - start)
+        count = max(1, min(size, num_steps // num_blocks))
+        for number in range(count):
+            yield start + size, size // count + (number < size % count), number == count - 1
+
+
+def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers in order, cut so that their lengths stay within most; one always fits."""
+    numbers: list[int] = []
+    for number, length in enumerate(lengths):
+        if numbers and sum(lengths[each] for each in numbers) + length > most:
+            yield numbers
+            numbers = []
+        numbers.append(number)
+    if numbers:
+        yield numbers
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
