@@ -94,9 +94,13 @@ class ModelConfig:
     """Its family, by name or "module:object" of your own; auto finds it by config.json."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights that draw and judge; auto keeps the checkpoint's. Training is in float32."""
+    image_size: int = 0
+    """Pixels a side of the images that are drawn and seen, in families that take any size (emu3, lumina-dimoo); 0 is
+    the published size."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_at_least(self, 0, "image_size")
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise ConfigError("ModelConfig", "device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         _check_name(self, "family", ("auto", *FAMILIES))

@@ -261,10 +261,13 @@ def _fingerprint(
     model: Model, records: Sequence[Record], config: CurationConfig, seed: int, old: PreviousImages
 ) -> str:
     """What a part was made from, the model's weights aside."""
+    sampling = asdict(model.sampling_of(config))
+    if sampling.get("schedule_unknown") is False and sampling["grid"] is None:  # settings that older files do not name
+        del sampling["schedule_unknown"], sampling["grid"]
     made_from = [
         seed,
         print_of(config, _DRAWN_BY, _NOT_DRAWN_BY),
-        [asdict(model.sampling_of(config)), asdict(model.prompts)],
+        [sampling, asdict(model.prompts)],
         [
             [record.id, record.caption, record.codes.tolist(), repr(record.questions), old.get(record.id)]
             for record in records

@@ -53,7 +53,8 @@ _FACTS = ("device", "torch", "commit", "date")
 _ADDED = (
     ("model", "family", "auto"), ("eval", "suite", "builtin"), ("selfplay", "algorithm", "pair-dpo"),
     ("curation", "win_image", "best"), ("curation", "lose_caption", "worst"),
-    ("model", "judge", ""), ("train", "generation_beta", 0.0), ("train", "understanding_beta", 0.0),
+    ("model", "image_size", 0), ("model", "judge", ""),
+    ("train", "generation_beta", 0.0), ("train", "understanding_beta", 0.0),
     ("curation", "top_k", -1), ("curation", "top_p", -1.0), ("eval", "top_k", -1), ("eval", "top_p", -1.0),
 )  # fmt: skip
 """Settings that older lines do not have: they count where they are not the default, so that those lines still fit."""

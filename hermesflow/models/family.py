@@ -58,7 +58,13 @@ class Family(Protocol):
 def open_model(config: ModelConfig) -> Model:
     """The model of a run's settings, where and in the dtype that they say. Raises: InputError as load_model does."""
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    return load_model(config.name, local_device(config.device), dtype, family=config.family)
+    model = load_model(config.name, local_device(config.device), dtype, family=config.family)
+    if config.image_size:
+        try:
+            model.set_image_size(config.image_size)
+        except ValueError as error:
+            raise InputError(f"model.image_size {config.image_size}: {error}") from error
+    return model
 
 
 def load_model(

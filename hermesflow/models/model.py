@@ -113,6 +113,15 @@ class Model:
             self._engine = Engine(self.transformer, self.layout, **kinds)
         return self._engine
 
+    def set_image_size(self, size: int) -> None:
+        """Draws and sees images of size pixels a side from now on. Raises: ValueError on a size that is no multiple of
+        a token's pixels, or not the model's own in a family that draws one alone."""
+        factor = self.image_size // self.layout.image_grid[1]
+        if size < 1 or size % factor:
+            raise ValueError(f"expected a multiple of {factor} pixels; give one")
+        self.layout = self.layout.of_grid((size // factor, size // factor))
+        self.image_size = size
+
     def generate(
         self, prompts: str | Sequence[str], *, num_images: int = 1, seed: int = 0, sampling: Any = None
     ) -> list[Image.Image]:

@@ -1,0 +1,188 @@
+"""Families whose tokens see all others, from checkpoint to exported policy: self-play, killed and not, every task."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hermesflow import load_model, tasks
+from hermesflow.config import load_config
+from hermesflow.data.pairs import read_pairs
+from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
+from hermesflow.engine.weights import save_tensors
+from hermesflow.models import vqgan
+from hermesflow.models.magvit import save_vq_tokenizer
+from hermesflow.runs import export_model
+from hermesflow.runtime.files import InputError, write_json
+from hermesflow.selfplay import run_selfplay
+from hermesflow.worlds import shapes
+
+DATA = Path(__file__).parents[2] / "data"
+FAMILIES = ("mmada-tiny", "dimoo-tiny")
+SETTINGS = (
+    "data.num_records=4", "selfplay.num_rounds=2", "curation.num_images=2", "curation.batch_records=2",
+    "curation.threshold=0", "curation.margin=0", "curation.keep=any", "curation.caption_top_k=[2]",
+    "curation.caption_scorer=hermesflow.benchmarks.study.scorers:random_captions",
+    "train.num_steps=6", "train.pairs_per_step=2", "train.warmup_steps=0",
+    "train.lr=1e-3", "train.checkpoint_every=1", "eval.num_prompts=3", "eval.num_understanding=3",
+    "eval.images_per_prompt=1", "drawing.guidance_scale=0.5", "drawing.num_steps=3", "curation.num_steps=3",
+    "model.image_size=64", "run.name=t",
+)  # fmt: skip
+VQ_MODEL = {
+    "_class_name": "VQModel", "block_out_channels": [32, 32, 64, 64, 96], "layers_per_block": 1, "latent_channels": 8,
+    "num_vq_embeddings": 64, "norm_num_groups": 16, "mid_block_add_attention": False, "lookup_from_codebook": True,
+    "down_block_types": ["DownEncoderBlock2D"] * 5, "up_block_types": ["UpDecoderBlock2D"] * 5,
+}  # fmt: skip
+
+
+def write_checkpoint(name, folder):
+    """The tiny checkpoint with an image tokenizer of random weights."""
+    shutil.copytree(DATA / name, folder)
+    torch.manual_seed(0)
+    if name == "mmada-tiny":
+        sizes = {"code_bits": 6, "channels": 8, "num_groups": 4}
+        shape = {"channel_multipliers": (1, 1, 2, 2, 2), "num_res_blocks": (1, 1, 1, 1, 1)}
+        save_vq_tokenizer(VQTokenizer(VQTokenizerConfig(**sizes, **shape)), (folder / "magvitv2").resolve())
+        return folder
+    (folder / "vqvae").mkdir()
+    write_json(folder / "vqvae/config.json", VQ_MODEL)
+    tokenizer = vqgan.VQGAN(vqgan.diffusers_config(VQ_MODEL))
+    tensors = vqgan.tokenizer_tensors(tokenizer, vqgan.DIFFUSERS)
+    save_tensors(tensors, folder / "vqvae/diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    return write_checkpoint(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Eight images of shapes, with their captions and questions."""
+    folder, rows, rng = tmp_path_factory.mktemp("records"), [], np.random.default_rng(0)
+    for number, scene in enumerate(shapes.sample_scenes("train", 8, seed=0)):
+        record = shapes.make_record(scene, str(number), rng)
+        Image.fromarray(record.image).resize((96, 64)).save(folder / f"{number}.png")
+        questions = [
+            {"question": item.question, "choices": list(item.choices), "answer": item.answer}
+            for item in record.questions
+        ]
+        rows.append({"id": record.id, "caption": record.caption, "img_path": f"{number}.png", "questions": questions})
+    (folder / "records.json").write_text(json.dumps(rows))
+    return folder / "records.json"
+
+
+def settings(checkpoint, records, folder):
+    return [*SETTINGS, f"model.name={checkpoint}", f"data.source={records}", f"run.folder={folder}"]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_selfplay(load_config(None, settings(checkpoint, records, folder)))
+    return folder / "t"
+
+
+def test_two_rounds_train_both_sides(checkpoint, whole):
+    before = load_model(checkpoint, dtype=torch.float32)
+    for number in (1, 2):
+        assert len(read_pairs(whole / f"round-{number}" / "pairs.parquet"))
+        lines = [json.loads(line) for line in (whole / f"round-{number}/train/metrics.jsonl").read_text().splitlines()]
+        for side in ("generation", "understanding"):
+            losses = [line[f"{side}/loss"] for line in lines if f"{side}/loss" in line]
+            assert losses and np.isfinite(losses).all()
+        first = lines[0]
+        assert first["replay/kl"] == pytest.approx(0, abs=1e-5)
+        after = load_model(whole / f"round-{number}" / "model")
+        assert not torch.equal(after.transformer.blocks[0].mlp.up.weight, before.transformer.blocks[0].mlp.up.weight)
+        before = after
+
+
+def test_a_killed_run_ends_alike(checkpoint, records, whole, tmp_path):
+    command = [sys.executable, "-m", "hermesflow", "selfplay", *settings(checkpoint, records, tmp_path)]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until, checkpoints = time.monotonic() + 120, tmp_path / "t/round-1/train"
+    while not list(checkpoints.glob("step-*")) and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for number in (1, 2):
+        ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_every_task(checkpoint, whole, tmp_path):
+    """Of the trained model, exported; its files hold the tensors that the checkpoint's do."""
+    export_model(whole / "round-2/model", tmp_path / "exported")
+    names = {path.name: set(load_file(path)) for path in checkpoint.rglob("*.safetensors") if path.parent == checkpoint}
+    assert set(load_file(tmp_path / "exported/model.safetensors")) == names["model.safetensors"]
+    model = load_model(tmp_path / "exported")
+    model.set_image_size(64)
+    sampling = replace(model.sampling, num_steps=3)
+    drawn = list(tasks.generate_images(model, ["a red circle", "two squares"], num_images=2, sampling=sampling))
+    assert len(drawn) == 4 and all(image.pixels.shape == (64, 64, 3) for image in drawn)
+    Image.fromarray(drawn[0].pixels).save(tmp_path / "image.png")
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (painted,) = tasks.inpaint_images(
+        model, tmp_path / "image.png", tmp_path / "mask.png", "a red circle", sampling=sampling
+    )
+    kept = model.encode_images(drawn[0].pixels[None])[0].view(4, 4)
+    assert torch.equal(painted.codes.view(4, 4)[:2], kept[:2].cpu())
+    assert len(model.caption([tmp_path / "image.png"])) == 1
+    assert model.answer([tmp_path / "image.png"], "is there a circle?", choices=["yes", "no"])[0] in ("yes", "no")
+
+
+def test_images_and_answers_do_not_depend_on_their_batch(checkpoint):
+    model = load_model(checkpoint, dtype=torch.float32)
+    model.set_image_size(64)
+    sampling = replace(model.sampling, num_steps=4)
+    prompts = [model.image_prompt(text) for text in ("a red circle", "two green triangles above a star", "")]
+    seeds = torch.arange(6).view(3, 2)
+    together = model.engine.generate(prompts, num_images=2, seeds=seeds, sampling=sampling)
+    for row, prompt in enumerate(prompts):
+        for image in range(2):
+            alone = model.engine.generate([prompt], num_images=1, seeds=seeds[row : row + 1, image : image + 1],
+                                          sampling=sampling)  # fmt: skip
+            assert torch.equal(alone[0, 0], together[row, image])
+    pixels = [Image.fromarray(np.full((64, 64, 3), level, dtype=np.uint8)) for level in (10, 200)]
+    questions = ["what is there?", "how many circles are there in the image?"]
+    assert model.answer(pixels, questions) == [
+        model.answer([image], question)[0] for image, question in zip(pixels, questions, strict=True)
+    ]
+
+
+def test_another_size_needs_a_family_of_any_size(checkpoint):
+    model = load_model(checkpoint)
+    with pytest.raises(ValueError, match="expected a multiple of 16 pixels; give one"):
+        model.set_image_size(100)
+    if checkpoint.parent.name.startswith("mmada"):
+        with pytest.raises(ValueError, match="the model draws images of 4 x 4 codes alone"):
+            model.set_image_size(128)
+
+
+def test_unsupported_options_are_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"alibi": True, "block_type": "sequential"})
+    with pytest.raises(InputError, match=r"config.json: .*block_type 'sequential', alibi True is not supported; give"):
+        load_model(folder)
+    write_json(folder / "config.json", config | {"embedding_size": 100})
+    with pytest.raises(InputError, match="give the tokenizer that belongs to the checkpoint"):
+        load_model(folder)
