@@ -232,3 +232,16 @@ def test_the_published_sizes_are_the_defaults(family):
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
     assert config.downsampling == (8 if family == "emu3" else 16)
+
+
+@torch.no_grad()
+def test_vq_model_of_diffusers():
+    """Codes and pixels of diffusers 0.32.2's VQModel, whose images lie in [0, 1]; tests/data/vqmodel is its folder."""
+    folder = Path(__file__).parents[1] / "data" / "vqmodel"
+    golden = load_file(folder / "golden.safetensors")
+    config = vqgan.diffusers_config(json.loads((folder / "config.json").read_text()))
+    tokenizer = vqgan.load_image_tokenizer(folder / "diffusion_pytorch_model.safetensors", config, vqgan.DIFFUSERS)
+    assert torch.equal(tokenizer.encode(golden["images"] * 2 - 1), golden["codes"].long())
+    height, width = (side // config.downsampling for side in golden["images"].shape[2:])
+    pixels = (tokenizer.decode(golden["codes"].long(), height, width) + 1) / 2
+    assert (pixels - golden["reconstruction"]).abs().max() <= 1e-4
