@@ -8,7 +8,7 @@ the steps at which they were kept. They lie in one span tree, so that one pass g
 
 States that are equal under one prompt, such as the first of all its images, are one span. Where images are drawn code
 by code, the image itself is all states at once, a causal span of which each row predicts the next code; top_k and top_p
-are refused.
+are refused. In a layout that is whole a state is a span of its own, with its prompt.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _States:
     def __init__(self, layout: Layout, forest: SpanForest) -> None:
         self.layout, self.forest = layout, forest
         self._roots: dict[tuple[int, ...], int] = {}
-        self._first_rows: dict[tuple[int, bytes], int] = {}
+        self._first_rows: dict[tuple[tuple[int, ...], bytes], int] = {}
 
     def add_condition(self, ids: Sequence[int]) -> int:
         """The span of a condition."""
@@ -153,11 +153,15 @@ class _States:
 
     def row_of(self, condition: Sequence[int], state: np.ndarray) -> int:
         """The packed row of a state's first token."""
-        root = self.add_condition(condition)
-        key = root, state.tobytes()
+        key = tuple(condition), state.tobytes()
         if key not in self._first_rows:
-            self._first_rows[key] = self.forest.packed
-            self.forest.add(state, root, self.layout.image_mode)
+            before, root = [], -1
+            if self.layout.whole:
+                before = list(condition)
+            else:
+                root = self.add_condition(condition)
+            self._first_rows[key] = self.forest.packed + len(before)
+            self.forest.add([*before, *state.tolist()], root, self.layout.image_mode)
         return self._first_rows[key]
 
 

@@ -317,7 +317,9 @@ class GRPO:
         num_steps = min(num_steps, self.config.grpo.trained_steps or num_steps)
         num_steps = 1 if self.model.layout.image_mode == "causal" else num_steps  # all of them are rows of one image
         halves = 2 if params.guidance_scale else 1
-        states = halves * num_steps * len(group.used) * self.model.layout.image_length
+        length = self.model.layout.image_length
+        length += len(self.model.layout.text_prompt(self._prompt_of(group))) if self.model.layout.whole else 0
+        states = halves * num_steps * len(group.used) * length
         return states + self.packer.num_tokens(_visit(group))
 
     def _pack(

@@ -149,6 +149,15 @@ def test_every_task(checkpoint, whole, tmp_path):
     assert model.answer([tmp_path / "image.png"], "is there a circle?", choices=["yes", "no"])[0] in ("yes", "no")
 
 
+def test_grpo_meets_the_law_of_the_drawing(checkpoint, records, tmp_path):
+    """At the first step the log-probabilities of the decoder and of training are the same."""
+    more = ["selfplay.algorithm=grpo", "selfplay.num_rounds=1", "train.num_steps=2", "grpo.prompts_per_step=2"]
+    more += ["grpo.num_images=3", "train.lr=1e-4"]
+    run_selfplay(load_config(None, [*settings(checkpoint, records, tmp_path), *more]))
+    lines = [json.loads(line) for line in (tmp_path / "t/round-1/train/metrics.jsonl").read_text().splitlines()]
+    assert [line["drift"] for line in lines if "drift" in line] == pytest.approx([0, 0], abs=1e-4)
+
+
 def test_images_and_answers_do_not_depend_on_their_batch(checkpoint):
     model = load_model(checkpoint, dtype=torch.float32)
     model.set_image_size(64)
