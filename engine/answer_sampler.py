@@ -28,9 +28,10 @@ class SamplingParams:
     """How one answer is sampled; kernels/token_sample.py explains the filters.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing. An answer ends with eot, or at max_new_tokens.
-    The last three are of families that fill masks (decoders/masked_text.py), and not read elsewhere: steps for all of
+    The last four are of families that fill masks (decoders/masked_text.py), and not read elsewhere: steps for all of
     max_new_tokens and tokens of a block, 0 leaves them to the decoder; guidance_scale g is logits (1 + g) * with - g *
-    without what precedes the answer.
+    without what precedes the answer; a threshold above 0 lets each step keep all tokens that are at least so probable,
+    one at least, in place of the share that num_steps gives it (Fast-dLLM, arXiv 2505.22618): fewer steps, approximate.
     """
 
     temperature: float = 1.0
@@ -41,12 +42,13 @@ class SamplingParams:
     num_steps: int = 0
     block_length: int = 0
     guidance_scale: float = 0.0
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         ranges = {
             "temperature": (0, float("inf")), "top_k": (0, float("inf")), "top_p": (0, 1), "min_p": (0, 1),
             "max_new_tokens": (1, float("inf")), "num_steps": (0, float("inf")), "block_length": (0, float("inf")),
-            "guidance_scale": (-1e6, 1e6),
+            "guidance_scale": (-1e6, 1e6), "threshold": (0, 1),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

@@ -18,6 +18,7 @@ Source: mmu_generate of MMaDA, generate_text_understanding of Lumina-DiMOO, both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -238,8 +239,8 @@ class _Answer:
         self.before = tuple(layout.asked(codes, question))
         self.region = np.full(params.max_new_tokens, layout.mask_id)
         self.num_tokens = len(self.before) + len(self.region) + len(layout.after_answer)
-        self._steps = iter(_steps(params))
-        self._end, self._count, self._ends_block = next(self._steps)
+        self._blocks = iter(_blocks(params))
+        self._end, self._counts = next(self._blocks)
         self.has_ended = False
 
     def masked(self) -> np.ndarray:
@@ -248,15 +249,17 @@ class _Answer:
 
     def keep(self, token: np.ndarray, confidence: np.ndarray) -> None:
         """Takes over the most confident of the tokens drawn for masked(), as many as the step keeps."""
-        positions = self.masked()
-        kept = np.argsort(-confidence, kind="stable")[: self._count]
+        positions, count = self.masked(), self._counts.pop(0)
+        if self.params.threshold:
+            count = max(1, int((confidence >= math.log(self.params.threshold)).sum()))
+            self._counts = self._counts[: len(positions) - count]
+        kept = np.argsort(-confidence, kind="stable")[:count]
         self.region[positions[kept]] = token[kept]
         self.step += 1
-        block_ended, following = self._ends_block, next(self._steps, None)
-        if following is None or (block_ended and self.layout.eot in self.region[: self._end]):
-            self.has_ended = True
-        else:
-            self._end, self._count, self._ends_block = following
+        if not self._counts:
+            following = next(self._blocks, None)
+            self.has_ended = following is None or self.layout.eot in self.region[: self._end]
+            self._end, self._counts = following or (self._end, [])
 
     def ids(self) -> list[int]:
         """What stands before the first eot, without masks."""
@@ -265,17 +268,16 @@ class _Answer:
         return [token for token in region[:end] if token != self.layout.mask_id]
 
 
-def _steps(params: SamplingParams) -> Iterator[tuple[int, int, bool]]:
-    """(end of the block, tokens that are kept, whether the block ends) of each step."""
+def _blocks(params: SamplingParams) -> Iterator[tuple[int, list[int]]]:
+    """(end, tokens that each step keeps) of each block; under a threshold it has a step a token at most."""
     length = params.max_new_tokens
     block = min(length, params.block_length or BLOCK_LENGTH)
     num_blocks = -(-length // block)
     num_steps = params.num_steps or -(-length // TOKENS_PER_STEP)
     for start in range(0, length, block):
         size = min(block, length - start)
-        count = max(1, min(size, num_steps // num_blocks))
-        for number in range(count):
-            yield start + size, size // count + (number < size % count), number == count - 1
+        count = size if params.threshold else max(1, min(size, num_steps // num_blocks))
+        yield start + size, [size // count + (number < size % count) for number in range(count)]
 
 
 def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
