@@ -181,12 +181,12 @@ def make_model(
             transformer = janus.JanusTransformer(config, *parts)
         else:
             transformer = Transformer(config)
-    _fill(transformer.to(dtype), torch.Generator(device).manual_seed(0))
+    fill_weights(transformer.to(dtype), torch.Generator(device).manual_seed(0))
     return transformer.eval().requires_grad_(False), layout
 
 
 @torch.no_grad()
-def _fill(transformer: Transformer, generator: torch.Generator) -> None:
+def fill_weights(transformer: Transformer, generator: torch.Generator) -> None:
     """Weights of such a size that hidden states keep theirs; norms near 1 and biases near 0."""
     for name, weight in transformer.named_parameters():
         if weight.dim() == 2 and "_norm." not in name:

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in published layouts, Show-o's and Janus's, and what it takes to open and use one.
+"""Checkpoints of random weights in the layouts of Show-o, Janus and MMaDA, and what it takes to open and use one.
 
     python -m hermesflow.benchmarks.random_checkpoint make FOLDER --shape showo-1.3b --weights sharded-bin
     python -m hermesflow.benchmarks.random_checkpoint make FOLDER --shape janus-pro-1b
@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from hermesflow import load_model
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.transformer import Transformer
 from hermesflow.engine.weights import save_tensors
-from hermesflow.models import janus, showo
+from hermesflow.models import janus, llada, loading, mmada, showo
 from hermesflow.models.magvit import save_vq_tokenizer
 from hermesflow.runtime.files import write_json
 
@@ -129,6 +129,54 @@ def write_janus(folder: Path, shape: JanusShape, *, dtype: torch.dtype = torch.b
     write_json(folder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in JanusForConditionalGeneration(config).state_dict().items()}
+    _write_shards(folder, shapes, dtype, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMaDAShape:
+    """Sizes of a checkpoint of MMaDA; the defaults are those of 8B."""
+
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    mlp_size: int = 12_288
+    num_image_tokens: int = 1024
+    vq: VQTokenizerConfig = VQTokenizerConfig()
+
+
+MMADA_SHAPES = {
+    "mmada-8b": MMaDAShape(),
+    "tiny-mmada": MMaDAShape(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48, num_image_tokens=16, vq=TINY.vq),
+}
+
+
+def write_mmada(folder: Path, shape: MMaDAShape, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+    """Writes FOLDER in MMaDA's layout, with magvitv2/; arguments are those of write_janus."""
+    text, codes = 126_349, shape.vq.codebook_size
+    vocab_size = 134_656 if codes == VQTokenizerConfig().codebook_size else text + codes
+    config = {
+        "model_type": "mmada", "architectures": ["MMadaModelLM"], "d_model": shape.hidden_size,
+        "n_layers": shape.num_layers, "n_heads": shape.num_heads, "n_kv_heads": shape.num_heads,
+        "mlp_hidden_size": shape.mlp_size, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+        "embedding_size": vocab_size, "vocab_size": vocab_size, "codebook_size": codes,
+        "num_vq_tokens": shape.num_image_tokens,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, text, tuple(mmada.TOKENS.values()))
+    write_json(folder / "config.json", config)
+    with torch.device("meta"):
+        transformer = Transformer(llada.transformer_config(config, "mmada", "MMaDA"))
+    tensors = loading.published_tensors(llada.WEIGHTS, transformer)
+    _write_shards(folder, {name: tensor.shape for name, tensor in tensors.items()}, dtype, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vq_tokenizer = VQTokenizer(shape.vq)
+    (folder / "magvitv2").mkdir(exist_ok=True)
+    save_vq_tokenizer(vq_tokenizer, folder / "magvitv2")
+
+
+def _write_shards(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed: int) -> None:
+    """Random tensors of these shapes, never more than a shard in memory."""
     generator, weight_map, shard = torch.Generator().manual_seed(seed), {}, {}
     left = sum(shape.numel() for shape in shapes.values())
     for name, of in shapes.items():
@@ -271,7 +319,9 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
         save_tensors(tensors, path)
 
 
-def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[str, float | int | str]:
+def use_checkpoint(
+    folder: Path, num_steps: int, max_new_tokens: int, text_steps: int = 0
+) -> dict[str, float | int | str]:
     """Opens a checkpoint, draws an image and captions it; one line of seconds and peak memory."""
     from hermesflow.engine.decoders.text import SamplingParams
 
@@ -287,7 +337,7 @@ def use_checkpoint(folder: Path, num_steps: int, max_new_tokens: int) -> dict[st
     codes = model.engine.generate([prompt], num_images=1, seeds=seeds, sampling=sampling)[0]
     image = model.decode_images(codes)
     drawn = time.perf_counter()
-    greedy = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)]
+    greedy = [SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens, num_steps=text_steps)]
     seeds = torch.zeros(1, 1, 1, dtype=torch.int64)
     seen, question = model.view_images([Image.fromarray(image[0])]), model.caption_prompt()
     (((ids,),),) = model.engine.generate_text(seen, [[question]], sampling=greedy, seeds=seeds)
@@ -319,6 +369,8 @@ def _make(arguments: argparse.Namespace) -> None:
     folder, name, dtype = arguments.folder, arguments.shape, getattr(torch, arguments.dtype)
     if name in JANUS_SHAPES:
         write_janus(folder, JANUS_SHAPES[name], dtype=dtype)
+    elif name in MMADA_SHAPES:
+        write_mmada(folder, MMADA_SHAPES[name], dtype=dtype)
     else:
         write_checkpoint(folder, SHAPES[name], weights=arguments.weights, dtype=dtype)
 
@@ -328,7 +380,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("make", help="write a checkpoint")
     make.add_argument("folder", type=Path)
-    make.add_argument("--shape", choices=(*SHAPES, *JANUS_SHAPES), default="showo-1.3b")
+    make.add_argument("--shape", choices=(*SHAPES, *JANUS_SHAPES, *MMADA_SHAPES), default="showo-1.3b")
     make.add_argument("--weights", choices=WEIGHTS, default="safetensors", help="of Show-o's")
     make.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     make.set_defaults(run=_make)
@@ -336,7 +388,10 @@ def main() -> None:
     use.add_argument("folder", type=Path)
     use.add_argument("--num-steps", type=int, default=18)
     use.add_argument("--max-new-tokens", type=int, default=20)
-    use.set_defaults(run=lambda a: print(json.dumps(use_checkpoint(a.folder, a.num_steps, a.max_new_tokens))))
+    use.add_argument("--text-steps", type=int, default=0, help="of masked text; 0: as the decoder has them")
+    use.set_defaults(
+        run=lambda a: print(json.dumps(use_checkpoint(a.folder, a.num_steps, a.max_new_tokens, a.text_steps)))
+    )
     arguments = parser.parse_args()
     arguments.run(arguments)
 

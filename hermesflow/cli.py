@@ -326,10 +326,12 @@ def _bench_ops(arguments: Arguments, config: Config) -> int:
 
 
 def _bench_e2e(arguments: Arguments, config: Config) -> int:
-    from hermesflow.benchmarks import causal_tasks, e2e
+    from hermesflow.benchmarks import causal_tasks, e2e, masked_tasks
 
     if arguments.family == "showo":
         return e2e.run_e2e(_settings(e2e.Settings, arguments))
+    if arguments.family in masked_tasks.FAMILIES:
+        return masked_tasks.run_masked_e2e(_settings(masked_tasks.TaskSettings, arguments))
     return causal_tasks.run_causal_e2e(_settings(causal_tasks.TaskSettings, arguments))
 
 

@@ -8,6 +8,7 @@ import pytest
 from hermesflow.benchmarks import random_checkpoint
 
 KINDS = [("tiny", "safetensors", 64), ("tiny", "sharded-bin", 64), ("tiny-janus", "safetensors", 48)]
+KINDS += [("tiny-mmada", "safetensors", 64)]
 
 
 @pytest.mark.parametrize(("shape", "weights", "size"), KINDS)
