@@ -21,6 +21,7 @@ from hermesflow.config import load_config
 from hermesflow.data.pairs import read_pairs
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import save_tensors
+from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.models import vqgan
 from hermesflow.models.magvit import save_vq_tokenizer
 from hermesflow.runs import export_model
@@ -131,7 +132,11 @@ def test_every_task(checkpoint, whole, tmp_path):
     export_model(whole / "round-2/model", tmp_path / "exported")
     names = {path.name: set(load_file(path)) for path in checkpoint.rglob("*.safetensors") if path.parent == checkpoint}
     assert set(load_file(tmp_path / "exported/model.safetensors")) == names["model.safetensors"]
-    model = load_model(tmp_path / "exported")
+    model, trained = load_model(tmp_path / "exported"), load_model(whole / "round-2/model")
+    tree = SpanTree.build([(model.layout.text_prompt([5, 6, 7]), -1, "full")])
+    with torch.no_grad():
+        ours, theirs = (each.transformer.head(each.transformer(tree)) for each in (model, trained))
+    assert torch.equal(ours, theirs)
     model.set_image_size(64)
     sampling = replace(model.sampling, num_steps=3)
     drawn = list(tasks.generate_images(model, ["a red circle", "two squares"], num_images=2, sampling=sampling))
