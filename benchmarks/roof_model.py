@@ -75,9 +75,14 @@ JANUS_PRO = (CodeModel("Janus-Pro 1B", 24, 2048, 5632, 2048), CodeModel("Janus-P
 
 
 def predictions(of: Assumptions) -> list[Prediction]:
-    """All cases: at the shapes of Show-o 1.3B, and a step of images drawn code by code by both sizes of Janus-Pro."""
+    """All cases: at the shapes of Show-o 1.3B, a step of images drawn code by code by both sizes of Janus-Pro, and
+    steps of images and captions of MMaDA 8B."""
     ops = [*_samplers(of), _linear_sample(of), _linear_logprob(of), _attention(of)]
-    return [*ops, _image_step(of), _caption_step(of), *(_code_step(of, size) for size in JANUS_PRO)]
+    steps = [_image_step(of), _caption_step(of), *(_code_step(of, size) for size in JANUS_PRO)]
+    # Of an image 0.64 of its codes are masked in a step, of a block of 32 the half.
+    images = _whole_step(of, "an image step, 16 guided images, MMaDA 8B", 32, 1056, int(16 * 1024 * 0.64), 8192)
+    captions = _whole_step(of, "a caption step, 10 captions of 128, MMaDA 8B", 10, 1214, 160, 134_656)
+    return [*ops, *steps, images, captions]
 
 
 def _streaming(
@@ -204,6 +209,24 @@ def _code_step(of: Assumptions, model: CodeModel) -> Prediction:
     }
     ideal = (model.layers * (weights + cached) + head) / of.copy
     return _step(f"a code step, 16 guided images, {model.name}", "bytes", ideal, parts)
+
+
+def _whole_step(of: Assumptions, case: str, sequences: int, length: int, head_rows: int, head_ids: int) -> Prediction:
+    """Whole sequences of LLaDA 8B, the last layer's MLP and the head on head_rows rows: 32 layers, D 4096."""
+    layers, width, wide, tokens = 32, 4096, 12_288, sequences * length
+    after = width * width + 3 * width * wide
+    linear = 2 * (layers * (3 * width * width + after) * tokens - after * (tokens - head_rows))
+    attention = 4 * layers * width * tokens * length
+    head = 2 * width * head_ids * head_rows
+    moved = tokens * width * 2
+    parts = {
+        "matmuls": linear / (of.matmul * of.gemm),
+        "attention": attention / attention_rate(of),
+        # Two norms 4, [q k] read and written 4, both sums 6; gate and up read, their product written: 9 of the width.
+        "norms, rotation, residual, gate": layers * 23 * moved / (of.copy * of.elementwise),
+        "head": head / (of.matmul * 0.6) + 60e-6,
+    }
+    return _step(case, "matmul", (linear + attention + head) / of.matmul, parts)
 
 
 def _step(case: str, roof: str, ideal: float, parts: dict[str, float]) -> Prediction:
