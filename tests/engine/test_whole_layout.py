@@ -1,9 +1,10 @@
-"""Answers that are filled from masks: against a plain loop, in batches, under guidance and by a threshold."""
+"""Models whose tokens see all others: text that is filled from masks, and images of whole sequences in graphs."""
 
 import numpy as np
 import pytest
 import torch
 
+from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.token_layout import Ids, Layout, TokenLayout
@@ -175,3 +176,28 @@ def test_bad_models_and_layouts(transformer):
         answers(MaskedTextDecoder(broken, WholeLayout()), [SamplingParams(max_new_tokens=2)])
     with pytest.raises(ValueError, match="expected a finite threshold in \\[0, 1\\], got 2"):
         SamplingParams(threshold=2)
+
+
+def test_images_of_whole_sequences_in_a_graph(transformer, recorded_graphs):
+    """Batches of one shape replay one graph, whatever their prompts' tokens; known codes are kept."""
+    params = ImageSamplingParams(num_steps=3, guidance_scale=1.5, mask_temperature=1.0)
+    decoder, seeds = ImageDecoder(transformer, WholeLayout()), torch.arange(4).view(2, 2)
+    known = torch.tensor([[3, -1, -1, -1], [-1, 5, -1, -1]])
+    batches = [
+        ([[10, 11], [12, 13]], None),
+        ([[14, 15], [16, 17]], None),
+        ([[18], [20, 21, 22]], None),
+        ([[9], [8]], known),
+    ]
+    with torch.inference_mode():
+        found = [decoder.generate(prompts, seeds, params, known_codes=codes) for prompts, codes in batches]
+        assert recorded_graphs
+        recorded_graphs.clear()
+        for (prompts, codes), together in zip(batches, found, strict=True):
+            for row, prompt in enumerate(prompts):
+                options = {} if codes is None else {"known_codes": codes[row : row + 1]}
+                alone = ImageDecoder(transformer, WholeLayout()).generate(
+                    [prompt], seeds[row : row + 1], params, **options
+                )
+                assert torch.equal(alone[0], together[row])
+    assert found[3][0, :, 0].tolist() == [3, 3] and found[3][1, :, 1].tolist() == [5, 5]
