@@ -114,6 +114,17 @@ class RolloutStates:
             self._add_found(conditions, state, places, chosen, targets, np.full(len(codes), step))
         self._num_images += 1
 
+    def add_masked(self, prompt_ids: Sequence[int], codes: np.ndarray, hidden: Sequence[np.ndarray]) -> None:
+        """Adds an image under masks in place of the states of its steps: each hides codes at its places int64 [K],
+        which are predicted without guidance. Masks are numbered as steps."""
+        image, places = np.array(self.layout.image(codes.tolist())), self.layout.code_positions
+        for number, chosen in enumerate(hidden):
+            state = image.copy()
+            state[places[chosen]] = self.layout.mask_id
+            numbers = np.full(len(codes), number)
+            self._add_found([self.layout.text_prompt(prompt_ids)], state, places, chosen, codes, numbers)
+        self._num_images += 1
+
     def _add_found(
         self,
         conditions: list[list[int]],

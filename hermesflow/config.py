@@ -346,13 +346,16 @@ class GRPOConfig:
     "module:function" of your own."""
     reward_weights: tuple[float, ...] = (1.0, 0.5)
     """Of each reward, in their sum."""
-    likelihood: Literal["kept", "drawn"] = "kept"
-    """Of an image: the codes that each decoding step kept, or all that it drew, those that were masked again too."""
+    likelihood: Literal["kept", "drawn", "masked"] = "kept"
+    """Of an image: the codes that each decoding step kept; drawn, all that it drew, those that were masked again too;
+    or masked, its codes under random masks without guidance, at times spread evenly from a random one: UniGRPO's
+    estimate (arXiv 2505.15809)."""
     step_fractions: tuple[float, ...] = (0.5, 1.0)
     """Of the decoding steps that [curation] or the model says, what rollouts take in turn: a gain should not hang on
     one number of steps."""
     trained_steps: int = 0
-    """Decoding steps of each image that the gradient is computed for, drawn at random; 0 takes all of them."""
+    """Decoding steps of each image that the gradient is computed for, drawn at random; 0 takes all of them. Of
+    likelihood masked its masks; 0 takes as many as there were steps."""
     train_unguided: bool = False
     """Send the gradient through the unguided half of guidance too, which costs as much as the guided one."""
     updates_per_rollout: int = 1

@@ -169,6 +169,8 @@ class GRPO:
             raise InputError(
                 "selfplay.algorithm grpo: the model's image decoder does not say how it draws; take pair-dpo"
             )
+        if config.grpo.likelihood == "masked" and model.layout.image_mode == "causal":
+            raise InputError("grpo.likelihood masked: the model draws code by code, without masks; set it to kept")
         _ways_to_draw(model.sampling_of(config.drawn_by(config.curation)), config)
 
     @staticmethod
@@ -223,7 +225,8 @@ class GRPO:
         """Means over groups: reward, reward_std (its standard deviation) and left_out (whether it teaches nothing).
         Means over kept codes: logprob, and drift, how far it is from what the decoder found. clipped: the share of
         decoding steps whose ratio was clipped. kl: mean k3 a code."""
-        names = ["reward", "reward_std", "left_out", "logprob", "drift", "clipped"]
+        names = ["reward", "reward_std", "left_out", "clipped"]
+        names += [] if self.config.grpo.likelihood == "masked" else ["logprob", "drift"]
         names += ["kl"] if self.config.grpo.kl_weight else []
         return names + ([f"{REPLAY}/{replay_metric(self.config.train)}"] if self.config.train.replay_weight else [])
 
@@ -313,8 +316,7 @@ class GRPO:
 
     def _num_tokens(self, group: Group) -> int:
         """Of a group, at most; images share the states that are equal."""
-        params, num_steps = self._params(group.rollout), len(np.unique(group.kept_at))
-        num_steps = min(num_steps, self.config.grpo.trained_steps or num_steps)
+        params, num_steps = self._params(group.rollout), self._num_states(group)
         num_steps = 1 if self.model.layout.image_mode == "causal" else num_steps  # all of them are rows of one image
         halves = 2 if params.guidance_scale else 1
         length = self.model.layout.image_length
@@ -328,20 +330,23 @@ class GRPO:
         """One pass over these groups."""
         builder, visits = TreeBuilder(), [_visit(group) for group in groups]
         aside = None if self.config.grpo.train_unguided else SpanForest()
-        params = self._params(groups[0].rollout)
+        params, is_masked = self._params(groups[0].rollout), self.config.grpo.likelihood == "masked"
+        params = replace(params, guidance_scale=0.0, temperature=1.0) if is_masked else params
         states = RolloutStates(self.model.layout, params, builder, aside)
         images = [(group, image) for group in groups for image in group.used]
         for group in groups:  # one that teaches nothing, too, so that no tree is empty
             states.guided.add_condition(self.model.layout.text_prompt(self._prompt_of(group)))
-        weights = [self._add_image(states, group, image) for group, image in images]
+        add = self._add_masked if is_masked else self._add_image
+        weights = [add(states, group, image) for group, image in images]
         for index, visit in enumerate(visits):
             self.packer.add_replay(builder, index, visit)
         codes = states.drawn()
-        # Of each image, each of its decoding steps.
+        # Of each image, each of its decoding steps or masks.
         (owner, _), segment = torch.unique(torch.stack([codes.owners, codes.steps]), dim=1, return_inverse=True)
         of_image = {"advantages": [group.advantages[image] for group, image in images], "weights": weights}
         advantage, weight = (torch.tensor(values, dtype=torch.float32)[owner] for values in of_image.values())
-        drawn_logprob = self._drawn_logprob(images, codes)
+        found = torch.full(codes.targets.shape, torch.nan)
+        drawn_logprob = found if is_masked else self._drawn_logprob(images, codes)
         return GRPOBatch(
             self.model.layout,
             params,
@@ -378,6 +383,25 @@ class GRPO:
         chosen = rng.permutation(steps)[:count].tolist()
         states.add(self._prompt_of(group), codes, kept_at, drawn=drawn, steps=chosen)
         return len(steps) / len(chosen)
+
+    def _add_masked(self, states: RolloutStates, group: Group, image: int) -> float:
+        """Adds an image under random masks, a segment each; their codes weigh so that the sum stands for all codes."""
+        codes, num_masks = group.codes[image], self._num_states(group)
+        rng = np.random.default_rng([self.seed, 6, group.rollout, group.record, image])
+        first = rng.random()
+        times = first + (1 - first) * np.arange(num_masks) / num_masks
+        counts = np.maximum(1, np.round(times * len(codes)).astype(int))
+        hidden_at = [np.sort(rng.permutation(len(codes))[:count]) for count in counts]
+        states.add_masked(self._prompt_of(group), codes, hidden_at)
+        return len(codes) / counts.sum()
+
+    def _num_states(self, group: Group) -> int:
+        """Decoding steps, or masks, of an image that the gradient is computed for, at most."""
+        num_steps = len(np.unique(group.kept_at))
+        trained = self.config.grpo.trained_steps
+        return (
+            (trained or num_steps) if self.config.grpo.likelihood == "masked" else min(num_steps, trained or num_steps)
+        )
 
 
 def _ways_to_draw(default: Any, config: Config) -> list[Any]:

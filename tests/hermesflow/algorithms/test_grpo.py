@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hermesflow import training
 from hermesflow.algorithms.algorithm import batch_logprobs
@@ -17,6 +18,7 @@ from hermesflow.algorithms.grpo import GRPO, advantages
 from hermesflow.algorithms.policy import Policy
 from hermesflow.config import Config, ConfigError, GRPOConfig, load_config
 from hermesflow.engine.mask_schedule import num_to_mask
+from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.report.page import write_report
 from hermesflow.runs import Run, train_on_pairs
 from hermesflow.runtime.checkpointing import checkpoints
@@ -155,6 +157,37 @@ def test_steps_that_are_drawn_stand_for_all(tiny_model, tiny_records, tmp_path, 
     drawn = [16, *num_to_mask(16, 3)]  # at each step
     whole, _ = first_batch(*step_of(tiny_model, tiny_records, settings(grpo__likelihood=likelihood)), tmp_path)
     assert len(whole.codes.targets) == (16 * num_images if likelihood == "kept" else sum(drawn) * num_images)
+
+
+def test_masks_in_place_of_steps(tiny_model, tiny_records, tmp_path):
+    """UniGRPO's estimate by hand: each mask's codes from a pass of its own, under the prompt alone."""
+    config = settings(train__replay_weight=0.0, grpo__likelihood="masked", grpo__trained_steps=4)
+    policy, learner = step_of(tiny_model, tiny_records, config)
+    batch, reference = first_batch(policy, learner, tmp_path)
+    layout, codes = tiny_model.layout, batch.codes
+    logprob = batch_logprobs(policy.transformer, batch)
+    loss, _ = learner.loss(logprob, reference, batch)
+    assert loss.isfinite() and not {"drift", "logprob"} & set(learner.metric_names(batch.groups))
+    assert not len(codes.unguided) and batch.unguided_tree is None
+    images = [(group, image) for group in batch.groups for image in group.used]
+    found, covered = logprob.detach(), {}
+    for owner, step in sorted(set(zip(codes.owners.tolist(), codes.steps.tolist(), strict=True))):
+        group, image = images[owner]
+        mine = (codes.owners == owner) & (codes.steps == step)
+        places = codes.positions[mine].numpy()
+        state = layout.image(np.where(np.isin(np.arange(16), places), -1, group.codes[image]).tolist())
+        prompt = layout.text_prompt(tiny_model.image_prompt(tiny_records[group.record].caption))
+        tree = SpanTree.build([(prompt, -1, "causal"), (state, 0, "full")])
+        rows = len(prompt) + torch.from_numpy(layout.code_positions[places])
+        weight, bias = layout.code_ids.rows(policy.transformer.head)
+        logits = F.linear(policy.transformer(tree)[rows], weight, bias).detach()
+        expected = logits.log_softmax(1)[range(len(places)), group.codes[image][places]]
+        assert (found[mine] - expected).abs().max() < 1e-4
+        covered.setdefault(owner, []).append(len(places))
+    assert all(len(counts) == 4 and counts == sorted(counts) for counts in covered.values())
+    weights = {owner: 16 / sum(counts) for owner, counts in covered.items()}
+    owners = {int(segment): int(owner) for segment, owner in zip(batch.segment, codes.owners, strict=True)}
+    assert [weights[owners[number]] for number in range(len(batch.weight))] == pytest.approx(batch.weight.tolist())
 
 
 def train(model, records, config, folder):

@@ -161,6 +161,8 @@ def test_grpo_meets_the_law_of_the_drawing(checkpoint, records, tmp_path):
     run_selfplay(load_config(None, [*settings(checkpoint, records, tmp_path), *more]))
     lines = [json.loads(line) for line in (tmp_path / "t/round-1/train/metrics.jsonl").read_text().splitlines()]
     assert [line["drift"] for line in lines if "drift" in line] == pytest.approx([0, 0], abs=1e-4)
+    masked = [*settings(checkpoint, records, tmp_path / "masked"), *more, "grpo.likelihood=masked"]
+    run_selfplay(load_config(None, masked))
 
 
 def test_images_and_answers_do_not_depend_on_their_batch(checkpoint):
