@@ -1,4 +1,4 @@
-"""`hermesflow bench e2e --family mmada|lumina-dimoo`: tasks of families whose tokens all see all others.
+"""`hermesflow bench e2e --family mmada|lumina-dimoo`: tasks of bidirectional families.
 
     images      the candidates of a prompt
     captions    ten of an image

@@ -79,7 +79,7 @@ def predictions(of: Assumptions) -> list[Prediction]:
     steps of images and captions of MMaDA 8B."""
     ops = [*_samplers(of), _linear_sample(of), _linear_logprob(of), _attention(of)]
     steps = [_image_step(of), _caption_step(of), *(_code_step(of, size) for size in JANUS_PRO)]
-    # Of an image 0.64 of its codes are masked in a step, of a block of 32 the half.
+    # A step's mean: 0.64 of an image's codes are masked, and half of a block of 32 tokens.
     images = _whole_step(of, "an image step, 16 guided images, MMaDA 8B", 32, 1056, int(16 * 1024 * 0.64), 8192)
     captions = _whole_step(of, "a caption step, 10 captions of 128, MMaDA 8B", 10, 1214, 160, 134_656)
     return [*ops, *steps, images, captions]

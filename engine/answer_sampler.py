@@ -28,10 +28,10 @@ class SamplingParams:
     """How one answer is sampled; kernels/token_sample.py explains the filters.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing. An answer ends with eot, or at max_new_tokens.
-    The last four are of families that fill masks (decoders/masked_text.py), and not read elsewhere: steps for all of
-    max_new_tokens and tokens of a block, 0 leaves them to the decoder; guidance_scale g is logits (1 + g) * with - g *
-    without what precedes the answer; a threshold above 0 lets each step keep all tokens that are at least so probable,
-    one at least, in place of the share that num_steps gives it (Fast-dLLM, arXiv 2505.22618): fewer steps, approximate.
+    The last four are read by MaskedTextDecoder alone. num_steps: for all of max_new_tokens; block_length: tokens of a
+    block; 0 takes the decoder's defaults. guidance_scale g: logits (1 + g) * conditional - g * unconditional, whose
+    half has masks in place of all but the answer. threshold: above 0 a step keeps every token of at least this
+    probability, at least one, and num_steps is not read (Fast-dLLM, arXiv 2505.22618); approximate.
     """
 
     temperature: float = 1.0

@@ -143,8 +143,7 @@ class Engine:
                 raise ValueError(
                     f"Engine.generate: {type(self.image_decoder).__name__} keeps no known_codes; pass None"
                 )
-            grid = getattr(params, "grid", None)
-            layout = self.layout.of_grid(grid) if grid else self.layout
+            layout = self.layout.of_sampling(params)
             shape = (len(prompt_ids), layout.num_image_tokens)
             if known_codes.dtype != torch.int64 or tuple(known_codes.shape) != shape:
                 raise ValueError(

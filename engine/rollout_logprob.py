@@ -8,7 +8,7 @@ the steps at which they were kept. They lie in one span tree, so that one pass g
 
 States that are equal under one prompt, such as the first of all its images, are one span. Where images are drawn code
 by code, the image itself is all states at once, a causal span of which each row predicts the next code; top_k and top_p
-are refused. In a layout that is whole a state is a span of its own, with its prompt.
+are refused. In a bidirectional layout a state is a span of its own, with its prompt.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class RolloutStates:
                 f"RolloutStates: expected top_k 0 and top_p 1, got {params.top_k} and {params.top_p}; a filtered law "
                 "gives other codes no probability, set top_k to 0 and top_p to 1"
             )
-        self.layout, self.params = layout, params
-        self.guided = _States(layout, forest)
-        self.unguided = self.guided if unguided_forest is None else _States(layout, unguided_forest)
+        self.layout, self.params = layout.of_sampling(params), params
+        self.guided = _States(self.layout, forest)
+        self.unguided = self.guided if unguided_forest is None else _States(self.layout, unguided_forest)
         self._num_images = 0
         self._found: list[tuple[np.ndarray, ...]] = []
 
@@ -167,7 +167,7 @@ class _States:
         key = tuple(condition), state.tobytes()
         if key not in self._first_rows:
             before, root = [], -1
-            if self.layout.whole:
+            if self.layout.is_bidirectional:
                 before = list(condition)
             else:
                 root = self.add_condition(condition)

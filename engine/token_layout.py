@@ -84,9 +84,9 @@ class Ids:
 class Layout(ABC):
     """What the engine asks of a model's vocabulary and sequences.
 
-    Text ids are ids of the joint vocabulary, wherever they lie there; image codes are counted from 0. An image that is
-    drawn is a child of its condition, a causal root. An image that is understood is a root, its question a causal
-    child, and the answer a causal child of that, which ends with eot.
+    Text ids are ids of the joint vocabulary, wherever they lie there; image codes are counted from 0. Unless the
+    layout is bidirectional, an image that is drawn is a child of its condition, a causal root. An image that is
+    understood is a root, its question a causal child, and the answer a causal child of that, which ends with eot.
     """
 
     vocab_size: int
@@ -110,13 +110,13 @@ class Layout(ABC):
     """Of an image that is understood, likewise."""
     codes_apart: bool = False
     """Whether a code's probability is one among the codes, not in the joint vocabulary."""
-    whole: bool = False
-    """Whether everything sees everything: a prompt and its image are one full span, and so are an image, a question and
-    the masked region of its answer."""
+    is_bidirectional: bool = False
+    """Whether attention is bidirectional throughout: a prompt and its image are one full span, and so are an image, a
+    question and the masked region of its answer."""
     after_answer: tuple[int, ...] = ()
-    """Ids behind the region of an answer that is drawn, in a layout that is whole."""
+    """Ids behind the region of an answer that is drawn, in a bidirectional layout."""
     filler: int
-    """What fills the region behind an answer and its eot, in training; in a layout that is whole."""
+    """What fills the region behind an answer and its eot, in training; in a bidirectional layout."""
     before_image: tuple[int, ...]
     row_end: tuple[int, ...] = ()
     after_image: tuple[int, ...]
@@ -151,6 +151,11 @@ class Layout(ABC):
                 f"{grid[0]} x {grid[1]}; leave it out"
             )
         return self
+
+    def of_sampling(self, params: Any) -> Layout:
+        """The same for the grid of sampling parameters, where they have one. Raises: as of_grid."""
+        grid = getattr(params, "grid", None)
+        return self.of_grid(grid) if grid else self
 
     def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
         """An image to be understood by its features, a place for each, a root span.
@@ -298,6 +303,11 @@ class TokenLayout(Layout):
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """What is asked of an image: [sot, text]."""
         return [self.sot, *text_ids]
+
+    def of_sampling(self, params: Any) -> Layout:
+        """The same for the grid of sampling parameters, where they have one. Raises: as of_grid."""
+        grid = getattr(params, "grid", None)
+        return self.of_grid(grid) if grid else self
 
     def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
         """An image to be understood by its features: [mmu, system ids, soi, a pad for each feature].

@@ -162,11 +162,11 @@ class Attention(nn.Module):
         config = self.config
         counts = [config.num_heads, config.num_kv_heads]
         heads = self.qkv(x).view(x.shape[0], -1, config.head_dim)
-        turned, v = heads.split([sum(counts), config.num_kv_heads], dim=1)
+        qk, v = heads.split([sum(counts), config.num_kv_heads], dim=1)
         if isinstance(self.q_norm, nn.Identity):
-            q, k = rotate(turned, rotary).split(counts, dim=1)
+            q, k = rotate(qk, rotary).split(counts, dim=1)
         else:
-            q, k = turned.split(counts, dim=1)
+            q, k = qk.split(counts, dim=1)
             q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q, k, v.to(q.dtype)
 

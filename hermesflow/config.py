@@ -95,8 +95,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights that draw and judge; auto keeps the checkpoint's. Training is in float32."""
     image_size: int = 0
-    """Pixels a side of the images that are drawn and seen, in families that take any size (emu3, lumina-dimoo); 0 is
-    the published size."""
+    """Side in pixels of drawn images and of records, in families that take any size (emu3, lumina-dimoo); 0 is the
+    published size."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -270,7 +270,8 @@ class TrainConfig:
     condition_dropout: float = 0.0
     """Share of image pairs that are trained with the empty prompt, win and lose alike; the published code has 0.1."""
     masks_per_pair: int = 4
-    """Random masks of each image pair in one step; an image's log-probability is the mean over them."""
+    """Random masks of each image pair in one step, and of each caption pair of a bidirectional family; a
+    log-probability is the mean over them."""
     complementary_masks: bool = True
     """Every second mask hides what the one before it shows, which lowers the variance; needs an even masks_per_pair."""
     elbo_weighting: bool = False

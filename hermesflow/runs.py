@@ -1,6 +1,7 @@
 """A run's folder: its lock, its settings, what it began with, and what exists in it.
 
-    runs/NAME/  config.toml  origin.json  records.parquet  rejected.parquet  summary.json  report/index.html
+    runs/NAME/  config.toml  origin.json  judge.json (with model.judge)  records.parquet  rejected.parquet  summary.json
+                report/index.html
       round-K/  candidates/part-*.parquet  pairs.parquet  rejected.parquet  train/step-*/  metrics.jsonl  model/
                 training.json  evaluation.json  seconds.json
 
@@ -487,14 +488,14 @@ def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
 def check_origin(
     folder: Path, origin: dict[str, str], reasons: dict[str, str], elsewhere: str, file: str = "origin.json"
 ) -> None:
-    """Writes the file, or raises if it records other weights or pairs.
+    """Writes folder/file, or raises if that file records other weights or pairs.
 
     Args:
         folder: of the run.
         origin: what it would begin with now.
         reasons: for each key that must be as it was, what another value means, for messages.
         elsewhere: as in claim_folder.
-        file: in the folder.
+        file: its name.
     Raises: InputError if a value is another one.
     """
     path = folder / file

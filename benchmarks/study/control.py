@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hermesflow.algorithms.algorithm import Reference
 from hermesflow.algorithms.batch import REPLAY
+from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import NoReference
-from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record

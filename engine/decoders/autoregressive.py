@@ -137,7 +137,7 @@ class AutoregressiveDecoder:
         """Codes and their log-probabilities under the law that drew them, [P, n, N] each."""
         num_prompts, num_images = seeds.shape
         device = self.transformer.embed.weight.device
-        layout = self.layout.of_grid(params.grid) if params.grid else self.layout
+        layout = self.layout.of_sampling(params)
         if known_codes is None:
             known_codes = torch.full((num_prompts, layout.num_image_tokens), -1)
         codes = known_codes.to(device, torch.int64).repeat_interleave(num_images, 0)

@@ -1,7 +1,7 @@
 """Images from prompts by parallel decoding (MaskGIT): a step draws all masked tokens and keeps the most confident.
 
 Prompts are prefilled once and shared by their candidates; a step computes the image spans alone, the conditional and
-the unconditional ones in one pass. Where everything sees everything (layout.whole) nothing but the first step can be
+the unconditional ones in one pass. Where the layout is bidirectional nothing but the first step can be
 shared, and a step computes prompts too. Guidance is applied to hidden states, since it commutes with the linear head,
 and the head runs on the masked positions and on the image codes only. Codes that are known from the start are kept
 (inpainting); they stand in both branches.
@@ -174,7 +174,7 @@ class ImageDecoder:
     ) -> dict[str, Tensor]:
         """The named fields of ImageRollout."""
         num_prompts, num_images = seeds.shape
-        layout = self.layout.of_grid(params.grid) if params.grid else self.layout
+        layout = self.layout.of_sampling(params)
         if known_codes is None:
             known_codes = torch.full((num_prompts, layout.num_image_tokens), -1)
         known = [tuple(codes) for codes in known_codes.tolist()]
@@ -188,8 +188,13 @@ class ImageDecoder:
         found = {"codes": codes} | {name: _blank(name, codes, params.num_steps) for name in names if name != "codes"}
         failed_steps = torch.full_like(flat_seeds, params.num_steps)
         halves = 2 if params.guidance_scale else 1
+        length = layout.image_length
+        if layout.is_bidirectional:
+            length += max((len(layout.text_prompt(prompt)) for prompt, _ in starts), default=0)
+        # The bound counts images of the model's own grid, without prompts; longer sequences are fewer.
+        max_sequences = min(max_sequences, max_sequences * self.layout.image_length // length)
         batches = self._batches(starts, max(1, max_sequences // halves))
-        graphs = self._takes_graph(layout.image_length * halves * max(map(len, batches), default=0))
+        graphs = self._takes_graph(length * halves * max(map(len, batches), default=0))
 
         def draw(rows: list[int]) -> None:
             of_rows = ([of_all[row] for row in rows] if of_all else [] for of_all in (starts, unguided))
@@ -271,15 +276,14 @@ class _Batch:
         device = transformer.embed.weight.device
         self.starts, self.num_unknown = starts, starts[0][1].count(-1)
         of_start = _indices(starts + unguided)
-        of_prompt = _indices([prompt for prompt, _ in of_start])
-
-        if layout.whole:
+        if layout.is_bidirectional:
             images = {
                 start: ([*layout.text_prompt(start[0]), *layout.image(start[1])], -1, "full") for start in of_start
             }
             self.prefill = SpanTree.build(list(images.values()), device)
             self.tree = SpanTree.build([images[start] for start in starts + unguided], device, fixed=fixed)
         else:
+            of_prompt = _indices([prompt for prompt, _ in of_start])
             spans = [(layout.text_prompt(prompt), -1, "causal") for prompt in of_prompt]
             images = {start: (layout.image(start[1]), of_prompt[start[0]], layout.image_mode) for start in of_start}
             self.prefill = SpanTree.build([*spans, *images.values()], device)
@@ -318,7 +322,7 @@ class _Session:
         self.steps = _changing_steps(num_tokens, batch.num_unknown, params)
         # Room for longer prompts than this batch's.
         room = -(-batch.tree.capacity // 1024) * 1024
-        self.cache = None if self.layout.whole else self.transformer.new_cache(room)
+        self.cache = None if self.layout.is_bidirectional else self.transformer.new_cache(room)
         # By a weak reference, since memory must be free as soon as the session is dropped, not after a collection.
         later_steps = weakref.WeakMethod(self._later_steps)
 

@@ -11,8 +11,8 @@ ends after a block that holds eot.
 Given answers are scored behind the same questions: the region is masked as a whole, so that one pass gives the logits
 of every choice. That is exact for answers of one token, and the product of their marginals for longer ones.
 
-Draws are those of kernels/sampling.py. A Gumbel number of 23 bits a tile of 128 ids and one for the ids inside
-it leave no id of 134,656 further from its probability than 2^-23 of its tile's.
+Tokens are drawn by kernels/sampling.py. Its random numbers of 23 bits change the probability of an id by at most 2^-23
+of that of its tile of 128 ids.
 Source: mmu_generate of MMaDA, generate_text_understanding of Lumina-DiMOO, both after LLaDA (arXiv 2502.09992).
 """
 
@@ -39,7 +39,7 @@ from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.kernels.token_sample import token_sample
 
 BLOCK_LENGTH, TOKENS_PER_STEP = 32, 2
-"""Where SamplingParams leave them open: as Lumina-DiMOO's README has them, and twice as many tokens a step."""
+"""Defaults: Lumina-DiMOO's block length, and twice its tokens a step."""
 _SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
 _ROWS_PER_DRAW = 1024
 """Rows whose logits are held at once: 0.5 GB at 134,656 ids."""
@@ -49,11 +49,11 @@ class MaskedTextDecoder:
     """Draws and scores answers. An answer is a function of the model, its image, question, seed and settings alone."""
 
     def __init__(self, transformer: Transformer, layout: Layout, backend: str | None = None) -> None:
-        """Raises: ValueError if the layout is not whole."""
-        if not layout.whole or layout.mask_id is None:
+        """Raises: ValueError if the layout is not bidirectional, or has no mask."""
+        if not layout.is_bidirectional or layout.mask_id is None:
             raise ValueError(
-                f"MaskedTextDecoder: fills masks that everything sees, {type(layout).__name__} has none; give the "
-                "model another text_decoder"
+                f"MaskedTextDecoder: expected a bidirectional layout with a mask_id, got {type(layout).__name__}; give "
+                "the model another text_decoder"
             )
         self.transformer, self.layout, self.backend = transformer, layout, backend
         self._memory = MemoryBound("MaskedTextDecoder", lambda: False, _empty_cache)
@@ -77,7 +77,8 @@ class MaskedTextDecoder:
         """
         codes = images.tolist()
         answers = [
-            [[_Answer(self.layout, codes[image], ids, params, int(seeds[image, question, sample]))
+            [[_Answer(self.layout, codes[image], ids, params, int(seeds[image, question, sample]),
+                      f"question {question} of image {image}, sample {sample}")
               for sample, params in enumerate(sampling)] for question, ids in enumerate(questions)]
             for image, questions in enumerate(question_ids)
         ]  # fmt: skip
@@ -115,7 +116,8 @@ class MaskedTextDecoder:
                 if choices := choice_ids[image][question]:
                     before = layout.asked(codes[image], ids)
                     asked.append((image, question, before, [[*choice, layout.eot] for choice in choices]))
-        lengths = [len(before) + max(map(len, choices)) for _, _, before, choices in asked]
+        behind = len(layout.after_answer)
+        lengths = [len(before) + max(map(len, choices)) + behind for _, _, before, choices in asked]
 
         def score(numbers: list[int]) -> None:
             group = [asked[number] for number in numbers]
@@ -150,17 +152,17 @@ class MaskedTextDecoder:
 
     def _step(self, answers: list[_Answer], text_only: bool) -> None:
         """One step of each answer."""
-        device, mask_id = self.transformer.embed.weight.device, self.layout.mask_id
-        spans: dict[tuple, list[int]] = {}
+        device, mask_id, after = self.transformer.embed.weight.device, self.layout.mask_id, self.layout.after_answer
         guided: list[tuple[tuple, int, np.ndarray]] = []
         unguided: list[tuple[tuple, int, np.ndarray]] = []
         for answer in answers:
             region, positions = answer.region.tolist(), answer.masked()
-            for before, found in ((answer.before, guided), ((mask_id,) * len(answer.before), unguided)):
+            hidden = (mask_id,) * len(answer.before), (mask_id,) * len(after)
+            for (before, behind), found in (((answer.before, after), guided), (hidden, unguided)):
                 if found is guided or answer.params.guidance_scale:
-                    span = (*before, *region, *self.layout.after_answer)
-                    spans.setdefault(span, []).append(len(before))  # equal ones are one span: all of a first step are
-                    found.append((span, len(before), positions))
+                    found.append(((*before, *region, *behind), len(before), positions))
+        # Equal ones are one span: all samples of a question are so in their first step.
+        spans = list(dict.fromkeys(span for span, _, _ in (*guided, *unguided)))
         tree = SpanTree.build([(list(span), -1, "full") for span in spans], device)
         starts = dict(zip(spans, tree.packed_starts.tolist(), strict=True))
 
@@ -180,7 +182,7 @@ class MaskedTextDecoder:
                                        np.split(confidence, np.cumsum(counts)[:-1]), strict=True):  # fmt: skip
             if (drawn < 0).any():
                 raise RuntimeError(
-                    f"MaskedTextDecoder: the model gives no distribution (NaN) in step {answer.step} of an answer; "
+                    f"MaskedTextDecoder: the model gives no distribution (NaN) for {answer.name}, step {answer.step}; "
                     f"{likely_cause(self.transformer)}"
                 )
             answer.keep(drawn, sure)
@@ -233,12 +235,13 @@ class _Answer:
     """
 
     def __init__(
-        self, layout: Layout, codes: list[int], question: Sequence[int], params: SamplingParams, seed: int
+        self, layout: Layout, codes: list[int], question: Sequence[int], params: SamplingParams, seed: int, name: str
     ) -> None:
-        self.layout, self.params, self.seed, self.step = layout, params, seed, 0
+        self.layout, self.params, self.seed, self.name, self.step = layout, params, seed, name, 0
         self.before = tuple(layout.asked(codes, question))
         self.region = np.full(params.max_new_tokens, layout.mask_id)
-        self.num_tokens = len(self.before) + len(self.region) + len(layout.after_answer)
+        halves = 2 if params.guidance_scale else 1
+        self.num_tokens = halves * (len(self.before) + len(self.region) + len(layout.after_answer))
         self._blocks = iter(_blocks(params))
         self._end, self._counts = next(self._blocks)
         self.has_ended = False
@@ -272,22 +275,22 @@ def _blocks(params: SamplingParams) -> Iterator[tuple[int, list[int]]]:
     """(end, tokens that each step keeps) of each block; under a threshold it has a step a token at most."""
     length = params.max_new_tokens
     block = min(length, params.block_length or BLOCK_LENGTH)
-    num_blocks = -(-length // block)
     num_steps = params.num_steps or -(-length // TOKENS_PER_STEP)
     for start in range(0, length, block):
         size = min(block, length - start)
-        count = size if params.threshold else max(1, min(size, num_steps // num_blocks))
+        count = size if params.threshold else max(1, min(size, num_steps * size // length))
         yield start + size, [size // count + (number < size % count) for number in range(count)]
 
 
 def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """Numbers in order, cut so that their lengths stay within most; one always fits."""
-    numbers: list[int] = []
+    numbers, total = [], 0
     for number, length in enumerate(lengths):
-        if numbers and sum(lengths[each] for each in numbers) + length > most:
+        if numbers and total + length > most:
             yield numbers
-            numbers = []
+            numbers, total = [], 0
         numbers.append(number)
+        total += length
     if numbers:
         yield numbers
 

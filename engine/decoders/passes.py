@@ -53,7 +53,7 @@ class MemoryBound:
             if not kept:
                 self._max_spans = len(rows) // 2 * spans_of_row
                 logger.warning(
-                    "%s: out of memory with %d image spans in a pass; continuing with %d",
+                    "%s: out of memory with %d sequences in a pass; continuing with %d",
                     self._name,
                     len(rows) * spans_of_row,
                     self._max_spans,

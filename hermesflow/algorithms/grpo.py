@@ -29,11 +29,11 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Pass, Reference
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
+from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.packing import TreeBuilder, plan_passes, referenced_sides
 from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import live_reference, make_reference
-from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table
 from hermesflow.data.records import Record
@@ -319,9 +319,9 @@ class GRPO:
         params, num_steps = self._params(group.rollout), self._num_states(group)
         num_steps = 1 if self.model.layout.image_mode == "causal" else num_steps  # all of them are rows of one image
         halves = 2 if params.guidance_scale else 1
-        length = self.model.layout.image_length
-        length += len(self.model.layout.text_prompt(self._prompt_of(group))) if self.model.layout.whole else 0
-        states = halves * num_steps * len(group.used) * length
+        layout = self.model.layout
+        prompt = layout.text_prompt(self._prompt_of(group)) if layout.is_bidirectional else ()
+        states = halves * num_steps * len(group.used) * (len(prompt) + layout.image_length)
         return states + self.packer.num_tokens(_visit(group))
 
     def _pack(
@@ -334,7 +334,8 @@ class GRPO:
         params = replace(params, guidance_scale=0.0, temperature=1.0) if is_masked else params
         states = RolloutStates(self.model.layout, params, builder, aside)
         images = [(group, image) for group in groups for image in group.used]
-        for group in groups:  # one that teaches nothing, too, so that no tree is empty
+        # Of a group that teaches nothing, too, so that no tree is empty; in a bidirectional layout of those alone.
+        for group in [each for each in groups if not (self.model.layout.is_bidirectional and each.used)]:
             states.guided.add_condition(self.model.layout.text_prompt(self._prompt_of(group)))
         add = self._add_masked if is_masked else self._add_image
         weights = [add(states, group, image) for group, image in images]

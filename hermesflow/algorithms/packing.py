@@ -60,7 +60,7 @@ _REMEMBERED_VIEWS = 256
 """Pairs whose features are kept."""
 
 
-class ImageMask(NamedTuple):
+class TokenMask(NamedTuple):
     """What one mask hides of an image.
 
     hidden: int64 [k], positions in ascending order.
@@ -350,8 +350,8 @@ def _check_row(row: dict, model: Model) -> None:
 
 
 def _check_spelling(name: str, ids: list[int], text: str | None, model: Model) -> None:
-    """Ids of another text tokenizer spell another text. Drawn captions are what their ids spell; imported ones give
-    their ids, which are cut where they are too many."""
+    """Raises ValueError unless ids spell the text or begin its encoding, as imported captions do, which may be cut;
+    those of another tokenizer do neither."""
     if text is None or model.decode_text(ids).strip() == text.strip():
         return
     if model.encode_text(text)[: len(ids)] != ids:
@@ -386,7 +386,7 @@ def trained_pairs(pairs: pa.Table, config: TrainConfig) -> pa.Table:
 
 def draw_masks(
     num_codes: int, config: TrainConfig, rng: np.random.Generator, schedule: str = "cosine"
-) -> list[ImageMask]:
+) -> list[TokenMask]:
     """The masks of one visit of a pair of images, or of captions.
 
     A mask hides the schedule's share of the image at a uniform time. The weighted log-probabilities of what all
@@ -411,7 +411,7 @@ def draw_masks(
         for part in (order[:count], order[count:])[: 2 if config.complementary_masks else 1]:
             hidden = np.sort(part if len(part) else order)
             weight = 1 / (len(hidden) * probability[count - 1]) if config.elbo_weighting else 1.0
-            masks.append(ImageMask(hidden, weight * mask_share(config)))
+            masks.append(TokenMask(hidden, weight * mask_share(config)))
     return masks
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Pass
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit, Side
+from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.losses import find_loss
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import Reference, make_reference
-from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import TrainConfig
 from hermesflow.models.model import Model
 

@@ -137,7 +137,9 @@ class PixelBounds(NamedTuple):
     most: int
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The size nearest to this one. Source: smart_resize of Emu3's image_processing_emu3visionvq.py."""
+        """Height and width within the bounds, with the aspect kept up to rounding.
+
+        Source: smart_resize of Emu3's image_processing_emu3visionvq.py."""
         sides = [round(side / self.factor) for side in (height, width)]
         pixels = sides[0] * sides[1] * self.factor**2
         if pixels > self.most:

@@ -1,4 +1,4 @@
-"""Lumina-DiMOO (Alpha-VLLM, arXiv 2510.06308): LLaDA-8B with image codes behind its vocabulary, seen by all tokens.
+"""Lumina-DiMOO (Alpha-VLLM, arXiv 2510.06308): LLaDA-8B with image codes behind its vocabulary; bidirectional.
 
     Alpha-VLLM/Lumina-DiMOO    config.json (llada), weights, tokenizer.json, vqvae/ of diffusers
 
@@ -79,7 +79,7 @@ class DiMOOLayout(Layout):
     eot: int
     drawing_ids: tuple[int, ...]
     seeing_ids: tuple[int, ...]
-    whole = True
+    is_bidirectional = True
 
     def of_grid(self, grid: tuple[int, int]) -> DiMOOLayout:
         """The same for images of so many rows and columns."""
@@ -166,8 +166,8 @@ class DiMOOFamily:
 
     def claims(self, config: Any) -> bool:
         """By its model_type and class."""
-        of_class = isinstance(config, dict) and CLASS_NAME in (config.get("architectures") or ())
-        return of_class and config.get("model_type") == MODEL_TYPE
+        named = config.get("architectures") if isinstance(config, dict) else None
+        return isinstance(named, list) and CLASS_NAME in named and config.get("model_type") == MODEL_TYPE
 
     def load(
         self,

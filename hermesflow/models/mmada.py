@@ -1,4 +1,4 @@
-"""MMaDA (Gen-Verse, arXiv 2505.15809): LLaDA-8B with image codes behind its vocabulary; all tokens see all others.
+"""MMaDA (Gen-Verse, arXiv 2505.15809): LLaDA-8B with image codes behind its vocabulary; bidirectional.
 
     Gen-Verse/MMaDA-8B-{Base,MixCoT}    config.json (mmada), weights, tokenizer.json
 
@@ -75,7 +75,7 @@ class MMaDALayout(Layout):
     assistant_ids: tuple[int, ...]
     line_ids: tuple[int, ...]
     padded_to: int = 0
-    whole = True
+    is_bidirectional = True
 
     @property
     def image_grid(self) -> tuple[int, int]:

@@ -114,8 +114,8 @@ class Model:
         return self._engine
 
     def set_image_size(self, size: int) -> None:
-        """Draws and sees images of size pixels a side from now on. Raises: ValueError on a size that is no multiple of
-        a token's pixels, or not the model's own in a family that draws one alone."""
+        """Images are drawn, and records fitted, at size pixels a side from now on. Raises: ValueError on a size that is
+        no multiple of a token's pixels, or not the model's own in a family that draws one alone."""
         factor = self.image_size // self.layout.image_grid[1]
         if size < 1 or size % factor:
             raise ValueError(f"expected a multiple of {factor} pixels; give one")

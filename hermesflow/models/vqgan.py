@@ -154,12 +154,14 @@ def diffusers_config(given: Mapping[str, Any]) -> VQGANConfig:
 
     Raises: InputError that names what does not fit.
     """
+    if not isinstance(given, Mapping):
+        raise InputError(f"the image tokenizer's configuration is {shown(given)}, no object; restore it")
     given = {**_VQ_MODEL, **given}
     widths = given["block_out_channels"]
     if not isinstance(widths, list | tuple) or not widths or any(type(width) is not int for width in widths):
         raise InputError(f"block_out_channels: expected a list of numbers, got {shown(widths)}; restore it")
     for name, expected in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if given.get(name) is not None and set(given[name]) != {expected}:
+        if given.get(name) not in (None, [expected] * len(widths)):
             raise InputError(f"{name}: {shown(given[name])}: only {expected} is supported; give another tokenizer")
     if widths[0] < 1 or any(width % widths[0] for width in widths) or given["norm_type"] != "group":
         raise InputError(

@@ -1,4 +1,4 @@
-"""The benchmark of families whose tokens all see all others: its baseline against the original's outputs, its run."""
+"""The benchmark of bidirectional families: its baseline against the original's outputs, its run."""
 
 import json
 from dataclasses import replace

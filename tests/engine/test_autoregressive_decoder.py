@@ -152,7 +152,7 @@ def test_out_of_memory_halves_the_pass(transformer, monkeypatch, caplog, guidanc
     monkeypatch.setattr(Transformer, "new_cache", small_cache)
     with caplog.at_level(logging.WARNING, "hermesflow.engine.decoders.passes"):
         assert torch.equal(decode(transformer, params), expected)
-    assert "image spans in a pass; continuing with" in caplog.text
+    assert "sequences in a pass; continuing with" in caplog.text
 
 
 def test_nan_names_the_image_and_the_code(transformer):

@@ -329,7 +329,7 @@ def test_out_of_memory_halves_the_batch(naive, forward_calls, caplog, request, g
     decoder, forward_calls.limit = ImageDecoder(transformer, naive.LAYOUT), 6 * 18
     spans = 32 if guidance_scale else 16
     halvings = [
-        f"with {count} image spans in a pass; continuing with {count // 2}" for count in (32, 16, 8) if count <= spans
+        f"with {count} sequences in a pass; continuing with {count // 2}" for count in (32, 16, 8) if count <= spans
     ]
     with caplog.at_level(logging.WARNING, "hermesflow.engine.decoders.passes"), torch.inference_mode():
         assert torch.equal(decoder.generate(prompts, seeds, params), expected)

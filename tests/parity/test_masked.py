@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from hermesflow import load_model
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
-from hermesflow.algorithms.packing import ImageMask
+from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packing import TokenMask
 from hermesflow.algorithms.pair_dpo import pass_objective
-from hermesflow.algorithms.whole_packing import make_packer
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
@@ -309,8 +309,8 @@ def test_pair_dpo(original, reference, monkeypatch, tmp_path):
     padded = [ids + [original.layout.filler] * (pair.region - len(ids)) for ids in regions]
     monkeypatch.setattr(packer, "_regions", lambda _: padded)
     monkeypatch.setattr(
-        "hermesflow.algorithms.whole_packing.draw_masks",
-        lambda count, *_: [ImageMask(pair.masks[count], 1.0)],
+        "hermesflow.algorithms.bidirectional_packing.draw_masks",
+        lambda count, *_: [TokenMask(pair.masks[count], 1.0)],
     )
     batch = packer.pack(visits)
     now = batch_logprobs(original.model.transformer, batch)

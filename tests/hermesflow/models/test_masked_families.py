@@ -1,4 +1,4 @@
-"""Families whose tokens see all others, from checkpoint to exported policy: self-play, killed and not, every task."""
+"""Bidirectional families, from checkpoint to exported policy: self-play, killed and not, every task."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hermesflow import load_model, tasks
-from hermesflow.config import load_config
+from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.config import TrainConfig, load_config
 from hermesflow.data.pairs import read_pairs
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import save_tensors
@@ -202,3 +203,25 @@ def test_unsupported_options_are_refused(checkpoint, tmp_path):
     write_json(folder / "config.json", config | {"embedding_size": 100})
     with pytest.raises(InputError, match="give the tokenizer that belongs to the checkpoint"):
         load_model(folder)
+
+
+def test_a_grid_of_its_own_counts_in_the_law_of_a_drawing(checkpoint):
+    if checkpoint.parent.name.startswith("mmada"):
+        pytest.skip("MMaDA draws one grid alone")
+    model = load_model(checkpoint, dtype=torch.float32)
+    sampling = replace(model.sampling, num_steps=2, grid=(2, 3))
+    prompt, seeds = [model.image_prompt("a red circle")], torch.arange(2)[None]
+    drawn = model.engine.rollout(prompt, num_images=2, seeds=seeds, sampling=sampling)
+    with torch.no_grad():
+        again = model.engine.rollout_logprobs(prompt, drawn, sampling=sampling)
+    assert drawn.codes.shape == (1, 2, 6) and (again - drawn.logprob).abs().max() < 1e-4
+
+
+def test_passes_hold_what_they_say(checkpoint, records, whole):
+    """num_tokens of a visit is the size of its tree."""
+    model, pairs = load_model(checkpoint, dtype=torch.float32), read_pairs(whole / "round-1" / "pairs.parquet")
+    model.set_image_size(64)
+    for config in (TrainConfig(), TrainConfig(boundary_labels=True, replay_weight=0.0, masks_per_pair=2)):
+        packer = make_packer(model, pairs, config, 0)
+        for visit in packer.visits(0)[: len(pairs)]:
+            assert packer.num_tokens(visit) == len(packer.pack([visit]).tree.token_ids)

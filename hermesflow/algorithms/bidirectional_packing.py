@@ -1,4 +1,4 @@
-"""Passes of preference training for models in which all tokens see all others (Layout.whole).
+"""Passes of preference training for bidirectional models (Layout.is_bidirectional).
 
 Nothing can be shared: each mask of win or of lose is a sequence of its own, with its prompt or with the image and the
 question. Captions are masked too, as LLaDA (arXiv 2502.09992) trains them: win and lose fill regions of one length with
@@ -21,10 +21,10 @@ from hermesflow.models.model import Model
 
 def make_packer(model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> PairPacker:
     """The packer for a model's layout; arguments are PairPacker's."""
-    return (WholePacker if model.layout.whole else PairPacker)(model, pairs, config, seed)
+    return (BidirectionalPacker if model.layout.is_bidirectional else PairPacker)(model, pairs, config, seed)
 
 
-class WholePacker(PairPacker):
+class BidirectionalPacker(PairPacker):
     """See PairPacker."""
 
     def num_tokens(self, visit: PairVisit) -> int:
@@ -37,7 +37,8 @@ class WholePacker(PairPacker):
             asked = self._asked(visit, self.question_ids)
             total += 2 * config.masks_per_pair * (len(asked) + len(self._regions(visit.pair)[0]))
         if REPLAY in sides:
-            total += sum(len(asked) + size for asked, size in self._replayed_regions(visit))
+            behind = len(layout.after_answer)
+            total += sum(len(asked) + size + behind for asked, size in self._replayed_regions(visit))
         return total
 
     def _add_images(self, builder: TreeBuilder, index: int, visit: PairVisit) -> None:

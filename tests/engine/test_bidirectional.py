@@ -1,4 +1,4 @@
-"""Models whose tokens see all others: text that is filled from masks, and images of whole sequences in graphs."""
+"""Bidirectional models: text that is filled from masks, and images of whole sequences in graphs."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TEXT, CODES, LENGTH = 40, 8, 12
 class WholeLayout(Layout):
     """[text, eot and mask last of it | codes]."""
 
-    vocab_size, eot, mask_id, whole = TEXT + CODES, TEXT - 2, TEXT - 1, True
+    vocab_size, eot, mask_id, is_bidirectional = TEXT + CODES, TEXT - 2, TEXT - 1, True
     text_ids, code_ids, codebook_size = Ids(range(TEXT - 1)), Ids(range(TEXT, TEXT + CODES)), CODES
     num_image_tokens, image_grid, before_image, after_image = 4, (2, 2), (1,), (2,)
     after_answer = (3,)
@@ -69,7 +69,7 @@ def plain_answer(transformer, codes, question, length, steps, block, guidance):
             hidden = transformer(SpanTree.build([(x.tolist(), -1, "full")]))
             if guidance:
                 without = x.clone()
-                without[:first] = layout.mask_id
+                without[:first] = without[first + length :] = layout.mask_id
                 unguided = transformer(SpanTree.build([(without.tolist(), -1, "full")]))
                 hidden = torch.lerp(unguided, hidden, 1 + guidance)
             logits = transformer.head(hidden)
@@ -163,16 +163,14 @@ def test_choices_are_scored_behind_one_mask(transformer, decoder):
 
 
 def test_bad_models_and_layouts(transformer):
-    with pytest.raises(
-        ValueError, match="fills masks that everything sees, TokenLayout has none; give the model anoth"
-    ):
+    with pytest.raises(ValueError, match="expected a bidirectional layout with a mask_id, got TokenLayout; give the"):
         MaskedTextDecoder(
             transformer, TokenLayout(text_vocab_size=20, codebook_size=8, num_image_tokens=4, sot=0, eot=1)
         )
     broken = Transformer(transformer.config).requires_grad_(False)
     broken.load_state_dict(transformer.state_dict())
     broken.head.weight[5] = float("nan")
-    with pytest.raises(RuntimeError, match=r"no distribution \(NaN\) in step 0 of an answer"):
+    with pytest.raises(RuntimeError, match=r"no distribution \(NaN\) for question 0 of image 0, sample 0, step 0;"):
         answers(MaskedTextDecoder(broken, WholeLayout()), [SamplingParams(max_new_tokens=2)])
     with pytest.raises(ValueError, match="expected a finite threshold in \\[0, 1\\], got 2"):
         SamplingParams(threshold=2)
