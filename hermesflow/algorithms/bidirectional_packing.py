@@ -25,7 +25,13 @@ def make_packer(model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -
 
 
 class BidirectionalPacker(PairPacker):
-    """See PairPacker."""
+    """See PairPacker; captions have other masks at every visit too."""
+
+    constant_sides = ()
+
+    def fingerprint(self) -> str:
+        """See PairPacker."""
+        return f"{super().fingerprint()}-by-visit"
 
     def num_tokens(self, visit: PairVisit) -> int:
         """Packed tokens of a visit."""

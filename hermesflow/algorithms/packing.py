@@ -74,6 +74,9 @@ class TokenMask(NamedTuple):
 class PairPacker:
     """Makes the passes of a training run from a table of pairs."""
 
+    constant_sides: tuple[str, ...] = ("understanding",)
+    """Sides that are the same at every visit; images have other masks, and the replay other questions."""
+
     def __init__(self, model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> None:
         """
         Args:

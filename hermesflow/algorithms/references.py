@@ -22,6 +22,7 @@ from hermesflow.algorithms.algorithm import Reference, batch_logprobs
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
 from hermesflow.algorithms.packing import PairPacker, referenced_sides
 from hermesflow.algorithms.policy import Policy
+from hermesflow.data.pairs import SIDES
 from hermesflow.engine.transformer import Transformer
 from hermesflow.runtime.distributed import barrier, gather, is_main, reshard
 from hermesflow.runtime.files import InputError, ParquetRows, damaged, read_parquet, write_parquet
@@ -62,14 +63,15 @@ class CachedReference:
 
     is_live = False
 
-    def __init__(self, path: Path, table: pa.Table, sides: Collection[str]) -> None:
+    def __init__(self, path: Path, table: pa.Table, sides: Collection[str], constant: Collection[str]) -> None:
         """
         Args:
             path: the file, for messages.
             table: what is in it.
             sides: those that need a reference; of others it gives zeros.
+            constant: those that are the same at every visit; see PairPacker.
         """
-        self._path, self._sides = path, sides
+        self._path, self._sides, self._constant = path, sides, constant
         keys = zip(*(table[name].to_pylist() for name in ("pair", "visit", "side")), strict=True)
         column = table["logprob"].combine_chunks()
         values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
@@ -89,7 +91,7 @@ class CachedReference:
     def _values_of(self, batch: PairBatch, side: str) -> list[np.ndarray]:
         if side not in self._sides:
             return [np.zeros(len(batch.sides[side].rows), np.float32)]
-        return [self._of[_key(visit, side)] for visit in batch.visits_of[side]]
+        return [self._of[_key(visit, side, self._constant)] for visit in batch.visits_of[side]]
 
 
 class NoReference:
@@ -133,7 +135,7 @@ def cached_reference(
     table = read_parquet(path)
     try:
         table = table.cast(_SCHEMA.with_metadata(table.schema.metadata))
-        return CachedReference(path, table, referenced_sides(packer.config))
+        return CachedReference(path, table, referenced_sides(packer.config), packer.constant_sides)
     except (pa.ArrowException, ValueError) as error:
         raise damaged(path, "reference", error) from error
 
@@ -184,7 +186,7 @@ def _rows(packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[P
     """The rows of this process's passes; after a pair's first visit they are of what differs by visit (_key)."""
     device = packer.model.transformer.embed.weight.device
     packer = packer.only(*referenced_sides(packer.config))
-    differing = packer.only("generation", REPLAY)
+    differing = packer.only(*(side for side in (*SIDES, REPLAY) if side not in packer.constant_sides))
     first: dict[int, PairVisit] = {}
     for visit in visits:
         first.setdefault(visit.pair, visit)
@@ -200,10 +202,10 @@ def _rows(packer: PairPacker, visits: Sequence[PairVisit], logprobs: Callable[[P
         for side, values in by_side.items() if counts else ():
             num_tokens = batch.num_tokens_of[side]
             for visit, logprob in zip(batch.visits_of[side], values.split(num_tokens), strict=True):
-                pair, number, _ = _key(visit, side)
+                pair, number, _ = _key(visit, side, packer.constant_sides)
                 yield {"pair": pair, "visit": number, "side": side, "logprob": logprob.numpy()}
 
 
-def _key(visit: PairVisit, side: str) -> tuple[int, int, str]:
-    """Captions are the same at every visit; images have other masks, and the replay other questions."""
-    return visit.pair, 0 if side == "understanding" else visit.visit, side
+def _key(visit: PairVisit, side: str, constant: Collection[str]) -> tuple[int, int, str]:
+    """Of a row; sides that are the same at every visit have one alone."""
+    return visit.pair, 0 if side in constant else visit.visit, side

@@ -177,6 +177,20 @@ def test_drawing_ends_with_a_block(original, number):
     assert drawn(original, number, eot=end) == fast[: fast.index(end)]
 
 
+def assert_drawn_alike(ids, frequency):
+    """Ids int64 [n, L] against the frequency [L, V] of each id at each place in as many draws of the original: by total
+    variation, and all places together by the chi-square of two samples, over ids that come more than ten times in both.
+    """
+    ours = F.one_hot(ids, frequency.shape[1]).double().mean(0)
+    variation = (ours - frequency).abs().sum(1) / 2
+    assert variation.max() <= LARGEST_VARIATION and variation.mean() <= MEAN_VARIATION, variation
+    counts, others = ours * len(ids), frequency * len(ids)
+    is_common = counts + others > 10
+    square = ((counts - others)[is_common] ** 2 / (counts + others)[is_common]).sum()
+    freedom = is_common.sum() - is_common.any(1).sum()
+    assert square < freedom + 5 * (2 * freedom) ** 0.5, (square, freedom)
+
+
 def test_sampled_answers(original):
     settings = original.meta["mmu0"].get("sampled")
     if settings is None:
@@ -198,11 +212,9 @@ def test_sampled_answers(original):
         ids = decoder.extend(codes, [[question]], [params] * count, seeds, text_only=False, max_tokens=65_536)[0][0]
     whole = [answer for answer in ids if len(answer) == params.max_new_tokens]
     assert len(whole) > 0.9 * count
-    ours = F.one_hot(torch.tensor(whole), expected.shape[1]).double().mean(0)
     without = expected.clone()
     without[:, [layout.mask_id, layout.pad]] = 0
-    variation = (ours - without / without.sum(1, keepdim=True)).abs().sum(1) / 2
-    assert variation.max() <= LARGEST_VARIATION and variation.mean() <= MEAN_VARIATION, variation
+    assert_drawn_alike(torch.tensor(whole), without / without.sum(1, keepdim=True))
 
 
 def test_sampled_images(original):
@@ -220,9 +232,7 @@ def test_sampled_images(original):
         codes = original.model.engine.generate(
             [prompt], num_images=count, seeds=seeds, sampling=params, max_sequences=2048
         )[0]
-        ours = F.one_hot(codes, expected.shape[1]).double().mean(0)
-        variation = (ours - expected).abs().sum(1) / 2
-        assert variation.max() <= LARGEST_VARIATION and variation.mean() <= MEAN_VARIATION, variation
+        assert_drawn_alike(codes, expected)
 
 
 def test_greedy_images(original):

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from hermesflow import load_model, tasks
 from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.policy import Policy
+from hermesflow.algorithms.references import LiveReference, make_reference
 from hermesflow.config import TrainConfig, load_config
 from hermesflow.data.pairs import read_pairs
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
@@ -215,6 +217,21 @@ def test_a_grid_of_its_own_counts_in_the_law_of_a_drawing(checkpoint):
     with torch.no_grad():
         again = model.engine.rollout_logprobs(prompt, drawn, sampling=sampling)
     assert drawn.codes.shape == (1, 2, 6) and (again - drawn.logprob).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("complementary", [True, False])
+def test_a_cached_reference_is_the_live_one_at_every_visit(checkpoint, whole, complementary, tmp_path):
+    """Also where a pair comes back: captions have other masks then."""
+    model, pairs = load_model(checkpoint, dtype=torch.float32), read_pairs(whole / "round-1" / "pairs.parquet")
+    model.set_image_size(64)
+    config = TrainConfig(pairs_per_step=len(pairs), masks_per_pair=2, complementary_masks=complementary)
+    policy, packer = Policy(model, config, 0), make_packer(model, pairs, config, 0)
+    visits = [visit for step in range(3) for visit in packer.visits(step)]
+    cached = make_reference(policy, packer, visits, tmp_path / "reference.parquet")
+    live = LiveReference(policy.transformer)
+    for step in range(3):
+        batch = packer.pack(packer.visits(step))
+        assert (cached.logprobs(batch) - live.logprobs(batch)).abs().max() < 1e-4
 
 
 def test_passes_hold_what_they_say(checkpoint, records, whole):
