@@ -23,6 +23,14 @@ SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 _LIMITS = {"text_vocab_size": 2**24, "codebook_size": 2**24, "num_image_tokens": 2**16}
 
 
+def check_grid(owner: str, grid: Any) -> None:
+    """Raises ValueError, which begins with owner, unless grid is a tuple of rows and columns of at most 2^16 codes."""
+    most = _LIMITS["num_image_tokens"]
+    fits = isinstance(grid, tuple) and len(grid) == 2 and all(type(side) is int and side >= 1 for side in grid)
+    if not fits or grid[0] * grid[1] > most:
+        raise ValueError(f"{owner}: expected grid as (rows, columns) from 1, of at most {most} codes, got {grid!r:.80}")
+
+
 class Ids:
     """Some ids of the joint vocabulary, in an order that numbers them from 0."""
 

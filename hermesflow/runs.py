@@ -502,6 +502,8 @@ def check_origin(
     if not path.exists():
         write_json(path, origin)
     began = read_json(path)
+    if not isinstance(began, dict):
+        raise damaged(path, "origin", ValueError("it is no object"))
     for key, reason in reasons.items():
         if began.get(key) != origin[key]:
             raise InputError(

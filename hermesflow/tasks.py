@@ -325,6 +325,11 @@ def _check_extensions(
         raise InputError(f"steps: expected at least 1, got {steps}; say how often the directions are gone through")
     rows, columns = grid
     most = min(columns if direction in ("left", "right") else rows for direction in directions) // 2 - 1
+    if most < 0:
+        raise InputError(
+            f"extrapolate: the model's images have {rows} x {columns} tokens, too few to be extended; raise "
+            "model.image_size"
+        )
     if not 0 <= offset <= most:
         raise InputError(f"offset: expected 0 to {most} for this model's {rows} x {columns} tokens, got {offset}")
     if len(prompts) not in (1, len(directions) * steps):

@@ -20,7 +20,7 @@ from hermesflow.engine.decoders.masked import MOST, ImageRollout, Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.phases import phase
-from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.token_layout import Layout, check_grid
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_sample import linear_sample
 from hermesflow.kernels.matmul import linear
@@ -58,8 +58,8 @@ class CodeSamplingParams:
                 raise ValueError(
                     f"CodeSamplingParams: expected {name} in [{low:g}, {high:g}], got {getattr(self, name)}"
                 )
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            raise ValueError(f"CodeSamplingParams: expected grid as rows and columns from 1, got {self.grid}")
+        if self.grid is not None:
+            check_grid("CodeSamplingParams", self.grid)
 
 
 class AutoregressiveDecoder:

@@ -25,7 +25,7 @@ from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.mask_schedule import Schedule, mask_temperatures, num_to_mask
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.phases import phase
-from hermesflow.engine.token_layout import Layout
+from hermesflow.engine.token_layout import Layout, check_grid
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_sample import linear_sample
 from hermesflow.kernels.mask_topk import mask_topk
@@ -92,8 +92,8 @@ class ImageSamplingParams:
             raise ValueError(
                 f"ImageSamplingParams: expected a guidance_scale of at most {MOST:g}, got {self.guidance_scale}"
             )
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            raise ValueError(f"ImageSamplingParams: expected grid as rows and columns from 1, got {self.grid}")
+        if self.grid is not None:
+            check_grid("ImageSamplingParams", self.grid)
         num_to_mask(1, self.num_steps, self.schedule)
         mask_temperatures(self.mask_temperature, self.num_steps, self.mask_decay)
 

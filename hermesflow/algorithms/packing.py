@@ -335,7 +335,10 @@ def _check_row(row: dict, model: Model) -> None:
             model.encode_text(row[name])
         elif name.endswith("_codes"):
             if len(row[name]) != layout.num_image_tokens:
-                raise ValueError(f"{name} has {len(row[name])} tokens, the model's image {layout.num_image_tokens}")
+                raise ValueError(
+                    f"{name} has {len(row[name])} tokens, the model's image {layout.num_image_tokens} at "
+                    f"model.image_size {model.image_size}"
+                )
             _check_ids(name, row[name], range(layout.codebook_size), f"codebook has {layout.codebook_size}")
         else:
             _check_ids(name, row[name], layout.text_ids, f"text vocabulary has {len(layout.text_ids)}")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
 from hermesflow.engine.engine import Engine
 from hermesflow.engine.image_tokenizers.emu3 import Emu3Tokenizer
-from hermesflow.engine.token_layout import Ids
+from hermesflow.engine.token_layout import Ids, check_grid
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import llama, loading, vqgan
 from hermesflow.models.causal import CausalLayout, CausalModel
@@ -92,6 +92,7 @@ class Emu3Layout(CausalLayout):
 
     def of_grid(self, grid: tuple[int, int]) -> Emu3Layout:
         """The same for images of so many rows and columns."""
+        check_grid("Emu3", grid)
         return replace(self, image_grid=grid)
 
     @property
@@ -159,14 +160,16 @@ class Emu3Model(CausalModel):
 
     bounds: PixelBounds
 
-    def fit_whole(self, image: Image.Image) -> np.ndarray:
-        """An image of any mode and size with its aspect, as it is understood: uint8 [H, W, 3]. Raises: InputError on an
-        aspect above MOST_ASPECT."""
+    def fit_whole(self, image: Image.Image, name: str = "image") -> np.ndarray:
+        """An image of any mode and size with its aspect, as it is understood: uint8 [H, W, 3].
+
+        Raises: InputError, which calls it by its name, on an aspect above MOST_ASPECT.
+        """
         image = upright_rgb(image)
         width, height = image.size
         if max(width, height) > MOST_ASPECT * min(width, height):
             raise InputError(
-                f"image: Emu3 sees images of an aspect up to {MOST_ASPECT}, got {width} x {height} pixels; crop it"
+                f"{name}: Emu3 sees images of an aspect up to {MOST_ASPECT}, got {width} x {height} pixels; crop it"
             )
         height, width = self.bounds.fit(height, width)
         return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -174,7 +177,8 @@ class Emu3Model(CausalModel):
     def views(self, images: Iterable[Image.Image]) -> Iterator[tuple[Sequence[int], Tensor, Engine]]:
         """See Model; every image keeps its aspect."""
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-        for number, pixels in enumerate(map(self.fit_whole, images)):
+        for number, image in enumerate(images):
+            pixels = self.fit_whole(image, f"image {number + 1}")
             groups.setdefault(pixels.shape, []).append((number, pixels))
         for (height, width, _), group in groups.items():
             numbers, pixels = zip(*group, strict=True)

@@ -19,7 +19,7 @@ from torch import nn
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.image_tokenizers.vqgan import VQGAN
-from hermesflow.engine.token_layout import Ids, Layout
+from hermesflow.engine.token_layout import Ids, Layout, check_grid
 from hermesflow.engine.transformer import Transformer
 from hermesflow.engine.weights import save_tensors
 from hermesflow.models import llada, loading, vqgan
@@ -83,7 +83,8 @@ class DiMOOLayout(Layout):
 
     def of_grid(self, grid: tuple[int, int]) -> DiMOOLayout:
         """The same for images of so many rows and columns."""
-        return replace(self, image_grid=tuple(grid))
+        check_grid("Lumina-DiMOO", grid)
+        return replace(self, image_grid=grid)
 
     @property
     def num_image_tokens(self) -> int:

@@ -183,9 +183,10 @@ def make_layout(config: Mapping[str, Any], tokenizer: FileTokenizer, vocab_size:
     Raises: InputError if a token is missing or the sizes do not fit.
     """
     codes, tokens = config.get("codebook_size"), config.get("num_vq_tokens")
-    if any(type(value) is not int or value < 1 for value in (codes, tokens)) or math.isqrt(tokens) ** 2 != tokens:
+    is_number = [type(value) is int and 1 <= value <= 2**16 for value in (codes, tokens)]
+    if not all(is_number) or math.isqrt(tokens) ** 2 != tokens:
         raise InputError(
-            f"{path}: expected codebook_size as a number from 1 and num_vq_tokens as a square one, got {shown(codes)} "
+            f"{path}: expected codebook_size from 1 to 65536 and num_vq_tokens as a square of such, got {shown(codes)} "
             f"and {shown(tokens)}; restore it from its source"
         )
     offset = max(tokenizer.vocabulary.values()) + 1

@@ -157,6 +157,12 @@ def diffusers_config(given: Mapping[str, Any]) -> VQGANConfig:
     if not isinstance(given, Mapping):
         raise InputError(f"the image tokenizer's configuration is {shown(given)}, no object; restore it")
     given = {**_VQ_MODEL, **given}
+    for name, expected in (("in_channels", 3), ("out_channels", 3), ("act_fn", "silu")):
+        if given.get(name, expected) != expected:
+            raise InputError(f"{name} is {shown(given[name])}, only {expected!r} is supported; give another tokenizer")
+    for name in _VQ_MODEL.keys() - {"vq_embed_dim"}:
+        if given[name] is None:
+            raise InputError(f"{name} is null, expected a value; restore it from its source")
     widths = given["block_out_channels"]
     if not isinstance(widths, list | tuple) or not widths or any(type(width) is not int for width in widths):
         raise InputError(f"block_out_channels: expected a list of numbers, got {shown(widths)}; restore it")

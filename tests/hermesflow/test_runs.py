@@ -141,7 +141,10 @@ def test_pairs_of_another_model_are_refused_by_record(place, tmp_path):
     rows = read_pairs(place / "pairs.parquet").to_pylist()
     rows[3]["lose_codes"] = [0] * 4
     write_parquet(tmp_path / "pairs.parquet", pa.Table.from_pylist(rows, PAIRS_SCHEMA))
-    with pytest.raises(InputError, match="pairs.parquet: record r3: lose_codes has 4 tokens, the model's image 16"):
+    with pytest.raises(
+        InputError,
+        match="pairs.parquet: record r3: lose_codes has 4 tokens, the model's image 16 at model.image_size 64",
+    ):
         train_on_pairs(config_for(place), tmp_path / "pairs.parquet", tmp_path / "out")
     # Nothing binds the folder to the pairs that were refused.
     assert not (tmp_path / "out/train").exists() and not (tmp_path / "out/origin.json").exists()

@@ -644,7 +644,7 @@ STRANGE = {
     "another codebook": ("win_codes", [32] * 16, "win_codes holds 32, the model's codebook has 32"),
     "below 0": ("record_codes", [-1] * 16, "record_codes holds -1, the model's codebook has 32"),
     "an empty entry": ("record_codes", [None] * 16, "record_codes holds None, the model's codebook has 32"),
-    "too few codes": ("lose_codes", [0] * 4, "lose_codes has 4 tokens, the model's image 16"),
+    "too few codes": ("lose_codes", [0] * 4, "lose_codes has 4 tokens, the model's image 16 at model.image_size 64"),
     "another tokenizer": ("win_caption_ids", [10**6], r"win_caption_ids holds 1000000, .* text vocabulary has \d+"),
     "a missing column": ("lose_caption_ids", None, "lose_caption_ids is missing, which sides 'both' needs"),
     "an unknown word": ("caption", "a unicorn", "the model does not know the word 'unicorn' in 'a unicorn'"),

@@ -398,8 +398,8 @@ def test_emu3_understands_images_of_any_aspect():
     together = model.score(images, questions, choices)
     for image, question, chances in zip(images, questions, together, strict=True):
         assert model.score([image], question, choices)[0] == pytest.approx(chances, rel=1e-4)
-    with pytest.raises(InputError, match="aspect up to 5, got 40 x 4 pixels; crop it"):
-        model.caption([pixels[0, :4]])
+    with pytest.raises(InputError, match="image 2: Emu3 sees images of an aspect up to 5, got 40 x 4 pixels; crop it"):
+        model.caption([pixels[0], pixels[0, :4]])
 
 
 def test_a_layout_may_be_replaced():

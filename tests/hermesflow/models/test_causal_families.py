@@ -138,6 +138,12 @@ def test_another_model_judges(records, tmp_path):
         tokens.append([row["token_ids"] for row in rows])
         scores.append([row["score"] for row in rows])
     assert tokens[0] == tokens[1] and scores[0] != scores[1]
+    path = tmp_path / "other/t/judge.json"
+    kept = path.read_text()
+    path.write_text("[]")
+    with pytest.raises(InputError, match="judge.json: .*it is no object"):
+        Run(config).check_judge()
+    path.write_text(kept)
     judge.transformer.head.weight.data.mul_(-1)
     judge.save(tmp_path / "judge")
     with pytest.raises(InputError, match="judge.json: the run began with other weights than the judge"):

@@ -194,6 +194,15 @@ def test_another_size_needs_a_family_of_any_size(checkpoint):
     if checkpoint.parent.name.startswith("mmada"):
         with pytest.raises(ValueError, match="the model draws images of 4 x 4 codes alone"):
             model.set_image_size(128)
+        return
+    with pytest.raises(ValueError, match=r"expected grid as \(rows, columns\) from 1, of at most 65536 codes, got"):
+        model.set_image_size(16 * 10**21)
+    for grid in ((2.5, 4), ("2", "4"), 5, (True, 2), [2, 4], (2,), (0, 4), (2**10, 2**10)):
+        with pytest.raises(ValueError, match="ImageSamplingParams: expected grid as"):
+            replace(model.sampling, grid=grid)
+    model.set_image_size(16)
+    with pytest.raises(InputError, match="have 1 x 1 tokens, too few to be extended; raise model.image_size"):
+        list(tasks.extrapolate_image(model, checkpoint / "none.png", "a star", ["left"]))
 
 
 def test_unsupported_options_are_refused(checkpoint, tmp_path):
@@ -202,6 +211,19 @@ def test_unsupported_options_are_refused(checkpoint, tmp_path):
     write_json(folder / "config.json", config | {"alibi": True, "block_type": "sequential"})
     with pytest.raises(InputError, match=r"config.json: .*block_type 'sequential', alibi True is not supported; give"):
         load_model(folder)
+    if config["model_type"] == "mmada":
+        write_json(folder / "config.json", config | {"num_vq_tokens": 2**40})
+        with pytest.raises(InputError, match="num_vq_tokens as a square of such, got 64 and 1099511627776; restore it"):
+            load_model(folder)
+    else:
+        write_json(folder / "config.json", config)
+        for wrong in ({"act_fn": "relu"}, {"in_channels": 1}, {"norm_num_groups": None}, {"norm_type": "spatial"}):
+            write_json(folder / "vqvae/config.json", VQ_MODEL | wrong)
+            with pytest.raises(InputError, match=f"vqvae/config.json: .*{next(iter(wrong))}.*(give|restore)"):
+                load_model(folder).vq_tokenizer  # noqa: B018
+        write_json(folder / "vqvae/config.json", [])
+        with pytest.raises(InputError, match=r"vqvae/config.json: the image tokenizer's configuration is .*restore it"):
+            load_model(folder).vq_tokenizer  # noqa: B018
     write_json(folder / "config.json", config | {"embedding_size": 100})
     with pytest.raises(InputError, match="give the tokenizer that belongs to the checkpoint"):
         load_model(folder)
