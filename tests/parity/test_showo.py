@@ -21,7 +21,7 @@ from hermesflow import load_model
 from hermesflow.algorithms import packing
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
-from hermesflow.algorithms.packing import ImageMask, PairPacker
+from hermesflow.algorithms.packing import TokenMask, PairPacker
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA, SIDES
@@ -232,7 +232,7 @@ def pair_dpo_step(original):
         given[role] = ids[f"mmu_{role}"][len(prefix) : first].tolist()
         row[f"{role}_caption_ids"] = caption
     assert torch.equal(is_hidden["win"], is_hidden["lose"])
-    mask = ImageMask(is_hidden["win"][1:-1].nonzero()[:, 0].numpy(), 1.0)
+    mask = TokenMask(is_hidden["win"][1:-1].nonzero()[:, 0].numpy(), 1.0)
     config = TrainConfig(beta=original.meta["pairdpo"]["beta"], boundary_labels=True, **PAPER_OBJECTIVE)
     packer = PairPacker(model, pa.Table.from_pylist([row], PAIRS_SCHEMA), config, 0)
     visits, batches = [PairVisit(0, 0)], {}
