@@ -21,7 +21,7 @@ from hermesflow import load_model
 from hermesflow.algorithms import packing
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
-from hermesflow.algorithms.packing import TokenMask, PairPacker
+from hermesflow.algorithms.packing import PairPacker, TokenMask
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA, SIDES
