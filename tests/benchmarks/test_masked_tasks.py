@@ -22,7 +22,7 @@ def test_the_baseline_answers_as_the_original(name, number):
     model, golden = load_model(DATA / name, dtype=torch.float32), load_file(DATA / name / "golden.safetensors")
     meta = json.loads((DATA / name / "meta.json").read_text())
     if "grid" in meta:
-        model.layout = model.layout.of_grid(meta["grid"])
+        model.layout = model.layout.of_grid(tuple(meta["grid"]))
     settings = meta[f"mmu{number}"]
     params = SamplingParams(
         temperature=0.0,
@@ -41,7 +41,7 @@ def test_the_baseline_draws_as_the_original():
         load_file(DATA / "dimoo-tiny/golden.safetensors"),
     )
     meta = json.loads((DATA / "dimoo-tiny/meta.json").read_text())
-    model.layout = model.layout.of_grid(meta["grid"])
+    model.layout = model.layout.of_grid(tuple(meta["grid"]))
     for settings in meta["greedy"]:
         params = replace(
             model.sampling, num_steps=settings["num_steps"], guidance_scale=settings["guidance"], temperature=0.0,

@@ -207,7 +207,7 @@ def test_ids_that_drawing_looked_up_serve_training_too():
     ],
 )
 def test_bad_settings(name, value):
-    with pytest.raises(ValueError, match=f"expected {name} (in|of|as rows)"):
+    with pytest.raises(ValueError, match=f"expected {name} (in|of|as )"):
         dataclasses.replace(PLAIN, **{name: value})
 
 

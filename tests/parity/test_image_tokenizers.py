@@ -238,7 +238,7 @@ def test_the_published_sizes_are_the_defaults(family):
 def test_vq_model_of_diffusers():
     """Codes and pixels of diffusers 0.32.2's VQModel, whose images lie in [0, 1]; tests/data/vqmodel is its folder."""
     folder = Path(__file__).parents[1] / "data" / "vqmodel"
-    golden = load_file(folder / "golden.safetensors")
+    golden = load_file(folder / "outputs.safetensors")
     config = vqgan.diffusers_config(json.loads((folder / "config.json").read_text()))
     tokenizer = vqgan.load_image_tokenizer(folder / "diffusion_pytorch_model.safetensors", config, vqgan.DIFFUSERS)
     assert torch.equal(tokenizer.encode(golden["images"] * 2 - 1), golden["codes"].long())

@@ -63,7 +63,7 @@ class Original:
         """The folder's model, with the grid and the length of prompts that its outputs were made with."""
         model = load_model(folder, dtype=torch.float32)
         if self.family == "dimoo":
-            model.layout = model.layout.of_grid(self.meta["grid"])
+            model.layout = model.layout.of_grid(tuple(self.meta["grid"]))
         else:
             model.prompts = replace(model.prompts, max_prompt_tokens=self.meta["max_seq_length"] - 2)
         return model
