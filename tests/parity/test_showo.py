@@ -37,7 +37,7 @@ FOLDERS = [
     folder
     for given in [DATA, *GIVEN]
     for folder in (given, *sorted(given.iterdir()))
-    if (folder / "config.json").is_file() and '"_class_name": "Showo"' in (folder / "config.json").read_text()
+    if (folder / "config.json").is_file() and '"Showo"' in (folder / "config.json").read_text()
 ]
 GOLDEN = [folder for folder in FOLDERS if (folder / "golden.safetensors").is_file()]
 LOGITS, SUMS, GRADIENT = 2e-4, 1e-3, 1e-3
