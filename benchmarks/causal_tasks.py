@@ -30,7 +30,7 @@ from hermesflow.benchmarks.causal_models import (
     make_model,
     random_features,
 )
-from hermesflow.benchmarks.measuring import Call, Part
+from hermesflow.benchmarks.measuring import Part
 from hermesflow.benchmarks.runner import Contest, ModelSettings, Run, check_names
 from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder, CodeSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
@@ -107,7 +107,7 @@ def run_causal_train(settings: StepSettings) -> int:
     return train.measure_step(run, settings, step)
 
 
-class CausalTasks:
+class CausalTasks(e2e.FamilyTasks):
     """The cases of one family and shape, on one engine."""
 
     def __init__(self, family: str, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -133,22 +133,13 @@ class CausalTasks:
             "greedy images": (self.draw(1, params), self.naive_draw(1, params)),
             "greedy answers": (torch.tensor(answered)[:, 0], torch.tensor(expected)),
         }
-        for name, (ours, theirs) in pairs.items():
-            share = float((ours == theirs).double().mean())
-            if share < e2e.LEAST_EQUAL[self.work.dtype]:
-                return f"{name} have {share:.0%} of the tokens of the published loop"
-        return None
+        return e2e.first_difference(pairs, self.work.dtype)
 
     def contest(self, name: str) -> Contest:
         """One of CASES."""
         make = {"captions": self._captions, "answers": self._answers}
         counts = {"images-1": 1, "images": self.shape.num_images}
         return make[name]() if name in make else self._images(name, counts[name])
-
-    def draw(self, num_images: int, params: CodeSamplingParams) -> Tensor:
-        """Codes [num_images, N] of the engine."""
-        seeds = torch.arange(num_images)[None]
-        return self.engine.generate([self.prompt], num_images=num_images, seeds=seeds, sampling=params)[0]
 
     def naive_draw(self, num_images: int, params: CodeSamplingParams) -> Tensor:
         """The same of the published loop."""
@@ -172,7 +163,7 @@ class CausalTasks:
         else:
             naive = Part(name="one image", run=partial(self.naive_draw, 1, params), times=num_images)
         images = "image" if num_images == 1 else "images of a prompt"
-        return self._contest(
+        return self.make_contest(
             name,
             f"{num_images} {images} of {tokens} tokens, guidance {1 + params.guidance_scale:g}",
             run=partial(self.draw, num_images, params),
@@ -183,7 +174,7 @@ class CausalTasks:
 
     def _captions(self) -> Contest:
         samples, tokens = len(e2e.CAPTION_SAMPLING), e2e.CAPTION_SAMPLING[0].max_new_tokens
-        return self._contest(
+        return self.make_contest(
             "captions",
             f"{samples} of {tokens} tokens for 1 image",
             run=partial(self.answer, [self.caption_question], e2e.CAPTION_SAMPLING),
@@ -194,7 +185,7 @@ class CausalTasks:
 
     def _answers(self) -> Contest:
         count, params = len(self.questions), e2e.ANSWER_SAMPLING
-        return self._contest(
+        return self.make_contest(
             "answers",
             f"{count} of {params.max_new_tokens} tokens for 1 image",
             run=partial(self.answer, self.questions, [params]),
@@ -209,19 +200,6 @@ class CausalTasks:
                 self.naive_answer(question, params)
 
         return Part(run=run, peak=partial(self.naive_answer, *asked[-1]))
-
-    def _contest(
-        self, case: str, shape: str, run: Call, passes: list[Work], items: dict[str, int], naive: Part
-    ) -> Contest:
-        return Contest(
-            case=case,
-            shape=shape,
-            dtype=self.work.dtype,
-            ours={"engine": Part(run=run)},
-            baselines={"naive": [naive]},
-            passes=passes,
-            items=items,
-        )
 
 
 class CausalStep(train.Step):

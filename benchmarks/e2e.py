@@ -12,7 +12,7 @@ case. At that shape itself this scales by the number of items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -157,6 +157,45 @@ def measure_tasks(
     return True
 
 
+def first_difference(pairs: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> str | None:
+    """None, or which of pairs {name: (our tokens, the baseline's)} have too few equal ones, in a model of dtype."""
+    for name, (ours, theirs) in pairs.items():
+        share = float((ours == theirs).double().mean()) if ours.shape == theirs.shape else 0.0
+        if share < LEAST_EQUAL[dtype]:
+            return f"{name} have {share:.0%} of the tokens of the published algorithm"
+    return None
+
+
+class FamilyTasks:
+    """What the cases of a family share: contests of one engine with its published loop.
+
+    A subclass sets engine, work and prompt.
+    """
+
+    engine: Engine
+    work: ModelWork
+    prompt: list[int]
+
+    def draw(self, num_images: int, params: Any) -> Tensor:
+        """Codes [num_images, N] of the engine for the prompt."""
+        seeds = torch.arange(num_images)[None]
+        return self.engine.generate([self.prompt], num_images=num_images, seeds=seeds, sampling=params)[0]
+
+    def make_contest(
+        self, case: str, shape: str, run: Call, passes: list[Work], items: dict[str, int], naive: Part
+    ) -> Contest:
+        """The engine's run against the published loop."""
+        return Contest(
+            case=case,
+            shape=shape,
+            dtype=self.work.dtype,
+            ours={"engine": Part(run=run)},
+            baselines={"naive": [naive]},
+            passes=passes,
+            items=items,
+        )
+
+
 class Tasks:
     """The cases of one shape, on one engine."""
 
@@ -206,11 +245,7 @@ class Tasks:
             "greedy answers": (torch.tensor(answered)[:, 0], torch.tensor(expected)),
             "greedy images": (drawn[0], image),
         }
-        for name, (ours, theirs) in pairs.items():
-            share = float((ours == theirs).double().mean())
-            if share < LEAST_EQUAL[dtype]:
-                return f"{name} have {share:.0%} of the tokens of the published algorithm"
-        return None
+        return first_difference(pairs, dtype)
 
     def images(self) -> Contest:
         """Guided images of each prompt."""

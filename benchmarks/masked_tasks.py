@@ -97,7 +97,7 @@ def run_masked_e2e(settings: TaskSettings) -> int:
     return 0 if e2e.measure_tasks(run, settings, contests, tasks.check, tasks.engine.transformer) else 1
 
 
-class MaskedTasks:
+class MaskedTasks(e2e.FamilyTasks):
     """The cases of one family and shape, on one engine."""
 
     def __init__(self, family: Family, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -128,20 +128,11 @@ class MaskedTasks:
             "greedy images": (self.draw(1, params), self.naive_draw(1, params)),
             "greedy answers": (torch.tensor(sum(said, [])), torch.tensor(sum(expected, []))),
         }
-        for name, (ours, theirs) in pairs.items():
-            share = float((ours == theirs).double().mean()) if ours.shape == theirs.shape else 0.0
-            if share < e2e.LEAST_EQUAL[self.work.dtype]:
-                return f"{name} have {share:.0%} of the tokens of the published loop"
-        return None
+        return e2e.first_difference(pairs, self.work.dtype)
 
     def contest(self, name: str) -> Contest:
         """One of CASES."""
         return {"images": self._images, "captions": self._captions, "choices": self._choices}[name]()
-
-    def draw(self, num_images: int, params: ImageSamplingParams) -> Tensor:
-        """Codes [num_images, N] of the engine."""
-        seeds = torch.arange(num_images)[None]
-        return self.engine.generate([self.prompt], num_images=num_images, seeds=seeds, sampling=params)[0]
 
     def naive_draw(self, num_images: int, params: ImageSamplingParams) -> Tensor:
         """The same of the published loop."""
@@ -175,7 +166,7 @@ class MaskedTasks:
         tokens = layout.num_image_tokens
         shape = f"{count} images of a prompt of {tokens} tokens, {params.num_steps} steps"
         items = {"images": count, "image tokens": count * tokens}
-        return self._contest("images", shape, partial(self.draw, count, params), passes, items, naive)
+        return self.make_contest("images", shape, partial(self.draw, count, params), passes, items, naive)
 
     def _captions(self) -> Contest:
         """Captions of an image."""
@@ -195,7 +186,7 @@ class MaskedTasks:
         shape = f"{count} of {length} tokens in {params.num_steps} steps for 1 image"
         items = {"captions": count, "caption tokens": count * length}
         run = partial(self.answer, [question], [params] * count)
-        return self._contest("captions", shape, run, passes, items, naive)
+        return self.make_contest("captions", shape, run, passes, items, naive)
 
     def _choices(self) -> Contest:
         """Questions with two choices: a pass for all, where the published code decodes an answer of each."""
@@ -213,24 +204,11 @@ class MaskedTasks:
 
         naive = Part(run=run_naive, peak=partial(self.naive_answer, self.questions[0], greedy))
         shape = f"{count} questions of 2 choices for 1 image, decoded {self.shape.caption_len} tokens"
-        return self._contest("choices", shape, run, passes, {"answers": count}, naive)
+        return self.make_contest("choices", shape, run, passes, {"answers": count}, naive)
 
     def _pass(self, spans: list[tuple[int, int]], head_rows: int, head_size: int) -> Work:
         """Full root spans, as (count, length); the last layer's MLP counts for all rows."""
         return self.work.one_pass([(*span, 0, False) for span in spans], 0, head_rows, head_size)
-
-    def _contest(
-        self, case: str, shape: str, run: Callable, passes: list[Work], items: dict[str, int], naive: Part
-    ) -> Contest:
-        return Contest(
-            case=case,
-            shape=shape,
-            dtype=self.work.dtype,
-            ours={"engine": Part(run=run)},
-            baselines={"naive": [naive]},
-            passes=passes,
-            items=items,
-        )
 
 
 def _make_model(
