@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
+from torch import Tensor, nn
+
+from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import TransformerConfig
 from hermesflow.models import loading
 from hermesflow.runtime.files import InputError, shown
@@ -43,6 +47,29 @@ _SUPPORTED = {
     "input_emb_norm": False, "scale_logits": False, "weight_tying": False, "multi_query_attention": None,
 }  # fmt: skip
 """Options of LLaDA's configuration, each with the value that it must have, or be left out."""
+
+
+class LLaDALayout(Layout):
+    """[text, specials and the mask among it | codes from code_offset on]; bidirectional."""
+
+    code_offset: int
+    mask_id: int
+    is_bidirectional = True
+
+    @cached_property
+    def text_ids(self) -> Ids:
+        """What stands before the codes, without the mask."""
+        return Ids([token for token in range(self.code_offset) if token != self.mask_id])
+
+    @cached_property
+    def code_ids(self) -> Ids:
+        """Behind the tokenizer's vocabulary."""
+        return Ids(range(self.code_offset, self.code_offset + self.codebook_size))
+
+
+def published_tensors(parts: nn.ModuleDict) -> dict[str, Tensor]:
+    """Of the part "transformer": the name of each published tensor -> the parameter, or the rows of one, that it is."""
+    return loading.published_tensors(WEIGHTS, parts["transformer"])
 
 
 def transformer_config(given: Mapping[str, Any], model_type: str, owner: str) -> TransformerConfig:

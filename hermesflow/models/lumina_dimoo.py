@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.image_tokenizers.vqgan import VQGAN
-from hermesflow.engine.token_layout import Ids, Layout, check_grid
+from hermesflow.engine.token_layout import check_grid
 from hermesflow.engine.transformer import Transformer
 from hermesflow.engine.weights import save_tensors
 from hermesflow.models import llada, loading, vqgan
@@ -56,7 +54,7 @@ TOKENS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiMOOLayout(Layout):
+class DiMOOLayout(llada.LLaDALayout):
     """[text, specials and the mask among it | codes]; </answer> ends an answer, and the sequence of an image too.
 
     drawing_ids, seeing_ids: the system prompts.
@@ -79,7 +77,6 @@ class DiMOOLayout(Layout):
     eot: int
     drawing_ids: tuple[int, ...]
     seeing_ids: tuple[int, ...]
-    is_bidirectional = True
 
     def of_grid(self, grid: tuple[int, int]) -> DiMOOLayout:
         """The same for images of so many rows and columns."""
@@ -95,16 +92,6 @@ class DiMOOLayout(Layout):
     def codebook_size(self) -> int:
         """As many as there are rows behind the tokenizer's vocabulary."""
         return self.vocab_size - self.code_offset
-
-    @cached_property
-    def text_ids(self) -> Ids:
-        """What stands before the codes, without the mask."""
-        return Ids([token for token in range(self.code_offset) if token != self.mask_id])
-
-    @cached_property
-    def code_ids(self) -> Ids:
-        """The last of the vocabulary."""
-        return Ids(range(self.code_offset, self.vocab_size))
 
     @property
     def before_image(self) -> tuple[int, ...]:
@@ -185,9 +172,6 @@ class DiMOOFamily:
         layout = make_layout(tokenizer, shape.vocab_size)
         parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
 
-        def tensors(parts: nn.ModuleDict) -> dict[str, torch.Tensor]:
-            return loading.published_tensors(llada.WEIGHTS, parts["transformer"])
-
         def open_tokenizer(device: torch.device) -> VQGAN:
             beside = folder / VQ_FOLDER
             given = vq_tokenizer or (str(beside) if beside.is_dir() else VQ_TOKENIZER)
@@ -197,9 +181,9 @@ class DiMOOFamily:
                 of_codes = vqgan.diffusers_config(read_json(source / "config.json"))
             return vqgan.load_image_tokenizer(source, of_codes, vqgan.DIFFUSERS, device=device)
 
-        load_parts(parts, folder, tensors, "", dtype, device)
+        load_parts(parts, folder, llada.published_tensors, "", dtype, device)
         settings = (layout, GRID * PIXELS_PER_TOKEN, PROMPTS, SAMPLING, open_tokenizer)
-        return DiMOOModel(folder, parts, tensors, tokenizer, *settings)
+        return DiMOOModel(folder, parts, llada.published_tensors, tokenizer, *settings)
 
 
 FAMILY = DiMOOFamily()

@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer
-from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models import llada, loading, magvit
 from hermesflow.models.checkpoint import FETCHED, CheckpointModel, load_parts, on_meta
@@ -49,7 +46,7 @@ TOKENS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMaDALayout(Layout):
+class MMaDALayout(llada.LLaDALayout):
     """[text, specials and the mask among it | codes | rows that nothing uses].
 
     user_ids, assistant_ids: the names of the roles in a chat; line_ids: a line break. padded_to: tokens of a prompt
@@ -75,23 +72,12 @@ class MMaDALayout(Layout):
     assistant_ids: tuple[int, ...]
     line_ids: tuple[int, ...]
     padded_to: int = 0
-    is_bidirectional = True
 
     @property
     def image_grid(self) -> tuple[int, int]:
         """Square."""
         side = math.isqrt(self.num_image_tokens)
         return side, side
-
-    @cached_property
-    def text_ids(self) -> Ids:
-        """What stands before the codes, without the mask."""
-        return Ids([token for token in range(self.code_offset) if token != self.mask_id])
-
-    @cached_property
-    def code_ids(self) -> Ids:
-        """Behind the tokenizer's vocabulary."""
-        return Ids(range(self.code_offset, self.code_offset + self.codebook_size))
 
     @property
     def before_image(self) -> tuple[int, ...]:
@@ -162,16 +148,15 @@ class MMaDAFamily:
         layout = make_layout(config, tokenizer, shape.vocab_size, path)
         parts = on_meta(lambda: {"transformer": Transformer(shape)}, path)
 
-        def tensors(parts: nn.ModuleDict) -> dict[str, torch.Tensor]:
-            return loading.published_tensors(llada.WEIGHTS, parts["transformer"])
-
         def open_tokenizer(device: torch.device) -> VQTokenizer:
             beside = folder / VQ_FOLDER
             return magvit.load_vq_tokenizer(vq_tokenizer or (str(beside) if beside.is_dir() else VQ_TOKENIZER), device)
 
-        load_parts(parts, folder, tensors, "", dtype, device)
+        load_parts(parts, folder, llada.published_tensors, "", dtype, device)
         size = layout.image_grid[0] * PIXELS_PER_TOKEN
-        return MMaDAModel(folder, parts, tensors, tokenizer, layout, size, PROMPTS, SAMPLING, open_tokenizer)
+        return MMaDAModel(
+            folder, parts, llada.published_tensors, tokenizer, layout, size, PROMPTS, SAMPLING, open_tokenizer
+        )
 
 
 FAMILY = MMaDAFamily()
