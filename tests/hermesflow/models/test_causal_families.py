@@ -1,11 +1,6 @@
 """Families that draw code by code, from checkpoint to exported policy: self-play, killed and not, and every task."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +15,6 @@ from hermesflow.data.pairs import read_pairs
 from hermesflow.runs import Run, export_model
 from hermesflow.runtime.files import InputError
 from hermesflow.selfplay import curate_round, run_selfplay
-from hermesflow.worlds import shapes
 
 DATA = Path(__file__).parents[2] / "data"
 FAMILIES = ("chameleon-tiny", "emu3-tiny", "janus-tiny")
@@ -31,22 +25,6 @@ SETTINGS = (
     "train.lr=1e-3", "train.checkpoint_every=1", "eval.num_prompts=3", "eval.num_understanding=3",
     "eval.images_per_prompt=1", "drawing.guidance_scale=0.5", "run.name=t",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """Eight images of shapes, wider than high, with their captions and questions."""
-    folder, rows, rng = tmp_path_factory.mktemp("records"), [], np.random.default_rng(0)
-    for number, scene in enumerate(shapes.sample_scenes("train", 8, seed=0)):
-        record = shapes.make_record(scene, str(number), rng)
-        Image.fromarray(record.image).resize((96, 64)).save(folder / f"{number}.png")
-        questions = [
-            {"question": item.question, "choices": list(item.choices), "answer": item.answer}
-            for item in record.questions
-        ]
-        rows.append({"id": record.id, "caption": record.caption, "img_path": f"{number}.png", "questions": questions})
-    (folder / "records.json").write_text(json.dumps(rows))
-    return folder / "records.json"
 
 
 def settings(family, records, folder):
@@ -81,17 +59,8 @@ def test_two_rounds_train_both_sides(family, whole):
         before = after
 
 
-def test_a_killed_run_ends_alike(family, records, whole, tmp_path):
-    command = [sys.executable, "-m", "hermesflow", "selfplay", *settings(family, records, tmp_path)]
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    until, checkpoints = time.monotonic() + 120, tmp_path / "t/round-1/train"
-    while not list(checkpoints.glob("step-*")) and running.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_killed_run_ends_alike(family, records, whole, tmp_path, run_killed_once):
+    run_killed_once(settings(family, records, tmp_path), tmp_path / "t/round-1/train")
     for number in (1, 2):
         ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -1,12 +1,7 @@
 """Bidirectional families, from checkpoint to exported policy: self-play, killed and not, every task."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +25,6 @@ from hermesflow.models.magvit import save_vq_tokenizer
 from hermesflow.runs import export_model
 from hermesflow.runtime.files import InputError, write_json
 from hermesflow.selfplay import run_selfplay
-from hermesflow.worlds import shapes
 
 DATA = Path(__file__).parents[2] / "data"
 FAMILIES = ("mmada-tiny", "dimoo-tiny")
@@ -72,22 +66,6 @@ def checkpoint(request, tmp_path_factory):
     return write_checkpoint(request.param, tmp_path_factory.mktemp(request.param) / "model")
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """Eight images of shapes, with their captions and questions."""
-    folder, rows, rng = tmp_path_factory.mktemp("records"), [], np.random.default_rng(0)
-    for number, scene in enumerate(shapes.sample_scenes("train", 8, seed=0)):
-        record = shapes.make_record(scene, str(number), rng)
-        Image.fromarray(record.image).resize((96, 64)).save(folder / f"{number}.png")
-        questions = [
-            {"question": item.question, "choices": list(item.choices), "answer": item.answer}
-            for item in record.questions
-        ]
-        rows.append({"id": record.id, "caption": record.caption, "img_path": f"{number}.png", "questions": questions})
-    (folder / "records.json").write_text(json.dumps(rows))
-    return folder / "records.json"
-
-
 def settings(checkpoint, records, folder):
     return [*SETTINGS, f"model.name={checkpoint}", f"data.source={records}", f"run.folder={folder}"]
 
@@ -114,17 +92,8 @@ def test_two_rounds_train_both_sides(checkpoint, whole):
         before = after
 
 
-def test_a_killed_run_ends_alike(checkpoint, records, whole, tmp_path):
-    command = [sys.executable, "-m", "hermesflow", "selfplay", *settings(checkpoint, records, tmp_path)]
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    until, checkpoints = time.monotonic() + 120, tmp_path / "t/round-1/train"
-    while not list(checkpoints.glob("step-*")) and running.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_killed_run_ends_alike(checkpoint, records, whole, tmp_path, run_killed_once):
+    run_killed_once(settings(checkpoint, records, tmp_path), tmp_path / "t/round-1/train")
     for number in (1, 2):
         ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
