@@ -47,6 +47,8 @@ LEAST_EQUAL = {torch.float32: 0.98, torch.bfloat16: 0.1}
 LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.2)}
 """Largest relative error of the loss and of a weight's gradient."""
 STAND_IN = ROOT / "tests" / "showo_stand_in"
+MODULES = {"Showo": "models.modeling_showo", "MMadaModelLM": "models.modeling_mmada"}
+"""Where a checkout has its class."""
 BETA = 0.2
 SHARPENED = 1e4
 
@@ -115,22 +117,25 @@ def run_accelerated(settings: Settings) -> int:
     return 0
 
 
-def load_class(checkout: Path) -> type[nn.Module]:
-    """The class Showo of a checkout of Show-o or HermesFlow, which stays imported as models.modeling_showo.
+def load_class(checkout: Path, name: str = "Showo") -> type[nn.Module]:
+    """A published class of a checkout, which stays imported under the checkout's own name of its module.
 
+    Args:
+        checkout: of Show-o or HermesFlow, or of MMaDA.
+        name: one of MODULES.
     Raises: InputError if there is none, or what it imports is missing.
     """
-    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:  # of another checkout
-        del sys.modules[name]
+    for known in [known for known in sys.modules if known.split(".")[0] == "models"]:  # of another checkout
+        del sys.modules[known]
     package = ModuleType("models")  # its own __init__ imports far more
     package.__path__ = [str(checkout / "models")]
     sys.modules["models"] = package
     try:
-        return importlib.import_module("models.modeling_showo").Showo
+        return getattr(importlib.import_module(MODULES[name]), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{checkout}: no models.modeling_showo.Showo can be imported ({error}); give a checkout of Show-o or "
-            "HermesFlow, in an environment with its requirements"
+            f"{checkout}: no {MODULES[name]}.{name} can be imported ({error}); give a checkout that has it, in an "
+            "environment with its requirements"
         ) from error
 
 

@@ -19,7 +19,7 @@ Source: mmu_generate of MMaDA, generate_text_understanding of Lumina-DiMOO, both
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -75,27 +75,44 @@ class MaskedTextDecoder:
         out of the answer.
         Raises: RuntimeError naming the answer if the model's logits hold NaN.
         """
-        codes = images.tolist()
-        answers = [
-            [[_Answer(self.layout, codes[image], ids, params, int(seeds[image, question, sample]),
-                      f"question {question} of image {image}, sample {sample}")
-              for sample, params in enumerate(sampling)] for question, ids in enumerate(questions)]
+        codes, layout = images.tolist(), self.layout
+
+        def region(image: int, question: int, sample: int) -> MaskedRegion:
+            before = tuple(layout.asked(codes[image], question_ids[image][question]))
+            seed = int(seeds[image, question, sample])
+            name = f"question {question} of image {image}, sample {sample}"
+            return MaskedRegion(
+                before, sampling[sample], seed, name, mask_id=layout.mask_id, after=layout.after_answer,
+                ends=lambda ids: layout.eot in ids,
+            )  # fmt: skip
+
+        regions = [
+            [[region(image, question, sample) for sample in range(len(sampling))] for question in range(len(questions))]
             for image, questions in enumerate(question_ids)
-        ]  # fmt: skip
-        waiting = [answer for of_image in answers for of_question in of_image for answer in of_question]
-        active: list[_Answer] = []
+        ]
+        flat = [each for of_image in regions for of_question in of_image for each in of_question]
+        self.fill(flat, text_only=text_only, max_tokens=max_tokens)
+        return [[[self._answer(each) for each in of_question] for of_question in of_image] for of_image in regions]
+
+    def fill(self, regions: Sequence[MaskedRegion], *, text_only: bool = True, max_tokens: int = 16384) -> None:
+        """Draws regions to their ends, in place; text_only, max_tokens and errors are those of extend."""
+        waiting, active = list(regions), []
         while waiting or active:
-            room = max_tokens - sum(answer.num_tokens for answer in active)
+            room = max_tokens - sum(region.num_tokens for region in active)
             while waiting and (not active or waiting[0].num_tokens <= room):
                 room -= waiting[0].num_tokens
                 active.append(waiting.pop(0))
 
-            def step(rows: list[int], active: list[_Answer] = active) -> None:
+            def step(rows: list[int], active: list[MaskedRegion] = active) -> None:
                 self._step([active[row] for row in rows], text_only)
 
             self._memory.call(list(range(len(active))), step, 1)
-            active = [answer for answer in active if not answer.has_ended]
-        return [[[answer.ids() for answer in of_question] for of_question in of_image] for of_image in answers]
+            active = [region for region in active if not region.has_ended]
+
+    def _answer(self, region: MaskedRegion) -> list[int]:
+        """What stands before the first eot, without masks."""
+        ids, eot = region.ids.tolist(), self.layout.eot
+        return [token for token in ids[: ids.index(eot) if eot in ids else len(ids)] if token != self.layout.mask_id]
 
     def score_choices(
         self,
@@ -150,17 +167,17 @@ class MaskedTextDecoder:
         sums = iter(np.add.reduceat(logprob.double().cpu().numpy(), np.cumsum(counts) - counts).tolist())
         return [[next(sums) for _ in choices] for _, _, _, choices in asked]
 
-    def _step(self, answers: list[_Answer], text_only: bool) -> None:
-        """One step of each answer."""
-        device, mask_id, after = self.transformer.embed.weight.device, self.layout.mask_id, self.layout.after_answer
+    def _step(self, regions: list[MaskedRegion], text_only: bool) -> None:
+        """One step of each region."""
+        device, mask_id = self.transformer.embed.weight.device, self.layout.mask_id
         guided: list[tuple[tuple, int, np.ndarray]] = []
         unguided: list[tuple[tuple, int, np.ndarray]] = []
-        for answer in answers:
-            region, positions = answer.region.tolist(), answer.masked()
-            hidden = (mask_id,) * len(answer.before), (mask_id,) * len(after)
-            for (before, behind), found in (((answer.before, after), guided), (hidden, unguided)):
-                if found is guided or answer.params.guidance_scale:
-                    found.append(((*before, *region, *behind), len(before), positions))
+        for region in regions:
+            ids, positions = region.ids.tolist(), region.masked()
+            hidden = (mask_id,) * len(region.before), (mask_id,) * len(region.after)
+            for (before, behind), found in (((region.before, region.after), guided), (hidden, unguided)):
+                if found is guided or region.params.guidance_scale:
+                    found.append(((*before, *ids, *behind), len(before), positions))
         # Equal ones are one span: all samples of a question are so in their first step.
         spans = list(dict.fromkeys(span for span, _, _ in (*guided, *unguided)))
         tree = SpanTree.build([(list(span), -1, "full") for span in spans], device)
@@ -171,24 +188,24 @@ class MaskedTextDecoder:
             hidden = self.transformer(tree, rows=torch.from_numpy(np.concatenate(rows)).to(device))
         counts = [len(positions) for _, _, positions in guided]
         hidden, without = hidden.split([sum(counts), len(hidden) - sum(counts)])
-        scales = np.repeat([answer.params.guidance_scale for answer in answers], counts)
+        scales = np.repeat([region.params.guidance_scale for region in regions], counts)
         if len(without):
             scale = torch.from_numpy(1 + scales[scales != 0]).to(hidden)[:, None]
             is_guided = torch.from_numpy(scales != 0).to(device)
             hidden = hidden.masked_scatter(is_guided[:, None], torch.lerp(without, hidden[is_guided], scale))
         with phase("head"):
-            token, confidence = self._draw(hidden, answers, counts, text_only)
-        for answer, drawn, sure in zip(answers, np.split(token, np.cumsum(counts)[:-1]),
+            token, confidence = self._draw(hidden, regions, counts, text_only)
+        for region, drawn, sure in zip(regions, np.split(token, np.cumsum(counts)[:-1]),
                                        np.split(confidence, np.cumsum(counts)[:-1]), strict=True):  # fmt: skip
             if (drawn < 0).any():
                 raise RuntimeError(
-                    f"MaskedTextDecoder: the model gives no distribution (NaN) for {answer.name}, step {answer.step}; "
+                    f"MaskedTextDecoder: the model gives no distribution (NaN) for {region.name}, step {region.step}; "
                     f"{likely_cause(self.transformer)}"
                 )
-            answer.keep(drawn, sure)
+            region.keep(drawn, sure)
 
     def _draw(
-        self, hidden: Tensor, answers: list[_Answer], counts: list[int], text_only: bool
+        self, hidden: Tensor, regions: list[MaskedRegion], counts: list[int], text_only: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """A token a row, and its log-probability at temperature 1, without filters."""
         device = hidden.device
@@ -197,11 +214,11 @@ class MaskedTextDecoder:
             return torch.tensor(np.repeat(values, counts), dtype=dtype, device=device)
 
         settings = {
-            name: each([getattr(answer.params, name) for answer in answers], dtype) for name, dtype in _SETTINGS.items()
+            name: each([getattr(region.params, name) for region in regions], dtype) for name, dtype in _SETTINGS.items()
         }
-        seed = each([answer.seed for answer in answers], torch.int64)
-        step = each([answer.step for answer in answers], torch.int64)
-        position = torch.from_numpy(np.concatenate([answer.masked() for answer in answers])).to(device)
+        seed = each([region.seed for region in regions], torch.int64)
+        step = each([region.step for region in regions], torch.int64)
+        position = torch.from_numpy(np.concatenate([region.masked() for region in regions])).to(device)
         weight, bias = self._head(text_only)
         tokens, confidences = [], []
         for start in range(0, len(hidden), _ROWS_PER_DRAW):
@@ -228,27 +245,44 @@ class MaskedTextDecoder:
         return head.weight, bias if head.bias is None else head.bias + bias
 
 
-class _Answer:
-    """An answer under way.
+class MaskedRegion:
+    """A region of masks between given ids, and how far it is drawn.
 
-    before: all ids that precede the region. region: int64 [L]. step counts all steps so far, of all blocks.
+    before, after: the ids around it. ids: int64 [L], its own. step counts all steps so far, of all blocks.
     """
 
     def __init__(
-        self, layout: Layout, codes: list[int], question: Sequence[int], params: SamplingParams, seed: int, name: str
+        self,
+        before: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        name: str,
+        *,
+        mask_id: int,
+        after: tuple[int, ...] = (),
+        ends: Callable[[np.ndarray], bool],
     ) -> None:
-        self.layout, self.params, self.seed, self.name, self.step = layout, params, seed, name, 0
-        self.before = tuple(layout.asked(codes, question))
-        self.region = np.full(params.max_new_tokens, layout.mask_id)
+        """
+        Args:
+            before, after: see above.
+            params: how it is drawn.
+            seed: of its draws.
+            name: for errors.
+            mask_id: the mask.
+            ends: says of the ids up to the end of a block that was filled whether the region ends there.
+        """
+        self.before, self.after, self.params, self.seed, self.name = before, after, params, seed, name
+        self.mask_id, self._ends, self.step = mask_id, ends, 0
+        self.ids = np.full(params.max_new_tokens, mask_id)
         halves = 2 if params.guidance_scale else 1
-        self.num_tokens = halves * (len(self.before) + len(self.region) + len(layout.after_answer))
+        self.num_tokens = halves * (len(before) + len(self.ids) + len(after))
         self._blocks = iter(_blocks(params))
         self._end, self._counts = next(self._blocks)
         self.has_ended = False
 
     def masked(self) -> np.ndarray:
         """Positions of the masks up to the end of the current block."""
-        return np.flatnonzero(self.region[: self._end] == self.layout.mask_id)
+        return np.flatnonzero(self.ids[: self._end] == self.mask_id)
 
     def keep(self, token: np.ndarray, confidence: np.ndarray) -> None:
         """Takes over the most confident of the tokens drawn for masked(), as many as the step keeps."""
@@ -257,18 +291,12 @@ class _Answer:
             count = max(1, int((confidence >= math.log(self.params.threshold)).sum()))
             self._counts = self._counts[: len(positions) - count]
         kept = np.argsort(-confidence, kind="stable")[:count]
-        self.region[positions[kept]] = token[kept]
+        self.ids[positions[kept]] = token[kept]
         self.step += 1
         if not self._counts:
             following = next(self._blocks, None)
-            self.has_ended = following is None or self.layout.eot in self.region[: self._end]
+            self.has_ended = following is None or self._ends(self.ids[: self._end])
             self._end, self._counts = following or (self._end, [])
-
-    def ids(self) -> list[int]:
-        """What stands before the first eot, without masks."""
-        region = self.region.tolist()
-        end = region.index(self.layout.eot) if self.layout.eot in region else len(region)
-        return [token for token in region[:end] if token != self.layout.mask_id]
 
 
 def _blocks(params: SamplingParams) -> Iterator[tuple[int, list[int]]]:

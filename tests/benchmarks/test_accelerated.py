@@ -10,7 +10,8 @@ import torch
 from hermesflow import cli
 from hermesflow.benchmarks import accelerated, lines
 from hermesflow.benchmarks.measuring import Effort
-from hermesflow.drop_in.acceleration import _FAST, AcceleratedMethod
+from hermesflow.drop_in.published import AcceleratedMethod
+from hermesflow.drop_in.showo import SHOWO
 
 EXTRA = {"mfu", "items_per_s"}
 
@@ -54,7 +55,7 @@ def test_both_sides_run_what_they_say():
 @pytest.mark.parametrize("case", accelerated.CASES)
 def test_a_wrong_result_is_not_measured(case, monkeypatch, capsys, tmp_path):
     name = "loss_for_unidpo" if case == "pair_dpo_step" else case
-    right = _FAST[name]
+    right = SHOWO.fast[name]
 
     def wrong(*args, **kwargs):
         result = right(*args, **kwargs)
@@ -62,7 +63,7 @@ def test_a_wrong_result_is_not_measured(case, monkeypatch, capsys, tmp_path):
             return result * 0
         return [token * 0 for token in result] if name == "mmu_generate" else tuple(value * 1.01 for value in result)
 
-    monkeypatch.setitem(_FAST, name, wrong)
+    monkeypatch.setitem(SHOWO.fast, name, wrong)
     out = tmp_path / "lines.jsonl"
     assert bench("--case", case, "--out", out) == 1
     assert f"not measured: {case}: " in capsys.readouterr().out and lines.read_lines(out) == []
