@@ -1,4 +1,4 @@
-"""`hermesflow bench drop-in`: the published class's methods before and after hermesflow.accelerate, in one run.
+"""`hermesflow bench drop-in`: a published class's methods before and after hermesflow.accelerate, in one run.
 
     t2i_generate    images of several prompts, with guidance
     mmu_generate    one answer about one image, greedy, to its full length
@@ -6,10 +6,10 @@
                     the backward pass; called as train_pairdpo.py calls it, without batch_size_mmu, so that every label
                     of every sequence counts as a caption's too
 
-The model is a stand-in of the class (tests/showo_stand_in), or with --code the class of a checkout of Show-o or
-HermesFlow, at random weights. Both sides have the same weights and read the same ids and masks, made before the clock
-starts. What they give is compared before anything is timed; images by a single step with a head so sharp that nothing
-is random.
+Of MMaDA's class the first two; see accelerated_mmada.py. The model is a stand-in of the class (tests/showo_stand_in,
+tests/mmada_stand_in), or with --code the class of a checkout of Show-o, HermesFlow or MMaDA, at random weights. Both
+sides have the same weights and read the same ids and masks, made before the clock starts. What they give is compared
+before anything is timed; images by a single step with a head so sharp that nothing is random.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from hermesflow.benchmarks import e2e, published_inputs
+from hermesflow.benchmarks.masked_tasks import TASK_SHAPES
 from hermesflow.benchmarks.measuring import ROOT, Effort, Part
 from hermesflow.benchmarks.random_checkpoint import TINY, CheckpointShape, language_model_config
-from hermesflow.benchmarks.runner import Contest, ModelSettings, Run
+from hermesflow.benchmarks.runner import Contest, ModelSettings, Run, check_names
 from hermesflow.drop_in import accelerate
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.token_layout import TokenLayout
@@ -46,7 +47,8 @@ LEAST_EQUAL = {torch.float32: 0.98, torch.bfloat16: 0.1}
 """Share of tokens that must be equal: where rounding turns a near-tie, all that follows may differ."""
 LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.2)}
 """Largest relative error of the loss and of a weight's gradient."""
-STAND_IN = ROOT / "tests" / "showo_stand_in"
+STAND_INS = {family: ROOT / "tests" / f"{family}_stand_in" for family in ("showo", "mmada")}
+CLASSES = {"showo": "Showo", "mmada": "MMadaModelLM"}
 MODULES = {"Showo": "models.modeling_showo", "MMadaModelLM": "models.modeling_mmada"}
 """Where a checkout has its class."""
 BETA = 0.2
@@ -84,16 +86,26 @@ SHAPES = {
 class Settings(ModelSettings):
     """What to measure."""
 
+    family: str = "showo"
+    """One of CLASSES."""
     code: Path | None = None
-    """Checkout of Show-o or HermesFlow; None is the stand-in."""
+    """Checkout of the class's code; None is the stand-in."""
 
     def __post_init__(self) -> None:
-        self.check(SHAPES, CASES)
-        if self.code is None and not STAND_IN.exists():
+        check_names("--family", [self.family], CLASSES)
+        self.check(SHAPES if self.family == "showo" else TASK_SHAPES, self.calls.CASES)
+        if self.code is None and not STAND_INS[self.family].exists():
             raise InputError(
-                "drop-in: the stand-in of the published class is not installed; give --code FOLDER, a checkout of "
-                "Show-o or HermesFlow, or run it in a checkout of this repository, which has tests/showo_stand_in"
+                "drop-in: the stand-in of the published class is not installed; give --code FOLDER, a checkout of its "
+                f"code, or run it in a checkout of this repository, which has tests/{STAND_INS[self.family].name}"
             )
+
+    @property
+    def calls(self) -> type[Calls]:
+        """Of the family."""
+        from hermesflow.benchmarks.accelerated_mmada import MMaDACalls
+
+        return {"showo": Calls, "mmada": MMaDACalls}[self.family]
 
 
 def run_accelerated(settings: Settings) -> int:
@@ -104,9 +116,10 @@ def run_accelerated(settings: Settings) -> int:
     Returns: 0, or 1 if the fast methods do not give what the original ones give.
     Raises: InputError if a file cannot be written, or the checkout has no such class.
     """
-    showo_class, asked = load_class(settings.code or STAND_IN), settings.cases or CASES
+    published = load_class(settings.code or STAND_INS[settings.family], CLASSES[settings.family])
+    asked = settings.cases or settings.calls.CASES
     run = Run("drop_in", settings, EFFORT, settings.torch_dtype)
-    calls = Calls(showo_class, SHAPES[settings.shape], run.device, settings.torch_dtype)
+    calls = settings.calls(published, settings.shape, run.device, settings.torch_dtype)
     names = [name for name in asked if calls.has(name)]
     run.notes += [f"{name}: the class has no loss_for_unidpo" for name in asked if name not in names]
     if not run.is_right(f"{name}: {wrong}" for name in names if (wrong := calls.compare(name))):
@@ -143,9 +156,12 @@ class Calls:
     """The same calls on a policy before and after, and on a reference."""
 
     SIDES = ("accelerated", "original")
+    CASES = CASES
+    _side = SIDES[0]
 
-    def __init__(self, showo_class: type[nn.Module], shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        self.shape, self.device, sizes = shape, device, shape.checkpoint
+    def __init__(self, published: type[nn.Module], shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape, self.device = SHAPES[shape_name], device
+        shape, sizes = self.shape, self.shape.checkpoint
         self.layout = TokenLayout(
             text_vocab_size=sizes.text_vocab_size,
             codebook_size=sizes.vq.codebook_size,
@@ -153,7 +169,7 @@ class Calls:
             sot=0,
             eot=0,
         )
-        self.policy = self._model(showo_class).to(device, dtype)
+        self.policy = self._model(published).to(device, dtype)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -162,7 +178,7 @@ class Calls:
                 weight += 0.02 * weight.abs().float().mean().to(weight) * noise
         for model in (self.policy, self.reference):
             accelerate(model)
-        self._side = Calls.SIDES[0]
+        self.head = self.policy.showo.lm_head
         self.config = published_inputs.published_config(self.layout, shape.max_seq_length)
         config = showo.transformer_config(language_model_config(sizes), self.layout.vocab_size)
         self.work = ModelWork(config=config, layout=self.layout, dtype=dtype)
@@ -184,7 +200,7 @@ class Calls:
         if name == "pair_dpo_step":
             return self._compare_steps()
         results = []
-        with _sharpened(self.policy) if name == "t2i_generate" else nullcontext():
+        with _sharpened(self.head) if name == "t2i_generate" else nullcontext():
             for side in Calls.SIDES:
                 self._side = side
                 drawn = self._t2i_generate(1) if name == "t2i_generate" else torch.stack(self._mmu_generate())
@@ -222,12 +238,12 @@ class Calls:
             "pair_dpo_step": f"{shape.num_pairs} pairs, {tokens} tokens an image",
         }[name]
 
-    def _model(self, showo_class: type[nn.Module]) -> nn.Module:
+    def _model(self, published: type[nn.Module]) -> nn.Module:
         layout = self.layout
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             Path(folder, "config.json").write_text(json.dumps(language_model_config(self.shape.checkpoint)))
             torch.manual_seed(0)
-            model = showo_class(
+            model = published(
                 False, layout.vocab_size, layout.text_vocab_size, folder, layout.codebook_size, layout.num_image_tokens
             ).eval()
         with torch.no_grad():
@@ -343,9 +359,9 @@ class Calls:
 
 
 @contextmanager
-def _sharpened(model: nn.Module) -> Iterator[None]:
+def _sharpened(head: nn.Module) -> Iterator[None]:
     """For the block: the head so large that the likeliest token has all the probability."""
-    weights = [weight.data for weight in model.showo.lm_head.parameters()]
+    weights = [weight.data for weight in head.parameters()]
     before = [weight.clone() for weight in weights]
     for weight in weights:
         weight *= SHARPENED

@@ -19,6 +19,7 @@ from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.kernels.token_sample import token_sample
 
+CACHES = ("", "prefix", "dual")
 GOES_ON, ENDED, FAILED = range(3)
 """What became of an answer; failed: the model gave no distribution (NaN)."""
 
@@ -28,10 +29,12 @@ class SamplingParams:
     """How one answer is sampled; kernels/token_sample.py explains the filters.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing. An answer ends with eot, or at max_new_tokens.
-    The last four are read by MaskedTextDecoder alone. num_steps: for all of max_new_tokens; block_length: tokens of a
+    The last five are read by MaskedTextDecoder alone. num_steps: for all of max_new_tokens; block_length: tokens of a
     block; 0 takes the decoder's defaults. guidance_scale g: logits (1 + g) * conditional - g * unconditional, whose
     half has masks in place of all but the answer. threshold: above 0 a step keeps every token of at least this
-    probability, at least one, and num_steps is not read (Fast-dLLM, arXiv 2505.22618); approximate.
+    probability, at least one, and num_steps is not read. cache: "prefix" keeps the keys and values of what precedes a
+    block from its first step to its last, "dual" of what follows it too; "" keeps none. threshold and cache are those
+    of Fast-dLLM (arXiv 2505.22618) and approximate.
     """
 
     temperature: float = 1.0
@@ -43,6 +46,7 @@ class SamplingParams:
     block_length: int = 0
     guidance_scale: float = 0.0
     threshold: float = 0.0
+    cache: str = ""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -54,6 +58,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not low <= value <= high or value == float("inf"):
                 raise ValueError(f"SamplingParams: expected a finite {name} in [{low}, {high}], got {value}")
+        if self.cache not in CACHES:
+            raise ValueError(f"SamplingParams: expected cache as one of {list(CACHES)}, got {self.cache!r:.80}")
 
 
 class Answers(NamedTuple):

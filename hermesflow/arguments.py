@@ -348,9 +348,9 @@ COMMANDS = (
         _family(choices=_STEP_FAMILIES, default="showo"), _PROFILE, configured=False,
     ),
     _command(
-        "bench drop-in", "the published class's methods before and after hermesflow.accelerate",
-        "--shape small --out results.jsonl", *_OF_MODELS,
-        _option("--code FOLDER", "a checkout of Show-o or HermesFlow [a stand-in of its class]", Path),
+        "bench drop-in", "a published class's methods before and after hermesflow.accelerate",
+        "--shape small --out results.jsonl", *_OF_MODELS, _family(choices=("showo", "mmada"), default="showo"),
+        _option("--code FOLDER", "a checkout of Show-o, HermesFlow or MMaDA [a stand-in of its class]", Path),
         configured=False,
     ),
     _command(

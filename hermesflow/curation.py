@@ -262,8 +262,9 @@ def _fingerprint(
 ) -> str:
     """What a part was made from, the model's weights aside."""
     sampling = asdict(model.sampling_of(config))
-    if sampling.get("schedule_unknown") is False and sampling["grid"] is None:  # settings that older files do not name
-        del sampling["schedule_unknown"], sampling["grid"]
+    for name, default in (("schedule_unknown", False), ("grid", None), ("ml_cache", None)):
+        if name in sampling and sampling[name] is default:  # older files do not name it
+            del sampling[name]
     made_from = [
         seed,
         print_of(config, _DRAWN_BY, _NOT_DRAWN_BY),

@@ -203,6 +203,28 @@ class SpanTree:
             self.regions[spans],
         )
 
+    def only(self, num_new: np.ndarray | Sequence[int], rows: Tensor) -> SpanTree:
+        """The same full root spans, of whose tokens some are computed, at their places, and the others are cached.
+
+        Args:
+            num_new: of each span, how many.
+            rows: int64 [sum of num_new], their packed rows in this tree, all of whose tokens are new; span by span.
+        Raises:
+            ValueError: a span is not full, a root and new, or rows are of another number.
+        """
+        num_new = np.asarray(num_new, dtype=np.int64)
+        is_new = (self.parents == -1) & self.full & (self.num_new == self.lengths)
+        if not is_new.all() or num_new.shape != self.lengths.shape or len(rows) != num_new.sum():
+            raise ValueError(
+                f"SpanTree.only: expected full root spans, all new, and num_new of each with rows [their sum], got "
+                f"{num_new.tolist()} and rows {list(rows.shape)}"
+            )
+        tree = self._assemble(
+            self.token_ids[rows], self.starts, self.lengths, self.parents, self.num_causal, num_new, self.regions
+        )
+        tree.position_ids, tree.slots = self.position_ids[rows], self.slots[rows]
+        return tree
+
     def decode(self, spans: np.ndarray | Sequence[int], token_ids: Tensor, num_visible: Tensor) -> SpanTree:
         """One more token on each of the given causal spans (ascending), whose lengths the device holds.
 

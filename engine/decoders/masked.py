@@ -13,10 +13,12 @@ to launch has none: it would cost memory, and a plan of the largest size.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from hermesflow.engine.token_layout import Layout, check_grid
 from hermesflow.engine.transformer import Transformer
 from hermesflow.kernels.linear_sample import linear_sample
 from hermesflow.kernels.mask_topk import mask_topk
+from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.philox import RandomKey
 from hermesflow.kernels.span_tree import SpanTree
 
@@ -43,6 +46,8 @@ Step = tuple[int, int, int, float]
 _HIDES_LAUNCHES = 4e11
 """Tokens of a pass times parameters of a block, beyond which a block takes a millisecond of an H100 and its kernels are
 launched in less (a prediction, not measured)."""
+_ROWS_PER_HEAD = 4096
+"""Whose logits of all codes an MLCache computes at once."""
 MOST = 1e6
 """Of temperatures and guidance: beyond it, and below its inverse, logits leave what fp32 can hold."""
 
@@ -64,6 +69,32 @@ class ImageRollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MLCache:
+    """Lumina-DiMOO's approximation (arXiv 2510.06308) for bidirectional layouts: steps compute some tokens of each
+    sequence alone, and read the others' keys, values and hidden states as they were.
+
+    Those are left whose largest logit of a code is highest, cache_ratio of the sequence. All are computed in the steps
+    up to warmup_ratio of all, and in every refresh_interval-th one after that.
+    """
+
+    cache_ratio: float = 0.9
+    warmup_ratio: float = 0.3
+    refresh_interval: int = 5
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.cache_ratio < 1 and 0 <= self.warmup_ratio <= 1 and self.refresh_interval >= 1):
+            raise ValueError(
+                "MLCache: expected cache_ratio in [0, 1), warmup_ratio in [0, 1] and refresh_interval of at least 1, "
+                f"got {self.cache_ratio}, {self.warmup_ratio} and {self.refresh_interval}"
+            )
+
+    def computes_all(self, step: int, num_steps: int) -> bool:
+        """Whether a step computes all tokens."""
+        warmup = int(num_steps * self.warmup_ratio)
+        return step <= warmup or (step - warmup) % self.refresh_interval == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSamplingParams:
     """How images are drawn.
 
@@ -71,7 +102,7 @@ class ImageSamplingParams:
     temperature divides the logits (0: argmax); mask_temperature scales the noise on the confidences and decays by
     mask_decay; schedule says how many tokens stay masked, of the image's or, with schedule_unknown, of those that are
     unknown at the start. They are explained in mask_schedule.py. grid is an image's rows and columns of codes; None:
-    the layout's.
+    the layout's. ml_cache: an approximation; None is exact.
     """
 
     num_steps: int
@@ -82,6 +113,7 @@ class ImageSamplingParams:
     mask_decay: str = "linear"
     schedule_unknown: bool = False
     grid: tuple[int, int] | None = None
+    ml_cache: MLCache | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "mask_temperature"):
@@ -155,7 +187,12 @@ class ImageDecoder:
         max_sequences: int = 256,
         progress: Progress = iter,
     ) -> ImageRollout:
-        """The images of generate, with how they were drawn; arguments and errors are those of generate."""
+        """The images of generate, with how they were drawn; arguments and errors are those of generate.
+
+        Raises: ValueError with an ml_cache, whose draws are not of the model's own law.
+        """
+        if params.ml_cache:
+            raise ValueError("ImageDecoder.rollout: ml_cache draws by another law than the model's; leave it out")
         names = tuple(item.name for item in fields(ImageRollout))
         found = self._generate(prompt_ids, seeds, params, names, max_sequences=max_sequences, progress=progress)
         return ImageRollout(**found)
@@ -175,6 +212,10 @@ class ImageDecoder:
         """The named fields of ImageRollout."""
         num_prompts, num_images = seeds.shape
         layout = self.layout.of_sampling(params)
+        if params.ml_cache and not layout.is_bidirectional:
+            raise ValueError(
+                "ImageDecoder: ml_cache is for models that attend to everything; others cache what precedes an image"
+            )
         if known_codes is None:
             known_codes = torch.full((num_prompts, layout.num_image_tokens), -1)
         known = [tuple(codes) for codes in known_codes.tolist()]
@@ -194,7 +235,8 @@ class ImageDecoder:
         # The bound counts images of the model's own grid, without prompts; longer sequences are fewer.
         max_sequences = min(max_sequences, max_sequences * self.layout.image_length // length)
         batches = self._batches(starts, max(1, max_sequences // halves))
-        graphs = self._takes_graph(length * halves * max(map(len, batches), default=0))
+        takes_graph = self._takes_graph(length * halves * max(map(len, batches), default=0))
+        graphs = takes_graph and not params.ml_cache
 
         def draw(rows: list[int]) -> None:
             of_rows = ([of_all[row] for row in rows] if of_all else [] for of_all in (starts, unguided))
@@ -323,6 +365,7 @@ class _Session:
         # Room for longer prompts than this batch's.
         room = -(-batch.tree.capacity // 1024) * 1024
         self.cache = None if self.layout.is_bidirectional else self.transformer.new_cache(room)
+        self.stale = _Stale(self, batch.tree) if params.ml_cache else None
         # By a weak reference, since memory must be free as soon as the session is dropped, not after a collection.
         later_steps = weakref.WeakMethod(self._later_steps)
 
@@ -348,13 +391,14 @@ class _Session:
         self.seeds.copy_(seeds)
         self.failed_steps.fill_(self.params.num_steps)
         steps = iter(progress(self.steps))
-        self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
+        if self.stale is None:
+            self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
         self._later = steps
         self.run_later_steps()
 
     def _later_steps(self) -> None:
         for step in self._later:
-            self._step(step, self._hidden)
+            self._step(step, functools.partial(self._hidden, step[0]))
 
     def _step(self, step: Step, hidden_of: Callable[[Tensor], Tensor]) -> None:
         """Draws the masked tokens and masks the least confident of them again; hidden_of [B, U] gives [B * U, D]."""
@@ -392,14 +436,17 @@ class _Session:
             )
             self.masked.copy_(masked)
 
-    def _hidden(self, positions: Tensor) -> Tensor:
-        """Guided hidden states [B * U, D] of positions [B, U]."""
+    def _hidden(self, number: int, positions: Tensor) -> Tensor:
+        """Guided hidden states [B * U, D] of positions [B, U] in a step."""
         # A masked code may be -1, which is no number of an id.
         image = torch.where(self.masked, self.layout.mask_id, self.layout.code_ids.of(self.codes.clamp(min=0)))
         tokens = self.tokens.index_copy(0, self.code_rows.flatten(), image.repeat(self.halves, 1).flatten())
         rows = self.code_rows.gather(1, positions.repeat(self.halves, 1)).flatten()
+        tree = self.tree.with_tokens(tokens)
         with phase("step"):
-            hidden = self.transformer(self.tree.with_tokens(tokens), self.cache, rows=rows)
+            hidden = (
+                self.transformer(tree, self.cache, rows=rows) if self.stale is None else self.stale(number, tree)[rows]
+            )
         if self.halves == 1:
             return hidden
         guided, unguided = hidden.chunk(2)
@@ -415,6 +462,38 @@ class _Session:
             return guided
         unguided = hidden[batch.unguided[:, None], positions].flatten(0, 1)
         return torch.lerp(unguided, guided, 1 + self.params.guidance_scale)
+
+
+class _Stale:
+    """What an MLCache keeps of sequences: keys, values, hidden states [T, D] and the largest logit of a code [T]."""
+
+    def __init__(self, session: _Session, tree: SpanTree) -> None:
+        self._params, self._transformer = session.params, session.transformer
+        self._code_ids = session.layout.code_ids
+        self._cache = self._transformer.new_cache(tree.capacity)
+        self._lengths, settings = tree.lengths, self._params.ml_cache
+        # Of L logits those at or below the (1 - ratio) quantile, which is interpolated.
+        self._counts = ((self._lengths - 1) * (1 - settings.cache_ratio)).astype(np.int64) + 1
+        self._hidden = self._largest = torch.empty(0)
+
+    def __call__(self, number: int, tree: SpanTree) -> Tensor:
+        """Hidden states [T, D] of all tokens of the tree, in a step."""
+        if self._params.ml_cache.computes_all(number, self._params.num_steps):
+            self._hidden = self._transformer(tree, self._cache)
+            self._largest = self._largest_logits(self._hidden)
+            return self._hidden
+        starts = (self._lengths.cumsum() - self._lengths).tolist()
+        parts = zip(starts, self._largest.split(self._lengths.tolist()), self._counts.tolist(), strict=True)
+        rows = torch.cat([start + part.topk(count, largest=False).indices for start, part, count in parts])
+        hidden = self._transformer(tree.only(self._counts, rows), self._cache)
+        self._hidden = self._hidden.index_copy(0, rows, hidden)
+        self._largest = self._largest.index_copy(0, rows, self._largest_logits(hidden))
+        return self._hidden
+
+    def _largest_logits(self, hidden: Tensor) -> Tensor:
+        weight, bias = self._code_ids.rows(self._transformer.head)
+        parts = [linear(part, weight, bias).amax(1).float() for part in hidden.split(_ROWS_PER_HEAD)]
+        return torch.cat(parts)
 
 
 def _code_rows(tree: SpanTree, num_images: int, layout: Layout) -> Tensor:

@@ -6,7 +6,7 @@ A step draws every masked token up to the end of the current block and keeps the
 shared out evenly over its steps, the remainder to the first. So no prefix can be cached, and what is exact is saved
 elsewhere: the last layer and the head run on those masked rows alone, the first step is computed once for all samples
 of a question, and answers of any questions share a pass, which the ended ones leave and waiting ones enter. Drawing
-ends after a block that holds eot.
+ends after a block that holds eot. What is approximate must be asked for: see SamplingParams.
 
 Given answers are scored behind the same questions: the region is masked as a whole, so that one pass gives the logits
 of every choice. That is exact for answers of one token, and the product of their marginals for longer ones.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,14 +98,22 @@ class MaskedTextDecoder:
     def fill(self, regions: Sequence[MaskedRegion], *, text_only: bool = True, max_tokens: int = 16384) -> None:
         """Draws regions to their ends, in place; text_only, max_tokens and errors are those of extend."""
         waiting, active = list(regions), []
+        is_cached = any(region.params.cache for region in regions)
+        cache = _RegionCache(self.transformer, regions, max_tokens) if is_cached else None
+
+        def size(region: MaskedRegion) -> int:
+            return region.num_tokens if cache is None else cache.stride
+
         while waiting or active:
-            room = max_tokens - sum(region.num_tokens for region in active)
-            while waiting and (not active or waiting[0].num_tokens <= room):
-                room -= waiting[0].num_tokens
+            room = max_tokens - sum(map(size, active))
+            while waiting and (not active or size(waiting[0]) <= room):
+                room -= size(waiting[0])
                 active.append(waiting.pop(0))
+            if cache is not None:
+                cache.place(active)
 
             def step(rows: list[int], active: list[MaskedRegion] = active) -> None:
-                self._step([active[row] for row in rows], text_only)
+                self._step([active[row] for row in rows], text_only, cache)
 
             self._memory.call(list(range(len(active))), step, 1)
             active = [region for region in active if not region.has_ended]
@@ -167,31 +176,21 @@ class MaskedTextDecoder:
         sums = iter(np.add.reduceat(logprob.double().cpu().numpy(), np.cumsum(counts) - counts).tolist())
         return [[next(sums) for _ in choices] for _, _, _, choices in asked]
 
-    def _step(self, regions: list[MaskedRegion], text_only: bool) -> None:
+    def _step(self, regions: list[MaskedRegion], text_only: bool, cache: _RegionCache | None) -> None:
         """One step of each region."""
-        device, mask_id = self.transformer.embed.weight.device, self.layout.mask_id
-        guided: list[tuple[tuple, int, np.ndarray]] = []
-        unguided: list[tuple[tuple, int, np.ndarray]] = []
-        for region in regions:
-            ids, positions = region.ids.tolist(), region.masked()
-            hidden = (mask_id,) * len(region.before), (mask_id,) * len(region.after)
-            for (before, behind), found in (((region.before, region.after), guided), (hidden, unguided)):
-                if found is guided or region.params.guidance_scale:
-                    found.append(((*before, *ids, *behind), len(before), positions))
-        # Equal ones are one span: all samples of a question are so in their first step.
-        spans = list(dict.fromkeys(span for span, _, _ in (*guided, *unguided)))
-        tree = SpanTree.build([(list(span), -1, "full") for span in spans], device)
-        starts = dict(zip(spans, tree.packed_starts.tolist(), strict=True))
-
-        rows = [starts[span] + first + positions for span, first, positions in (*guided, *unguided)]
+        counts = [len(region.masked()) for region in regions]
+        halves = [region.halves() for region in regions]
+        guided, unguided = [each[0] for each in halves], [each[1] for each in halves if len(each) == 2]
         with phase("step"):
-            hidden = self.transformer(tree, rows=torch.from_numpy(np.concatenate(rows)).to(device))
-        counts = [len(positions) for _, _, positions in guided]
+            if cache is None:
+                hidden = self._hidden([*guided, *unguided])
+            else:
+                hidden = cache.hidden([*guided, *unguided])
         hidden, without = hidden.split([sum(counts), len(hidden) - sum(counts)])
         scales = np.repeat([region.params.guidance_scale for region in regions], counts)
         if len(without):
             scale = torch.from_numpy(1 + scales[scales != 0]).to(hidden)[:, None]
-            is_guided = torch.from_numpy(scales != 0).to(device)
+            is_guided = torch.from_numpy(scales != 0).to(hidden.device)
             hidden = hidden.masked_scatter(is_guided[:, None], torch.lerp(without, hidden[is_guided], scale))
         with phase("head"):
             token, confidence = self._draw(hidden, regions, counts, text_only)
@@ -203,6 +202,16 @@ class MaskedTextDecoder:
                     f"{likely_cause(self.transformer)}"
                 )
             region.keep(drawn, sure)
+
+    def _hidden(self, halves: list[_Half]) -> Tensor:
+        """Hidden states of the masks of each half, one after the other."""
+        device = self.transformer.embed.weight.device
+        # Equal ones are one span: all samples of a question are so in their first step.
+        spans = list(dict.fromkeys(half.ids for half in halves))
+        tree = SpanTree.build([(list(span), -1, "full") for span in spans], device)
+        starts = dict(zip(spans, tree.packed_starts.tolist(), strict=True))
+        rows = np.concatenate([starts[half.ids] + half.masks for half in halves])
+        return self.transformer(tree, rows=torch.from_numpy(rows).to(device))
 
     def _draw(
         self, hidden: Tensor, regions: list[MaskedRegion], counts: list[int], text_only: bool
@@ -245,11 +254,27 @@ class MaskedTextDecoder:
         return head.weight, bias if head.bias is None else head.bias + bias
 
 
+class _Half(NamedTuple):
+    """A region between ids, as one pass has it.
+
+    ids: of the whole span. masks: where those masks stand that the step draws. computed: what is computed where keys
+    and values are kept; None: all of it. slot: the first one of the span, there.
+    """
+
+    ids: tuple[int, ...]
+    masks: np.ndarray
+    computed: np.ndarray | None
+    slot: int
+
+
 class MaskedRegion:
     """A region of masks between given ids, and how far it is drawn.
 
-    before, after: the ids around it. ids: int64 [L], its own. step counts all steps so far, of all blocks.
+    before, after: the ids around it. ids: int64 [L], its own. step counts all steps so far, of all blocks. slot: where
+    its keys and values are kept, if they are.
     """
+
+    slot: int | None = None
 
     def __init__(
         self,
@@ -274,15 +299,34 @@ class MaskedRegion:
         self.before, self.after, self.params, self.seed, self.name = before, after, params, seed, name
         self.mask_id, self._ends, self.step = mask_id, ends, 0
         self.ids = np.full(params.max_new_tokens, mask_id)
-        halves = 2 if params.guidance_scale else 1
-        self.num_tokens = halves * (len(before) + len(self.ids) + len(after))
+        self.num_tokens = (2 if params.guidance_scale else 1) * self._span_length
         self._blocks = iter(_blocks(params))
-        self._end, self._counts = next(self._blocks)
-        self.has_ended = False
+        self._start, self._end, self._counts = next(self._blocks)
+        self._begins_block, self.has_ended = True, False
+
+    @property
+    def _span_length(self) -> int:
+        return len(self.before) + len(self.ids) + len(self.after)
 
     def masked(self) -> np.ndarray:
         """Positions of the masks up to the end of the current block."""
         return np.flatnonzero(self.ids[: self._end] == self.mask_id)
+
+    def halves(self) -> list[_Half]:
+        """The region between its ids, and under guidance between masks."""
+        masks, slot = len(self.before) + self.masked(), self.slot or 0
+        computed = None
+        if self.params.cache and not self._begins_block:
+            end = self._end + len(self.before) if self.params.cache == "dual" else self._span_length
+            block = np.arange(self._start + len(self.before), end)
+            computed = np.union1d(masks, block)  # a mask that was drawn may stand before the block
+        around = [(self.before, self.after)]
+        if self.params.guidance_scale:
+            around.append(((self.mask_id,) * len(self.before), (self.mask_id,) * len(self.after)))
+        return [
+            _Half((*before, *self.ids.tolist(), *after), masks, computed, slot + half * self._span_length)
+            for half, (before, after) in enumerate(around)
+        ]
 
     def keep(self, token: np.ndarray, confidence: np.ndarray) -> None:
         """Takes over the most confident of the tokens drawn for masked(), as many as the step keeps."""
@@ -293,21 +337,55 @@ class MaskedRegion:
         kept = np.argsort(-confidence, kind="stable")[:count]
         self.ids[positions[kept]] = token[kept]
         self.step += 1
-        if not self._counts:
+        self._begins_block = not self._counts
+        if self._begins_block:
             following = next(self._blocks, None)
             self.has_ended = following is None or self._ends(self.ids[: self._end])
-            self._end, self._counts = following or (self._end, [])
+            self._start, self._end, self._counts = following or (self._start, self._end, [])
 
 
-def _blocks(params: SamplingParams) -> Iterator[tuple[int, list[int]]]:
-    """(end, tokens that each step keeps) of each block; under a threshold it has a step a token at most."""
+class _RegionCache:
+    """Keys and values of regions under way. Each has as many slots as the longest needs."""
+
+    def __init__(self, transformer: Transformer, regions: Sequence[MaskedRegion], max_tokens: int) -> None:
+        self._transformer = transformer
+        self.stride = max(region.num_tokens for region in regions)
+        self._count = min(len(regions), max(1, max_tokens // self.stride))
+        self._cache = transformer.new_cache(self._count * self.stride)
+
+    def place(self, active: Sequence[MaskedRegion]) -> None:
+        """Gives slots to the regions that have none, of those that no active one has."""
+        taken = {region.slot for region in active}
+        free = (slot for number in range(self._count) if (slot := number * self.stride) not in taken)
+        for region in active:
+            if region.slot is None:
+                region.slot = next(free)
+
+    def hidden(self, halves: list[_Half]) -> Tensor:
+        """As MaskedTextDecoder._hidden; what a half does not compute is read as it was kept."""
+        device = self._transformer.embed.weight.device
+        whole = SpanTree.build([], device).extend(
+            [(list(half.ids), -1, "full") for half in halves], starts=np.array([half.slot for half in halves])
+        )
+        computed = [np.arange(len(half.ids)) if half.computed is None else half.computed for half in halves]
+        rows = [start + places for start, places in zip(whole.packed_starts, computed, strict=True)]
+        tree = whole.only([len(places) for places in computed], torch.from_numpy(np.concatenate(rows)).to(device))
+        wanted = [
+            start + np.searchsorted(places, half.masks)
+            for start, places, half in zip(tree.packed_starts, computed, halves, strict=True)
+        ]
+        return self._transformer(tree, self._cache, rows=torch.from_numpy(np.concatenate(wanted)).to(device))
+
+
+def _blocks(params: SamplingParams) -> Iterator[tuple[int, int, list[int]]]:
+    """(start, end, tokens that each step keeps) of each block; under a threshold it has a step a token at most."""
     length = params.max_new_tokens
     block = min(length, params.block_length or BLOCK_LENGTH)
     num_steps = params.num_steps or -(-length // TOKENS_PER_STEP)
     for start in range(0, length, block):
         size = min(block, length - start)
         count = size if params.threshold else max(1, min(size, num_steps * size // length))
-        yield start + size, [size // count + (number < size % count) for number in range(count)]
+        yield start, start + size, [size // count + (number < size % count) for number in range(count)]
 
 
 def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ EXTRA = {"mfu", "items_per_s"}
 
 @pytest.fixture(autouse=True)
 def no_checkout(monkeypatch):
-    for name in ("models", "models.modeling_showo"):
+    for name in ("models", *accelerated.MODULES.values()):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -31,21 +31,22 @@ def bench(*arguments):
     return cli.main(["bench", "drop-in", "--shape", "tiny", *map(str, arguments)])
 
 
-def test_every_case(tmp_path, capsys):
+@pytest.mark.parametrize("family, cases", [("showo", accelerated.CASES), ("mmada", accelerated.CASES[:2])])
+def test_every_case(tmp_path, capsys, family, cases):
     out = tmp_path / "lines.jsonl"
-    assert bench("--out", out) == 0
+    assert bench("--family", family, "--out", out) == 0
     written = lines.read_lines(out)
-    assert [line["case"] for line in written] == list(accelerated.CASES)
+    assert [line["case"] for line in written] == list(cases)
     for line in written:
         assert set(line) == {*lines.FIELDS, *EXTRA} and line["baseline"] == "stand-in"
         assert line["speedup"] > 0 and line["tflop_s"] > 0 and 0 < line["roof_fraction"] < 1
     shown = capsys.readouterr().out
-    assert all(case in shown for case in accelerated.CASES)
+    assert all(case in shown for case in cases)
 
 
 def test_both_sides_run_what_they_say():
-    showo = accelerated.load_class(accelerated.STAND_IN)
-    calls = accelerated.Calls(showo, accelerated.SHAPES["tiny"], torch.device("cpu"), torch.float32)
+    showo = accelerated.load_class(accelerated.STAND_INS["showo"])
+    calls = accelerated.Calls(showo, "tiny", torch.device("cpu"), torch.float32)
     calls._side = "accelerated"
     assert isinstance(calls._method(calls.policy, "t2i_generate"), AcceleratedMethod)
     calls._side = "original"
@@ -70,7 +71,7 @@ def test_a_wrong_result_is_not_measured(case, monkeypatch, capsys, tmp_path):
 
 
 def test_the_class_of_a_checkout(tmp_path):
-    shutil.copytree(accelerated.STAND_IN, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(accelerated.STAND_INS["showo"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "models" / "__init__.py").write_text("raise ImportError('a package that is not installed')\n")
     out = tmp_path / "lines.jsonl"
     assert bench("--code", tmp_path, "--case", "mmu_generate", "--out", out) == 0
@@ -78,7 +79,7 @@ def test_the_class_of_a_checkout(tmp_path):
 
 
 def test_an_installed_package_asks_for_a_checkout(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(accelerated, "STAND_IN", tmp_path / "showo_stand_in")
+    monkeypatch.setitem(accelerated.STAND_INS, "showo", tmp_path / "showo_stand_in")
     assert bench() == 2
     assert "drop-in: the stand-in of the published class is not installed; give --code" in capsys.readouterr().err
 

@@ -1,14 +1,17 @@
 """Bidirectional models: text that is filled from masks, and images of whole sequences in graphs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams
+from hermesflow.engine.decoders.masked import ImageDecoder, ImageSamplingParams, MLCache
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.token_layout import Ids, Layout, TokenLayout
-from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.transformer import Transformer, TransformerConfig, rotary_table
 from hermesflow.kernels.span_tree import SpanTree
 
 TEXT, CODES, LENGTH = 40, 8, 12
@@ -199,3 +202,138 @@ def test_images_of_whole_sequences_in_a_graph(transformer, recorded_graphs):
                 )
                 assert torch.equal(alone[0], together[row])
     assert found[3][0, :, 0].tolist() == [3, 3] and found[3][1, :, 1].tolist() == [5, 5]
+
+
+# what is approximate
+
+
+class StaleModel:
+    """One sequence through the model's layers, whose keys and values stay where it is not computed."""
+
+    def __init__(self, transformer):
+        self.transformer, self.kept = transformer, [None] * len(transformer.blocks)
+
+    def __call__(self, ids, rows):
+        """Logits of the rows [R], which are computed anew; all of them at first."""
+        x, rotary = self.transformer.embed(ids[rows]), rotary_table(rows, 16, self.transformer.config.rope_theta)
+        for layer, block in enumerate(self.transformer.blocks):
+            normed, q, *new = block.before_attention(x, rotary)
+            if self.kept[layer] is None:
+                self.kept[layer] = [torch.zeros(len(ids), *part.shape[1:]) for part in new]
+            for kept, part in zip(self.kept[layer], new, strict=True):
+                kept[rows] = part
+            k, v = self.kept[layer]
+            attended = F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (q, k, v)))
+            x = block.after_attention(x, normed, attended[0].transpose(0, 1))
+        return self.transformer.head(self.transformer.norm(x))
+
+
+def stale_answer(transformer, codes, question, length, tokens_per_step, block, guidance, cache):
+    """Fast-dLLM's algorithm at temperature 0, over the text ids."""
+    layout = WholeLayout()
+    before = layout.asked(codes, question)
+    x = torch.tensor([*before, *[layout.mask_id] * length, *layout.after_answer])
+    first, everything = len(before), torch.arange(len(x))
+    halves = [StaleModel(transformer) for _ in range(2 if guidance else 1)]
+    for start in range(first, first + length, block):
+        end = start + block
+        for number in range(block // tokens_per_step):
+            rows = everything[start:end] if cache == "dual" else everything[start:]
+            rows = everything if number == 0 else rows
+            logits = halves[0](x, rows)
+            if guidance:
+                without = x.clone()
+                without[:first] = without[first + length :] = layout.mask_id
+                logits = torch.lerp(halves[1](without, rows), logits, 1 + guidance)
+            logits[:, TEXT - 1 :] = float("-inf")
+            confidence, token = logits.log_softmax(1).max(1)
+            is_open = (x[rows] == layout.mask_id) & (rows < end)
+            kept = confidence.masked_fill(~is_open, float("-inf")).topk(tokens_per_step).indices
+            x[rows[kept]] = token[kept]
+        if layout.eot in x[first:end]:
+            break
+    ids = x[first : first + length].tolist()
+    return [token for token in ids[: ids.index(layout.eot) if layout.eot in ids else length] if token != layout.mask_id]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_kept_keys_and_values(transformer, decoder, cache, guidance):
+    params = SamplingParams(
+        temperature=0.0, max_new_tokens=LENGTH, num_steps=LENGTH // 2, block_length=4, guidance_scale=guidance,
+        cache=cache,
+    )  # fmt: skip
+    found = answers(decoder, [params])
+    for image, questions in enumerate(QUESTIONS):
+        for question, ids in enumerate(questions):
+            wanted = stale_answer(transformer, IMAGES[image].tolist(), ids, LENGTH, 2, 4, guidance, cache)
+            assert found[image][question] == [wanted]
+    # Any batch gives the same, and so do steps that leave nothing to keep.
+    assert answers(decoder, [params], max_tokens=1) == found
+    whole = replace(params, block_length=2)
+    assert answers(decoder, [whole]) == answers(decoder, [replace(whole, cache="")])
+
+
+def test_kept_keys_and_values_beside_exact_answers(decoder):
+    exact = SamplingParams(temperature=1.0, max_new_tokens=LENGTH, num_steps=6, block_length=4)
+    kept = replace(exact, cache="dual", guidance_scale=0.5)
+    found = answers(decoder, [exact, kept])
+    assert [[each[:1] for each in of_image] for of_image in found] == answers(decoder, [exact])
+
+
+def test_an_unknown_cache_is_named():
+    with pytest.raises(ValueError, match=r"expected cache as one of \['', 'prefix', 'dual'\], got 'all'"):
+        SamplingParams(cache="all")
+
+
+IMAGE = ImageSamplingParams(num_steps=6, guidance_scale=1.0, mask_temperature=1.0)
+PROMPTS, SEEDS = [[10, 11, 12], [13]], torch.arange(4).view(2, 2)
+
+
+def drawn(transformer, params, **more):
+    with torch.inference_mode():
+        return ImageDecoder(transformer, NineCodes()).generate(PROMPTS, SEEDS, params, **more)
+
+
+class NineCodes(WholeLayout):
+    num_image_tokens, image_grid = 9, (3, 3)
+
+
+def test_an_ml_cache_that_refreshes_always_is_exact(transformer):
+    exact = drawn(transformer, IMAGE)
+    for always in (MLCache(warmup_ratio=1.0), MLCache(refresh_interval=1)):
+        assert torch.equal(drawn(transformer, replace(IMAGE, ml_cache=always)), exact)
+    # Nothing is left as it was: no logit lies above the largest.
+    assert torch.equal(drawn(transformer, replace(IMAGE, ml_cache=MLCache(cache_ratio=0.0, warmup_ratio=0.0))), exact)
+
+
+def test_an_ml_cache_computes_less_and_the_same_in_any_batch(transformer, monkeypatch):
+    params = replace(IMAGE, ml_cache=MLCache(cache_ratio=0.8, warmup_ratio=0.0, refresh_interval=4))
+    computed = []
+    forward = Transformer.forward
+
+    def noting(self, tree, *others, **more):
+        computed.append(len(tree.token_ids))
+        return forward(self, tree, *others, **more)
+
+    monkeypatch.setattr(Transformer, "forward", noting)
+    found = drawn(transformer, params)
+    # Sequences of 4 + 11, 2 + 11 and 1 + 11 tokens, of which a fifth is computed in steps 1 to 3 and 5.
+    counts = [int((length - 1) * 0.2) + 1 for length in (15, 13, 12)]
+    whole = 2 * (15 + 13 + 12 + 12)
+    part = 2 * (counts[0] + counts[1] + 2 * counts[2])
+    assert computed == [whole, part, part, part, whole, part]
+    assert torch.equal(drawn(transformer, params, max_sequences=1), found)
+    assert not torch.equal(drawn(transformer, IMAGE), found)
+
+
+def test_an_ml_cache_is_refused_where_it_means_nothing(transformer):
+    params = replace(IMAGE, ml_cache=MLCache())
+    with pytest.raises(ValueError, match="ml_cache draws by another law"):
+        ImageDecoder(transformer, NineCodes()).rollout(PROMPTS, SEEDS, params)
+    config = replace(transformer.config, vocab_size=60)
+    layout = TokenLayout(text_vocab_size=40, codebook_size=9, num_image_tokens=4, sot=0, eot=0)
+    with pytest.raises(ValueError, match="ml_cache is for models that attend to everything"):
+        ImageDecoder(Transformer(config), layout).generate(PROMPTS, SEEDS, params)
+    with pytest.raises(ValueError, match="MLCache: expected cache_ratio in"):
+        MLCache(cache_ratio=1.0)

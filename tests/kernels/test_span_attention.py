@@ -88,7 +88,14 @@ def decoding_answers(reserve):
     return tree.decode(decoded, torch.zeros(11, dtype=torch.int64), num_visible)
 
 
+def parts_of_full_roots():
+    """Of each some tokens are computed, in any order, and the others cached."""
+    tree = SpanTree.build([(ids(20), -1, "full"), (ids(133), -1, "full"), (ids(7), -1, "full")])
+    return tree.only([3, 60, 1], torch.tensor([19, 0, 3, *range(80, 20, -1), 155]))
+
+
 TREES = {
+    "parts-of-full-roots": parts_of_full_roots,
     "first-root-unused": first_root_unused,
     "one-token": lambda: SpanTree.build([([1], -1, "causal")]),
     "causal": lambda: SpanTree.build([(ids(33), -1, "causal")]),

@@ -24,6 +24,7 @@ from hermesflow.algorithms.packing import TokenMask
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
 from hermesflow.data.pairs import PAIRS_SCHEMA
+from hermesflow.engine.decoders.masked import MLCache
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.kernels.span_tree import SpanTree
@@ -240,14 +241,19 @@ def test_greedy_images(original):
         pytest.skip("MMaDA's noise has no end at temperature 0")
     seeds = torch.zeros(1, 1, dtype=torch.int64)
     cases = [(settings["key"], settings) for settings in original.meta["greedy"]]
-    cases.append(("image.mlcache.exact", {"prompt": original.meta["prompts"][0], **original.meta["mlcache"]}))
+    of_cache = {"prompt": original.meta["prompts"][0], **original.meta["mlcache"]}
+    cases.append(("image.mlcache.exact", {**of_cache, "use_cache": False}))
+    cases.append(("image.mlcache.greedy", of_cache))
     for key, settings in cases:
+        names = ("cache_ratio", "warmup_ratio", "refresh_interval")
+        cache = MLCache(**{name: settings[name] for name in names}) if settings.get("use_cache") else None
         params = replace(
             original.model.sampling,
             num_steps=settings["num_steps"],
             guidance_scale=settings["guidance"],
             temperature=0.0,
             mask_temperature=0.0,
+            ml_cache=cache,
         )
         prompt = original.model.image_prompt(settings["prompt"])
         codes = original.model.engine.generate([prompt], num_images=1, seeds=seeds, sampling=params)[0, 0]
