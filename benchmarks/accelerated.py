@@ -37,7 +37,6 @@ from hermesflow.benchmarks.runner import Contest, ModelSettings, Run, check_name
 from hermesflow.drop_in import accelerate
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.token_layout import TokenLayout
-from hermesflow.engine.transformer import Transformer
 from hermesflow.models import showo
 from hermesflow.runtime.files import InputError
 
@@ -216,7 +215,7 @@ class Calls:
         if name == "mmu_generate":
             return self.work.answers(1, 1, shape.question_len, 1, shape.answer_len)
         seen: list[Work] = []
-        with _recorded(seen, self.work):
+        with e2e.recorded_passes(seen, self.work, self.layout.vocab_size):
             self.run(name, "accelerated")
         of_policy = len(seen) // 2
         return [*seen, *seen[:of_policy], *seen[:of_policy]]  # a backward pass is two forward ones
@@ -370,22 +369,6 @@ def _sharpened(head: nn.Module) -> Iterator[None]:
     finally:
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
-
-
-@contextmanager
-def _recorded(seen: list[Work], work: ModelWork) -> Iterator[None]:
-    """Notes what each of our transformer's passes needs."""
-    forward = Transformer.forward
-
-    def noting(self, tree, cache=None, embeds=None, rows=None):
-        seen.append(work.tree(tree, len(rows)))
-        return forward(self, tree, cache, embeds, rows)
-
-    Transformer.forward = noting
-    try:
-        yield
-    finally:
-        Transformer.forward = forward
 
 
 def _contest(name: str, settings: Settings, calls: Calls) -> Contest:

@@ -169,7 +169,7 @@ class CausalTasks(e2e.FamilyTasks):
             run=partial(self.draw, num_images, params),
             passes=self.work.images_by_code(num_images, self.shape.prompt_len),
             items={"images": num_images, "image tokens": num_images * tokens},
-            naive=naive,
+            baseline=naive,
         )
 
     def _captions(self) -> Contest:
@@ -180,7 +180,7 @@ class CausalTasks(e2e.FamilyTasks):
             run=partial(self.answer, [self.caption_question], e2e.CAPTION_SAMPLING),
             passes=self.work.answers(1, 1, self.shape.question_len, samples, tokens),
             items={"captions": samples, "caption tokens": samples * tokens},
-            naive=self._one_call_each([(self.caption_question, params) for params in e2e.CAPTION_SAMPLING]),
+            baseline=self._one_call_each([(self.caption_question, params) for params in e2e.CAPTION_SAMPLING]),
         )
 
     def _answers(self) -> Contest:
@@ -191,7 +191,7 @@ class CausalTasks(e2e.FamilyTasks):
             run=partial(self.answer, self.questions, [params]),
             passes=self.work.answers(1, count, self.shape.question_len, 1, params.max_new_tokens),
             items={"answers": count},
-            naive=self._one_call_each([(question, params) for question in self.questions]),
+            baseline=self._one_call_each([(question, params) for question in self.questions]),
         )
 
     def _one_call_each(self, asked: list[tuple[list[int], SamplingParams]]) -> Part:

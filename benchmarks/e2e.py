@@ -166,6 +166,22 @@ def first_difference(pairs: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dt
     return None
 
 
+@contextmanager
+def recorded_passes(seen: list[Work], work: ModelWork, head_size: int) -> Iterator[None]:
+    """Notes what each of our transformer's passes needs, with logits of head_size ids."""
+    forward = Transformer.forward
+
+    def noting(self, tree, cache=None, embeds=None, rows=None):
+        seen.append(work.tree(tree, len(tree.token_ids) if rows is None else len(rows), head_size))
+        return forward(self, tree, cache, embeds, rows)
+
+    Transformer.forward = noting
+    try:
+        yield
+    finally:
+        Transformer.forward = forward
+
+
 class FamilyTasks:
     """What the cases of a family share: contests of one engine with its published loop.
 
@@ -182,15 +198,22 @@ class FamilyTasks:
         return self.engine.generate([self.prompt], num_images=num_images, seeds=seeds, sampling=params)[0]
 
     def make_contest(
-        self, case: str, shape: str, run: Call, passes: list[Work], items: dict[str, int], naive: Part
+        self,
+        case: str,
+        shape: str,
+        run: Call,
+        passes: list[Work],
+        items: dict[str, int],
+        baseline: Part,
+        name: str = "naive",
     ) -> Contest:
-        """The engine's run against the published loop."""
+        """The engine's run against the published loop, or another baseline of that name."""
         return Contest(
             case=case,
             shape=shape,
             dtype=self.work.dtype,
             ours={"engine": Part(run=run)},
-            baselines={"naive": [naive]},
+            baselines={name: [baseline]},
             passes=passes,
             items=items,
         )

@@ -5,11 +5,20 @@
     choices     questions about an image with two answers to choose from, against decoded answers
 
 Each against the published loop (naive_masked.py) in the same run, on the same random weights. Greedy images and answers
-of both are compared before anything is timed.
+of both are compared before anything is timed. What is approximate is measured against the engine's own exact way:
+
+    threshold       captions of which a step keeps all tokens that are sure enough. Random weights are sure of nothing,
+                    so the threshold is one that a quarter of the first step's tokens pass
+    prefix-cache    captions in four blocks, whose steps compute the block and what follows it
+    dual-cache      likewise, the block alone
+    ml-cache        images whose steps compute the least sure tokens
+
+The share of greedy tokens that are the exact ones says what it costs, on random weights.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +31,7 @@ from hermesflow.benchmarks import e2e, naive_masked
 from hermesflow.benchmarks.causal_models import NUM_SPECIAL, SHAPES, ModelShape, fill_weights
 from hermesflow.benchmarks.measuring import Part
 from hermesflow.benchmarks.runner import Contest, ModelSettings, Run, check_names
-from hermesflow.engine.decoders.masked import ImageSamplingParams
+from hermesflow.engine.decoders.masked import ImageSamplingParams, MLCache
 from hermesflow.engine.decoders.masked_text import MaskedTextDecoder
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.engine import Engine
@@ -30,9 +39,10 @@ from hermesflow.engine.mask_schedule import num_to_mask
 from hermesflow.engine.model_work import ModelWork, Work
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.models import lumina_dimoo, mmada
 
-CASES = ("images", "captions", "choices")
+CASES = ("images", "captions", "choices", "threshold", "prefix-cache", "dual-cache", "ml-cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,10 @@ class MaskedTasks(e2e.FamilyTasks):
 
     def contest(self, name: str) -> Contest:
         """One of CASES."""
+        if name == "ml-cache":
+            return self._ml_cache()
+        if name in CASES[3:]:
+            return self._approximate_captions(name)
         return {"images": self._images, "captions": self._captions, "choices": self._choices}[name]()
 
     def naive_draw(self, num_images: int, params: ImageSamplingParams) -> Tensor:
@@ -205,6 +219,50 @@ class MaskedTasks(e2e.FamilyTasks):
         naive = Part(run=run_naive, peak=partial(self.naive_answer, self.questions[0], greedy))
         shape = f"{count} questions of 2 choices for 1 image, decoded {self.shape.caption_len} tokens"
         return self.make_contest("choices", shape, run, passes, {"answers": count}, naive)
+
+    def _approximate_captions(self, name: str) -> Contest:
+        """Captions of an image in four blocks, against the exact ones."""
+        count, length, question = self.shape.num_captions, self.shape.caption_len, self.questions[0]
+        exact = replace(self.caption, block_length=length // 4)
+        how = {"threshold": self._passed_by_a_quarter(question)} if name == "threshold" else {"cache": name[:-6]}
+        near = replace(exact, **how)
+        near_ids, exact_ids = (
+            self.answer([question], [replace(params, temperature=0.0)])[0][0] for params in (near, exact)
+        )
+        same = sum(map(operator.eq, near_ids, exact_ids)) / max(len(near_ids), len(exact_ids))
+        passes: list[Work] = []
+        with e2e.recorded_passes(passes, self.work, self.engine.layout.vocab_size):
+            self.answer([question], [near] * count)
+        shape = f"{count} of {length} tokens, blocks of {length // 4}, {same:.0%} of greedy tokens exact"
+        items = {"captions": count, "caption tokens": count * length}
+        run, other = (partial(self.answer, [question], [params] * count) for params in (near, exact))
+        return self.make_contest(name, shape, run, passes, items, Part(run=other), "exact")
+
+    def _passed_by_a_quarter(self, question: list[int]) -> float:
+        """The probability that a quarter of a caption's tokens reach in its first step."""
+        layout, transformer = self.engine.layout, self.engine.transformer
+        before = layout.asked(self.viewed[0].tolist(), question)
+        ids = [*before, *[layout.mask_id] * self.shape.caption_len, *layout.after_answer]
+        with torch.inference_mode():
+            hidden = transformer(SpanTree.build([(ids, -1, "full")], self.engine.device))[len(before) :]
+            likeliest = transformer.head(hidden[: self.shape.caption_len]).float().softmax(1).amax(1)
+        return float(likeliest.quantile(0.75))
+
+    def _ml_cache(self) -> Contest:
+        """Guided images of a prompt, against the exact ones."""
+        count, exact = self.shape.num_images, self.family.sampling
+        near = replace(exact, ml_cache=MLCache())
+        greedy = (replace(params, temperature=0.0, mask_temperature=0.0) for params in (near, exact))
+        near_codes, exact_codes = (self.draw(1, params) for params in greedy)
+        same = float((near_codes == exact_codes).double().mean())
+        tokens = self.engine.layout.num_image_tokens
+        passes: list[Work] = []
+        with e2e.recorded_passes(passes, self.work, self.engine.layout.codebook_size):
+            self.draw(count, near)
+        shape = f"{count} images of {tokens} tokens, {exact.num_steps} steps, {same:.0%} of greedy codes exact"
+        run, other = (partial(self.draw, count, params) for params in (near, exact))
+        items = {"images": count, "image tokens": count * tokens}
+        return self.make_contest("ml-cache", shape, run, passes, items, Part(run=other), "exact")
 
     def _pass(self, spans: list[tuple[int, int]], head_rows: int, head_size: int) -> Work:
         """Full root spans, as (count, length); the last layer's MLP counts for all rows."""

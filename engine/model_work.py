@@ -97,14 +97,17 @@ class ModelWork:
         spans = [*self._questions(num_images, asked, question), (asked * num_choices, choice_len, seen, True)]
         return [self.one_pass(spans, 0, asked * (1 + num_choices * choice_len), len(self.layout.text_ids))]
 
-    def tree(self, tree: SpanTree, head_rows: int) -> Work:
-        """One forward pass over a tree whose spans are all new, the head on head_rows rows for the whole vocabulary.
+    def tree(self, tree: SpanTree, head_rows: int, head_size: int | None = None) -> Work:
+        """One forward pass over a tree of new spans, or of full roots that are new in part (SpanTree.only).
+
+        The head runs on head_rows rows, for head_size ids; None: for the whole vocabulary.
 
         What follows the last layer's attention is needed for those rows alone too.
         """
-        columns = (tree.lengths.tolist(), tree.first_positions().tolist(), tree.causal.tolist())
+        before = tree.first_positions() + tree.lengths - tree.num_new
+        columns = (tree.num_new.tolist(), before.tolist(), tree.causal.tolist())
         spans = [(1, *span) for span in zip(*columns, strict=True)]
-        work = self.one_pass(spans, 0, head_rows, self.config.vocab_size)
+        work = self.one_pass(spans, 0, head_rows, head_size or self.config.vocab_size)
         saved = 2 * self._weights_after_attention() * (len(tree.token_ids) - head_rows)
         return Work(num_flops=work.num_flops - saved, num_bytes=work.num_bytes)
 
