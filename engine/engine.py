@@ -38,6 +38,9 @@ class Engine:
     On CUDA with Triton its layers run as fused_layers.py says.
     """
 
+    answer_masks: int = 0
+    """Of models that fill masks: num_masks of MaskedTextDecoder.score_choices."""
+
     def __init__(
         self,
         transformer: Transformer,
@@ -300,9 +303,10 @@ class Engine:
                     self._check_text("score_choices", name, ids)
                     if len(ids) == 0:
                         raise ValueError(f"Engine.score_choices: {name} has no tokens; leave it out")
+        more = {"num_masks": self.answer_masks} if self.answer_masks else {}
         with torch.inference_mode():
             return self._text.score_choices(
-                images, question_ids, choice_ids, text_only=text_only, max_tokens=max_tokens
+                images, question_ids, choice_ids, text_only=text_only, max_tokens=max_tokens, **more
             )
 
     def logprobs(self, tree: SpanTree, rows: Tensor, targets: Tensor) -> Tensor:

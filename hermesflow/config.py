@@ -97,10 +97,13 @@ class ModelConfig:
     image_size: int = 0
     """Side in pixels of drawn images and of records, in families that take any size (emu3, lumina-dimoo); 0 is the
     published size."""
+    answer_masks: int = 0
+    """Masks by which the likelihood of an answer is estimated, in families that fill masks (mmada, lumina-dimoo); 0
+    hides all of an answer once, which is exact for answers of one token."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 0, "image_size")
+        _check_at_least(self, 0, "image_size", "answer_masks")
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise ConfigError("ModelConfig", "device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         _check_name(self, "family", ("auto", *FAMILIES))

@@ -265,6 +265,8 @@ def _fingerprint(
     for name, default in (("schedule_unknown", False), ("grid", None), ("ml_cache", None)):
         if name in sampling and sampling[name] is default:  # older files do not name it
             del sampling[name]
+    if model.answer_masks:
+        sampling["answer_masks"] = model.answer_masks
     made_from = [
         seed,
         print_of(config, _DRAWN_BY, _NOT_DRAWN_BY),

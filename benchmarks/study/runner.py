@@ -53,7 +53,7 @@ _FACTS = ("device", "torch", "commit", "date")
 _ADDED = (
     ("model", "family", "auto"), ("eval", "suite", "builtin"), ("selfplay", "algorithm", "pair-dpo"),
     ("curation", "win_image", "best"), ("curation", "lose_caption", "worst"),
-    ("model", "image_size", 0), ("model", "judge", ""),
+    ("model", "image_size", 0), ("model", "judge", ""), ("model", "answer_masks", 0),
     ("train", "generation_beta", 0.0), ("train", "understanding_beta", 0.0),
     ("curation", "top_k", -1), ("curation", "top_p", -1.0), ("eval", "top_k", -1), ("eval", "top_p", -1.0),
 )  # fmt: skip

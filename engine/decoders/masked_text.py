@@ -131,50 +131,73 @@ class MaskedTextDecoder:
         *,
         text_only: bool = True,
         max_tokens: int = 16384,
+        num_masks: int = 0,
     ) -> list[list[list[float]]]:
-        """Log-probability of each given answer and the eot after it, all masked; arguments and returns are those of
-        TextDecoder.score_choices. The region of a question is as long as its longest choice and eot."""
+        """Log-probability of each given answer and the eot after it; arguments and returns are those of
+        TextDecoder.score_choices.
+
+        With num_masks 0 all is masked, in a region as long as the question's longest choice and eot. Otherwise each
+        choice has a region of its own, and its score is the mean over so many masks of L / k times the log-probability
+        of the k of its L tokens that a mask hides: LLaDA's estimate (arXiv 2502.09992, section 2.4), for counts k that
+        are spread evenly from 1 to L, and tokens that are the same for all choices of a length.
+        """
         codes, layout = images.tolist(), self.layout
         scores: list[list[list[float]]] = [[[] for _ in questions] for questions in question_ids]
-        asked = []
+        places, asked = [], []
         for image, questions in enumerate(question_ids):
             for question, ids in enumerate(questions):
                 if choices := choice_ids[image][question]:
                     before = layout.asked(codes[image], ids)
-                    asked.append((image, question, before, [[*choice, layout.eot] for choice in choices]))
-        behind = len(layout.after_answer)
-        lengths = [len(before) + max(map(len, choices)) + behind for _, _, before, choices in asked]
+                    places.append((image, question))
+                    asked.append(self._views(before, [[*choice, layout.eot] for choice in choices], num_masks))
+        sizes = [sum(map(len, {view.ids for views in choices for view in views})) for choices in asked]
 
         def score(numbers: list[int]) -> None:
-            group = [asked[number] for number in numbers]
-            for (image, question, _, _), found in zip(group, self._score(group, text_only), strict=True):
-                scores[image][question] = found
+            found = iter(self._score([views for number in numbers for views in asked[number]], text_only))
+            for number in numbers:
+                image, question = places[number]
+                scores[image][question] = [next(found) for _ in asked[number]]
 
-        for numbers in _batches(lengths, max_tokens):
+        for numbers in _batches(sizes, max_tokens):
             self._memory.call(numbers, score, 1)
         return scores
 
-    def _score(self, asked: list[tuple], text_only: bool) -> list[list[float]]:
-        layout, device = self.layout, self.transformer.embed.weight.device
-        regions = [[layout.mask_id] * max(map(len, choices)) for _, _, _, choices in asked]
-        spans = [
-            [*before, *region, *layout.after_answer] for (_, _, before, _), region in zip(asked, regions, strict=True)
-        ]
-        tree = SpanTree.build([(span, -1, "full") for span in spans], device)
-        rows, targets, counts = [], [], []
-        for start, (_, _, before, choices) in zip(tree.packed_starts.tolist(), asked, strict=True):
-            for choice in choices:
-                rows += range(start + len(before), start + len(before) + len(choice))
-                targets += choice
-                counts.append(len(choice))
+    def _views(self, before: Sequence[int], choices: Sequence[Sequence[int]], num_masks: int) -> list[list[_View]]:
+        """How each choice is looked at."""
+        mask_id, after = self.layout.mask_id, self.layout.after_answer
+        if not num_masks:
+            ids = (*before, *[mask_id] * max(map(len, choices)), *after)
+            return [[_View(ids, len(before) + np.arange(len(choice)), choice, 1.0)] for choice in choices]
+        views = []
+        for choice in choices:
+            rng, length = np.random.default_rng([len(choice), num_masks]), len(choice)
+            views.append([])
+            for number in range(num_masks):
+                count = 1 + int((number + 0.5) / num_masks * length)
+                hidden = np.sort(rng.permutation(length)[:count])
+                region = np.array(choice)
+                region[hidden] = mask_id
+                ids = (*before, *region.tolist(), *after)
+                targets = [choice[place] for place in hidden]
+                views[-1].append(_View(ids, len(before) + hidden, targets, length / count / num_masks))
+        return views
+
+    def _score(self, choices: list[list[_View]], text_only: bool) -> list[float]:
+        device = self.transformer.embed.weight.device
+        views = [view for of_choice in choices for view in of_choice]
+        spans = list(dict.fromkeys(view.ids for view in views))
+        tree = SpanTree.build([(list(span), -1, "full") for span in spans], device)
+        starts = dict(zip(spans, tree.packed_starts.tolist(), strict=True))
+        rows = torch.from_numpy(np.concatenate([starts[view.ids] + view.positions for view in views])).to(device)
+        targets = torch.tensor([target for view in views for target in view.targets], device=device)
         with phase("judge"):
-            hidden = self.transformer(tree, rows=torch.tensor(rows, device=device))
-            target = torch.tensor(targets, device=device)
+            hidden = self.transformer(tree, rows=rows)
             weight, bias = self._head(text_only)
-            logprob = linear_logprob(hidden, weight, target, bias=bias, backend=self.backend)
+            logprob = linear_logprob(hidden, weight, targets, bias=bias, backend=self.backend)
         # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.
-        sums = iter(np.add.reduceat(logprob.double().cpu().numpy(), np.cumsum(counts) - counts).tolist())
-        return [[next(sums) for _ in choices] for _, _, _, choices in asked]
+        weights = np.repeat([view.weight for view in views], [len(view.targets) for view in views])
+        counts = np.array([sum(len(view.targets) for view in of_choice) for of_choice in choices])
+        return np.add.reduceat(weights * logprob.double().cpu().numpy(), counts.cumsum() - counts).tolist()
 
     def _step(self, regions: list[MaskedRegion], text_only: bool, cache: _RegionCache | None) -> None:
         """One step of each region."""
@@ -252,6 +275,16 @@ class MaskedTextDecoder:
             self._text_bias = bias.to(head.weight.device)
         bias = self._text_bias.to(head.weight.dtype)
         return head.weight, bias if head.bias is None else head.bias + bias
+
+
+class _View(NamedTuple):
+    """A span in which some tokens of a choice are hidden: its ids, where they stand, which they are, and how much their
+    log-probability counts."""
+
+    ids: tuple[int, ...]
+    positions: np.ndarray
+    targets: Sequence[int]
+    weight: float
 
 
 class _Half(NamedTuple):

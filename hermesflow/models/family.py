@@ -64,6 +64,10 @@ def open_model(config: ModelConfig) -> Model:
             model.set_image_size(config.image_size)
         except ValueError as error:
             raise InputError(f"model.image_size {config.image_size}: {error}") from error
+    try:
+        model.answer_masks = config.answer_masks
+    except ValueError as error:
+        raise InputError(f"model.answer_masks: {error}") from error
     return model
 
 

@@ -100,6 +100,7 @@ class Model:
         self.transformer, self.text_tokenizer, self.layout = transformer, text_tokenizer, layout
         self.image_size, self.prompts, self.sampling = image_size, prompts, sampling
         self._engine: Engine | None = None
+        self._answer_masks = 0
         if vq_tokenizer is not None:
             self.vq_tokenizer = vq_tokenizer
 
@@ -111,7 +112,21 @@ class Model:
         if parts is None or parts[0] is not self.transformer or parts[1] is not self.layout:
             kinds = {"image_decoder": self.image_decoder, "text_decoder": self.text_decoder}
             self._engine = Engine(self.transformer, self.layout, **kinds)
+            self._engine.answer_masks = self._answer_masks
         return self._engine
+
+    @property
+    def answer_masks(self) -> int:
+        """Masks by which the log-probability of a given answer is estimated; 0: one, of all of it. Raises, when it is
+        set: ValueError on a negative number, or on another one than 0 in a model that fills no masks."""
+        return self._answer_masks
+
+    @answer_masks.setter
+    def answer_masks(self, value: int) -> None:
+        if value < 0 or (value and not self.layout.is_bidirectional):
+            raise ValueError(f"expected 0 in a model that answers token by token, got {value}" if value > 0 else
+                             f"expected at least 0, got {value}")  # fmt: skip
+        self._answer_masks, self._engine = value, None
 
     def set_image_size(self, size: int) -> None:
         """Images are drawn, and records fitted, at size pixels a side from now on. Raises: ValueError on a size that is

@@ -204,6 +204,35 @@ def test_images_of_whole_sequences_in_a_graph(transformer, recorded_graphs):
     assert found[3][0, :, 0].tolist() == [3, 3] and found[3][1, :, 1].tolist() == [5, 5]
 
 
+def test_scores_by_several_masks(transformer, decoder):
+    """The mean over masks, each with its own count of hidden tokens, from the dense logits."""
+    layout, choices = WholeLayout(), [[20], [21, 22, 23], [24, 25, 26]]
+    found = decoder.score_choices(IMAGES[:1], [[[10, 11]]], [[choices]], num_masks=4, text_only=False)[0][0]
+    before = layout.asked(IMAGES[0].tolist(), [10, 11])
+    wanted, hidden_by_length = [], {}
+    for choice in choices:
+        answer, rng = [*choice, layout.eot], np.random.default_rng([len(choice) + 1, 4])
+        hidden = [np.sort(rng.permutation(len(answer))[: 1 + int((n + 0.5) / 4 * len(answer))]) for n in range(4)]
+        hidden_by_length.setdefault(len(answer), [part.tolist() for part in hidden])
+        total = 0.0
+        for part in hidden:
+            region = [layout.mask_id if place in part else token for place, token in enumerate(answer)]
+            tree = SpanTree.build([([*before, *region, *layout.after_answer], -1, "full")])
+            logprob = transformer.head(transformer(tree)).log_softmax(1)
+            total += sum(float(logprob[len(before) + place, answer[place]]) for place in part) * len(answer) / len(part)
+        wanted.append(total / 4)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert sorted(map(len, hidden_by_length[4])) == [1, 2, 3, 4]
+    # A single mask hides all; and no batch changes a score.
+    one = decoder.score_choices(IMAGES[:1], [[[10, 11]]], [[[[20]]]])[0][0]
+    assert decoder.score_choices(IMAGES[:1], [[[10, 11]]], [[[[20]]]], num_masks=1)[0][0] == one
+    small = {"num_masks": 4, "text_only": False, "max_tokens": 1}
+    both = decoder.score_choices(IMAGES, QUESTIONS, [[choices, choices[:1]], [choices]], num_masks=4, text_only=False)
+    again = decoder.score_choices(IMAGES, QUESTIONS, [[choices, choices[:1]], [choices]], **small)
+    assert again[0] == [pytest.approx(scores, abs=1e-5) for scores in both[0]]
+    assert again[1] == [pytest.approx(scores, abs=1e-5) for scores in both[1]]
+
+
 # what is approximate
 
 

@@ -15,12 +15,13 @@ from hermesflow import load_model, tasks
 from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import LiveReference, make_reference
-from hermesflow.config import TrainConfig, load_config
+from hermesflow.config import ModelConfig, TrainConfig, load_config
 from hermesflow.data.pairs import read_pairs
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
 from hermesflow.engine.weights import save_tensors
 from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.models import vqgan
+from hermesflow.models.family import open_model
 from hermesflow.models.magvit import save_vq_tokenizer
 from hermesflow.runs import export_model
 from hermesflow.runtime.files import InputError, write_json
@@ -154,6 +155,19 @@ def test_images_and_answers_do_not_depend_on_their_batch(checkpoint):
     assert model.answer(pixels, questions) == [
         model.answer([image], question)[0] for image, question in zip(pixels, questions, strict=True)
     ]
+
+
+def test_answers_by_several_masks(checkpoint):
+    model = open_model(ModelConfig(name=str(checkpoint), answer_masks=3))
+    codes = torch.randint(model.layout.codebook_size, (1, model.layout.num_image_tokens))
+    question, choices = model.question_prompt("what is there?"), [model.encode_text(text) for text in ("a red", "two")]
+    scores = model.engine.score_choices(codes, [[question]], [[choices]])
+    model.answer_masks = 0
+    assert scores != model.engine.score_choices(codes, [[question]], [[choices]])
+    with pytest.raises(
+        InputError, match="model.answer_masks: expected 0 in a model that answers token by token, got 2"
+    ):
+        open_model(ModelConfig(name="tiny", answer_masks=2))
 
 
 def test_another_size_needs_a_family_of_any_size(checkpoint):
