@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hermesflow.benchmarks import causal_models, masked_tasks
-from hermesflow.benchmarks.accelerated import Calls
+from hermesflow.benchmarks.accelerated_showo import Calls
 from hermesflow.benchmarks.causal_models import NUM_SPECIAL
 from hermesflow.benchmarks.masked_tasks import TASK_SHAPES
 from hermesflow.drop_in import accelerate

@@ -252,17 +252,34 @@ class Engine:
         Returns: ids [b][q][s], lists of token ids without eot.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
-        images = self._checked_images("generate_text", images)
-        self._check_questions("generate_text", images, question_ids)
-        if len(sampling) == 0:
-            raise ValueError("Engine.generate_text: expected at least one SamplingParams in sampling, got none")
-        num_questions = max((len(questions) for questions in question_ids), default=0)
-        given = seeds.shape[1] if seeds.dim() == 3 else 0  # an image with fewer questions leaves seeds unused
-        _check_seeds("generate_text", seeds, (len(images), max(num_questions, given), len(sampling)), "[B, Q, S]")
-        max_tokens = self.max_tokens if max_tokens is None else max_tokens
-        _check_bound("generate_text", "max_tokens", max_tokens)
+        images, options = self._checked_asking("generate_text", images, question_ids, sampling, seeds, max_tokens)
         with torch.inference_mode():
-            return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, max_tokens=max_tokens)
+            return self._text.extend(images, question_ids, sampling, seeds, text_only=text_only, **options)
+
+    def rollout_text(
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        *,
+        sampling: Sequence[SamplingParams],
+        seeds: Tensor,
+        max_tokens: int | None = None,
+    ) -> list[list[list[Any]]]:
+        """The answers that generate_text draws, with the step and log-probability at which each token was kept.
+
+        Args: those of generate_text.
+        Returns: MaskedRegion [b][q][s].
+        Raises: as generate_text; ValueError if the model's text decoder does not say how it draws, or on settings that
+            change its law.
+        """
+        if not hasattr(self._text, "rollout"):
+            raise ValueError(
+                f"Engine.rollout_text: {type(self._text).__name__} does not say how it draws; use a model that fills "
+                "text from masks"
+            )
+        images, options = self._checked_asking("rollout_text", images, question_ids, sampling, seeds, max_tokens)
+        with torch.inference_mode():
+            return self._text.rollout(images, question_ids, sampling, seeds, **options)
 
     extend = generate_text
     """The former name of generate_text."""
@@ -343,6 +360,27 @@ class Engine:
         for index, ids in enumerate(prompt_ids):
             self._check_text(function, f"prompt {index}", ids)
         return max_sequences
+
+    def _checked_asking(
+        self,
+        function: str,
+        images: Tensor,
+        question_ids: QuestionIds,
+        sampling: Sequence[SamplingParams],
+        seeds: Tensor,
+        max_tokens: int | None,
+    ) -> tuple[Tensor, dict[str, int]]:
+        """The images as the decoder takes them, and max_tokens, given or the planner's; what is asked is checked."""
+        images = self._checked_images(function, images)
+        self._check_questions(function, images, question_ids)
+        if len(sampling) == 0:
+            raise ValueError(f"Engine.{function}: expected at least one SamplingParams in sampling, got none")
+        num_questions = max((len(questions) for questions in question_ids), default=0)
+        given = seeds.shape[1] if seeds.dim() == 3 else 0  # an image with fewer questions leaves seeds unused
+        _check_seeds(function, seeds, (len(images), max(num_questions, given), len(sampling)), "[B, Q, S]")
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        _check_bound(function, "max_tokens", max_tokens)
+        return images, {"max_tokens": max_tokens}
 
     def _checked_images(self, function: str, images: Tensor) -> Tensor:
         """The images as codes, or as features in the model's dtype."""

@@ -335,7 +335,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GRPOConfig:
-    """GRPO on the images that the model draws as it learns (selfplay.algorithm grpo).
+    """GRPO on the images that the model draws as it learns (selfplay.algorithm grpo), or the captions (caption-grpo).
 
     Steps, rates, replay and reference are those of [train]; images are drawn as [curation] says.
     """
@@ -448,7 +448,8 @@ class SelfPlayConfig:
     """Take new prompts in each round; otherwise the same again, with the paper's rule for replacing win and lose."""
     algorithm: str = "pair-dpo"
     """What trains in a round: pair-dpo, on pairs of best and worst; grpo, on images that are drawn and rewarded as the
-    model learns; own-drawings, on answers about own drawings; or "module:class" of your own."""
+    model learns; caption-grpo, on captions likewise, in models that fill text from masks; own-drawings, on answers
+    about own drawings; or "module:class" of your own."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -76,6 +76,38 @@ class MaskedTextDecoder:
         out of the answer.
         Raises: RuntimeError naming the answer if the model's logits hold NaN.
         """
+        regions = self._regions(images, question_ids, sampling, seeds)
+        flat = [each for of_image in regions for of_question in of_image for each in of_question]
+        self.fill(flat, text_only=text_only, max_tokens=max_tokens)
+        return [[[self._answer(each) for each in of_question] for of_question in of_image] for of_image in regions]
+
+    def rollout(
+        self,
+        images: Tensor,
+        question_ids: QuestionIds,
+        sampling: Sequence[SamplingParams],
+        seeds: Tensor,
+        *,
+        max_tokens: int = 16384,
+    ) -> list[list[list[MaskedRegion]]]:
+        """The answers of extend, with how they were drawn, [b][q][s]; arguments and errors are those of extend.
+
+        Raises: ValueError on settings that draw by another law than the model's at temperature 1.
+        """
+        plain = SamplingParams(temperature=1.0)
+        others = ("top_k", "top_p", "min_p", "temperature", "guidance_scale", "threshold", "cache")
+        wrong = [name for params in sampling for name in others if getattr(params, name) != getattr(plain, name)]
+        if wrong:
+            raise ValueError(
+                f"MaskedTextDecoder.rollout: expected {wrong[0]} {getattr(plain, wrong[0])!r}; leave it out"
+            )
+        regions = self._regions(images, question_ids, sampling, seeds)
+        self.fill([each for image in regions for question in image for each in question], max_tokens=max_tokens)
+        return regions
+
+    def _regions(
+        self, images: Tensor, question_ids: QuestionIds, sampling: Sequence[SamplingParams], seeds: Tensor
+    ) -> list[list[list[MaskedRegion]]]:
         codes, layout = images.tolist(), self.layout
 
         def region(image: int, question: int, sample: int) -> MaskedRegion:
@@ -87,13 +119,10 @@ class MaskedTextDecoder:
                 ends=lambda ids: layout.eot in ids,
             )  # fmt: skip
 
-        regions = [
+        return [
             [[region(image, question, sample) for sample in range(len(sampling))] for question in range(len(questions))]
             for image, questions in enumerate(question_ids)
         ]
-        flat = [each for of_image in regions for of_question in of_image for each in of_question]
-        self.fill(flat, text_only=text_only, max_tokens=max_tokens)
-        return [[[self._answer(each) for each in of_question] for of_question in of_image] for of_image in regions]
 
     def fill(self, regions: Sequence[MaskedRegion], *, text_only: bool = True, max_tokens: int = 16384) -> None:
         """Draws regions to their ends, in place; text_only, max_tokens and errors are those of extend."""
@@ -270,11 +299,16 @@ class MaskedTextDecoder:
         if not text_only:
             return head.weight, head.bias
         if self._text_bias is None or self._text_bias.device != head.weight.device:
-            bias = torch.full((len(head.weight),), float("-inf"))
-            bias[torch.tensor(list(self.layout.text_ids))] = 0.0
-            self._text_bias = bias.to(head.weight.device)
+            self._text_bias = text_bias(self.layout, head.weight.device)
         bias = self._text_bias.to(head.weight.dtype)
         return head.weight, bias if head.bias is None else head.bias + bias
+
+
+def text_bias(layout: Layout, device: torch.device) -> Tensor:
+    """fp32 [V]: 0 for text ids, -inf for others."""
+    bias = torch.full((layout.vocab_size,), float("-inf"))
+    bias[torch.tensor(list(layout.text_ids))] = 0.0
+    return bias.to(device)
 
 
 class _View(NamedTuple):
@@ -303,8 +337,9 @@ class _Half(NamedTuple):
 class MaskedRegion:
     """A region of masks between given ids, and how far it is drawn.
 
-    before, after: the ids around it. ids: int64 [L], its own. step counts all steps so far, of all blocks. slot: where
-    its keys and values are kept, if they are.
+    before, after: the ids around it. ids: int64 [L], its own. kept_at: int64 [L], the step that kept an id, of all
+    blocks; -1 where none did. logprob: fp32 [L], its log-probability then, at temperature 1 and without filters. step
+    counts the steps so far. slot: where its keys and values are kept, if they are.
     """
 
     slot: int | None = None
@@ -332,6 +367,7 @@ class MaskedRegion:
         self.before, self.after, self.params, self.seed, self.name = before, after, params, seed, name
         self.mask_id, self._ends, self.step = mask_id, ends, 0
         self.ids = np.full(params.max_new_tokens, mask_id)
+        self.kept_at, self.logprob = np.full_like(self.ids, -1), np.zeros(len(self.ids), dtype=np.float32)
         self.num_tokens = (2 if params.guidance_scale else 1) * self._span_length
         self._blocks = iter(_blocks(params))
         self._start, self._end, self._counts = next(self._blocks)
@@ -368,7 +404,8 @@ class MaskedRegion:
             count = max(1, int((confidence >= math.log(self.params.threshold)).sum()))
             self._counts = self._counts[: len(positions) - count]
         kept = np.argsort(-confidence, kind="stable")[:count]
-        self.ids[positions[kept]] = token[kept]
+        places = positions[kept]
+        self.ids[places], self.logprob[places], self.kept_at[places] = token[kept], confidence[kept], self.step
         self.step += 1
         self._begins_block = not self._counts
         if self._begins_block:

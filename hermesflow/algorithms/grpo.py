@@ -141,6 +141,7 @@ class GRPO:
 
     name = "GRPO"
     is_online = True
+    _batch = GRPOBatch
 
     def __init__(self, model: Model, records: Sequence[Record], config: Config, seed: int) -> None:
         """
@@ -176,20 +177,11 @@ class GRPO:
     @staticmethod
     def check(config: Config) -> None:
         """Raises InputError on settings that do not go together."""
-        train, grpo = config.train, config.grpo
         if config.model.judge:
             raise InputError("model.judge: grpo takes its rewards from the section grpo; leave it empty")
-        find_rewards(grpo)
+        find_rewards(config.grpo)
         find_matcher(config.curation)
-        if train.checkpoint_every % grpo.updates_per_rollout:
-            raise InputError(
-                f"train.checkpoint_every {train.checkpoint_every}: a run resumes before a rollout; give a multiple of "
-                f"grpo.updates_per_rollout {grpo.updates_per_rollout}"
-            )
-        if grpo.kl_weight and train.reference != "live":
-            raise InputError(
-                "grpo.kl_weight: no reference can be kept of images that are not drawn yet; set train.reference to live"
-            )
+        check_rollouts(config)
 
     def visits(self, step: int | None) -> list[Group]:
         """The groups of a step, drawn and judged with the weights as they are now, where they are not there yet.
@@ -206,11 +198,11 @@ class GRPO:
         """See Algorithm."""
         sizes = [self._num_tokens(group) for group in visits]
         plan = plan_passes(sizes, self.config.train.tokens_per_pass, world_size())[rank() :: world_size()]
-        replayed = self.packer.num_pairs([_visit(group) for group in visits]).get(REPLAY, 0)
+        replayed = self.packer.num_pairs([visit_of(group) for group in visits]).get(REPLAY, 0)
         totals = {
             "groups": len(visits),
             "images": sum(len(group.used) for group in visits),
-            "steps": sum(len(np.unique(group.kept_at[image])) for group in visits for image in group.used),
+            "steps": sum(len(_steps_of(group.kept_at[number])) for group in visits for number in group.used),
             REPLAY: replayed,
         }
         return [
@@ -322,33 +314,24 @@ class GRPO:
         layout = self.model.layout
         prompt = layout.text_prompt(self._prompt_of(group)) if layout.is_bidirectional else ()
         states = halves * num_steps * len(group.used) * (len(prompt) + layout.image_length)
-        return states + self.packer.num_tokens(_visit(group))
+        return states + self.packer.num_tokens(visit_of(group))
 
     def _pack(
         self, groups: Sequence[Group], totals: Mapping[str, int], key: tuple[int, ...], device: torch.device
     ) -> GRPOBatch:
         """One pass over these groups."""
-        builder, visits = TreeBuilder(), [_visit(group) for group in groups]
-        aside = None if self.config.grpo.train_unguided else SpanForest()
-        params, is_masked = self._params(groups[0].rollout), self.config.grpo.likelihood == "masked"
-        params = replace(params, guidance_scale=0.0, temperature=1.0) if is_masked else params
-        states = RolloutStates(self.model.layout, params, builder, aside)
-        images = [(group, image) for group in groups for image in group.used]
-        # Of a group that teaches nothing, too, so that no tree is empty; in a bidirectional layout of those alone.
-        for group in [each for each in groups if not (self.model.layout.is_bidirectional and each.used)]:
-            states.guided.add_condition(self.model.layout.text_prompt(self._prompt_of(group)))
-        add = self._add_masked if is_masked else self._add_image
-        weights = [add(states, group, image) for group, image in images]
+        builder, visits = TreeBuilder(), [visit_of(group) for group in groups]
+        drawn = [(group, number) for group in groups for number in group.used]
+        codes, weights, params, aside = self._add_drawn(builder, groups, drawn)
         for index, visit in enumerate(visits):
             self.packer.add_replay(builder, index, visit)
-        codes = states.drawn()
         # Of each image, each of its decoding steps or masks.
         (owner, _), segment = torch.unique(torch.stack([codes.owners, codes.steps]), dim=1, return_inverse=True)
-        of_image = {"advantages": [group.advantages[image] for group, image in images], "weights": weights}
-        advantage, weight = (torch.tensor(values, dtype=torch.float32)[owner] for values in of_image.values())
+        of_drawn = {"advantages": [group.advantages[number] for group, number in drawn], "weights": weights}
+        advantage, weight = (torch.tensor(values, dtype=torch.float32)[owner] for values in of_drawn.values())
         found = torch.full(codes.targets.shape, torch.nan)
-        drawn_logprob = found if is_masked else self._drawn_logprob(images, codes)
-        return GRPOBatch(
+        drawn_logprob = found if self._is_masked else self._drawn_logprob(drawn, codes)
+        return self._batch(
             self.model.layout,
             params,
             DrawnCodes(*(values.to(device) for values in codes)),
@@ -360,19 +343,39 @@ class GRPO:
             key,
         )
 
+    def _add_drawn(
+        self, builder: TreeBuilder, groups: Sequence[Group], drawn: Sequence[tuple[Group, int]]
+    ) -> tuple[DrawnCodes, list[float], Any, SpanForest | None]:
+        """The states of what was drawn, (group, number in it) each: what their rows predict, what the steps of each
+        weigh, the settings of the law, and the unguided half's spans where they are apart."""
+        aside = None if self.config.grpo.train_unguided else SpanForest()
+        params = self._params(groups[0].rollout)
+        params = replace(params, guidance_scale=0.0, temperature=1.0) if self._is_masked else params
+        states = RolloutStates(self.model.layout, params, builder, aside)
+        # Of a group that teaches nothing, too, so that no tree is empty; in a bidirectional layout of those alone.
+        for group in [each for each in groups if not (self.model.layout.is_bidirectional and each.used)]:
+            states.guided.add_condition(self.model.layout.text_prompt(self._prompt_of(group)))
+        add = self._add_masked if self._is_masked else self._add_image
+        weights = [add(states, group, image) for group, image in drawn]
+        return states.drawn(), weights, params, aside
+
+    @property
+    def _is_masked(self) -> bool:
+        return self.config.grpo.likelihood == "masked"
+
     def _params(self, rollout: int) -> Any:
         return self._ways[rollout % len(self._ways)]
 
     def _prompt_of(self, group: Group) -> list[int]:
         return self.model.image_prompt(self.records[group.record].caption)
 
-    def _drawn_logprob(self, images: Sequence[tuple[Group, int]], codes: DrawnCodes) -> Tensor:
+    def _drawn_logprob(self, drawn: Sequence[tuple[Group, int]], codes: DrawnCodes) -> Tensor:
         """What the decoder found when it drew codes that it kept, fp32 [T]; NaN of others."""
-        if not images:
+        if not drawn:
             return torch.zeros(0)
         places = codes.owners, codes.positions
-        logprob = torch.from_numpy(np.stack([group.logprob[image] for group, image in images]))[places]
-        kept_at = torch.from_numpy(np.stack([group.kept_at[image] for group, image in images]))[places]
+        logprob = torch.from_numpy(np.stack([group.logprob[number] for group, number in drawn]))[places]
+        kept_at = torch.from_numpy(np.stack([group.kept_at[number] for group, number in drawn]))[places]
         return logprob.masked_fill(kept_at != codes.steps, torch.nan)
 
     def _add_image(self, states: RolloutStates, group: Group, image: int) -> float:
@@ -387,21 +390,47 @@ class GRPO:
 
     def _add_masked(self, states: RolloutStates, group: Group, image: int) -> float:
         """Adds an image under random masks, a segment each; their codes weigh so that the sum stands for all codes."""
-        codes, num_masks = group.codes[image], self._num_states(group)
-        rng = np.random.default_rng([self.seed, 6, group.rollout, group.record, image])
+        codes = group.codes[image]
+        hidden_at = self._masks(group, image, len(codes))
+        states.add_masked(self._prompt_of(group), codes, hidden_at)
+        return len(codes) / sum(map(len, hidden_at))
+
+    def _masks(self, group: Group, number: int, length: int) -> list[np.ndarray]:
+        """Places that masks of what was drawn hide, at times that are spread evenly from a random one."""
+        rng, num_masks = (
+            np.random.default_rng([self.seed, 6, group.rollout, group.record, number]),
+            self._num_states(group),
+        )
         first = rng.random()
         times = first + (1 - first) * np.arange(num_masks) / num_masks
-        counts = np.maximum(1, np.round(times * len(codes)).astype(int))
-        hidden_at = [np.sort(rng.permutation(len(codes))[:count]) for count in counts]
-        states.add_masked(self._prompt_of(group), codes, hidden_at)
-        return len(codes) / counts.sum()
+        counts = np.maximum(1, np.round(times * length).astype(int))
+        return [np.sort(rng.permutation(length)[:count]) for count in counts]
 
     def _num_states(self, group: Group) -> int:
         """Decoding steps, or masks, of an image that the gradient is computed for, at most."""
-        num_steps = len(np.unique(group.kept_at))
+        num_steps = len(_steps_of(group.kept_at))
         trained = self.config.grpo.trained_steps
         return (
             (trained or num_steps) if self.config.grpo.likelihood == "masked" else min(num_steps, trained or num_steps)
+        )
+
+
+def _steps_of(kept_at: np.ndarray) -> np.ndarray:
+    """Those that kept something."""
+    return np.unique(kept_at[kept_at >= 0])
+
+
+def check_rollouts(config: Config) -> None:
+    """Raises InputError on settings of training that do not go with rollouts."""
+    train, grpo = config.train, config.grpo
+    if train.checkpoint_every % grpo.updates_per_rollout:
+        raise InputError(
+            f"train.checkpoint_every {train.checkpoint_every}: a run resumes before a rollout; give a multiple of "
+            f"grpo.updates_per_rollout {grpo.updates_per_rollout}"
+        )
+    if grpo.kl_weight and train.reference != "live":
+        raise InputError(
+            "grpo.kl_weight: no reference can be kept of images that are not drawn yet; set train.reference to live"
         )
 
 
@@ -452,7 +481,7 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return np.where(np.abs(found) > _LEAST_ADVANTAGE, found, 0.0)
 
 
-def _visit(group: Group) -> PairVisit:
+def visit_of(group: Group) -> PairVisit:
     """Its replay's."""
     return PairVisit(group.record, group.rollout)
 

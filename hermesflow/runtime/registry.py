@@ -59,6 +59,7 @@ ANSWER_SCORERS = {
 ALGORITHMS = {
     "pair-dpo": "hermesflow.algorithms.pair_dpo:PairDPO", "grpo": "hermesflow.algorithms.grpo:GRPO",
     "own-drawings": "hermesflow.algorithms.own_drawings:OwnDrawings",
+    "caption-grpo": "hermesflow.algorithms.caption_grpo:CaptionGRPO",
 }  # fmt: skip
 """selfplay.algorithm: (model, pairs, config, seed) -> Algorithm; (model, records, config, seed) where it is online."""
 LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
