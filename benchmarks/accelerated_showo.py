@@ -1,4 +1,4 @@
-"""The cases of `hermesflow bench drop-in` for Show-o's class, and what those of all classes share; see accelerated.py."""
+"""The cases of `hermesflow bench drop-in` for Show-o's class, and what those of all classes share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`hermesflow bench e2e --family mmada|lumina-dimoo`: tasks of bidirectional families.
+"""`hermesflow bench e2e` and `bench train --family mmada|lumina-dimoo`: tasks, and a step of Pair-DPO, of bidirectional
+families.
 
     images      the candidates of a prompt
     captions    ten of an image
@@ -27,7 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hermesflow.benchmarks import e2e, naive_masked
+from hermesflow.algorithms.batch import PairBatch
+from hermesflow.benchmarks import e2e, naive_masked, train
 from hermesflow.benchmarks.causal_models import NUM_SPECIAL, SHAPES, ModelShape, fill_weights
 from hermesflow.benchmarks.measuring import Part
 from hermesflow.benchmarks.runner import Contest, ModelSettings, Run, check_names
@@ -91,6 +93,32 @@ class TaskSettings(ModelSettings):
     def __post_init__(self) -> None:
         check_names("--family", [self.family], FAMILIES)
         self.check(SHAPES, CASES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSettings(train.Settings):
+    """What to measure of a step of Pair-DPO."""
+
+    family: str = "mmada"
+    """One of FAMILIES."""
+
+    def __post_init__(self) -> None:
+        check_names("--family", [self.family], FAMILIES)
+        self.check(SHAPES, train.CASES)
+
+
+def run_masked_train(settings: StepSettings) -> int:
+    """Measure a step, print a table, write lines.
+
+    Args:
+        settings: what to measure and where to write.
+    Returns: 0, or 1 if loss or gradients are not those of the published algorithm.
+    Raises: InputError if a file cannot be written.
+    """
+    run = Run(f"train-{settings.family}", settings, train.EFFORT, settings.torch_dtype)
+    return train.measure_step(
+        run, settings, MaskedStep(settings.family, settings.shape, run.device, settings.torch_dtype)
+    )
 
 
 def run_masked_e2e(settings: TaskSettings) -> int:
@@ -267,6 +295,26 @@ class MaskedTasks(e2e.FamilyTasks):
     def _pass(self, spans: list[tuple[int, int]], head_rows: int, head_size: int) -> Work:
         """Full root spans, as (count, length); the last layer's MLP counts for all rows."""
         return self.work.one_pass([(*span, 0, False) for span in spans], 0, head_rows, head_size)
+
+
+class MaskedStep(train.Step):
+    """A step of Pair-DPO of one family."""
+
+    def __init__(self, family: str, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.family = FAMILIES[family]
+        super().__init__(shape_name, device, dtype)
+
+    def make_model(self, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Layout]:
+        """See train.Step."""
+        return _make_model(self.family, SHAPES[self.shape_name], device, dtype)
+
+    def pad(self, batch: PairBatch) -> naive_masked.PaddedPairs:
+        """See train.Step."""
+        return naive_masked.pad_pairs(self.layout, batch)
+
+    def run_naive(self) -> Tensor:
+        """See train.Step."""
+        return naive_masked.train_step(self.transformer, self.reference, self._padded, self.config.beta)
 
 
 def _make_model(

@@ -4,6 +4,8 @@
     images of Lumina-DiMOO   one at a time, its two halves in calls of their own
     text of both             one answer at a time; in each step the whole sequence, logits over the joint vocabulary at
                              all places, and in fp64 the softmax that gives the confidences
+    a step of Pair-DPO       of masked images and captions, padded to one length, with logits at all places; neither
+                             family published one, so this is HermesFlow's on sequences such as their training has
 
 The weights are those of our Transformer; the arithmetic is that of naive_model.py.
 Sources: t2i_generate and mmu_generate of MMaDA, generators/ of Lumina-DiMOO.
@@ -13,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hermesflow.algorithms.batch import PairBatch
 from hermesflow.benchmarks import naive
-from hermesflow.benchmarks.naive_model import all_logits
+from hermesflow.benchmarks.naive_model import IGNORED, all_logits, dpo_step, sequence_to
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.engine.token_layout import Layout
@@ -117,6 +122,49 @@ def answer_question(
             x[0, kept] = token[0, kept]
     region = x[0, len(before) : len(before) + length].tolist()
     return region[: region.index(layout.eot)] if layout.eot in region else region
+
+
+@dataclass(frozen=True)
+class PaddedPairs:
+    """Pairs as padded sequences, of each role (win, lose) P image sequences and then P caption sequences.
+
+    ids, labels: int64 [2, 2 P, L], the label of each hidden token, elsewhere IGNORED. mask: bool [2, 2 P, 1, L, L].
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def pad_pairs(layout: Layout, batch: PairBatch) -> PaddedPairs:
+    """The sequences of a packed pass whose pairs all have both sides and one mask, with the same masks and labels."""
+    tree, num_pairs = batch.tree, len(batch.visits)
+    shape = (2, 2 * num_pairs, int(tree.lengths.max()))
+    ids, labels = (torch.full(shape, value, device=tree.token_ids.device) for value in (layout.mask_id, IGNORED))
+    mask = torch.zeros(*shape[:2], 1, shape[2], shape[2], dtype=torch.bool, device=ids.device)
+    for first, name in ((0, "generation"), (num_pairs, "understanding")):
+        side = batch.sides[name]
+        for segment in range(2 * num_pairs):
+            at, chosen = (segment % 2, first + segment // 2), side.segment == segment
+            rows = side.rows[chosen]
+            sequence = sequence_to(tree, int(rows[-1]))
+            ids[at][: len(sequence)] = sequence
+            labels[at][tree.position_ids[rows]] = side.targets[chosen]
+            mask[at] = _mask_of(ids[at][None].flip(1), shape[2] - len(sequence))[0].flip(1, 2)
+    return PaddedPairs(ids, labels, mask)
+
+
+def train_step(transformer: Transformer, reference: Transformer, pairs: PaddedPairs, beta: float) -> Tensor:
+    """Loss of one step of Pair-DPO, 0-dim, with its gradient; see naive_model.train_step."""
+    return dpo_step(partial(_label_logprobs, pairs=pairs), transformer, reference, beta)
+
+
+def _label_logprobs(transformer: Transformer, role: int, pairs: PaddedPairs) -> Tensor:
+    """Log-probability of each label [2 P, L], 0 where there is none, by logits at all positions."""
+    labels = pairs.labels[role]
+    logits = all_logits(transformer, pairs.ids[role], pairs.mask[role])
+    logprob = naive.token_logprob(logits.flatten(0, 1), labels.flatten().clamp(min=0)).view_as(labels)
+    return torch.where(labels == IGNORED, 0.0, logprob)
 
 
 def _mask_of(ids: Tensor, num_pads: int) -> Tensor:

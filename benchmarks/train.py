@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairBatch, PairVisit
-from hermesflow.algorithms.packing import PairPacker
+from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import LiveReference, Reference, cached_reference
 from hermesflow.benchmarks import e2e, naive_model
@@ -160,7 +160,7 @@ class Step:
             for number in range(shape.num_pairs)
         ]
         self.config = TrainConfig(pairs_per_step=shape.num_pairs, **PAPER_OBJECTIVE)
-        self.packer = PairPacker(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), self.config, seed=0)
+        self.packer = make_packer(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), self.config, seed=0)
         self.device, self.layout = device, layout
         self.visits = self.packer.visits(0)
         self.totals = self.packer.num_pairs(self.visits)

@@ -193,8 +193,7 @@ _shape = partial(_option, default="small")
 _DEVICE = _option("--device", "[cpu]", choices=("cpu", "cuda"), default="cpu")
 _DTYPE = _option("--dtype", "of the weights [float32]", choices=("float32", "bfloat16"), default="float32")
 _CASES = _repeated("--case NAME", "may be repeated [all]", dest="cases")
-_STEP_FAMILIES = ("showo", "janus", "emu3", "chameleon")
-_TASK_FAMILIES = (*_STEP_FAMILIES, "mmada", "lumina-dimoo")
+_FAMILIES = ("showo", "janus", "emu3", "chameleon", "mmada", "lumina-dimoo")
 _family = partial(_option, "--family NAME", "of the model; all but showo at the shapes tiny and small [showo]")
 _OUT = _option("--out FILE.jsonl", "where to write the lines", Path)
 _NAIVE = _option(
@@ -340,12 +339,12 @@ COMMANDS = (
         "bench e2e", "images, captions, answers and whole records, against the published algorithm",
         "--shape tiny --out results.jsonl --profile traces",
         _DEVICE, _shape("--shape", "of the model, and how much is drawn [small]", choices=_SHAPES), _DTYPE, _CASES,
-        _NAIVE, _family(choices=_TASK_FAMILIES, default="showo"), _OUT, _PROFILE, configured=False,
+        _NAIVE, _family(choices=_FAMILIES, default="showo"), _OUT, _PROFILE, configured=False,
     ),
     _command(
         "bench train", "a Pair-DPO step, forward and backward, against the published algorithm",
         "--shape small --out results.jsonl --profile traces", *_OF_MODELS, _NAIVE,
-        _family(choices=_STEP_FAMILIES, default="showo"), _PROFILE, configured=False,
+        _family(choices=_FAMILIES, default="showo"), _PROFILE, configured=False,
     ),
     _command(
         "bench drop-in", "a published class's methods before and after hermesflow.accelerate",

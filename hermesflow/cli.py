@@ -336,10 +336,12 @@ def _bench_e2e(arguments: Arguments, config: Config) -> int:
 
 
 def _bench_train(arguments: Arguments, config: Config) -> int:
-    from hermesflow.benchmarks import causal_tasks, train
+    from hermesflow.benchmarks import causal_tasks, masked_tasks, train
 
     if arguments.family == "showo":
         return train.run_train(_settings(train.Settings, arguments))
+    if arguments.family in masked_tasks.FAMILIES:
+        return masked_tasks.run_masked_train(_settings(masked_tasks.StepSettings, arguments))
     return causal_tasks.run_causal_train(_settings(causal_tasks.StepSettings, arguments))
 
 

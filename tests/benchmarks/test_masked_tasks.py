@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hermesflow import load_model
-from hermesflow.benchmarks import lines, masked_tasks, naive_masked
+from hermesflow.benchmarks import lines, masked_tasks, naive_masked, train
 from hermesflow.cli import main
 from hermesflow.engine.decoders.text import SamplingParams
 
@@ -67,6 +67,16 @@ def test_a_run_writes_its_lines(family, tmp_path):
     written = lines.read_lines(path)
     assert [line["case"] for line in written] == list(masked_tasks.CASES)
     assert all(line["bench"] == f"e2e-{family}" and line["speedup"] > 0 for line in written)
+
+
+@pytest.mark.parametrize("family", masked_tasks.FAMILIES)
+def test_a_step_writes_its_lines(family, tmp_path):
+    """Loss and gradients are those of the padded sequences, or nothing would be measured."""
+    path = tmp_path / "lines.jsonl"
+    assert main(["bench", "train", "--family", family, "--shape", "tiny", "--out", str(path)]) == 0
+    written = lines.read_lines(path)
+    assert [line["case"] for line in written] == list(train.CASES)
+    assert all(line["bench"] == f"train-{family}" and line["speedup"] > 0 for line in written)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
