@@ -72,7 +72,8 @@ def run_accelerated(settings: Settings) -> int:
     """
     published = load_class(settings.code or STAND_INS[settings.family], CLASSES[settings.family])
     asked = settings.cases or settings.calls.CASES
-    run = Run("drop_in", settings, EFFORT, settings.torch_dtype)
+    name = "drop_in" if settings.family == "showo" else f"drop_in-{settings.family}"
+    run = Run(name, settings, EFFORT, settings.torch_dtype)
     calls = settings.calls(published, settings.shape, run.device, settings.torch_dtype)
     names = [name for name in asked if calls.has(name)]
     run.notes += [f"{name}: the class has no loss_for_unidpo" for name in asked if name not in names]
