@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "Showo.from_pretrained": "the published class, which is not installed here (tests/hermesflow/drop_in runs it)",
+    "MMadaModelLM.from_pretrained": "likewise",
     "accelerate(reference_model)": "a script of the published code (tests/hermesflow/drop_in)",
 }
 """Snippets that need what a test does not have: only their syntax is checked."""
