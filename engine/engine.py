@@ -437,14 +437,16 @@ def _check_layout(layout: Layout) -> None:
     """Raises ValueError unless the layout fits itself."""
     framing = [*layout.before_image, *layout.row_end, *layout.after_image]
     framing += [] if layout.mask_id is None else [layout.mask_id]
-    for name, ids in (("text_ids", layout.text_ids), ("code_ids", layout.code_ids), ("ids around codes", framing)):
+    named = [("text_ids", layout.text_ids), ("code_ids", layout.code_ids or ()), ("ids around codes", framing)]
+    for name, ids in named:
         if not all(0 <= id < layout.vocab_size for id in (min(ids, default=0), max(ids, default=0))):
             raise ValueError(f"Engine: expected the layout's {name} in [0, {layout.vocab_size}), got {ids}")
     if layout.eot not in layout.text_ids:
         raise ValueError(f"Engine: expected the layout's eot among its text ids, got {layout.eot}")
-    if len(layout.code_ids) != layout.codebook_size:
-        raise ValueError(f"Engine: expected {layout.codebook_size} code_ids, got {len(layout.code_ids)}")
-    if layout.code_ids[0] in layout.text_ids or layout.code_ids[layout.codebook_size - 1] in layout.text_ids:
+    if len(layout.code_ids or ()) != layout.codebook_size:
+        raise ValueError(f"Engine: expected {layout.codebook_size} code_ids, got {len(layout.code_ids or ())}")
+    ends = [layout.code_ids[0], layout.code_ids[layout.codebook_size - 1]] if layout.code_ids else []
+    if any(code in layout.text_ids for code in ends):
         raise ValueError("Engine: expected ids of text and of codes apart, got codes among text_ids")
     if layout.image_grid[0] * layout.image_grid[1] != layout.num_image_tokens:
         raise ValueError(

@@ -25,10 +25,9 @@ class PromptSpans:
         self._images, self._question_ids = images, question_ids
         self._codes: list[list[int]] | None = None
         if images.is_floating_point():
-            self._feature_ids, self._first = layout.feature_prefix(images.shape[1])
-            self._mode = self._first if layout.prefix_mode == "full" else "causal"
+            self._features = layout.feature_span(images.shape[1])
             self._image, self._ask = None, layout.feature_question
-            self.image_length = len(self._feature_ids)
+            self.image_length = len(self._features.ids)
         else:
             self._codes, self._image, self._ask = images.tolist(), layout.image_prefix, layout.question
             self._mode = layout.prefix_mode
@@ -43,7 +42,7 @@ class PromptSpans:
     def image(self, image: int) -> Span:
         """Root span of an image; features take the place of its pads (embeds)."""
         if self._codes is None:
-            return self._feature_ids, -1, self._mode
+            return self._features.ids, -1, self._features.mode, self._features.place
         return self._image(self._codes[image]), -1, self._mode
 
     def question(self, image: int, question: int) -> list[int]:
@@ -54,5 +53,6 @@ class PromptSpans:
         """The features of images whose spans come first, in this order, among a tree's new tokens; None for codes."""
         if self._codes is not None or not images:
             return None
-        rows = torch.arange(len(images))[:, None] * self.image_length + torch.arange(self._first, self.image_length)
+        first, count = self._features.first, self._images.shape[1]
+        rows = torch.arange(len(images))[:, None] * self.image_length + torch.arange(first, first + count)
         return rows.flatten(), self._images[list(images)].flatten(0, 1)

@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from hermesflow.kernels.span_tree import Place
 
 SPECIAL_TOKENS = ("soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
 """The nine special tokens in Show-o's published order; they follow [PAD]."""
@@ -89,6 +91,15 @@ class Ids:
         return self._tables[device]
 
 
+class FeatureSpan(NamedTuple):
+    """ids of a span in which features stand, from the token `first` on; its mode and place."""
+
+    ids: list[int]
+    first: int
+    mode: str | int
+    place: Place
+
+
 class Layout(ABC):
     """What the engine asks of a model's vocabulary and sequences.
 
@@ -102,16 +113,18 @@ class Layout(ABC):
     """Ends an answer; one of text_ids."""
     text_ids: Ids
     """What text may hold."""
-    code_ids: Ids
-    """Of the image codes, in the code book's order."""
+    code_ids: Ids | None
+    """Of the image codes, in the code book's order; None in a family that draws latents."""
     mask_id: int | None = None
     """Stands for a code that is not drawn yet; None in a family that draws code by code."""
     codebook_size: int
-    """How many image codes there are."""
+    """How many image codes there are; 0 in a family that draws latents."""
     num_image_tokens: int
-    """Codes of an image."""
+    """Codes, or latents, of an image."""
     image_grid: tuple[int, int]
-    """Rows and columns of an image's codes."""
+    """Rows and columns of an image's codes, or latents."""
+    image_place: Place = Place()
+    """Of an image of latents: its positions, and the tokens around them that the first expert computes."""
     image_mode: str = "full"
     """Of an image that is drawn: "full", or "causal" where it is drawn code by code."""
     prefix_mode: str = "full"
@@ -172,6 +185,11 @@ class Layout(ABC):
         Raises: ValueError in a family that sees codes alone.
         """
         raise ValueError(f"{type(self).__name__}: the model understands images by their codes, got features")
+
+    def feature_span(self, num_features: int) -> FeatureSpan:
+        """The root span of an image by its features. Raises: as feature_prefix."""
+        ids, first = self.feature_prefix(num_features)
+        return FeatureSpan(ids, first, first if self.prefix_mode == "full" else "causal", Place())
 
     def feature_question(self, text_ids: Sequence[int]) -> list[int]:
         """What is asked of an image given by features."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from hermesflow.engine.token_layout import Ids
 from hermesflow.kernels.checks import FLOAT_DTYPES, not_on_triton_device
 from hermesflow.kernels.matmul import linear
 from hermesflow.kernels.span_attention import span_attention
-from hermesflow.kernels.span_tree import SpanTree
+from hermesflow.kernels.span_tree import ExpertRows, SpanTree
 
 Embeds = tuple[Tensor, Tensor]
 """(packed rows int64 [n] of a tree, vectors [n, D] in place of the embeddings of those tokens)."""
@@ -40,7 +40,7 @@ ACTIVATIONS = {
 _RANGES = {
     "vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "num_layers": (1, 2**10), "num_heads": (1, 2**16),
     "num_kv_heads": (1, 2**16), "mlp_size": (1, 2**24), "norm_eps": (0, 1), "rotary_fraction": (0, 1),
-    "rope_theta": (1, 1e12),
+    "rope_theta": (1, 1e12), "experts": (1, 2),
 }  # fmt: skip
 BLOCKS = ("sequential", "post", "parallel")
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -52,8 +52,10 @@ class TransformerConfig:
 
     block "sequential" is attention then MLP, each behind its own norm; "post" (Swin) has the norms after them instead;
     "parallel" (Phi) adds both from one norm. gated makes the MLP activation(gate) * up (SwiGLU with silu).
-    rotary_fraction is the rotated part of each head. qk_norm norms queries and keys; with qk_norm_per_head (Chameleon)
-    by a LayerNorm of eps 1e-5 whose weights and biases are each head's own, whatever norm is.
+    rotary_fraction is the rotated part of each head. qkv_bias gives queries, keys and values a bias where bias gives
+    none. qk_norm norms queries and keys; with qk_norm_per_head (Chameleon) by a LayerNorm of eps 1e-5 whose weights and
+    biases are each head's own, whatever norm is. experts 2 is a mixture of transformers (BAGEL): a second set of layers
+    and final norm computes the rows that the span tree says (Place.framed); attention is joint.
     """
 
     vocab_size: int
@@ -72,6 +74,8 @@ class TransformerConfig:
     qk_norm: bool = False
     qk_norm_per_head: bool = False
     bias: bool = True
+    qkv_bias: bool = False
+    experts: int = 1
     head_bias: bool = False
     tie_embeddings: bool = False
 
@@ -153,7 +157,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = Linear(config.hidden_size, width, bias=config.bias)
+        self.qkv = Linear(config.hidden_size, width, bias=config.bias or config.qkv_bias)
         self.out = Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         self.q_norm, self.k_norm = (_head_norm(config, count) for count in (config.num_heads, config.num_kv_heads))
 
@@ -257,6 +261,9 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
+        if config.experts == 2:
+            self.latent_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+            self.latent_norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -275,6 +282,8 @@ class Transformer(nn.Module):
         """
         x = self._embedded(tree.token_ids, embeds)
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
+        if self.config.experts == 2 and (expert_rows := tree.expert_rows()) is not None:
+            return self._mixed(x, rotary, tree, cache, expert_rows, rows)
         fused = FusedPass(self.blocks, tree, cache) if self._takes_fused() else None
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
@@ -284,6 +293,26 @@ class Transformer(nn.Module):
                 halves, attend = fused.halves(layer), functools.partial(span_attention, tree=tree)
             x = block(x, rotary, attend, rows if is_last else None, halves)
         return self.norm(x) if fused is None else fused.norm(self.norm, x, 2 * len(self.blocks))
+
+    def _mixed(
+        self, x: Tensor, rotary: Rotary, tree: SpanTree, cache: KVCache | None, of: ExpertRows, rows: Tensor | None
+    ) -> Tensor:
+        """forward of two experts; all rows go through the last layer."""
+        before, after = self._halves()
+        for layer, pair in enumerate(zip(self.blocks, self.latent_blocks, strict=True)):
+
+            def compute(x: Tensor, pair: tuple[Block, Block] = pair, layer: int = layer) -> Tensor:
+                normed, *qkv = _by_expert(before, pair, of, x, rotary)
+                attended = _attend(tree, cache, layer, *qkv)
+                return _by_expert(after, pair, of, x, normed, attended)
+
+            if pair[0].is_checkpointed and torch.is_grad_enabled():
+                x = checkpoint(compute, x, use_reentrant=False, context_fn=pair[0].checkpoint_contexts)
+            else:
+                x = compute(x)
+        norms = (self.norm, self.latent_norm)
+        x = _by_expert(lambda norm, part: norm(part), norms, of, x)
+        return x if rows is None else x[rows]
 
     def _embedded(self, token_ids: Tensor, embeds: Embeds | None) -> Tensor:
         """[Tq, D]."""
@@ -301,7 +330,7 @@ class Transformer(nn.Module):
         all layers share, for any number of tokens, or not; and where gradients are wanted, keeping their inputs alone
         and computing the rest again in the backward pass, or not. backend is torch.compile's."""
         self._training_compiler = backend if compiled else None
-        for block in self.blocks:
+        for block in [*self.blocks, *getattr(self, "latent_blocks", ())]:
             block.is_checkpointed = checkpointed
 
     def fuse_layers(self) -> None:
@@ -350,6 +379,30 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
         return self
+
+
+def _by_expert(half: Callable, experts: Sequence[nn.Module], of: ExpertRows, *values: Any) -> Any:
+    """half(expert, *values) of the expert that each row has; values are tensors [Tq, ...], or pairs of such.
+
+    Both experts run on one piece each, and again on the few rows of a piece that are the other's: nothing large is
+    gathered.
+    """
+    text, latent = experts
+    pieces = [(text, slice(0, of.split)), (latent, slice(of.split, len(values[0])))]
+    parts = [half(expert, *_select(values, piece)) for expert, piece in pieces if piece.start < piece.stop]
+    is_single = isinstance(parts[0], Tensor)
+    parts = [(part,) for part in parts] if is_single else parts
+    found = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True)]
+    for expert, rows in ((text, of.text), (latent, of.latent)):
+        if len(rows):
+            corrected = half(expert, *_select(values, rows))
+            corrected = (corrected,) if is_single else corrected
+            found = [each.index_copy(0, rows, right) for each, right in zip(found, corrected, strict=True)]
+    return found[0] if is_single else found
+
+
+def _select(values: Sequence[Any], rows: slice | Tensor) -> list[Any]:
+    return [value[rows] if isinstance(value, Tensor) else tuple(part[rows] for part in value) for value in values]
 
 
 def _attend(tree: SpanTree, cache: KVCache | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Words are uint32 held in int64 tensors, since torch has no full set of uint32 op
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 TOKEN_STREAM = 0
 MASK_STREAM = 1
+NOISE_STREAM = 2
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -84,3 +86,13 @@ def uniform(word: Tensor) -> Tensor:
 def gumbel(word: Tensor) -> Tensor:
     """Standard Gumbel noise in fp32, -log(-log(u)); finite for every word."""
     return -torch.log(-torch.log(uniform(word)))
+
+
+def normal(key: RandomKey, count: int) -> Tensor:
+    """Standard normal numbers fp32 [R, count], four of each counter by Box and Muller's formula."""
+    words = random_words(key, -(-count // 4), NOISE_STREAM)
+    pairs = []
+    for radius, angle in (words[:2], words[2:]):
+        length, turn = (-2 * uniform(radius).log()).sqrt(), 2 * math.pi * uniform(angle)
+        pairs += [length * turn.cos(), length * turn.sin()]
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :count]

@@ -17,10 +17,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Span = tuple[Sequence[int], int, str | int]
-"""(token ids, index of the parent span or -1, "causal", "full" or k)."""
+
+class Place(NamedTuple):
+    """Where a span's tokens stand, and what computes them; the defaults are those of text.
+
+    stride: how far one token's position is from the next one's; an image whose tokens have one position has 0.
+    advance: how far a child's first position is from the span's first one; -1: the span's length.
+    first: position of a root's first token.
+    framed: (tokens before, tokens after) those that a second expert computes, in models that have one; None: it
+        computes none.
+    """
+
+    stride: int = 1
+    advance: int = -1
+    first: int = 0
+    framed: tuple[int, int] | None = None
+
+
+Span = tuple[Sequence[int], int, str | int] | tuple[Sequence[int], int, str | int, Place]
+"""(token ids, index of the parent span or -1, "causal", "full" or k), and its place unless it is that of text."""
+
+
+class ExpertRows(NamedTuple):
+    """Which packed rows the second expert computes: those from `split` on without those of `text` int64 [n], and before
+    it those of `latent` int64 [m]."""
+
+    split: int
+    text: Tensor
+    latent: Tensor
+
 
 _EVERY_TOKEN = np.iinfo(np.int64).max
+_OF_TEXT = Place()
 
 
 class SpanForest:
@@ -78,9 +106,10 @@ class SpanTree:
 
     token_ids, position_ids: int64 [Tq], the new tokens only (those that are computed now).
     slots: int64 [Tq], the storage slot (row of the key/value storage) of each new token.
-    starts, lengths, parents, num_causal, num_new, regions: one entry a span, on the host. starts is the storage slot of
-    the span's first token, num_causal its k (0: full; its length or more: causal), num_new counts its trailing tokens
-    that are new (0: cached), regions the slots it may grow into.
+    starts, lengths, parents, num_causal, num_new, regions, places: one entry a span, on the host. starts is the storage
+    slot of the span's first token, num_causal its k (0: full; its length or more: causal), num_new counts its trailing
+    tokens that are new (0: cached), regions the slots it may grow into, places [S, 5] its Place (framed: -1, 0 for
+    None).
     num_visible: of a tree that decodes (see decode), int64 [Tq]: how many tokens a row's own span has by now, the row's
     included; the host then takes the span's whole region for its length. None: the host knows all lengths.
     most_visible: a bound on num_visible that the host knows, so that less need be read; None: the regions. How sums are
@@ -100,6 +129,7 @@ class SpanTree:
     num_causal: np.ndarray
     num_new: np.ndarray
     regions: np.ndarray
+    places: np.ndarray
     num_visible: Tensor | None = None
     fixed: bool = False
     _plans: dict[Hashable, tuple[Callable[[SpanTree], Any], Any]] = field(default_factory=dict, repr=False)
@@ -124,7 +154,7 @@ class SpanTree:
         """A tree whose spans are all new, parents before children; reserve adds storage slots to each span."""
         none = np.zeros(0, dtype=np.int64)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        root = cls(empty, empty, empty, none, none, none, none, none, none, fixed=fixed)
+        root = cls(empty, empty, empty, none, none, none, none, none, none, none.reshape(0, 5), fixed=fixed)
         return root.extend(spans, reserve=reserve)
 
     def extend(
@@ -139,28 +169,31 @@ class SpanTree:
             ValueError: an empty span, an unknown mode, or a parent that does not come before its child.
         """
         old = self.num_spans
-        for index, (ids, parent, mode) in enumerate(spans, start=old):
+        for index, (ids, parent, mode, *_) in enumerate(spans, start=old):
             known = 0 <= mode <= len(ids) if isinstance(mode, int) else mode in ("causal", "full")
             if not -1 <= parent < index or not known or len(ids) == 0:
                 raise ValueError(
                     f"SpanTree: span {index} needs tokens, a parent in [-1, {index}) and mode 'causal', 'full' or a "
                     f"number of its tokens, got {len(ids)} tokens, parent {parent}, mode {mode!r}"
                 )
-        lengths = np.array([len(ids) for ids, _, _ in spans], dtype=np.int64)
+        lengths = np.array([len(span[0]) for span in spans], dtype=np.int64)
         counts = {"causal": _EVERY_TOKEN, "full": 0}
-        num_causal = np.array([counts.get(mode, mode) for _, _, mode in spans], dtype=np.int64)
+        num_causal = np.array([counts.get(span[2], span[2]) for span in spans], dtype=np.int64)
         regions = lengths + np.asarray(reserve, dtype=np.int64)
         if starts is None:
             starts = self.capacity + np.cumsum(regions) - regions
-        flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _, _ in spans]) if spans else lengths
+        flat = np.concatenate([np.asarray(span[0], dtype=np.int64) for span in spans]) if spans else lengths
+        places = [span[3] if len(span) == 4 else _OF_TEXT for span in spans]
+        rows = [(*place[:3], *(place.framed or (-1, 0))) for place in places]
         return self._assemble(
             torch.from_numpy(flat).to(self.token_ids.device),
             np.concatenate([self.starts, starts]),
             np.concatenate([self.lengths, lengths]),
-            np.concatenate([self.parents, np.array([parent for _, parent, _ in spans], dtype=np.int64)]),
+            np.concatenate([self.parents, np.array([span[1] for span in spans], dtype=np.int64)]),
             np.concatenate([self.num_causal, num_causal]),
             np.concatenate([np.zeros(old, dtype=np.int64), lengths]),
             np.concatenate([self.regions, regions]),
+            np.concatenate([self.places, np.array(rows, dtype=np.int64).reshape(-1, 5)]),
         )
 
     def grow(self, spans: np.ndarray | Sequence[int], token_ids: Tensor) -> SpanTree:
@@ -179,7 +212,9 @@ class SpanTree:
         num_new[spans] = 1
         if (lengths > self.regions).any():
             raise ValueError("SpanTree.grow: a span is out of reserved slots; build it with a larger reserve")
-        return self._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
+        return self._assemble(
+            token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions, self.places
+        )
 
     def keep(self, spans: np.ndarray | Sequence[int]) -> SpanTree:
         """Only the given spans (ascending), all of them cached where they are, numbered anew from 0.
@@ -201,6 +236,7 @@ class SpanTree:
             self.num_causal[spans],
             np.zeros(len(spans), dtype=np.int64),
             self.regions[spans],
+            self.places[spans],
         )
 
     def only(self, num_new: np.ndarray | Sequence[int], rows: Tensor) -> SpanTree:
@@ -220,8 +256,9 @@ class SpanTree:
                 f"{num_new.tolist()} and rows {list(rows.shape)}"
             )
         tree = self._assemble(
-            self.token_ids[rows], self.starts, self.lengths, self.parents, self.num_causal, num_new, self.regions
-        )
+            self.token_ids[rows], self.starts, self.lengths, self.parents, self.num_causal, num_new, self.regions,
+            self.places,
+        )  # fmt: skip
         tree.position_ids, tree.slots = self.position_ids[rows], self.slots[rows]
         return tree
 
@@ -248,7 +285,9 @@ class SpanTree:
             raise ValueError("SpanTree.decode: expected causal spans without children")
         lengths, num_new = self.lengths.copy(), np.zeros_like(self.num_new)
         lengths[spans], num_new[spans] = self.regions[spans], 1
-        tree = self._assemble(token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions)
+        tree = self._assemble(
+            token_ids, self.starts, lengths, self.parents, self.num_causal, num_new, self.regions, self.places
+        )
         return tree.with_tokens(token_ids, num_visible)
 
     def settled(self) -> SpanTree:
@@ -259,8 +298,9 @@ class SpanTree:
         lengths = self.lengths.copy()
         lengths[self.num_new > 0] = self.num_visible.cpu().numpy()
         return self._assemble(
-            self.token_ids, self.starts, lengths, self.parents, self.num_causal, self.num_new, self.regions
-        )
+            self.token_ids, self.starts, lengths, self.parents, self.num_causal, self.num_new, self.regions,
+            self.places,
+        )  # fmt: skip
 
     def with_tokens(
         self, token_ids: Tensor, num_visible: Tensor | None = None, most_visible: int | None = None
@@ -289,6 +329,7 @@ class SpanTree:
             self.num_causal,
             self.num_new,
             self.regions,
+            self.places,
             num_visible,
             self.fixed,
             self._plans,
@@ -317,7 +358,7 @@ class SpanTree:
         for leaf, new in zip(leaves, new_leaves, strict=True):
             if isinstance(leaf, Tensor):
                 leaf.copy_(new)
-        for name in ("starts", "lengths", "parents", "num_causal", "num_new", "regions", "capacity"):
+        for name in ("starts", "lengths", "parents", "num_causal", "num_new", "regions", "places", "capacity"):
             setattr(self, name, getattr(other, name))
         self._of_step.clear()
         return True
@@ -334,23 +375,45 @@ class SpanTree:
         num_causal: np.ndarray,
         num_new: np.ndarray,
         regions: np.ndarray,
+        places: np.ndarray,
     ) -> SpanTree:
         """A tree of these spans, whose new tokens are their last ones."""
         tree = SpanTree(
-            token_ids, token_ids, token_ids, starts, lengths, parents, num_causal, num_new, regions, fixed=self.fixed
-        )
+            token_ids, token_ids, token_ids, starts, lengths, parents, num_causal, num_new, regions, places,
+            fixed=self.fixed,
+        )  # fmt: skip
         offsets = _ranges(lengths - num_new, num_new)
         of_span = np.repeat(np.arange(len(starts)), num_new)
-        tree.position_ids = torch.from_numpy(tree.first_positions()[of_span] + offsets).to(token_ids.device)
+        positions = tree.first_positions()[of_span] + places[of_span, 0] * offsets
+        tree.position_ids = torch.from_numpy(positions).to(token_ids.device)
         tree.slots = torch.from_numpy(starts[of_span] + offsets).to(token_ids.device)
         return tree
 
     def first_positions(self) -> np.ndarray:
         """Position of each span's first token, int64 [S]."""
-        first = np.zeros_like(self.starts)
+        first = self.places[self.roots, 2]
+        advances = np.where(self.places[:, 1] < 0, self.lengths, self.places[:, 1])
         for ancestors in self.ancestor_levels():
-            first += np.where(ancestors >= 0, self.lengths[ancestors], 0)
+            first += np.where(ancestors >= 0, advances[ancestors], 0)
         return first
+
+    def expert_rows(self) -> ExpertRows | None:
+        """What a second expert computes; None: nothing. Most is done where spans with such tokens come last."""
+        return self.plan("experts", SpanTree._make_expert_rows)
+
+    def _make_expert_rows(self) -> ExpertRows | None:
+        spans = np.flatnonzero(self.num_new)
+        before, after = self.places[spans, 3], self.places[spans, 4]
+        if (before < 0).all():
+            return None
+        lengths, num_new = self.lengths[spans], self.num_new[spans]
+        offsets = _ranges(lengths - num_new, num_new)
+        before, after, lengths = (np.repeat(values, num_new) for values in (before, after, lengths))
+        is_latent = (before >= 0) & (offsets >= before) & (offsets < lengths - after)
+        others = np.flatnonzero(self.places[spans, 3] < 0)
+        split = int(num_new[: others[-1] + 1].sum()) if len(others) else 0
+        rows = np.flatnonzero(~is_latent[split:]) + split, np.flatnonzero(is_latent[:split])
+        return ExpertRows(split, *(torch.from_numpy(each).to(self.token_ids.device) for each in rows))
 
     def chain_lengths(self, chains: list[np.ndarray]) -> np.ndarray:
         """Tokens of each chain, int64 [G]; chains: spans [G] of each level, -1 where a chain has none there."""

@@ -13,6 +13,7 @@ from typing import Any
 from hermesflow.runtime.files import InputError, reason_of, shown
 
 FAMILIES = {
+    "bagel": "hermesflow.models.bagel:FAMILY",
     "chameleon": "hermesflow.models.chameleon:FAMILY",
     "emu3": "hermesflow.models.emu3:FAMILY",
     "mmada": "hermesflow.models.mmada:FAMILY",

@@ -1,0 +1,117 @@
+"""Images as latents: rows of numbers in place of tokens, in and out of a transformer.
+
+Source: BAGEL (arXiv 2505.14683) for the input (projection + time + place) and the output (velocity); the time embedding
+is the sinusoid of diffusion models (arXiv 2006.11239), cosine first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hermesflow.engine.transformer import Transformer, TransformerConfig
+
+_FREQUENCIES, _LONGEST = 128, 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """size: numbers of a latent. side: rows, and columns, of the table of places."""
+
+    size: int
+    side: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.size <= 2**16 and 1 <= self.side <= 2**12):
+            raise ValueError(
+                f"LatentConfig: expected size to 65536 and side to 4096, at least 1, got {self.size} and {self.side}"
+            )
+
+
+class LatentTransformer(Transformer):
+    """A transformer that draws latents: their rows of a tree hold embeddings, and their hidden states give velocities."""
+
+    def __init__(self, config: TransformerConfig, latents: LatentConfig) -> None:
+        super().__init__(config)
+        self.latents, width = latents, config.hidden_size
+        self.latent_in, self.latent_out = nn.Linear(latents.size, width), nn.Linear(width, latents.size)
+        self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.latent_places = nn.Embedding(latents.side**2, width)
+        self.latent_places.weight.requires_grad_(False)
+
+    def skeleton(self) -> LatentTransformer:
+        """See Transformer."""
+        return LatentTransformer(self.config, self.latents)
+
+    def latent_embeds(self, latents: Tensor, times: Tensor, places: Tensor) -> Tensor:
+        """What stands in latent rows.
+
+        Args:
+            latents: fp32 [R, size], noised to their times.
+            times: fp32 [R], or one of all rows, 0-dim, from 0 (the image) to 1 (noise).
+            places: int64 [R]; see places_of.
+        Returns: [R, D] in the weights' dtype; differentiable.
+        """
+        weight = self.latent_in.weight
+        # Rows of one time share its embedding.
+        distinct, number = times.unique(return_inverse=True) if times.dim() else (times[None], 0)
+        embedded = self.time(time_waves(distinct).to(weight.dtype))[number]
+        return self.latent_in(latents.to(weight.dtype)) + embedded + self.latent_places(places)
+
+    def velocities(self, hidden: Tensor) -> Tensor:
+        """Of latent rows' hidden states [R, D] the velocity noise - image, fp32 [R, size]; differentiable."""
+        return self.latent_out(hidden).float()
+
+    def places_of(self, grid: tuple[int, int]) -> Tensor:
+        """Numbers int64 [rows * columns] of a grid's places in the table. Raises: ValueError if it is too large."""
+        rows, columns = grid
+        if max(grid) > self.latents.side:
+            raise ValueError(
+                f"LatentTransformer: expected a grid of at most {self.latents.side} x {self.latents.side} latents, got "
+                f"{rows} x {columns}; draw a smaller image"
+            )
+        numbers = torch.arange(rows)[:, None] * self.latents.side + torch.arange(columns)
+        return numbers.flatten().to(self.latent_places.weight.device)
+
+
+def time_waves(times: Tensor) -> Tensor:
+    """fp32 [R] -> [R, 256]: cosines and sines of 128 frequencies from 1 down to 1/10000."""
+    exponents = torch.arange(_FREQUENCIES, device=times.device) / _FREQUENCIES
+    angles = times[:, None] * torch.exp(-math.log(_LONGEST) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def place_table(side: int, width: int) -> Tensor:
+    """Two-dimensional sinusoids fp32 [side^2, width]: half of a row for its column, half for its row, sines first.
+
+    Source: the formula of MAE (arXiv 2111.06377), which BAGEL's tables follow. Raises: ValueError unless 4 divides the
+    width.
+    """
+    if width % 4:
+        raise ValueError(f"place_table: expected a width that is a multiple of 4, got {width}")
+    omega = 1 / _LONGEST ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    waves = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    along = torch.cat([waves.sin(), waves.cos()], dim=1)
+    rows, columns = (each.flatten() for each in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    return torch.cat([along[columns], along[rows]], dim=1).float()
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """[..., C, H, W] -> [..., H W / patch^2, patch^2 C]: patches row by row; in each row, column, channel."""
+    *batch, channels, height, width = latents.shape
+    grid = latents.reshape(*batch, channels, height // patch, patch, width // patch, patch)
+    count = len(batch)
+    order = [*range(count), *(count + axis for axis in (1, 3, 2, 4, 0))]
+    return grid.permute(order).reshape(*batch, height * width // patch**2, patch**2 * channels)
+
+
+def unpatchify(rows: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse: [..., N, patch^2 C] and the grid of N patches -> [..., C, H, W]."""
+    *batch, _, size = rows.shape
+    count, (height, width) = len(batch), grid
+    whole = rows.reshape(*batch, height, width, patch, patch, size // patch**2)
+    order = [*range(count), *(count + axis for axis in (4, 0, 2, 1, 3))]
+    return whole.permute(order).reshape(*batch, size // patch**2, height * patch, width * patch)

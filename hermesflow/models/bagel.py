@@ -1,0 +1,423 @@
+"""BAGEL (ByteDance-Seed, arXiv 2505.14683): a mixture of two transformers that draws latents by a flow.
+
+    ByteDance-Seed/BAGEL-7B-MoT    config.json (bagel), llm_config.json, vit_config.json, ema.safetensors, ae.safetensors,
+                                   tokenizer.json
+
+Text and what it sees go through one expert, latents through the other; an image's tokens have one position. It sees
+images through a SigLIP tower. Names, prompts and defaults: modeling/bagel and inferencer.py of BAGEL.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hermesflow.engine.decoders.flow import FlowDecoder, FlowSamplingParams
+from hermesflow.engine.image_tokenizers.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
+from hermesflow.engine.latents import LatentConfig, LatentTransformer, patchify, unpatchify
+from hermesflow.engine.token_layout import FeatureSpan, Ids, Layout, check_grid
+from hermesflow.engine.transformer import Block, TransformerConfig, rotary_table
+from hermesflow.engine.weights import save_tensors
+from hermesflow.kernels.span_attention import span_attention
+from hermesflow.kernels.span_tree import Place, SpanTree
+from hermesflow.models import loading
+from hermesflow.models.checkpoint import FILES, CheckpointModel, load_parts, on_meta
+from hermesflow.models.model import PromptFormat, to_pixels
+from hermesflow.models.text_tokenizers import FileTokenizer
+from hermesflow.runtime.files import InputError, read_json, shown
+
+MODEL_TYPE = "bagel"
+WEIGHTS_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
+PATCH = 2
+"""Latents of the autoencoder that a row holds, in each direction."""
+PROMPTS = PromptFormat(
+    caption_question="Give a caption for this image.",
+    question="{question}",
+    answer="{answer}",
+    max_prompt_tokens=512,
+    max_caption_tokens=128,
+    max_answer_tokens=128,
+)
+SAMPLING = FlowSamplingParams(num_steps=50, guidance_scale=3.0, shift=3.0, guidance_from=0.4, renorm="image")
+TOKENS = {"bos": "<|im_start|>", "eot": "<|im_end|>", "soi": "<|vision_start|>", "eoi": "<|vision_end|>"}
+_LAYERS = "language_model.model.layers.*"
+
+
+def _expert(blocks: str, suffix: str) -> dict[str, list[str]]:
+    attention, mlp = f"{_LAYERS}.self_attn", f"{_LAYERS}.mlp{suffix}"
+    return {
+        f"{blocks}.*.attention_norm": [f"{_LAYERS}.input_layernorm{suffix}"],
+        f"{blocks}.*.attention.qkv": [f"{attention}.{name}_proj{suffix}" for name in "qkv"],
+        f"{blocks}.*.attention.out": [f"{attention}.o_proj{suffix}"],
+        f"{blocks}.*.attention.q_norm": [f"{attention}.q_norm{suffix}"],
+        f"{blocks}.*.attention.k_norm": [f"{attention}.k_norm{suffix}"],
+        f"{blocks}.*.mlp_norm": [f"{_LAYERS}.post_attention_layernorm{suffix}"],
+        f"{blocks}.*.mlp.up": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        f"{blocks}.*.mlp.down": [f"{mlp}.down_proj"],
+    }
+
+
+WEIGHTS = {
+    "embed": ["language_model.model.embed_tokens"],
+    **_expert("blocks", ""),
+    "norm": ["language_model.model.norm"],
+    **_expert("latent_blocks", "_moe_gen"),
+    "latent_norm": ["language_model.model.norm_moe_gen"],
+    "head": ["language_model.lm_head"],
+    "latent_in": ["vae2llm"],
+    "latent_out": ["llm2vae"],
+    "time.0": ["time_embedder.mlp.0"],
+    "time.2": ["time_embedder.mlp.2"],
+    "latent_places": ["latent_pos_embed.pos_embed"],
+}
+_VISION = "vit_model.vision_model"
+VISION_WEIGHTS = {
+    "patch": [f"{_VISION}.embeddings.patch_embedding"],
+    "position": [f"{_VISION}.embeddings.position_embedding"],
+    "blocks.*.attention_norm": [f"{_VISION}.encoder.layers.*.layer_norm1"],
+    "blocks.*.attention.qkv": [f"{_VISION}.encoder.layers.*.self_attn.{name}_proj" for name in "qkv"],
+    "blocks.*.attention.out": [f"{_VISION}.encoder.layers.*.self_attn.out_proj"],
+    "blocks.*.mlp_norm": [f"{_VISION}.encoder.layers.*.layer_norm2"],
+    "blocks.*.mlp.up": [f"{_VISION}.encoder.layers.*.mlp.fc1"],
+    "blocks.*.mlp.down": [f"{_VISION}.encoder.layers.*.mlp.fc2"],
+    "norm": [f"{_VISION}.post_layernorm"],
+    "connector.0": ["connector.fc1"],
+    "connector.2": ["connector.fc2"],
+    "places": ["vit_pos_embed.pos_embed"],
+}
+_TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+"""Which are bare tensors."""
+_SETTINGS = {
+    "hidden_size": "@hidden_size",
+    "num_layers": "@num_hidden_layers",
+    "num_heads": "@num_attention_heads",
+    "num_kv_heads": "@num_key_value_heads",
+    "mlp_size": "@intermediate_size",
+    "norm_eps": "@rms_norm_eps",
+    "rope_theta": "@rope_theta",
+    "activation": "@hidden_act",
+    "norm": "rmsnorm",
+    "gated": True,
+    "bias": False,
+    "qkv_bias": True,
+    "qk_norm": True,
+}
+_VISION_SETTINGS = {
+    "hidden_size": "@hidden_size", "num_layers": "@num_hidden_layers", "num_heads": "@num_attention_heads",
+    "mlp_size": "@intermediate_size", "norm_eps": 1e-6, "activation": "gelu_tanh", "rotary_fraction": 0.0,
+}  # fmt: skip
+_IMAGES_PER_PASS = 8
+_EXPERTS = {"Qwen2MoTDecoderLayer": 2, "Qwen2DecoderLayer": 1}
+"""By layer_module of llm_config.json, which the published file leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagelLayout(Layout):
+    """The language model's vocabulary, special tokens among it; images are latents and features."""
+
+    vocab_size: int
+    image_grid: tuple[int, int]
+    largest: int
+    """Rows, and columns, of the largest image."""
+    bos: int
+    eot: int
+    soi: int
+    eoi: int
+
+    code_ids = None
+    codebook_size = 0
+    image_place = Place(stride=0, advance=1, framed=(1, 1))
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Latents of an image."""
+        return self.image_grid[0] * self.image_grid[1]
+
+    @cached_property
+    def text_ids(self) -> Ids:
+        """All."""
+        return Ids(range(self.vocab_size))
+
+    @property
+    def before_image(self) -> tuple[int, ...]:
+        """soi."""
+        return (self.soi,)
+
+    @property
+    def after_image(self) -> tuple[int, ...]:
+        """eoi."""
+        return (self.eoi,)
+
+    def of_grid(self, grid: tuple[int, int]) -> BagelLayout:
+        """The same for images of so many rows and columns of latents."""
+        check_grid("BAGEL", grid)
+        if max(grid) > self.largest:
+            raise ValueError(f"BAGEL: expected a grid of at most {self.largest} x {self.largest}, got {grid}")
+        return replace(self, image_grid=tuple(grid))
+
+    def image(self, codes: Sequence[int]) -> list[int]:
+        """An image's span; what its latents are is said by embeddings."""
+        return [self.soi, *[self.eoi] * len(codes), self.eoi]
+
+    def text_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Condition of an image: [bos, text, eos]."""
+        return [self.bos, *text_ids, self.eot]
+
+    def image_prefix(self, codes: Sequence[int]) -> list[int]:
+        """It sees features alone."""
+        raise ValueError("BAGEL: sees images by features, got codes")
+
+    def feature_span(self, num_features: int) -> FeatureSpan:
+        """[soi, features, eoi], all at one position and seen by one another."""
+        return FeatureSpan(self.image([0] * num_features), 1, "full", Place(stride=0, advance=1))
+
+    def question(self, text_ids: Sequence[int]) -> list[int]:
+        """[bos, question, eos], and the bos of the answer."""
+        return [self.bos, *text_ids, self.eot, self.bos]
+
+
+class BagelVision(nn.Module):
+    """Pixels -> a vector of the language model a patch; any size of whole patches."""
+
+    def __init__(self, config: TransformerConfig, patch: int, side: int, width: int) -> None:
+        """
+        Args:
+            config: of the tower.
+            patch: pixels of a patch, in each direction.
+            side: patches of the largest image, likewise.
+            width: of the language model.
+        """
+        super().__init__()
+        self.config, self.patch_size, self.side = config, patch, side
+        self.patch = nn.Linear(3 * patch**2, config.hidden_size)
+        self.position = nn.Embedding(side**2, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        gelu = nn.GELU(approximate="tanh")
+        self.connector = nn.Sequential(nn.Linear(config.hidden_size, width), gelu, nn.Linear(width, width))
+        self.places = nn.Embedding(side**2, width)
+        self.places.weight.requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in [-1, 1] -> [B, F, width]. Raises: ValueError on a size that is none of whole patches,
+        or too large."""
+        seen = self.tower(pixels)
+        return self.connector(seen) + self.places(self._numbers(pixels))
+
+    def tower(self, pixels: Tensor) -> Tensor:
+        """[B, F, the tower's width]."""
+        numbers = self._numbers(pixels)
+        x = self.patch(patchify(pixels, self.patch_size)) + self.position(numbers)
+        tree = SpanTree.build([([0] * len(numbers), -1, "full")] * len(x), x.device)
+        attend = functools.partial(span_attention, tree=tree)
+        rotary, halves = rotary_table(tree.position_ids, 0, 1.0), (Block.before_attention, Block.after_attention)
+        rows = x.flatten(0, 1)
+        for block in self.blocks:
+            rows = block(rows, rotary, attend, None, halves)
+        return self.norm(rows).view_as(x)
+
+    def _numbers(self, pixels: Tensor) -> Tensor:
+        """Of each patch in the tables of places."""
+        size = pixels.shape[2:]
+        rows, columns = (length // self.patch_size for length in size)
+        if any(length % self.patch_size for length in size) or not 1 <= max(rows, columns) <= self.side:
+            raise ValueError(
+                f"BagelVision: expected sides of 1 to {self.side} patches of {self.patch_size} pixels, got {list(size)}"
+            )
+        return (torch.arange(rows)[:, None] * self.side + torch.arange(columns)).flatten().to(pixels.device)
+
+
+class BagelModel(CheckpointModel):
+    """A model of BAGEL's class; where others have codes it has latents, fp32 [..., N, C]."""
+
+    image_decoder = FlowDecoder
+    views_codes = False
+    kept = (*FILES, "llm_config.json", "vit_config.json", "vocab.json", "merges.txt")
+
+    @property
+    def vision(self) -> BagelVision:
+        """What it sees through."""
+        return self.parts["vision"]
+
+    @property
+    def view_size(self) -> int:
+        """Side in pixels of what is seen of an image: its own, to whole patches."""
+        patch = self.vision.patch_size
+        return patch * max(1, min(self.vision.side, round(self.image_size / patch)))
+
+    @property
+    def num_features(self) -> int:
+        """F, patches of an image."""
+        return (self.view_size // self.vision.patch_size) ** 2
+
+    @torch.no_grad()
+    def view_pixels(self, images: np.ndarray) -> Tensor:
+        """Features [n, F, D] of images, uint8 [n, image_size, image_size, 3]."""
+        weight, size = self.vision.connector[2].weight, (self.view_size,) * 2
+        features = [weight.new_zeros(0, self.num_features, len(weight))]
+        resized = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) if resized else ()
+        for batch in pixels.split(_IMAGES_PER_PASS) if resized else ():
+            features.append(self.vision(batch.to(weight) / 127.5 - 1))
+        return torch.cat(features)
+
+    @cached_property
+    def vq_tokenizer(self) -> KLAutoencoder:
+        """The autoencoder, in fp32. Raises: InputError if it is unavailable or does not fit."""
+        found = self._open_tokenizer(self.engine.device)
+        size = found.config.latent_channels * PATCH**2
+        if size != self.transformer.latents.size:
+            raise InputError(
+                f"{self.folder}: {AUTOENCODER_FILE} gives latents of {size} numbers, the model draws "
+                f"{self.transformer.latents.size}; give the model's own"
+            )
+        return found
+
+    @torch.no_grad()
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """uint8 [n, H, W, 3] with H and W multiples of 16 -> latents fp32 [n, N, C]."""
+        if not len(images):
+            return torch.zeros(0, self.layout.num_image_tokens, self.transformer.latents.size)
+        pixels, coder = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), self.vq_tokenizer
+        batches = pixels.split(coder.images_per_pass(*pixels.shape[2:]))
+        latents = [coder.encode(batch.to(coder.device, coder.dtype) / 127.5 - 1) for batch in batches]
+        return patchify(torch.cat(latents).float(), PATCH)
+
+    @torch.no_grad()
+    def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """Latents fp32 [n, N, C] -> uint8 [n, H, W, 3]; height and width in rows of latents, else the layout's."""
+        coder, grid = self.vq_tokenizer, (height or self.layout.image_grid[0], width or self.layout.image_grid[1])
+        factor = coder.config.downsampling * PATCH
+        if not len(codes):
+            return np.zeros((0, grid[0] * factor, grid[1] * factor, 3), dtype=np.uint8)
+        latents = unpatchify(codes, grid, PATCH)
+        batches = latents.split(coder.images_per_pass(grid[0] * factor, grid[1] * factor))
+        images = [to_pixels(coder.decode(batch.to(coder.device, coder.dtype))).cpu() for batch in batches]
+        return torch.cat(images).permute(0, 2, 3, 1).numpy()
+
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes the published layout, with the autoencoder."""
+        tensors = self.published_tensors()
+        save_tensors(tensors, folder / WEIGHTS_FILE, dtype)
+        save_tensors(self.vq_tokenizer.state_dict(), folder / AUTOENCODER_FILE)
+        self.write_kept(folder)
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """With the tower."""
+        return *super().modules(), self.vision
+
+
+class BagelFamily:
+    """Opens checkpoints of BAGEL's class."""
+
+    files = (*FILES, "llm_config.json", "vit_config.json", WEIGHTS_FILE, AUTOENCODER_FILE, "vocab.json", "merges.txt")
+
+    def claims(self, config: Any) -> bool:
+        """By its model_type."""
+        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+    def load(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        vq_tokenizer: str | None = None,
+    ) -> BagelModel:
+        """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's: a folder that holds ae.safetensors."""
+        path, tokenizer = folder / "config.json", FileTokenizer(folder)
+        if config.get("latent_patch_size", PATCH) != PATCH:
+            raise InputError(f"{path}: latent_patch_size {shown(config['latent_patch_size'])} is not supported, 2 is")
+        sides = [config.get(name, default) for name, default in (("max_latent_size", 64),
+                                                                 ("vit_max_num_patch_per_side", 70))]  # fmt: skip
+        if not all(type(side) is int and 1 <= side <= 2**8 for side in sides):
+            raise InputError(
+                f"{path}: expected max_latent_size and vit_max_num_patch_per_side from 1 to 256, got "
+                f"{', '.join(map(shown, sides))}; restore it from its source"
+            )
+        shape = _transformer_config(folder / "llm_config.json")
+        tower, patch = _vision_config(folder / "vit_config.json")
+        latents = LatentConfig(size=KLAutoencoderConfig().latent_channels * PATCH**2, side=sides[0])
+        layout = BagelLayout(
+            vocab_size=shape.vocab_size, image_grid=(sides[0], sides[0]), largest=sides[0],
+            **{name: tokenizer.id(token) for name, token in TOKENS.items()},
+        )  # fmt: skip
+        parts = on_meta(
+            lambda: {
+                "transformer": LatentTransformer(shape, latents),
+                "vision": BagelVision(tower, patch, sides[1], shape.hidden_size),
+            },
+            path,
+        )
+
+        def open_tokenizer(device: torch.device) -> KLAutoencoder:
+            return load_autoencoder(folder if vq_tokenizer is None else Path(vq_tokenizer), device)
+
+        load_parts(parts, folder / WEIGHTS_FILE, published_tensors, "", dtype, device)
+        image_size = sides[0] * KLAutoencoderConfig().downsampling * PATCH
+        return BagelModel(
+            folder, parts, published_tensors, tokenizer, layout, image_size, PROMPTS, SAMPLING, open_tokenizer
+        )
+
+
+FAMILY = BagelFamily()
+
+
+def published_tensors(parts: nn.ModuleDict) -> dict[str, Tensor]:
+    """Of the parts: the name of each published tensor -> the parameter, or the rows of one, that it is."""
+    found = loading.published_tensors(WEIGHTS, parts["transformer"])
+    found |= loading.published_tensors(VISION_WEIGHTS, parts["vision"])
+    for name in _TABLES:
+        found[name] = found.pop(f"{name}.weight")
+    return found
+
+
+def load_autoencoder(folder: Path, device: torch.device | str | None = None) -> KLAutoencoder:
+    """FLUX.1's autoencoder. Raises: InputError if the folder does not hold its weights."""
+    path = folder / AUTOENCODER_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: is not there; put FLUX.1's autoencoder, which BAGEL publishes, beside its weights")
+    parts = on_meta(lambda: {"autoencoder": KLAutoencoder(KLAutoencoderConfig())}, path)
+    load_parts(
+        parts,
+        path,
+        lambda parts: {
+            name: tensor.detach() for name, tensor in parts["autoencoder"].state_dict(keep_vars=True).items()
+        },
+        "",
+        torch.float32,
+        device,
+    )
+    return parts["autoencoder"]
+
+
+def _transformer_config(path: Path) -> TransformerConfig:
+    given = read_json(path)
+    module = given.get("layer_module", "Qwen2MoTDecoderLayer") if isinstance(given, Mapping) else None
+    if module not in _EXPERTS:
+        raise InputError(f"{path}: layer_module {shown(module)} is not supported; {' and '.join(_EXPERTS)} are")
+    if given.get("tie_word_embeddings") or not given.get("qk_norm", True):
+        raise InputError(f"{path}: tied embeddings and no qk_norm are not supported; use another checkpoint")
+    with loading.errors_of(path):
+        settings = _SETTINGS | {"experts": _EXPERTS[module]}
+        return loading.transformer_config(given, "qwen2", settings, {}, given.get("vocab_size"), "BAGEL")
+
+
+def _vision_config(path: Path) -> tuple[TransformerConfig, int]:
+    """The tower's shape, without its last layer, which BAGEL leaves out, and the pixels of a patch."""
+    given = read_json(path)
+    with loading.errors_of(path):
+        shape = loading.transformer_config(given, "siglip_vision_model", _VISION_SETTINGS, {}, 1, "BAGEL")
+        patch = given.get("patch_size")
+        if type(patch) is not int or not 1 <= patch <= 2**8 or shape.num_layers < 2:
+            raise InputError(f"patch_size {shown(patch)} and {shape.num_layers} layers do not fit; restore the file")
+    return replace(shape, num_layers=shape.num_layers - 1), patch
