@@ -58,6 +58,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not low <= value <= high or value == float("inf"):
                 raise ValueError(f"SamplingParams: expected a finite {name} in [{low}, {high}], got {value}")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6):
+            raise ValueError(f"SamplingParams: expected temperature of 0 or 1e-6 to 1e6, got {self.temperature}")
         if self.cache not in CACHES:
             raise ValueError(f"SamplingParams: expected cache as one of {list(CACHES)}, got {self.cache!r:.80}")
 

@@ -32,7 +32,7 @@ class LatentConfig:
 
 
 class LatentTransformer(Transformer):
-    """A transformer that draws latents: their rows of a tree hold embeddings, and their hidden states give velocities."""
+    """A transformer that draws latents: in their rows stand embeddings, and their hidden states give velocities."""
 
     def __init__(self, config: TransformerConfig, latents: LatentConfig) -> None:
         super().__init__(config)

@@ -391,7 +391,9 @@ class _Session:
         self.seeds.copy_(seeds)
         self.failed_steps.fill_(self.params.num_steps)
         steps = iter(progress(self.steps))
-        if self.stale is None:
+        if self.stale is not None:
+            self.stale.begin()
+        else:
             self._step(next(steps), lambda positions: self._first_hidden(batch, positions))
         self._later = steps
         self.run_later_steps()
@@ -475,10 +477,16 @@ class _Stale:
         # Of L logits those at or below the (1 - ratio) quantile, which is interpolated.
         self._counts = ((self._lengths - 1) * (1 - settings.cache_ratio)).astype(np.int64) + 1
         self._hidden = self._largest = torch.empty(0)
+        self._is_empty = True
+
+    def begin(self) -> None:
+        """Forgets what was kept: the next step computes all."""
+        self._is_empty = True
 
     def __call__(self, number: int, tree: SpanTree) -> Tensor:
         """Hidden states [T, D] of all tokens of the tree, in a step."""
-        if self._params.ml_cache.computes_all(number, self._params.num_steps):
+        if self._is_empty or self._params.ml_cache.computes_all(number, self._params.num_steps):
+            self._is_empty = False
             self._hidden = self._transformer(tree, self._cache)
             self._largest = self._largest_logits(self._hidden)
             return self._hidden

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from hermesflow.drop_in.functional import draw_seeds
-from hermesflow.drop_in.published import Acceleration, NotCoveredError, PublishedClass, check_text_settings, is_number
+from hermesflow.drop_in.published import (
+    Acceleration,
+    NotCoveredError,
+    PublishedClass,
+    check_text_settings,
+    covered,
+    is_number,
+)
 from hermesflow.engine.answer_sampler import SamplingParams
 from hermesflow.engine.decoders.masked_text import MaskedRegion, MaskedTextDecoder
 from hermesflow.engine.shared_transformer import SharedTransformer
@@ -91,8 +98,10 @@ def _generate_images(
 ) -> Tensor:
     """t2i_generate: codes int64 [B, N]. input_ids is not written to."""
     acceleration.check_forward(transformer)
-    count, length = input_ids.shape
+    length = input_ids.shape[1]
     image = length - seq_len - 1
+    if not len(input_ids):
+        raise NotCoveredError("there are no sequences")
     if image < 1:
         raise NotCoveredError(f"seq_len is {seq_len}, in sequences of {length} tokens")
     rows, masks = [input_ids], [attention_mask]
@@ -148,7 +157,11 @@ def _generate_text_fast(
     """mmu_generate_fast, which ends after a block whose last token is eot_token in all rows."""
     if eot_token is not None and arguments["idx"] is not None and len(arguments["idx"]) > 1:
         raise NotCoveredError("several sequences end together")
-    end = None if eot_token is None else int(eot_token)
+    if isinstance(eot_token, Tensor) and eot_token.numel() == 1 and not eot_token.is_floating_point():
+        eot_token = int(eot_token)
+    if eot_token is not None and type(eot_token) is not int:
+        raise NotCoveredError(f"eot_token is {eot_token!r}, no id")
+    end = eot_token
     return _fill(acceleration, transformer, "mmu_generate_fast", lambda region: region[-1] == end, **arguments)
 
 
@@ -181,6 +194,8 @@ def _fill(
         ("cfg_scale", cfg_scale, is_number(max(cfg_scale, 0.0))),
         ("remasking", remasking, remasking == "low_confidence"),
     ])  # fmt: skip
+    if not len(idx):
+        raise NotCoveredError("there are no sequences")
     if (idx == mask_id).any():
         raise NotCoveredError("the prompt holds the mask, which the original fills too")
     prompts = idx.tolist()
@@ -189,9 +204,11 @@ def _fill(
         region = torch.full((len(idx), max_new_tokens), mask_id).to(idx)
         both = _without_pads(torch.cat([idx, region], dim=1), attention_mask)
         prompts = [row[:-max_new_tokens] for row in both]
-    params = SamplingParams(
-        temperature=float(temperature), max_new_tokens=max_new_tokens, num_steps=steps, block_length=block_length,
-        guidance_scale=max(float(cfg_scale), 0.0),
+        if min(map(len, both)) <= max_new_tokens:
+            raise NotCoveredError("the attention_mask hides a whole prompt")
+    params = covered(
+        SamplingParams, temperature=float(temperature), max_new_tokens=max_new_tokens, num_steps=steps,
+        block_length=block_length, guidance_scale=max(float(cfg_scale), 0.0),
     )  # fmt: skip
     seeds = draw_seeds(len(idx), None, idx.device).tolist()
     regions = [

@@ -249,7 +249,8 @@ class Acceleration:
                 f"temperature {temperature} is below 0, or so high that the original masks known tokens again"
             )
         ratios = [float(noise_schedule(torch.tensor(1.0 * (step + 1) / timesteps))) for step in range(timesteps)]
-        params = ImageSamplingParams(
+        params = covered(
+            ImageSamplingParams,
             num_steps=timesteps,
             guidance_scale=float(guidance_scale) if unguided else 0.0,
             mask_temperature=float(temperature),
@@ -325,6 +326,14 @@ class AcceleratedMethod:
 
     def __reduce__(self) -> tuple:
         return AcceleratedMethod, (self.acceleration, self.__name__)
+
+
+def covered(kind: type, **values: Any) -> Any:
+    """Settings of a decoder. Raises: NotCoveredError where they are none of its own."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise NotCoveredError(str(error)) from error
 
 
 def check_text_settings(settings: Sequence[tuple[str, Any, bool]]) -> None:

@@ -1,7 +1,7 @@
 """BAGEL (ByteDance-Seed, arXiv 2505.14683): a mixture of two transformers that draws latents by a flow.
 
-    ByteDance-Seed/BAGEL-7B-MoT    config.json (bagel), llm_config.json, vit_config.json, ema.safetensors, ae.safetensors,
-                                   tokenizer.json
+    ByteDance-Seed/BAGEL-7B-MoT    config.json (bagel), llm_config.json, vit_config.json, ema.safetensors,
+                                   ae.safetensors, tokenizer.json
 
 Text and what it sees go through one expert, latents through the other; an image's tokens have one position. It sees
 images through a SigLIP tower. Names, prompts and defaults: modeling/bagel and inferencer.py of BAGEL.

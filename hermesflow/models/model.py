@@ -117,15 +117,19 @@ class Model:
 
     @property
     def answer_masks(self) -> int:
-        """Masks by which the log-probability of a given answer is estimated; 0: one, of all of it. Raises, when it is
-        set: ValueError on a negative number, or on another one than 0 in a model that fills no masks."""
+        """Masks by which the log-probability of a given answer is estimated; 0: one, of all of it.
+
+        Raises, when it is set: ValueError on no whole number of at least 0, or another than 0 in a model that fills no
+        masks.
+        """
         return self._answer_masks
 
     @answer_masks.setter
     def answer_masks(self, value: int) -> None:
-        if value < 0 or (value and not self.layout.is_bidirectional):
-            raise ValueError(f"expected 0 in a model that answers token by token, got {value}" if value > 0 else
-                             f"expected at least 0, got {value}")  # fmt: skip
+        if type(value) is not int or value < 0:
+            raise ValueError(f"expected a whole number of at least 0, got {value!r}")
+        if value and not self.layout.is_bidirectional:
+            raise ValueError(f"expected 0 in a model that answers token by token, got {value}")
         self._answer_masks, self._engine = value, None
 
     def set_image_size(self, size: int) -> None:

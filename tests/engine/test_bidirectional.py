@@ -356,6 +356,18 @@ def test_an_ml_cache_computes_less_and_the_same_in_any_batch(transformer, monkey
     assert not torch.equal(drawn(transformer, IMAGE), found)
 
 
+def test_an_ml_cache_of_a_single_unknown_code(transformer):
+    """Whose steps but the last change nothing, so that it is computed first in a step that would not compute all."""
+    params = replace(IMAGE, ml_cache=MLCache(cache_ratio=0.5, warmup_ratio=0.0, refresh_interval=4))
+    known = torch.tensor([[1] * 8 + [-1], [-1] * 9])
+    with torch.inference_mode():
+        decoder = ImageDecoder(transformer, NineCodes())
+        found = decoder.generate(PROMPTS, SEEDS, params, known_codes=known)
+        assert torch.equal(found[1], drawn(transformer, params)[1])
+        exact = decoder.generate(PROMPTS, SEEDS, IMAGE, known_codes=known)
+    assert torch.equal(found[0], exact[0])
+
+
 def test_an_ml_cache_is_refused_where_it_means_nothing(transformer):
     params = replace(IMAGE, ml_cache=MLCache())
     with pytest.raises(ValueError, match="ml_cache draws by another law"):

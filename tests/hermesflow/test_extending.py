@@ -399,7 +399,7 @@ def test_what_cannot_be_had_is_told_before_the_work(toys, tmp_path, setting, mes
         ("model.family=toy", 'model.family: expected auto, .*showo, tiny, or "module:object", got "toy"'),
         ("train.loss_type=toy", "train.loss_type: expected sigmoid, ipo, hinge, robust, simpo, or"),
         ("eval.suite=toy", "eval.suite: expected builtin, or"),
-        ("selfplay.algorithm=toy", "selfplay.algorithm: expected pair-dpo, grpo, own-drawings, or"),
+        ("selfplay.algorithm=toy", "selfplay.algorithm: expected pair-dpo, grpo, own-drawings, caption-grpo, or"),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones(setting, message):

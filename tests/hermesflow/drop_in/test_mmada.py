@@ -286,6 +286,19 @@ OTHER_CALLS = {
         ("t2i_generate", lambda golden: image_arguments(golden, image_ids=torch.full((16,), OFFSET))),
         "no token to draw",
     ),
+    "lukewarm": (of_images(temperature=1e-7), "mask_temperature of 0 or 1e-06"),
+    "much guidance": (of_images(guidance_scale=2e6, timesteps=1), "guidance_scale of at most"),
+    "cold text": (of_text(temperature=1e-38), "temperature of 0 or 1e-6"),
+    "hot text": (of_text(temperature=1e30), "temperature of 0 or 1e-6"),
+    "no sequences": (of_text(idx=torch.zeros(0, 5, dtype=torch.int64)), "no sequences"),
+    "a hidden prompt": (
+        of_text(idx=torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, 0, 0] + [1] * 15])),
+        "hides a whole prompt",
+    ),
+    "an end that is no id": (
+        ("mmu_generate_fast", lambda golden: of_text()[1](golden) | {"eot_token": 183.5}),
+        "eot_token is 183.5",
+    ),
     "random": (of_text(remasking="random"), "remasking is 'random'"),
     "masks in the prompt": (of_text(idx=torch.tensor([[5, MASK, 7]])), "holds the mask"),
     "a mask of the prompt alone": (
