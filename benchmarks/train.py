@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairBatch, PairVisit
-from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.algorithms.references import LiveReference, Reference, cached_reference
 from hermesflow.benchmarks import e2e, naive_model

@@ -129,14 +129,14 @@ class Engine:
             num_images: n, at least 1.
             seeds: int64 [P, n].
             sampling: how images are drawn, of the decoder's params, such as ImageSamplingParams; None: their defaults.
-            known_codes: int64 [P, num_image_tokens], codes that the prompt's images keep, -1 where one is to be drawn;
-                None draws all. Where sampling has a grid of its own, it says how many tokens an image has.
+            known_codes: int64 [P, layout.code_length], codes that the prompt's images keep, -1 where one is to be
+                drawn; None draws all. Where sampling has a grid of its own, it says how many tokens an image has.
             max_sequences: bound on the image spans of one pass (memory); a guided image is two. None takes the
                 property of that name.
             progress: is given the steps of each pass, on CUDA the passes, and gives them back one by one, as a
                 progress bar does.
             fields: fields of sampling that replace those of `sampling`, such as num_steps=8.
-        Returns: codes int64 [P, n, num_image_tokens] on the model's device.
+        Returns: codes int64 [P, n, layout.code_length] on the model's device.
         Raises: ValueError on arguments; RuntimeError if the model's logits hold NaN.
         """
         max_sequences = self._checked_drawing("generate", prompt_ids, num_images, seeds, max_sequences)
@@ -147,13 +147,14 @@ class Engine:
                     f"Engine.generate: {type(self.image_decoder).__name__} keeps no known_codes; pass None"
                 )
             layout = self.layout.of_sampling(params)
-            shape = (len(prompt_ids), layout.num_image_tokens)
+            shape = (len(prompt_ids), layout.code_length)
             if known_codes.dtype != torch.int64 or tuple(known_codes.shape) != shape:
                 raise ValueError(
-                    f"Engine.generate: expected known_codes int64 [P, num_image_tokens] = {list(shape)}, "
+                    f"Engine.generate: expected known_codes int64 [P, code_length] = {list(shape)}, "
                     f"got {known_codes.dtype} {list(known_codes.shape)}"
                 )
-            self._check_range("generate", "known_codes", known_codes, -1)
+            if layout.codebook_size:
+                self._check_range("generate", "known_codes", known_codes, -1)
         with torch.inference_mode():
             codes = self.image_decoder.generate(
                 prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, progress=progress

@@ -99,6 +99,21 @@ def place_table(side: int, width: int) -> Tensor:
     return torch.cat([along[columns], along[rows]], dim=1).float()
 
 
+def pack_latents(latents: Tensor) -> Tensor:
+    """fp32 [..., N, C] -> int64 [..., N C / 2]: float16, two in the 32 bits of each, as pairs and records keep them.
+
+    Numbers that are not finite, or beyond float16, become its largest. -1 never comes out.
+    """
+    most = torch.finfo(torch.float16).max
+    numbers = latents.detach().float().nan_to_num(nan=most, posinf=most, neginf=-most).clamp(-most, most)
+    return numbers.flatten(-2).half().contiguous().view(torch.int32).long()
+
+
+def unpack_latents(codes: Tensor, size: int) -> Tensor:
+    """The inverse: int64 [..., M] -> fp32 [..., 2 M / size, size]; what is -1 becomes NaN."""
+    return codes.to(torch.int32).contiguous().view(torch.float16).float().unflatten(-1, (-1, size))
+
+
 def patchify(latents: Tensor, patch: int) -> Tensor:
     """[..., C, H, W] -> [..., H W / patch^2, patch^2 C]: patches row by row; in each row, column, channel."""
     *batch, channels, height, width = latents.shape

@@ -204,6 +204,19 @@ class Layout(ABC):
             ids += self.row_end
         return ids + list(self.after_image)
 
+    latent_size: int = 0
+    """Numbers of a latent, in a family that draws latents."""
+
+    @property
+    def code_length(self) -> int:
+        """Whole numbers by which an image is kept: its codes, or its latents, two numbers of 16 bits in each."""
+        return self.num_image_tokens * self.latent_size // 2 if self.latent_size else self.num_image_tokens
+
+    @property
+    def code_range(self) -> range:
+        """In which they lie; a latent's may be anything but -1, which stands for what is not drawn yet."""
+        return range(-(2**31), 2**31) if self.latent_size else range(self.codebook_size)
+
     @cached_property
     def image_length(self) -> int:
         """Tokens of an image that follows its prompt."""

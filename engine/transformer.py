@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -218,16 +218,39 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.is_checkpointed = False
         self.checkpoint_contexts: Callable[[], tuple] = noop_context_fn
+        if config.experts == 2:
+            self.latent = Block(replace(config, experts=1))
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
-        """x [Tq, D] -> [Tq, D], or [R, D] for the rows int64 [R] alone; halves are those of this class, or compiled."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        rows: Tensor | None,
+        halves: Halves,
+        experts: ExpertRows | None = None,
+    ) -> Tensor:
+        """x [Tq, D] -> [Tq, D], or [R, D] for the rows int64 [R] alone; halves are those of this class, or compiled.
+        experts: which rows the second expert computes; then rows are None."""
+        arguments = (x, rotary, attend, rows, halves, experts)
         if self.is_checkpointed and torch.is_grad_enabled():
-            contexts = self.checkpoint_contexts
-            return checkpoint(self._compute, x, rotary, attend, rows, halves, use_reentrant=False, context_fn=contexts)
-        return self._compute(x, rotary, attend, rows, halves)
+            return checkpoint(self._compute, *arguments, use_reentrant=False, context_fn=self.checkpoint_contexts)
+        return self._compute(*arguments)
 
-    def _compute(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None, halves: Halves) -> Tensor:
+    def _compute(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        rows: Tensor | None,
+        halves: Halves,
+        experts: ExpertRows | None,
+    ) -> Tensor:
         before_attention, after_attention = halves
+        if experts is not None:
+            pair = (self, self.latent)
+            normed, *qkv = _by_expert(before_attention, pair, experts, x, rotary)
+            return _by_expert(after_attention, pair, experts, x, normed, attend(*qkv))
         normed, *qkv = before_attention(self, x, rotary)
         attended = attend(*qkv)
         del qkv  # the MLP needs the memory
@@ -262,7 +285,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
         if config.experts == 2:
-            self.latent_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
             self.latent_norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
@@ -282,37 +304,19 @@ class Transformer(nn.Module):
         """
         x = self._embedded(tree.token_ids, embeds)
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
-        if self.config.experts == 2 and (expert_rows := tree.expert_rows()) is not None:
-            return self._mixed(x, rotary, tree, cache, expert_rows, rows)
-        fused = FusedPass(self.blocks, tree, cache) if self._takes_fused() else None
+        experts = tree.expert_rows() if self.config.experts == 2 else None
+        fused = FusedPass(self.blocks, tree, cache) if experts is None and self._takes_fused() else None
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             if fused is None:
                 halves, attend = self._halves(), functools.partial(_attend, tree, cache, layer)
             else:
                 halves, attend = fused.halves(layer), functools.partial(span_attention, tree=tree)
-            x = block(x, rotary, attend, rows if is_last else None, halves)
+            x = block(x, rotary, attend, rows if is_last and experts is None else None, halves, experts)
+        if experts is not None:
+            x = _by_expert(lambda norm, part: norm(part), (self.norm, self.latent_norm), experts, x)
+            return x if rows is None else x[rows]
         return self.norm(x) if fused is None else fused.norm(self.norm, x, 2 * len(self.blocks))
-
-    def _mixed(
-        self, x: Tensor, rotary: Rotary, tree: SpanTree, cache: KVCache | None, of: ExpertRows, rows: Tensor | None
-    ) -> Tensor:
-        """forward of two experts; all rows go through the last layer."""
-        before, after = self._halves()
-        for layer, pair in enumerate(zip(self.blocks, self.latent_blocks, strict=True)):
-
-            def compute(x: Tensor, pair: tuple[Block, Block] = pair, layer: int = layer) -> Tensor:
-                normed, *qkv = _by_expert(before, pair, of, x, rotary)
-                attended = _attend(tree, cache, layer, *qkv)
-                return _by_expert(after, pair, of, x, normed, attended)
-
-            if pair[0].is_checkpointed and torch.is_grad_enabled():
-                x = checkpoint(compute, x, use_reentrant=False, context_fn=pair[0].checkpoint_contexts)
-            else:
-                x = compute(x)
-        norms = (self.norm, self.latent_norm)
-        x = _by_expert(lambda norm, part: norm(part), norms, of, x)
-        return x if rows is None else x[rows]
 
     def _embedded(self, token_ids: Tensor, embeds: Embeds | None) -> Tensor:
         """[Tq, D]."""
@@ -330,7 +334,7 @@ class Transformer(nn.Module):
         all layers share, for any number of tokens, or not; and where gradients are wanted, keeping their inputs alone
         and computing the rest again in the backward pass, or not. backend is torch.compile's."""
         self._training_compiler = backend if compiled else None
-        for block in [*self.blocks, *getattr(self, "latent_blocks", ())]:
+        for block in self.blocks:
             block.is_checkpointed = checkpointed
 
     def fuse_layers(self) -> None:

@@ -66,7 +66,8 @@ def generate_images(
         rows = range(start, min(start + size, total))
         of_prompt, seeds = [row // num_images for row in rows], [seed + row for row in rows]
         codes = _draw_codes(model, [prompt_ids[index] for index in of_prompt], torch.tensor(seeds)[:, None], sampling)
-        yield from _show(model, [prompts[index] for index in of_prompt], seeds, codes[:, 0])
+        grid = getattr(sampling, "grid", None)
+        yield from _show(model, [prompts[index] for index in of_prompt], seeds, codes[:, 0], grid)
 
 
 def inpaint_images(
@@ -103,7 +104,8 @@ def inpaint_images(
     if not redrawn.any():
         raise InputError(f"{mask}: the mask has no white to draw anew; paint at least half of a patch white (255)")
     codes = model.encode_images(model.fit(opened)[None])
-    known = codes.masked_fill(redrawn.to(codes.device), -1)
+    of_token = codes.shape[1] // model.layout.num_image_tokens
+    known = codes.masked_fill(redrawn.to(codes.device).repeat_interleave(of_token, -1), -1)
     size = _images_per_batch(model)
     for start in track(range(0, num_images, size), "inpaint", "batches"):
         seeds = seed + torch.arange(start, min(start + size, num_images))
@@ -149,7 +151,7 @@ def extrapolate_image(
     _check_extensions(prompts, directions, steps, offset, grid)
     prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     codes = model.encode_images(model.fit(open_image(image))[None])
-    canvas = codes.view(1, *grid).repeat(num_images, 1, 1)
+    canvas = codes.view(1, *grid, -1).repeat(num_images, 1, 1, 1)  # a token has one code, or its latent's numbers
     seeds = [seed + index for index in range(num_images)]
     for step, direction in enumerate(track(list(directions) * steps, "extrapolate", "extensions")):
         step_ids = prompt_ids[step if len(prompts) > 1 else 0]
@@ -160,7 +162,7 @@ def extrapolate_image(
             drawn = _draw_codes(model, [step_ids] * num_images, torch.tensor(window_seeds), sampling, known.flatten(1))
             canvas[:, rows, columns] = drawn.view(known.shape)
     for own, codes in zip(seeds, canvas, strict=True):
-        yield from _show(model, [" | ".join(prompts)], [own], codes[None])
+        yield from _show(model, [" | ".join(prompts)], [own], codes[None].flatten(1), tuple(codes.shape[:2]))
 
 
 def save_image(folder: StrPath, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:
@@ -249,11 +251,11 @@ def _draw_codes(
     sampling: ImageSamplingParams | None,
     known_codes: Tensor | None = None,
 ) -> Tensor:
-    """Codes int64 [P, n, N], or [P, n, h, w] where sampling has a grid; seeds int64 [P, n], known_codes [P, N]."""
+    """Codes int64 [P, n, M], in sampling's grid if it has one; seeds int64 [P, n], known_codes [P, M]."""
     sampling, grid = sampling or model.sampling, getattr(sampling or model.sampling, "grid", None)
     if grid and known_codes is not None:
         raise InputError(f"sampling.grid {grid}: what is known of an image lies in the model's own grid; leave it out")
-    codes = model.engine.generate(
+    return model.engine.generate(
         prompt_ids,
         num_images=seeds.shape[1],
         seeds=seeds,
@@ -261,7 +263,6 @@ def _draw_codes(
         sampling=sampling,
         progress=lambda steps: track(steps, "draw"),
     )
-    return codes.unflatten(2, grid) if grid else codes
 
 
 def _check_keeps_codes(model: Model) -> None:
@@ -274,10 +275,13 @@ def _images_per_batch(model: Model) -> int:
     return max(1, model.engine.max_sequences // 2)
 
 
-def _show(model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Tensor) -> Iterator[GeneratedImage]:
-    """The images of codes [n, N] or, in another shape than the model's own, [n, h, w]."""
-    codes = codes if codes.dim() == 3 else codes.view(-1, *model.layout.image_grid)
-    images = model.decode_images(codes.flatten(1), *codes.shape[1:])
+def _show(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], codes: Tensor, grid: tuple[int, int] | None = None
+) -> Iterator[GeneratedImage]:
+    """The images of codes [n, M], in a grid of rows and columns if it is another than the model's own."""
+    grid = grid or model.layout.image_grid
+    images = model.decode_images(codes, *grid)
+    codes = codes.unflatten(1, grid) if codes.shape[1] == grid[0] * grid[1] else codes
     yield from map(GeneratedImage, prompts, seeds, images, codes.cpu())
 
 
@@ -342,12 +346,12 @@ def _check_extensions(
 def _extended(
     canvas: Tensor, direction: str, grid: tuple[int, int], offset: int
 ) -> tuple[Tensor, list[tuple[slice, slice]]]:
-    """The canvas [n, h, w] with new rows or columns of -1, and the windows of the grid's shape that cover them."""
+    """The canvas [n, h, w, M] with new rows or columns of -1, and the windows of the grid's shape that cover them."""
     sideways = direction in ("left", "right")
     window_along, window_across = grid if sideways else grid[::-1]
     num_new = window_across - (window_across // 2 - offset)
-    canvas = F.pad(canvas, [num_new if direction == edge else 0 for edge in DIRECTIONS], value=-1)
-    height, width = canvas.shape[1:]
+    canvas = F.pad(canvas, [0, 0, *(num_new if direction == edge else 0 for edge in DIRECTIONS)], value=-1)
+    height, width = canvas.shape[1:3]
     across, along = (width, height) if sideways else (height, width)
     edge = slice(0, window_across) if direction in ("left", "up") else slice(across - window_across, across)
     starts = [*range(0, along - window_along, window_along // 2), along - window_along]

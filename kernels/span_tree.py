@@ -59,10 +59,10 @@ class SpanForest:
         self.ends: list[int] = []
         """By span, the packed row after its last token."""
 
-    def add(self, ids: Sequence[int], parent: int, mode: str | int) -> int:
-        """Appends a span; returns its index."""
+    def add(self, ids: Sequence[int], parent: int, mode: str | int, place: Place | None = None) -> int:
+        """Appends a span; returns its index. place None is that of text."""
         self.ends.append(self.packed + len(ids))
-        self.spans.append((ids, parent, mode))
+        self.spans.append((ids, parent, mode, place or _OF_TEXT))
         return len(self.spans) - 1
 
     @property

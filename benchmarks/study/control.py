@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hermesflow.algorithms.algorithm import Reference
 from hermesflow.algorithms.batch import REPLAY
-from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import NoReference

@@ -18,7 +18,7 @@ from torch import Tensor
 from hermesflow.engine.decoders.masked import Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.flow_schedule import flow_times
-from hermesflow.engine.latents import LatentTransformer
+from hermesflow.engine.latents import LatentTransformer, pack_latents, unpack_latents
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout, check_grid
@@ -69,7 +69,7 @@ class FlowDecoder:
     """Draws latents. A candidate's are a function of the model, its prompt, its seed and the parameters alone."""
 
     params = FlowSamplingParams
-    keeps_known_codes = False
+    keeps_known_codes = True
 
     def __init__(self, transformer: LatentTransformer, layout: Layout, backend: str | None = None) -> None:
         """Raises: ValueError if the transformer draws no latents."""
@@ -87,8 +87,7 @@ class FlowDecoder:
         seeds: Tensor,
         params: FlowSamplingParams,
         *,
-        known_codes: None = None,
-        noise: Tensor | None = None,
+        known_codes: Tensor | None = None,
         max_sequences: int = 64,
         progress: Progress = iter,
     ) -> Tensor:
@@ -98,11 +97,37 @@ class FlowDecoder:
             prompt_ids: P prompts of plain text ids; they may be equal or empty.
             seeds: int64 [P, n], one a candidate.
             params: how to draw.
-            known_codes: None: there are no codes.
-            noise: fp32 [P, n, N, C], what images start from; None: drawn by their seeds.
+            known_codes: int64 [P, layout.code_length], latents that each prompt's images keep, packed (pack_latents),
+                -1 in those that are drawn; None draws all.
             max_sequences: image spans that one pass may compute; a guided candidate is two. Where memory runs out it is
                 halved, for later calls too.
             progress: is given the steps of each pass, and gives them back one by one, as a progress bar does.
+        Returns: packed latents int64 [P, n, layout.code_length] on the model's device.
+        Raises: as draw.
+        """
+        size = self.transformer.latents.size
+        known = None if known_codes is None else unpack_latents(known_codes, size)
+        options = {"known": known, "max_sequences": max_sequences, "progress": progress}
+        return pack_latents(self.draw(prompt_ids, seeds, params, **options))
+
+    def draw(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Tensor,
+        params: FlowSamplingParams,
+        *,
+        known: Tensor | None = None,
+        noise: Tensor | None = None,
+        max_sequences: int = 64,
+        progress: Progress = iter,
+    ) -> Tensor:
+        """As generate, by numbers.
+
+        Args:
+            prompt_ids, seeds, params, max_sequences, progress: those of generate.
+            known: fp32 [P, N, C], latents that each prompt's images keep, NaN in those that are drawn; None draws all.
+                Before each step they are noised to its time.
+            noise: fp32 [P, n, N, C], what images start from; None: drawn by their seeds.
         Returns: latents fp32 [P, n, N, C] on the model's device.
         Raises: ValueError on a grid that is too large; RuntimeError naming the candidate and the step if the model
             gives no finite velocity.
@@ -113,7 +138,11 @@ class FlowDecoder:
         key = RandomKey(seeds.to(device).flatten(), *torch.zeros(2, seeds.numel(), dtype=torch.int64, device=device))
         if noise is None:
             noise = normal(key, count * size)
-        latents = noise.to(device, torch.float32).reshape(-1, count, size).clone()
+        noise = noise.to(device, torch.float32).reshape(-1, count, size)
+        latents = noise.clone()
+        if known is None:
+            known = torch.full((num_prompts, count, size), torch.nan)
+        known = known.to(device, torch.float32).repeat_interleave(num_images, 0)
         prompts = [tuple(ids) for ids in prompt_ids for _ in range(num_images)]
         failed = torch.full((len(latents),), params.num_steps, device=device)
         halves = 2 if params.guidance_scale else 1
@@ -121,7 +150,7 @@ class FlowDecoder:
         def draw(rows: list[int]) -> None:
             batch = _Batch(self.transformer, layout, [prompts[row] for row in rows], params)
             index = torch.tensor(rows, device=device)
-            latents[index], failed[index] = batch.draw(latents[index], progress)
+            latents[index], failed[index] = batch.draw(noise[index], known[index], progress)
 
         for rows in split_evenly(list(range(len(latents))), max(1, max_sequences // halves)):
             self._memory.call(rows, draw, halves)
@@ -157,17 +186,20 @@ class _Batch:
         self._rows = first + torch.from_numpy(layout.code_positions).to(device)
         self._places = transformer.places_of(layout.image_grid).repeat(2 * len(prompts))
 
-    def draw(self, latents: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-        """Noise [B, N, C] -> latents, and the first step [B] at which a velocity was not finite, or num_steps."""
+    def draw(self, noise: Tensor, known: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Noise [B, N, C] and what is known of the images -> latents, and the first step [B] at which a velocity was
+        not finite, or num_steps."""
+        latents, is_known = noise, known.isfinite()
         params, times = self._params, flow_times(self._params.num_steps, self._params.shift)
         failed = torch.full((len(latents),), params.num_steps, device=latents.device)
         for step, (time, following) in enumerate(progress(list(zip(times, times[1:], strict=False)))):
+            latents = torch.where(is_known, torch.lerp(known, noise, time), latents)
             with phase("step"):
                 velocity = self._velocity(latents, time)
             is_finite = velocity.isfinite().flatten(1).all(1)
             failed = torch.where(is_finite, failed, failed.clamp(max=step))
             latents = latents - velocity * (time - following)
-        return latents, failed
+        return torch.where(is_known, known, latents), failed
 
     def _velocity(self, latents: Tensor, time: float) -> Tensor:
         """fp32 [B, N, C]."""

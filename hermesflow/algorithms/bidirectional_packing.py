@@ -11,17 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 
 from hermesflow.algorithms.batch import REPLAY, PairVisit
 from hermesflow.algorithms.packing import PairPacker, TreeBuilder, draw_masks, mask_share
-from hermesflow.config import TrainConfig
-from hermesflow.models.model import Model
-
-
-def make_packer(model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> PairPacker:
-    """The packer for a model's layout; arguments are PairPacker's."""
-    return (BidirectionalPacker if model.layout.is_bidirectional else PairPacker)(model, pairs, config, seed)
 
 
 class BidirectionalPacker(PairPacker):

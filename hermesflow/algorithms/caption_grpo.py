@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hermesflow.algorithms.batch import REPLAY
-from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.grpo import GRPO, Group, GRPOBatch, check_rollouts, visit_of
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.packing import TreeBuilder
 from hermesflow.config import Config
 from hermesflow.data.pairs import records_table

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Pass, Reference
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
-from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.packing import TreeBuilder, plan_passes, referenced_sides
 from hermesflow.algorithms.pair_dpo import replay_loss, replay_metric
 from hermesflow.algorithms.policy import Policy

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Reference
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit
-from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.pair_dpo import PairDPO
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import make_reference

@@ -92,7 +92,7 @@ class PairPacker:
         if model.views_codes:
             self._prefix_length = len(layout.image_prefix([0] * layout.num_image_tokens))
         else:
-            self._prefix_length = len(layout.feature_prefix(model.num_features)[0])
+            self._prefix_length = len(layout.feature_span(model.num_features).ids)
         self._views = functools.lru_cache(_REMEMBERED_VIEWS)(self._view)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
@@ -258,9 +258,9 @@ class PairPacker:
         layout = self.model.layout
         if self.model.views_codes:
             return builder.add(layout.image_prefix(self._tokens["record_codes"][visit.pair]), -1, layout.prefix_mode)
-        ids, first = layout.feature_prefix(self.model.num_features)
-        builder.embed(builder.packed + first, self._views(visit.pair))
-        return builder.add(ids, -1, first if layout.prefix_mode == "full" else "causal")
+        span = layout.feature_span(self.model.num_features)
+        builder.embed(builder.packed + span.first, self._views(visit.pair))
+        return builder.add(span.ids, -1, span.mode, span.place)
 
     def _view(self, pair: int) -> torch.Tensor:
         """Features [F, D] of a pair's real image, or of the image that its codes give."""
@@ -334,12 +334,12 @@ def _check_row(row: dict, model: Model) -> None:
         if name == "caption":
             model.encode_text(row[name])
         elif name.endswith("_codes"):
-            if len(row[name]) != layout.num_image_tokens:
+            if len(row[name]) != layout.code_length:
                 raise ValueError(
-                    f"{name} has {len(row[name])} tokens, the model's image {layout.num_image_tokens} at "
+                    f"{name} has {len(row[name])} tokens, the model's image {layout.code_length} at "
                     f"model.image_size {model.image_size}"
                 )
-            _check_ids(name, row[name], range(layout.codebook_size), f"codebook has {layout.codebook_size}")
+            _check_ids(name, row[name], layout.code_range, f"codebook has {layout.codebook_size}")
         else:
             _check_ids(name, row[name], layout.text_ids, f"text vocabulary has {len(layout.text_ids)}")
             _check_spelling(name, row[name], row[name.removesuffix("_ids")], model)

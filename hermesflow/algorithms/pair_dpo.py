@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hermesflow.algorithms.algorithm import Pass
 from hermesflow.algorithms.batch import REPLAY, PairBatch, PairVisit, Side
-from hermesflow.algorithms.bidirectional_packing import make_packer
 from hermesflow.algorithms.losses import find_loss
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import Reference, make_reference
 from hermesflow.config import TrainConfig
@@ -133,7 +133,8 @@ class PairDPO:
             config: loss, weights and masks.
             seed: of masks, dropped prompts and the order of pairs.
         """
-        self.config, self.packer = config, make_packer(model, pairs, config, seed)
+        self.packer = make_packer(model, pairs, config, seed)
+        self.config = self.packer.config
 
     def visits(self, step: int | None) -> list[PairVisit]:
         """The pairs of a step; None: every pair under the masks of its first visit."""

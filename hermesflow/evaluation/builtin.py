@@ -57,9 +57,10 @@ class Builtin(Evaluation):
             drew, to be looked at.
         Raises: InputError if the model does not know the world's words.
         """
-        if "temperature" not in _names(model.sampling):
+        if not {"temperature", "num_steps"} & _names(model.sampling):
             raise InputError(
-                "eval.suite builtin: draws by temperatures, and the model's family has none; name another eval.suite"
+                "eval.suite builtin: draws by steps and temperatures, and the model's family has neither; name another "
+                "eval.suite"
             )
         scenes, records = held_out(config)
         rows = [_empty_row(record) for record in records]
@@ -97,13 +98,18 @@ BUILTIN = Builtin()
 
 
 def sampler_name(model: Model, sampling: Any) -> str:
-    """How results call a way to draw: "STEPS/TEMPERATURE", such as "4/0.7"; code by code each code is a step."""
-    return f"{getattr(sampling, 'num_steps', model.layout.num_image_tokens)}/{sampling.temperature:g}"
+    """How results call a way to draw: "STEPS/TEMPERATURE", such as "4/0.7"; code by code each code is a step, and a
+    flow has the temperature 1."""
+    steps, temperature = (
+        getattr(sampling, "num_steps", model.layout.num_image_tokens),
+        getattr(sampling, "temperature", 1),
+    )
+    return f"{steps}/{temperature:g}"
 
 
 def samplers_of(model: Model, config: EvalConfig) -> dict[str, Any]:
-    """The ways to draw that a model is measured by, by name: the default one first, then config.samplers; where images
-    are not drawn in steps, the temperatures alone."""
+    """The ways to draw that a model is measured by, by name: the default one first, then config.samplers, of whose
+    steps and temperatures those count that the model's images are drawn by."""
     default = model.sampling_of(config)
     given = [default]
     for text in config.samplers:

@@ -10,6 +10,7 @@ images through a SigLIP tower. Names, prompts and defaults: modeling/bagel and i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +24,17 @@ from torch import Tensor, nn
 
 from hermesflow.engine.decoders.flow import FlowDecoder, FlowSamplingParams
 from hermesflow.engine.image_tokenizers.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
-from hermesflow.engine.latents import LatentConfig, LatentTransformer, patchify, unpatchify
+from hermesflow.engine.latents import (
+    LatentConfig,
+    LatentTransformer,
+    pack_latents,
+    patchify,
+    unpack_latents,
+    unpatchify,
+)
 from hermesflow.engine.token_layout import FeatureSpan, Ids, Layout, check_grid
 from hermesflow.engine.transformer import Block, TransformerConfig, rotary_table
-from hermesflow.engine.weights import save_tensors
+from hermesflow.engine.weights import own_tensors, read_tensors, save_tensors
 from hermesflow.kernels.span_attention import span_attention
 from hermesflow.kernels.span_tree import Place, SpanTree
 from hermesflow.models import loading
@@ -55,22 +63,22 @@ _LAYERS = "language_model.model.layers.*"
 def _expert(blocks: str, suffix: str) -> dict[str, list[str]]:
     attention, mlp = f"{_LAYERS}.self_attn", f"{_LAYERS}.mlp{suffix}"
     return {
-        f"{blocks}.*.attention_norm": [f"{_LAYERS}.input_layernorm{suffix}"],
-        f"{blocks}.*.attention.qkv": [f"{attention}.{name}_proj{suffix}" for name in "qkv"],
-        f"{blocks}.*.attention.out": [f"{attention}.o_proj{suffix}"],
-        f"{blocks}.*.attention.q_norm": [f"{attention}.q_norm{suffix}"],
-        f"{blocks}.*.attention.k_norm": [f"{attention}.k_norm{suffix}"],
-        f"{blocks}.*.mlp_norm": [f"{_LAYERS}.post_attention_layernorm{suffix}"],
-        f"{blocks}.*.mlp.up": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
-        f"{blocks}.*.mlp.down": [f"{mlp}.down_proj"],
+        f"{blocks}.attention_norm": [f"{_LAYERS}.input_layernorm{suffix}"],
+        f"{blocks}.attention.qkv": [f"{attention}.{name}_proj{suffix}" for name in "qkv"],
+        f"{blocks}.attention.out": [f"{attention}.o_proj{suffix}"],
+        f"{blocks}.attention.q_norm": [f"{attention}.q_norm{suffix}"],
+        f"{blocks}.attention.k_norm": [f"{attention}.k_norm{suffix}"],
+        f"{blocks}.mlp_norm": [f"{_LAYERS}.post_attention_layernorm{suffix}"],
+        f"{blocks}.mlp.up": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        f"{blocks}.mlp.down": [f"{mlp}.down_proj"],
     }
 
 
 WEIGHTS = {
     "embed": ["language_model.model.embed_tokens"],
-    **_expert("blocks", ""),
+    **_expert("blocks.*", ""),
     "norm": ["language_model.model.norm"],
-    **_expert("latent_blocks", "_moe_gen"),
+    **_expert("blocks.*.latent", "_moe_gen"),
     "latent_norm": ["language_model.model.norm_moe_gen"],
     "head": ["language_model.lm_head"],
     "latent_in": ["vae2llm"],
@@ -132,6 +140,7 @@ class BagelLayout(Layout):
     eot: int
     soi: int
     eoi: int
+    latent_size: int
 
     code_ids = None
     codebook_size = 0
@@ -175,6 +184,10 @@ class BagelLayout(Layout):
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
         """It sees features alone."""
         raise ValueError("BAGEL: sees images by features, got codes")
+
+    def unguided_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Nothing: the image is a root."""
+        return []
 
     def feature_span(self, num_features: int) -> FeatureSpan:
         """[soi, features, eoi], all at one position and seen by one another."""
@@ -237,7 +250,7 @@ class BagelVision(nn.Module):
 
 
 class BagelModel(CheckpointModel):
-    """A model of BAGEL's class; where others have codes it has latents, fp32 [..., N, C]."""
+    """A model of BAGEL's class; where others have codes it has latents, packed (engine/latents.py)."""
 
     image_decoder = FlowDecoder
     views_codes = False
@@ -284,22 +297,22 @@ class BagelModel(CheckpointModel):
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:
-        """uint8 [n, H, W, 3] with H and W multiples of 16 -> latents fp32 [n, N, C]."""
+        """uint8 [n, H, W, 3] with H and W multiples of 16 -> packed latents int64 [n, M]."""
         if not len(images):
-            return torch.zeros(0, self.layout.num_image_tokens, self.transformer.latents.size)
+            return torch.zeros(0, self.layout.code_length, dtype=torch.int64)
         pixels, coder = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), self.vq_tokenizer
         batches = pixels.split(coder.images_per_pass(*pixels.shape[2:]))
         latents = [coder.encode(batch.to(coder.device, coder.dtype) / 127.5 - 1) for batch in batches]
-        return patchify(torch.cat(latents).float(), PATCH)
+        return pack_latents(patchify(torch.cat(latents).float(), PATCH))
 
     @torch.no_grad()
     def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """Latents fp32 [n, N, C] -> uint8 [n, H, W, 3]; height and width in rows of latents, else the layout's."""
+        """Packed latents int64 [n, M] -> uint8 [n, H, W, 3]; height and width in rows of latents, else the layout's."""
         coder, grid = self.vq_tokenizer, (height or self.layout.image_grid[0], width or self.layout.image_grid[1])
         factor = coder.config.downsampling * PATCH
         if not len(codes):
             return np.zeros((0, grid[0] * factor, grid[1] * factor, 3), dtype=np.uint8)
-        latents = unpatchify(codes, grid, PATCH)
+        latents = unpatchify(unpack_latents(codes, self.transformer.latents.size), grid, PATCH)
         batches = latents.split(coder.images_per_pass(grid[0] * factor, grid[1] * factor))
         images = [to_pixels(coder.decode(batch.to(coder.device, coder.dtype))).cpu() for batch in batches]
         return torch.cat(images).permute(0, 2, 3, 1).numpy()
@@ -348,7 +361,7 @@ class BagelFamily:
         tower, patch = _vision_config(folder / "vit_config.json")
         latents = LatentConfig(size=KLAutoencoderConfig().latent_channels * PATCH**2, side=sides[0])
         layout = BagelLayout(
-            vocab_size=shape.vocab_size, image_grid=(sides[0], sides[0]), largest=sides[0],
+            vocab_size=shape.vocab_size, image_grid=(sides[0], sides[0]), largest=sides[0], latent_size=latents.size,
             **{name: tokenizer.id(token) for name, token in TOKENS.items()},
         )  # fmt: skip
         parts = on_meta(
@@ -362,11 +375,16 @@ class BagelFamily:
         def open_tokenizer(device: torch.device) -> KLAutoencoder:
             return load_autoencoder(folder if vq_tokenizer is None else Path(vq_tokenizer), device)
 
+        shift = config.get("timestep_shift", 1.0)
+        if not isinstance(shift, int | float) or not 0 < shift < 1e3:
+            raise InputError(f"{path}: timestep_shift is {shown(shift)}, no number above 0; restore it from its source")
         load_parts(parts, folder / WEIGHTS_FILE, published_tensors, "", dtype, device)
         image_size = sides[0] * KLAutoencoderConfig().downsampling * PATCH
-        return BagelModel(
+        model = BagelModel(
             folder, parts, published_tensors, tokenizer, layout, image_size, PROMPTS, SAMPLING, open_tokenizer
         )
+        model.flow_shift = float(shift)
+        return model
 
 
 FAMILY = BagelFamily()
@@ -386,18 +404,27 @@ def load_autoencoder(folder: Path, device: torch.device | str | None = None) -> 
     path = folder / AUTOENCODER_FILE
     if not path.is_file():
         raise InputError(f"{path}: is not there; put FLUX.1's autoencoder, which BAGEL publishes, beside its weights")
-    parts = on_meta(lambda: {"autoencoder": KLAutoencoder(KLAutoencoderConfig())}, path)
-    load_parts(
-        parts,
-        path,
-        lambda parts: {
-            name: tensor.detach() for name, tensor in parts["autoencoder"].state_dict(keep_vars=True).items()
-        },
-        "",
-        torch.float32,
-        device,
-    )
+    parts = on_meta(lambda: {"autoencoder": KLAutoencoder(_autoencoder_config(path))}, path)
+    load_parts(parts, path, lambda parts: own_tensors(parts["autoencoder"]), "", torch.float32, device)
     return parts["autoencoder"]
+
+
+def _autoencoder_config(path: Path) -> KLAutoencoderConfig:
+    """By the shapes of its tensors, since no file names its sizes; scale and shift are FLUX.1's."""
+    try:
+        shapes = {name: tensor.shape for name, tensor in read_tensors(path).items()}
+        channels = shapes["encoder.conv_in.weight"][0]
+        counts = [sum(name.startswith(f"encoder.down.{level}.block.") for name in shapes) for level in range(8)]
+        widths = [
+            shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level, count in enumerate(counts) if count
+        ]
+        blocks = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
+        return KLAutoencoderConfig(
+            latent_channels=shapes["decoder.conv_in.weight"][1], channels=channels, num_res_blocks=blocks,
+            channel_multipliers=tuple(width // channels for width in widths), num_groups=math.gcd(32, channels),
+        )  # fmt: skip
+    except (KeyError, IndexError, ValueError) as error:
+        raise InputError(f"{path}: holds no autoencoder of FLUX.1's kind ({error}); give the model's own") from error
 
 
 def _transformer_config(path: Path) -> TransformerConfig:

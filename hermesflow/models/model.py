@@ -76,6 +76,8 @@ class Model:
     """Writes captions and answers."""
     is_saved_whole = True
     """Whether save writes all that the model sees through, so that rounds of self-play can open what they saved."""
+    flow_shift = 1.0
+    """Of times towards the noise in training, in a family that draws latents; see engine/flow_schedule.py."""
     is_published = True
     """Whether save writes a layout that others read too."""
 

@@ -1,5 +1,6 @@
 """The flow decoder: an image is a function of its prompt, seed and settings; guidance, noise, places and experts."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -56,7 +57,7 @@ def transformer():
 
 def draw(transformer, params=PARAMS, prompts=PROMPTS, seeds=SEEDS, **more):
     with torch.inference_mode():
-        return FlowDecoder(transformer, LatentLayout()).generate(prompts, seeds, params, **more)
+        return FlowDecoder(transformer, LatentLayout()).draw(prompts, seeds, params, **more)
 
 
 def test_an_image_depends_on_nothing_else(transformer):
@@ -161,7 +162,12 @@ def test_equal_experts_are_one(transformer):
     plain = made(replace(CONFIG, experts=1))
     twin = LatentTransformer(CONFIG, plain.latents)
     state = plain.state_dict()
-    state |= {f"latent_{name}": value for name, value in state.items() if name.startswith(("blocks.", "norm."))}
+    state |= {
+        re.sub(r"^(blocks\.\d)", r"\1.latent", name): value
+        for name, value in state.items()
+        if name.startswith("blocks.")
+    }
+    state["latent_norm.weight"] = state["norm.weight"]
     twin.load_state_dict(state)
     latent, text = ([1, 7, 8, 9, 2], Place(stride=0, advance=1, framed=(1, 1))), ([3, 4, 5], Place())
     for order in ("lt", "tl", "tlt", "ll", "tll", "ltl"):
@@ -187,14 +193,15 @@ def test_each_row_has_its_expert(transformer):
     moved.zero_grad(set_to_none=True)
     x = moved.embed(tree.token_ids)
     rotary = rotary_table(tree.position_ids, CONFIG.rotary_dim, CONFIG.rope_theta)
-    for layer, pair in enumerate(zip(moved.blocks, moved.latent_blocks, strict=True)):
-        befores = [block.before_attention(x, rotary) for block in pair]
+    for layer, block in enumerate(moved.blocks):
+        pair = (block, block.latent)
+        befores = [each.before_attention(x, rotary) for each in pair]
         normed, *qkv = (
             torch.where(is_latent.view(-1, *[1] * (text.dim() - 1)), latent, text)
             for text, latent in zip(*befores, strict=True)
         )
         attended = _attend(tree, None, layer, *qkv)
-        text, latent = (block.after_attention(x, normed, attended) for block in pair)
+        text, latent = (each.after_attention(x, normed, attended) for each in pair)
         x = torch.where(is_latent[:, None], latent, text)
     expected = torch.where(is_latent[:, None], moved.latent_norm(x), moved.norm(x))
     assert torch.allclose(found, expected, atol=1e-4)

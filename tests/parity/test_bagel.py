@@ -152,7 +152,7 @@ def test_drawn_latents(original, way):
         settings = params.__class__(**{**vars(params), "grid": grid})
         other = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
-            found = model.engine.image_decoder.generate(
+            found = model.engine.image_decoder.draw(
                 [ids, [5, 6]], torch.zeros(2, 2, dtype=torch.int64), settings,
                 noise=torch.stack([torch.stack([noise, other]), torch.stack([other, other])]),
             )  # fmt: skip

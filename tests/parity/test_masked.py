@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from hermesflow import load_model
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.batch import PairVisit
-from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.packing import TokenMask
 from hermesflow.algorithms.pair_dpo import pass_objective
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig

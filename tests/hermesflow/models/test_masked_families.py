@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hermesflow import load_model, tasks
-from hermesflow.algorithms.bidirectional_packing import make_packer
+from hermesflow.algorithms.packers import make_packer
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import LiveReference, make_reference
 from hermesflow.config import ModelConfig, TrainConfig, load_config

@@ -1,0 +1,18 @@
+"""The packer for a model's layout."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from hermesflow.algorithms.bidirectional_packing import BidirectionalPacker
+from hermesflow.algorithms.latent_packing import LatentPacker
+from hermesflow.algorithms.packing import PairPacker
+from hermesflow.config import TrainConfig
+from hermesflow.models.model import Model
+
+
+def make_packer(model: Model, pairs: pa.Table, config: TrainConfig, seed: int) -> PairPacker:
+    """Arguments are PairPacker's."""
+    layout = model.layout
+    kind = LatentPacker if layout.latent_size else BidirectionalPacker if layout.is_bidirectional else PairPacker
+    return kind(model, pairs, config, seed)
