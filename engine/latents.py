@@ -42,6 +42,13 @@ class LatentTransformer(Transformer):
         self.latent_places = nn.Embedding(latents.side**2, width)
         self.latent_places.weight.requires_grad_(False)
 
+    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> LatentTransformer:
+        """As in Transformer, and the table of places by its formula."""
+        super().init_weights(generator, std)
+        with torch.no_grad():
+            self.latent_places.weight.copy_(place_table(self.latents.side, self.config.hidden_size))
+        return self
+
     def skeleton(self) -> LatentTransformer:
         """See Transformer."""
         return LatentTransformer(self.config, self.latents)

@@ -465,8 +465,8 @@ class PretrainConfig:
     """Folder of checkpoints and of the finished model."""
     seed: int = 0
     """Seed of scenes, weights and batches."""
-    images: Literal["masked", "causal"] = "masked"
-    """How the model draws: all masked codes at once, in steps, or code by code."""
+    images: Literal["masked", "causal", "flow"] = "masked"
+    """How the model draws: all masked codes at once, in steps; code by code; or latents by a flow."""
     num_scenes: int = 50000
     """Training scenes that are drawn."""
     tokenizer_steps: int = 4000

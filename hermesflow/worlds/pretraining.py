@@ -1,7 +1,8 @@
 """How the built-in tiny model is made from a seed: first its image tokenizer, then its transformer.
 
 The transformer trains in Show-o's way (arXiv 2408.12528): masked image tokens under a cosine schedule given the
-caption, or the next code (pretrain.images causal), and next-token prediction of captions and answers given the image.
+caption, or the next code (pretrain.images causal), or the velocity of noised latents (flow, as Transfusion, arXiv
+2408.11039), and next-token prediction of captions and answers given the image.
 Every batch is one forest of span trees: a caption carries two differently masked copies of its image, or the image
 itself, an image carries its caption and several questions. A step's batch is a pure function of (seed, step), so that a
 killed run resumes from its checkpoint with the same result.
@@ -13,9 +14,10 @@ their gradients, which on two cores is faster than one process with two threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -24,16 +26,18 @@ from torch import Tensor, nn
 
 from hermesflow.config import PretrainConfig
 from hermesflow.engine.decoders.autoregressive import CodeSamplingParams
+from hermesflow.engine.decoders.flow import FlowSamplingParams
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
-from hermesflow.engine.token_layout import TokenLayout
+from hermesflow.engine.latents import LatentConfig, LatentTransformer, unpack_latents
+from hermesflow.engine.token_layout import Layout, TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.weights import load_weights, save_weights
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.kernels.span_tree import Span, SpanTree
 from hermesflow.models.model import Model, PromptFormat
 from hermesflow.models.text_tokenizers import WordTokenizer
-from hermesflow.models.tiny import TinyModel
+from hermesflow.models.tiny import FlowLayout, TinyFlowModel, TinyModel
 from hermesflow.runtime.checkpointing import load_checkpoint, save_checkpoint
 from hermesflow.runtime.distributed import barrier, is_main, on_main, rank, sum_over_ranks, world_size
 from hermesflow.runtime.files import (
@@ -56,6 +60,9 @@ NUM_IMAGE_TOKENS = (IMAGE_SIZE // TOKENIZER.downsampling) ** 2
 PROMPTS = PromptFormat(caption_question=shapes.CAPTION_QUESTION)
 SAMPLING = ImageSamplingParams(num_steps=8, guidance_scale=0.5, mask_temperature=1.0, temperature=0.7)
 CODE_SAMPLING = CodeSamplingParams(guidance_scale=0.5, temperature=0.7)
+FLOW_SAMPLING = FlowSamplingParams(num_steps=17, guidance_scale=0.5)
+FLOW_WEIGHT = 1.0
+"""Of the mean square error of velocities beside the text's losses."""
 OBJECT_WEIGHT = 10.0
 """Weight of pixels on or within 3 px of an object: backgrounds are easy and large."""
 QUESTIONS_PER_IMAGE = 6
@@ -76,27 +83,24 @@ def run_pretraining(config: PretrainConfig) -> Path:
         raise InputError(f"pretraining: a step has {HALF_BATCHES} half-batches; start 1 or {HALF_BATCHES} processes")
     on_main(lambda: check_settings(config, folder / "settings.json"))
     text_tokenizer = WordTokenizer.of_words(shapes.vocabulary())
-    layout = TokenLayout(
-        text_vocab_size=text_tokenizer.size,
-        codebook_size=TOKENIZER.codebook_size,
-        num_image_tokens=NUM_IMAGE_TOKENS,
-        sot=text_tokenizer.bos,
-        eot=text_tokenizer.eos,
-        image_mode="full" if config.images == "masked" else "causal",
+    kind, sampling = {
+        "masked": (TinyModel, SAMPLING), "causal": (TinyModel, CODE_SAMPLING), "flow": (TinyFlowModel, FLOW_SAMPLING)
+    }[config.images]  # fmt: skip
+    layout = make_layout(config, text_tokenizer)
+    shape = TransformerConfig(
+        vocab_size=layout.vocab_size,
+        hidden_size=128,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=4,
+        mlp_size=512,
+        activation="relu2",
+        qk_norm=True,
+        bias=False,
     )
-    transformer = Transformer(
-        TransformerConfig(
-            vocab_size=layout.vocab_size,
-            hidden_size=128,
-            num_layers=6,
-            num_heads=4,
-            num_kv_heads=4,
-            mlp_size=512,
-            activation="relu2",
-            qk_norm=True,
-            bias=False,
-        )
-    ).init_weights(torch.Generator().manual_seed(config.seed))
+    latents = LatentConfig(size=TOKENIZER.code_bits, side=layout.image_grid[0])
+    transformer = LatentTransformer(shape, latents) if config.images == "flow" else Transformer(shape)
+    transformer.init_weights(torch.Generator().manual_seed(config.seed))
     vq_tokenizer = VQTokenizer(TOKENIZER)
     weights = folder / "vq_tokenizer.safetensors"
     if is_main() and not weights.exists():
@@ -108,8 +112,7 @@ def run_pretraining(config: PretrainConfig) -> Path:
         load_weights(vq_tokenizer, weights)
     except ValueError as error:
         raise InputError(f"{error}, or delete it and run the same command again to train it anew") from error
-    sampling = SAMPLING if config.images == "masked" else CODE_SAMPLING
-    model = TinyModel(transformer, vq_tokenizer.eval(), text_tokenizer, layout, IMAGE_SIZE, PROMPTS, sampling)
+    model = kind(transformer, vq_tokenizer.eval(), text_tokenizer, layout, IMAGE_SIZE, PROMPTS, sampling)
     train_transformer(model, config)
 
     def save() -> None:
@@ -118,6 +121,18 @@ def run_pretraining(config: PretrainConfig) -> Path:
 
     on_main(save)
     return folder / "model"
+
+
+def make_layout(config: PretrainConfig, text_tokenizer: WordTokenizer) -> Layout:
+    """The vocabulary of a model that draws as the settings say."""
+    shared = {
+        "text_vocab_size": text_tokenizer.size, "num_image_tokens": NUM_IMAGE_TOKENS, "sot": text_tokenizer.bos,
+        "eot": text_tokenizer.eos,
+    }  # fmt: skip
+    if config.images == "flow":
+        return FlowLayout(**shared, latent_size=TOKENIZER.code_bits)
+    mode = "full" if config.images == "masked" else "causal"
+    return TokenLayout(**shared, codebook_size=TOKENIZER.codebook_size, image_mode=mode)
 
 
 def check_settings(config: PretrainConfig, path: Path) -> None:
@@ -200,11 +215,16 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's forest with what it must predict: packed rows and joint-vocabulary targets, by task."""
+    """One step's forest with what it must predict: packed rows and joint-vocabulary targets, by task.
+
+    Of a flow the targets of "image" are velocities, and latents are all rows that hold latents: rows int64 [R], noised
+    fp32 [R, C], times fp32 [R] (0: an image that is seen), places int64 [R].
+    """
 
     tree: SpanTree
     rows: dict[str, Tensor]
     targets: dict[str, Tensor]
+    latents: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 class SceneBatches:
@@ -215,7 +235,10 @@ class SceneBatches:
         self.scenes = shapes.sample_scenes(split, num_scenes, seed=seed)
         chunks = [self.scenes[start : start + 512] for start in range(0, num_scenes, 512)]
         codes = [model.encode_images(shapes.render(chunk)) for chunk in track(chunks, f"{split} images", "batches")]
-        self.codes = torch.cat(codes).numpy()
+        codes = torch.cat(codes)
+        self.codes = codes.numpy()
+        if self.layout.latent_size:
+            self.latents = unpack_latents(codes, self.layout.latent_size).numpy()
 
     def draw(self, rng: np.random.Generator, num_generation: int, num_understanding: int, dropout: float) -> Batch:
         """num_generation captions with masked copies of their images, num_understanding images with their texts."""
@@ -225,6 +248,7 @@ class SceneBatches:
         rows: dict[str, list[np.ndarray]] = {"image": [], "caption": [], "answer": []}
         targets: dict[str, list[np.ndarray]] = {"image": [], "caption": [], "answer": []}
         packed = 0
+        latents: list[tuple[np.ndarray, ...]] = []
 
         def add(ids: list[int], parent: int, mode: str) -> int:
             nonlocal packed
@@ -237,11 +261,26 @@ class SceneBatches:
             rows[task].append(packed + offsets)
             targets[task].append(np.asarray(ids))
 
+        def show(index: int, offsets: np.ndarray, time: float = 0.0, noise: np.ndarray | float = 0.0) -> np.ndarray:
+            """The next span to be added holds an image's latents, noised to a time; returns their velocities."""
+            image = self.latents[index]
+            noised = (1 - time) * image + time * noise
+            latents.append((packed + offsets, noised, np.full(len(offsets), time), np.arange(len(offsets))))
+            return noise - image
+
         for index, caption in zip(chosen[:num_generation], captions, strict=False):
             root = add(self.layout.text_prompt([] if rng.random() < dropout else caption), -1, "causal")
             codes = self.codes[index]
             image = np.array(self.layout.image(codes))
             position = rng.random()
+            if self.layout.latent_size:
+                places = self.layout.code_positions
+                for copy in range(MASKS_PER_IMAGE):
+                    noise = rng.standard_normal(self.latents[index].shape)
+                    time = NormalDist().inv_cdf(0.999 * ((position + copy / MASKS_PER_IMAGE) % 1) + 0.0005)
+                    learn("image", places, show(index, places, 1 / (1 + math.exp(-time)), noise))
+                    add(image, root, "full")
+                continue
             if self.layout.image_mode == "causal":
                 places = self.layout.code_positions
                 learn("image", places - 1, image[places])
@@ -254,7 +293,12 @@ class SceneBatches:
                 learn("image", hidden, image[hidden])
                 add(np.where(np.isin(np.arange(len(image)), hidden), self.layout.mask_id, image), root, "full")
         for index, caption in zip(chosen[num_generation:], captions[num_generation:], strict=True):
-            root = add(self.layout.image_prefix(self.codes[index]), -1, self.layout.prefix_mode)
+            if self.layout.latent_size:
+                seen = self.layout.feature_span(self.layout.num_image_tokens)
+                show(index, seen.first + np.arange(self.layout.num_image_tokens))
+                root = add(seen.ids, -1, seen.mode)
+            else:
+                root = add(self.layout.image_prefix(self.codes[index]), -1, self.layout.prefix_mode)
             questions = shapes.training_questions(self.scenes[index], rng, QUESTIONS_PER_IMAGE)
             asked = self._encode([shapes.CAPTION_QUESTION, *(question.question for question in questions)])
             answers = [caption, *self._encode([question.answer for question in questions])]
@@ -265,11 +309,18 @@ class SceneBatches:
         return Batch(
             SpanTree.build(spans),
             {task: torch.from_numpy(np.concatenate(found)) for task, found in rows.items()},
-            {task: torch.from_numpy(np.concatenate(found)) for task, found in targets.items()},
+            {task: _to_tensor(found) for task, found in targets.items()},
+            tuple(map(_to_tensor, zip(*latents, strict=True))) if latents else None,
         )
 
     def _encode(self, texts: Iterable[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(list(texts))
+
+
+def _to_tensor(parts: Sequence[np.ndarray]) -> Tensor:
+    """Int64 stays; other numbers become fp32."""
+    values = torch.from_numpy(np.concatenate(parts))
+    return values.float() if values.is_floating_point() else values
 
 
 def train_transformer(model: Model, config: PretrainConfig) -> None:
@@ -277,7 +328,9 @@ def train_transformer(model: Model, config: PretrainConfig) -> None:
     transformer = model.transformer.train()
     matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.dim() == 2]
     others = [
-        parameter for parameter in transformer.parameters() if all(parameter is not matrix for matrix in matrices)
+        parameter
+        for parameter in transformer.parameters()
+        if parameter.requires_grad and all(parameter is not matrix for matrix in matrices)
     ]
     optimizers = [
         torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
@@ -338,21 +391,28 @@ def average_gradients(module: nn.Module) -> None:
     """Replaces every gradient by its mean over the processes."""
     if world_size() == 1:
         return
-    gradients = [parameter.grad for parameter in module.parameters()]
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
     flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, mean in zip(gradients, flat.split([item.numel() for item in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient) / world_size())
 
 
 def batch_losses(transformer: Transformer, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean negative log-likelihood of each task over the joint vocabulary, and the hidden states [T, D]."""
+    """Mean negative log-likelihood of each task over the joint vocabulary, or of velocities their mean square error,
+    and the hidden states [T, D]."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = transformer(batch.tree).float()
-    head = transformer.head
-    losses = {
-        task: -linear_logprob(hidden[rows], head.weight, batch.targets[task], bias=head.bias).mean()
-        for task, rows in batch.rows.items()
-    }
+        embeds = None
+        if batch.latents is not None:
+            rows, *latents = batch.latents
+            embeds = rows, transformer.latent_embeds(*latents)
+        hidden = transformer(batch.tree, embeds=embeds).float()
+    head, losses = transformer.head, {}
+    for task, rows in batch.rows.items():
+        targets = batch.targets[task]
+        if targets.is_floating_point():
+            losses[task] = FLOW_WEIGHT * F.mse_loss(transformer.velocities(hidden[rows]), targets)
+        else:
+            losses[task] = -linear_logprob(hidden[rows], head.weight, targets, bias=head.bias).mean()
     return losses, hidden
 
 
@@ -364,6 +424,8 @@ def validate(transformer: Transformer, batches: SceneBatches, config: PretrainCo
     losses, hidden = batch_losses(transformer, batch)
     result = {task: round(value.item(), 4) for task, value in losses.items()}
     for task, rows in batch.rows.items():
+        if batch.targets[task].is_floating_point():
+            continue
         best = transformer.head(hidden[rows]).argmax(-1)
         result[f"{task}_accuracy"] = round((best == batch.targets[task]).float().mean().item(), 4)
     transformer.train()
