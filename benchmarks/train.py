@@ -126,7 +126,7 @@ def measure_step(run: Run, settings: Any, step: Step) -> int:
 class Step:
     """One step of Pair-DPO by our packed passes and by the published algorithm, over the same pairs.
 
-    Another family overrides model_kind, make_model, pad, run_naive and pass_work.
+    Another family overrides model_kind, settings, draw_codes, make_model, pad, run_naive and pass_work.
     """
 
     model_kind: type[Model] = Model
@@ -134,6 +134,7 @@ class Step:
     def __init__(self, shape_name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.shape_name, shape = shape_name, SHAPES[shape_name]
         self.transformer, layout = self.make_model(device, dtype)
+        self.device, self.layout = device, layout
         generator = torch.Generator().manual_seed(0)
 
         def draw_ids(limit: int, length: int) -> list[int]:
@@ -147,21 +148,19 @@ class Step:
 
         prompts = PromptFormat(caption_question=text(shape.question_len))
         model = self.model_kind(self.transformer, None, _SpelledIds(), layout, 0, prompts, None)
-        codes, num_codes = layout.codebook_size, layout.num_image_tokens
         rows = [
             {
                 "record_id": str(number),
                 "caption": text(shape.prompt_len),
                 "sides": "both",
-                **{name: draw_ids(codes, num_codes) for name in ("record_codes", "win_codes", "lose_codes")},
+                **{name: self.draw_codes(generator) for name in ("record_codes", "win_codes", "lose_codes")},
                 "win_caption_ids": text_ids(shape.caption_len),
                 "lose_caption_ids": text_ids(shape.caption_len),
             }
             for number in range(shape.num_pairs)
         ]
-        self.config = TrainConfig(pairs_per_step=shape.num_pairs, **PAPER_OBJECTIVE)
+        self.config = TrainConfig(pairs_per_step=shape.num_pairs, **self.settings())
         self.packer = make_packer(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), self.config, seed=0)
-        self.device, self.layout = device, layout
         self.visits = self.packer.visits(0)
         self.totals = self.packer.num_pairs(self.visits)
         self.reference = copy.deepcopy(self.transformer)
@@ -169,6 +168,14 @@ class Step:
         _move(self.transformer.requires_grad_(), torch.Generator(device).manual_seed(1))
         self._padded = self.pad(self.packer.pack(self.visits, device))
         self.work = ModelWork(config=self.transformer.config, layout=layout, dtype=dtype)
+
+    def settings(self) -> dict[str, Any]:
+        """Of TrainConfig: the paper's objective."""
+        return dict(PAPER_OBJECTIVE)
+
+    def draw_codes(self, generator: torch.Generator) -> list[int]:
+        """Of an image, at random."""
+        return torch.randint(self.layout.codebook_size, (self.layout.num_image_tokens,), generator=generator).tolist()
 
     def make_model(self, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Layout]:
         """Random weights, and their layout."""
@@ -185,7 +192,7 @@ class Step:
             batch = self.packer.pack(chosen, self.device)
             with phase("pass"):
                 logprob = batch_logprobs(self.transformer, batch)
-                loss, _ = pass_objective(logprob, reference.logprobs(batch), batch, self.totals, self.config)
+                loss, _ = pass_objective(logprob, reference.logprobs(batch), batch, self.totals, self.packer.config)
                 loss.backward()
             total += loss.detach()
         return total
@@ -240,8 +247,11 @@ class Step:
         if not (loss - naive_loss).abs() <= loss_limit * naive_loss.abs():  # NaN is wrong too
             return f"the loss is {loss:.6g}, by the published algorithm {naive_loss:.6g}"
         for name, gradient in gradients.items():
-            right = naive_gradients[name].float()
-            error = float((gradient.float() - right).norm() / right.norm())
+            ours, right = (
+                torch.zeros(1, device=self.device) if each is None else each.float()  # it has no part in this side
+                for each in (gradient, naive_gradients[name])
+            )
+            error = float((ours - right).norm() / right.norm().clamp(min=1e-12))
             if not error <= gradient_limit:
                 return f"the gradient of {name} differs from the published algorithm's by {error:.2g} of its norm"
         return None

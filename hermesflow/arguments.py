@@ -193,7 +193,7 @@ _shape = partial(_option, default="small")
 _DEVICE = _option("--device", "[cpu]", choices=("cpu", "cuda"), default="cpu")
 _DTYPE = _option("--dtype", "of the weights [float32]", choices=("float32", "bfloat16"), default="float32")
 _CASES = _repeated("--case NAME", "may be repeated [all]", dest="cases")
-_FAMILIES = ("showo", "janus", "emu3", "chameleon", "mmada", "lumina-dimoo")
+_FAMILIES = ("showo", "janus", "emu3", "chameleon", "mmada", "lumina-dimoo", "bagel")
 _family = partial(_option, "--family NAME", "of the model; all but showo at the shapes tiny and small [showo]")
 _OUT = _option("--out FILE.jsonl", "where to write the lines", Path)
 _NAIVE = _option(

@@ -326,22 +326,26 @@ def _bench_ops(arguments: Arguments, config: Config) -> int:
 
 
 def _bench_e2e(arguments: Arguments, config: Config) -> int:
-    from hermesflow.benchmarks import causal_tasks, e2e, masked_tasks
+    from hermesflow.benchmarks import causal_tasks, e2e, flow_tasks, masked_tasks
 
     if arguments.family == "showo":
         return e2e.run_e2e(_settings(e2e.Settings, arguments))
     if arguments.family in masked_tasks.FAMILIES:
         return masked_tasks.run_masked_e2e(_settings(masked_tasks.TaskSettings, arguments))
+    if arguments.family in flow_tasks.FAMILIES:
+        return flow_tasks.run_flow_e2e(_settings(flow_tasks.TaskSettings, arguments))
     return causal_tasks.run_causal_e2e(_settings(causal_tasks.TaskSettings, arguments))
 
 
 def _bench_train(arguments: Arguments, config: Config) -> int:
-    from hermesflow.benchmarks import causal_tasks, masked_tasks, train
+    from hermesflow.benchmarks import causal_tasks, flow_tasks, masked_tasks, train
 
     if arguments.family == "showo":
         return train.run_train(_settings(train.Settings, arguments))
     if arguments.family in masked_tasks.FAMILIES:
         return masked_tasks.run_masked_train(_settings(masked_tasks.StepSettings, arguments))
+    if arguments.family in flow_tasks.FAMILIES:
+        return flow_tasks.run_flow_train(_settings(flow_tasks.StepSettings, arguments))
     return causal_tasks.run_causal_train(_settings(causal_tasks.StepSettings, arguments))
 
 
