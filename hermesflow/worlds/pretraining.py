@@ -66,7 +66,7 @@ FLOW_WEIGHT = 1.0
 OBJECT_WEIGHT = 10.0
 """Weight of pixels on or within 3 px of an object: backgrounds are easy and large."""
 QUESTIONS_PER_IMAGE = 6
-MASKS_PER_IMAGE = 2
+MASKS_PER_IMAGE, NOISES_PER_IMAGE = 2, 4
 HALF_BATCHES = 2
 
 
@@ -275,9 +275,9 @@ class SceneBatches:
             position = rng.random()
             if self.layout.latent_size:
                 places = self.layout.code_positions
-                for copy in range(MASKS_PER_IMAGE):
+                for copy in range(NOISES_PER_IMAGE):
                     noise = rng.standard_normal(self.latents[index].shape)
-                    time = NormalDist().inv_cdf(0.999 * ((position + copy / MASKS_PER_IMAGE) % 1) + 0.0005)
+                    time = NormalDist().inv_cdf(0.999 * ((position + copy / NOISES_PER_IMAGE) % 1) + 0.0005)
                     learn("image", places, show(index, places, 1 / (1 + math.exp(-time)), noise))
                     add(image, root, "full")
                 continue
