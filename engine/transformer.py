@@ -293,16 +293,21 @@ class Transformer(nn.Module):
         self._training_compiler: str | None = None
 
     def forward(
-        self, tree: SpanTree, cache: KVCache | None = None, embeds: Embeds | None = None, rows: Tensor | None = None
+        self,
+        tree: SpanTree,
+        cache: KVCache | None = None,
+        embeds: Embeds | Callable[[], Embeds] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [Tq, D] of the tree's new tokens after the final norm.
 
         Without a cache every span must be new; with one, cached spans are read from it and new ones written to it.
         embeds stand in place of the embeddings of some new tokens; they are converted to the weights' dtype and device.
+        A function that returns them is called here, where weights that are sharded are whole.
         rows, int64 [R], are the packed rows whose hidden states [R, D] are wanted; what follows the last layer's
         attention is computed for them alone. None: all rows.
         """
-        x = self._embedded(tree.token_ids, embeds)
+        x = self._embedded(tree.token_ids, embeds() if callable(embeds) else embeds)
         rotary = rotary_table(tree.position_ids, self.config.rotary_dim, self.config.rope_theta)
         experts = tree.expert_rows() if self.config.experts == 2 else None
         fused = FusedPass(self.blocks, tree, cache) if experts is None and self._takes_fused() else None

@@ -83,8 +83,8 @@ class ModelConfig:
     """The unified model that is improved."""
 
     name: str = "tiny"
-    """"tiny" (masked codes) or "tiny-ar" (code by code), which ship with the package; the folder of a model; or a hub
-    id."""
+    """"tiny" (masked codes), "tiny-ar" (code by code) or "tiny-flow" (latents by a flow), which ship with the package;
+    the folder of a model; or a hub id."""
     device: str = "auto"
     """Where it runs: cpu, cuda or cuda:N; auto takes cuda where there is one."""
     judge: str = ""

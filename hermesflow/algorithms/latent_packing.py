@@ -29,6 +29,7 @@ from hermesflow.algorithms.packing import PairPacker, TreeBuilder, mask_share
 from hermesflow.config import TrainConfig
 from hermesflow.engine.flow_schedule import shifted
 from hermesflow.engine.latents import LatentTransformer, unpack_latents
+from hermesflow.engine.transformer import Embeds
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.models.model import Model
 
@@ -60,13 +61,15 @@ class LatentBatch(PairBatch):
 
     def logprobs(self, transformer: LatentTransformer) -> Tensor:
         """fp32 [T] of all sides: of latent rows -1/2 of the mean square error, of others log-probabilities."""
-        latents, embeds = self.sides.get("generation"), self.embeds
-        if latents is not None:
+        latents = self.sides.get("generation")
+
+        def embeds() -> Embeds:
             rows, values = latents.rows, transformer.latent_embeds(self.noised, self.times, self.places)
-            if embeds is not None:
-                rows, values = torch.cat([rows, embeds[0]]), torch.cat([values, embeds[1].to(values)])
-            embeds = rows, values
-        hidden = transformer(self.tree, embeds=embeds, rows=self.rows)
+            if self.embeds is not None:
+                rows, values = torch.cat([rows, self.embeds[0]]), torch.cat([values, self.embeds[1].to(values)])
+            return rows, values
+
+        hidden = transformer(self.tree, embeds=self.embeds if latents is None else embeds, rows=self.rows)
         found, head = [], transformer.head
         for name, part in self.split(hidden).items():
             if name == "generation":

@@ -82,7 +82,7 @@ def load_model(
     """Opens a built-in model, a folder that Model.save wrote, or a published checkpoint.
 
     Args:
-        name_or_path: "tiny" or "tiny-ar", a folder, or a hub id such as "showlab/show-o-512x512" or
+        name_or_path: "tiny", "tiny-ar" or "tiny-flow", a folder, or a hub id such as "showlab/show-o-512x512" or
             "Gen-Verse/HermesFlow".
         device: where the weights go; None is the CPU.
         dtype: of the backbone; None takes the checkpoint's, and fp32 for the built-in model's folders.
@@ -150,7 +150,7 @@ def _find(name: str, markers: tuple[str, ...]) -> tuple[Path, str]:
         if rounds:
             raise InputError(f"{name}: is the folder of a run; give the model of a round, such as {rounds[-1]}")
         raise InputError(
-            f"no model {name!r}: give 'tiny' or 'tiny-ar', a folder that holds config.json, or a hub id such as "
-            "showlab/show-o-512x512"
+            f"no model {name!r}: give 'tiny', 'tiny-ar' or 'tiny-flow', a folder that holds config.json, or a hub id "
+            "such as showlab/show-o-512x512"
         )
     return folder, marker

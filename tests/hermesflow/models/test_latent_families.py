@@ -29,6 +29,7 @@ from hermesflow.kernels.span_tree import SpanTree
 from hermesflow.runs import export_model
 from hermesflow.runtime.files import InputError
 from hermesflow.selfplay import run_selfplay
+from hermesflow.training import train_pairs
 
 BAGEL = Path(__file__).parents[2] / "data/bagel-tiny"
 SETTINGS = (
@@ -265,6 +266,33 @@ def test_latents_in_sixteen_bits():
     assert unpack_latents(pack_latents(odd), 2).tolist() == [[65504.0, 65504.0], [-65504.0, 65504.0]]
     assert unpack_latents(torch.tensor([-1]), 2).isnan().all()
     assert patchify(torch.zeros(1, 16, 4, 4), 2).shape == (1, 4, 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_rank": 2},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "lora_rank": 2, "reference": "live"},
+        {"activation_checkpointing": True, "condition_dropout": 0.5},
+        {"elbo_weighting": True, "generation_beta": 1e-4},
+        {"length_normalize": True},
+        {"loss_type": "simpo"},
+    ],
+    ids=str,
+)
+def test_ways_to_train(model, tmp_path, settings):
+    """Adapters on both experts, sharded layers, recomputed activations, other weights of draws."""
+    before = {name: weight.clone() for name, weight in model.transformer.named_parameters()}
+    config = TrainConfig(
+        num_steps=3, pairs_per_step=2, masks_per_pair=2, warmup_steps=0, lr=1e-3, replay_weight=0.0, **settings
+    )
+    train_pairs(model, make_table(model), config, seed=0, folder=tmp_path / "train")
+    after = dict(model.transformer.named_parameters())
+    assert after.keys() == before.keys()
+    for name in ("blocks.0.attention.qkv.weight", "blocks.1.latent.mlp.up.weight"):
+        assert not torch.equal(after[name], before[name]) and after[name].isfinite().all()
+    assert torch.equal(after["latent_places.weight"], before["latent_places.weight"])
 
 
 # what is damaged

@@ -369,8 +369,8 @@ def test_no_tokenizer_is_told(copied):
     [
         ("showlab/show-o-512x512", "no such folder, and the hub does not give it .*; check the name and the network"),
         ("no/such/folder", "give a folder, or a hub id"),
-        ("nothing", "give 'tiny' or 'tiny-ar', a folder that holds config.json, or a hub id"),
-        ("", "give 'tiny' or 'tiny-ar', a folder that holds config.json, or a hub id"),
+        ("nothing", "give 'tiny', 'tiny-ar' or 'tiny-flow', a folder that holds config.json, or a hub id"),
+        ("", "give 'tiny', 'tiny-ar' or 'tiny-flow', a folder that holds config.json, or a hub id"),
         ("/no/such", "give a folder, or a hub id"),
         ("../tiny", "give a folder, or a hub id"),
     ],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import hermesflow.worlds.pretraining as pretraining
 from hermesflow.config import PretrainConfig
 from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder
+from hermesflow.engine.decoders.flow import FlowDecoder
 from hermesflow.models.family import ASSETS, load_model
 from hermesflow.runtime.files import InputError
 from hermesflow.scoring.self_answers import self_vqa
@@ -118,10 +119,49 @@ def test_a_model_that_draws_code_by_code_is_made_too(tmp_path):
     assert batch.tree.causal.all() and not (batch.tree.token_ids == model.layout.mask_id).any()
 
 
-def test_the_shipped_model_that_draws_code_by_code_understands_and_draws():
-    """It takes the tokenizer of tiny; what it saves holds its own."""
-    model, scenes = load_model("tiny-ar"), shapes.sample_scenes("validation", 60, seed=7)
-    assert not (ASSETS / "tiny-ar" / "vq_tokenizer.safetensors").exists()
+def test_a_model_that_draws_by_a_flow_is_made_too(tmp_path, monkeypatch):
+    """Noised latents give velocities, seen ones have no noise; and a killed run ends alike."""
+    config = PretrainConfig(folder=str(tmp_path / "whole"), images="flow", **SMALL)
+    model = load_model(str(run_pretraining(config)))
+    assert isinstance(model.engine.image_decoder, FlowDecoder)
+    batches = SceneBatches(model, "train", 20, seed=0)
+    assert set(np.unique(batches.latents)) == {-1.0, 1.0}
+    batch = batches.draw(np.random.default_rng(0), 5, 4, dropout=0.0)
+    rows, noised, times, places = batch.latents
+    count = 5 * 4 * 16
+    assert torch.equal(batch.rows["image"], rows[:count]) and len(rows) == count + 4 * 16
+    assert batch.targets["image"].shape == (count, 10) and places.tolist() == list(range(16)) * (len(rows) // 16)
+    assert (times[count:] == 0).all() and (noised[count:].abs() == 1).all()
+    # x_t = x + t (eps - x), of latents that are 1 or -1.
+    clean = noised[:count] - times[:count, None] * batch.targets["image"]
+    assert torch.allclose(clean.abs(), torch.ones_like(clean), atol=1e-4)
+    assert 0 < times[:count].min() and times[:count].max() < 1 and len(times[:count].unique()) == 20
+    for span in np.flatnonzero(batch.tree.full & (batch.tree.parents >= 0)):
+        assert batch.tree.lengths[span] == 18
+
+    calls, original = iter(range(100)), pretraining.batch_losses
+
+    def killed(*args):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    again = PretrainConfig(folder=str(tmp_path / "killed"), images="flow", **SMALL)
+    monkeypatch.setattr(pretraining, "batch_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_pretraining(again)
+    monkeypatch.undo()
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (run_pretraining(again), tmp_path / "whole/model")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["tiny-ar", "tiny-flow"])
+def test_the_shipped_models_of_other_kinds_understand_and_draw(name):
+    """They take the tokenizer of tiny; what they save holds its own."""
+    model, scenes = load_model(name), shapes.sample_scenes("validation", 60, seed=7)
+    assert not (ASSETS / name / "vq_tokenizer.safetensors").exists()
     records = [shapes.make_record(scene, "", np.random.default_rng(0)) for scene in scenes]
     codes = model.encode_images(np.stack([record.image for record in records]))
     marks = [score.hard for [score] in self_vqa(model, codes[:, None], records)]
@@ -135,7 +175,8 @@ def test_the_shipped_model_that_draws_code_by_code_understands_and_draws():
 
 def test_the_shipped_model_fits_ten_megabytes_and_reads_and_draws_its_world():
     folder = ASSETS / "tiny"
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 10e6
+    for model_folder in ASSETS.iterdir():
+        assert sum(path.stat().st_size for path in model_folder.rglob("*") if path.is_file()) < 7e6
     assert "Measured" in (folder / "README.md").read_text()
     model = load_model("tiny")
     scenes = shapes.sample_scenes("validation", 300, seed=7)
@@ -167,7 +208,7 @@ def test_weights_of_another_size_are_listed(made, tmp_path):
 
 
 def test_an_unknown_model_says_what_to_give():
-    with pytest.raises(InputError, match="no model 'giant': give 'tiny' or 'tiny-ar', a folder"):
+    with pytest.raises(InputError, match="no model 'giant': give 'tiny', 'tiny-ar' or 'tiny-flow', a folder"):
         load_model("giant")
 
 
