@@ -75,14 +75,14 @@ JANUS_PRO = (CodeModel("Janus-Pro 1B", 24, 2048, 5632, 2048), CodeModel("Janus-P
 
 
 def predictions(of: Assumptions) -> list[Prediction]:
-    """All cases: at the shapes of Show-o 1.3B, a step of images drawn code by code by both sizes of Janus-Pro, and
-    steps of images and captions of MMaDA 8B."""
+    """All cases: at the shapes of Show-o 1.3B, a step of images drawn code by code by both sizes of Janus-Pro, steps of
+    images and captions of MMaDA 8B, and a step of images of BAGEL 7B."""
     ops = [*_samplers(of), _linear_sample(of), _linear_logprob(of), _attention(of)]
     steps = [_image_step(of), _caption_step(of), *(_code_step(of, size) for size in JANUS_PRO)]
     # A step's mean: 0.64 of an image's codes are masked, and half of a block of 32 tokens.
     images = _whole_step(of, "an image step, 16 guided images, MMaDA 8B", 32, 1056, int(16 * 1024 * 0.64), 8192)
     captions = _whole_step(of, "a caption step, 10 captions of 128, MMaDA 8B", 10, 1214, 160, 134_656)
-    return [*ops, *steps, images, captions]
+    return [*ops, *steps, images, captions, _flow_step(of)]
 
 
 def _streaming(
@@ -227,6 +227,24 @@ def _whole_step(of: Assumptions, case: str, sequences: int, length: int, head_ro
         "head": head / (of.matmul * 0.6) + 60e-6,
     }
     return _step(case, "matmul", (linear + attention + head) / of.matmul, parts)
+
+
+def _flow_step(of: Assumptions) -> Prediction:
+    """A guided step of 8 images of 1,024 latents behind prompts of 60 tokens: 28 layers, D 3584, 4 key heads of 28."""
+    layers, width, wide, keys, sequences, length = 28, 3584, 18_944, 512, 16, 1026
+    tokens = sequences * length
+    linear = 2 * layers * (2 * width * width + 2 * width * keys + 3 * width * wide) * tokens
+    attention = 4 * layers * width * tokens * (length + 30)  # half of the sequences have the prompt before them
+    moved = tokens * width * 2
+    parts = {
+        "matmuls": linear / (of.matmul * of.gemm),
+        "attention": attention / attention_rate(of),
+        # Two norms 4, [q k] normed and rotated 5, both sums 6; gate and up read, their product written: 16 of the width.
+        "norms, rotation, residual, gate": layers * 31 * moved / (of.copy * of.elementwise),
+        # The text's expert for two rows an image reads its weights; its pieces are joined.
+        "second expert": layers * (233e6 * 2 / (of.copy * of.gemv) + 4 * moved / (of.copy * of.elementwise)),
+    }
+    return _step("a flow step, 8 guided images, BAGEL 7B", "matmul", (linear + attention) / of.matmul, parts)
 
 
 def _step(case: str, roof: str, ideal: float, parts: dict[str, float]) -> Prediction:
