@@ -239,7 +239,7 @@ def _flow_step(of: Assumptions) -> Prediction:
     parts = {
         "matmuls": linear / (of.matmul * of.gemm),
         "attention": attention / attention_rate(of),
-        # Two norms 4, [q k] normed and rotated 5, both sums 6; gate and up read, their product written: 16 of the width.
+        # Two norms 4, [q k] normed and rotated 5, both sums 6; gate and up read, their product written: 16 of a width.
         "norms, rotation, residual, gate": layers * 31 * moved / (of.copy * of.elementwise),
         # The text's expert for two rows an image reads its weights; its pieces are joined.
         "second expert": layers * (233e6 * 2 / (of.copy * of.gemv) + 4 * moved / (of.copy * of.elementwise)),
