@@ -71,6 +71,10 @@ class PairBatch:
     code_ids: Ids | None = None
     embeds: Embeds | None = None
 
+    def further_metrics(self, logprob: Tensor) -> dict[str, Tensor]:
+        """Of log-probabilities fp32 [T]: shares of metrics that this kind of batch has alone, by name."""
+        return {}
+
     @property
     def rows(self) -> Tensor:
         """Rows of all sides, int64 [T], in the order of `sides`."""

@@ -35,6 +35,7 @@ from hermesflow.models.model import Model
 
 BETA = 500.0
 """Of images, unless train.generation_beta says another: published ones are 100 (Flow-GRPO) to 5000 (Diffusion-DPO)."""
+ERRORS = tuple(f"generation/error_t{quarter}" for quarter in (1, 2, 3, 4))
 _WIDEST = 3.0
 """Standard deviations of the normal number behind a time, beyond which its density counts as it is there."""
 
@@ -58,6 +59,16 @@ class LatentBatch(PairBatch):
     velocities: Tensor
     times: Tensor
     places: Tensor
+
+    def further_metrics(self, logprob: Tensor) -> dict[str, Tensor]:
+        """generation/error_t1 to _t4: what times of each quarter add to the mean square error of the step's rows."""
+        if "generation" not in self.sides:
+            return {}
+        errors = -2 * self.split(logprob)["generation"]
+        quarter = (self.times * 4).long().clamp(max=3)
+        sums = errors.new_zeros(4).index_add(0, quarter, errors)
+        rows_in_step = self.totals["generation"] * self.num_tokens_of["generation"][0]
+        return dict(zip(ERRORS, sums / rows_in_step, strict=True))
 
     def logprobs(self, transformer: LatentTransformer) -> Tensor:
         """fp32 [T] of all sides: of latent rows -1/2 of the mean square error, of others log-probabilities."""
@@ -87,6 +98,10 @@ class LatentPacker(PairPacker):
         """Arguments are PairPacker's."""
         config = replace(config, generation_beta=config.generation_beta or BETA)
         super().__init__(model, pairs, config, seed)
+
+    def further_metric_names(self, visits: Sequence[PairVisit]) -> list[str]:
+        """Errors by time, where a visit has images."""
+        return list(ERRORS) if self.num_pairs(visits).get("generation") else []
 
     def pack(
         self,

@@ -177,6 +177,10 @@ class PairPacker:
                 digest.update(row.astype(np.int32))
         return digest.hexdigest()
 
+    def further_metric_names(self, visits: Sequence[PairVisit]) -> list[str]:
+        """Of PairBatch.further_metrics."""
+        return []
+
     def num_pairs(self, visits: Iterable[PairVisit]) -> dict[str, int]:
         """How many of the visits have each side; sides that are not packed and sides that none has are left out."""
         found = Counter(side for visit in visits for side in self._sides_of(visit.pair))

@@ -152,7 +152,7 @@ class PairDPO:
 
     def metric_names(self, visits: Sequence[PairVisit]) -> list[str]:
         """See Algorithm."""
-        return metric_names(self.packer.num_pairs(visits), self.config)
+        return metric_names(self.packer.num_pairs(visits), self.config) + self.packer.further_metric_names(visits)
 
     def reference(self, policy: Policy, steps: Iterable[int | None], path: Path) -> Reference:
         """See Algorithm."""
@@ -161,4 +161,5 @@ class PairDPO:
 
     def loss(self, logprob: Tensor, reference: Tensor, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Algorithm."""
-        return pass_objective(logprob, reference, batch, batch.totals, self.config)
+        loss, shares = pass_objective(logprob, reference, batch, batch.totals, self.config)
+        return loss, shares | batch.further_metrics(logprob.detach())

@@ -9,7 +9,16 @@ import torch
 
 from hermesflow.engine.decoders.flow import FlowDecoder, FlowSamplingParams, guided_velocity
 from hermesflow.engine.flow_schedule import flow_times, shifted
-from hermesflow.engine.latents import LatentConfig, LatentTransformer, patchify, place_table, time_waves, unpatchify
+from hermesflow.engine.latents import (
+    LatentConfig,
+    LatentTransformer,
+    pack_latents,
+    patchify,
+    place_table,
+    time_waves,
+    unpack_latents,
+    unpatchify,
+)
 from hermesflow.engine.token_layout import Ids, Layout
 from hermesflow.engine.transformer import Transformer, TransformerConfig, _attend, rotary_table
 from hermesflow.kernels.philox import RandomKey, normal
@@ -19,7 +28,7 @@ from hermesflow.kernels.span_tree import Place, SpanTree
 class LatentLayout(Layout):
     vocab_size, eot, codebook_size, code_ids, text_ids = 30, 29, 0, None, Ids(range(30))
     image_grid, num_image_tokens, before_image, after_image = (2, 3), 6, (1,), (2,)
-    image_place = Place(stride=0, advance=1, framed=(1, 1))
+    image_place, latent_size = Place(stride=0, advance=1, framed=(1, 1)), 4
 
     def text_prompt(self, text_ids):
         return [3, *text_ids, 4]
@@ -226,6 +235,27 @@ def test_patches_and_places():
         [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02), np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01)]
     ).float())  # fmt: skip
     assert time_waves(torch.tensor([0.0])).tolist() == [[1.0] * 128 + [0.0] * 128]
+
+
+def test_known_latents_are_kept(transformer):
+    """They are noised to each step's time, so that the others see them; codes are latents of sixteen bits."""
+    layout, size = LatentLayout(), 4
+    known = torch.randn(2, 6, size).half().float()
+    some = known.clone()
+    some[0, 2:], some[1, 0] = float("nan"), float("nan")
+    codes = pack_latents(known).masked_fill(some.isnan()[..., ::2].flatten(1), -1)
+    with torch.inference_mode():
+        drawn = FlowDecoder(transformer, layout).generate(PROMPTS, SEEDS, PARAMS, known_codes=codes)
+        found = unpack_latents(drawn, size)
+        free = unpack_latents(FlowDecoder(transformer, layout).generate(PROMPTS, SEEDS, PARAMS), size)
+        whole = FlowDecoder(transformer, layout).generate(PROMPTS, SEEDS, PARAMS, known_codes=pack_latents(known))
+    for row in range(2):
+        is_known = ~some[row].isnan()
+        for number in range(2):
+            assert torch.equal(found[row, number][is_known], known[row][is_known])
+            assert not torch.allclose(found[row, number][~is_known], free[row, number][~is_known], atol=1e-2)
+    assert torch.equal(whole, pack_latents(known)[:, None].expand(-1, 2, -1))
+    assert drawn.dtype == torch.int64 and drawn.shape == (2, 2, 12)
 
 
 def test_a_model_that_gives_nan_says_where():

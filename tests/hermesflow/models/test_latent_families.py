@@ -17,7 +17,7 @@ from hermesflow import load_model, tasks
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.latent_packing import FlowDraw, draw_flow, flow_weight
 from hermesflow.algorithms.packers import make_packer
-from hermesflow.algorithms.pair_dpo import pass_objective
+from hermesflow.algorithms.pair_dpo import PairDPO, pass_objective
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import LiveReference, make_reference
 from hermesflow.config import PAPER_OBJECTIVE, TrainConfig, load_config
@@ -222,6 +222,24 @@ def test_cached_and_live_references_agree_over_visits(model, tmp_path):
         assert torch.allclose(cached.logprobs(batch), live.logprobs(batch), atol=1e-4)
     one, other = (packer.pack([visit._replace(visit=number)]) for visit in visits[:1] for number in (0, 1))
     assert not torch.equal(one.times, other.times)
+
+
+def test_errors_are_logged_by_time(model):
+    """What the quarters add to adds up to the mean error, over passes too."""
+    config = TrainConfig(masks_per_pair=4, pairs_per_step=3, replay_weight=0.0, tokens_per_pass=120)
+    learner = PairDPO(model, make_table(model), config, 0)
+    visits = learner.visits(0)
+    assert learner.metric_names(visits)[-4:] == [f"generation/error_t{quarter}" for quarter in (1, 2, 3, 4)]
+    sums, errors = torch.zeros(4), []
+    passes = learner.passes(visits)
+    for one, _ in passes:
+        batch = one(torch.device("cpu"))
+        with torch.no_grad():
+            logprob = batch_logprobs(model.transformer, batch)
+        _, shares = learner.loss(logprob.requires_grad_(), logprob.detach(), batch)
+        sums += torch.stack([shares[f"generation/error_t{quarter}"] for quarter in (1, 2, 3, 4)])
+        errors.append(-2 * batch.split(logprob)["generation"])
+    assert len(passes) > 1 and float(sums.sum()) == pytest.approx(float(torch.cat(errors).mean()), rel=1e-4)
 
 
 def test_draws(model):
