@@ -155,6 +155,8 @@ class Engine:
                 )
             if layout.codebook_size:
                 self._check_range("generate", "known_codes", known_codes, -1)
+            elif known_codes.numel() and not -(2**31) <= int(known_codes.min()) <= int(known_codes.max()) < 2**31:
+                raise ValueError("Engine.generate: expected known_codes of 32 bits, got larger ones; see pack_latents")
         with torch.inference_mode():
             codes = self.image_decoder.generate(
                 prompt_ids, seeds, params, known_codes=known_codes, max_sequences=max_sequences, progress=progress

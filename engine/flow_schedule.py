@@ -15,8 +15,10 @@ def flow_times(num_steps: int, shift: float) -> list[float]:
 
     Raises: ValueError on fewer than 2 steps, or a shift that is not above 0.
     """
-    if num_steps < 2 or not 0 < shift < float("inf"):
-        raise ValueError(f"flow_times: expected num_steps from 2 and a shift above 0, got {num_steps} and {shift}")
+    if type(num_steps) is not int or num_steps < 2 or not 1e-3 <= shift <= 1e3:
+        raise ValueError(
+            f"flow_times: expected num_steps from 2 and a shift from 0.001 to 1000, got {num_steps} and {shift}"
+        )
     times = torch.linspace(1, 0, num_steps)
     return shifted(times, shift).tolist()
 

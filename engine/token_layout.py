@@ -212,10 +212,16 @@ class Layout(ABC):
         """Whole numbers by which an image is kept: its codes, or its latents, two numbers of 16 bits in each."""
         return self.num_image_tokens * self.latent_size // 2 if self.latent_size else self.num_image_tokens
 
-    @property
-    def code_range(self) -> range:
-        """In which they lie; a latent's may be anything but -1, which stands for what is not drawn yet."""
-        return range(-(2**31), 2**31) if self.latent_size else range(self.codebook_size)
+    def check_codes(self, codes: np.ndarray) -> None:
+        """Raises ValueError, which says what is wrong, unless codes int [M] are an image's."""
+        known = range(-(2**31), 2**31) if self.latent_size else range(self.codebook_size)
+        expected = f"expected {self.code_length} image codes in [{known.start}, {known.stop}), got {len(codes)}"
+        if len(codes) != self.code_length:
+            raise ValueError(expected)
+        if not known.start <= codes.min() <= codes.max() < known.stop:
+            raise ValueError(f"{expected} from {codes.min()} to {codes.max()}")
+        if self.latent_size and not np.isfinite(codes.astype(np.int32).view(np.float16)).all():
+            raise ValueError("expected finite latents of 16 bits, got codes that are none")
 
     @cached_property
     def image_length(self) -> int:

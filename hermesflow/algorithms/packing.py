@@ -343,7 +343,10 @@ def _check_row(row: dict, model: Model) -> None:
                     f"{name} has {len(row[name])} tokens, the model's image {layout.code_length} at "
                     f"model.image_size {model.image_size}"
                 )
-            _check_ids(name, row[name], layout.code_range, f"codebook has {layout.codebook_size}")
+            if layout.latent_size and None not in row[name]:
+                layout.check_codes(np.array(row[name]))
+            else:
+                _check_ids(name, row[name], range(layout.codebook_size), f"codebook has {layout.codebook_size}")
         else:
             _check_ids(name, row[name], layout.text_ids, f"text vocabulary has {len(layout.text_ids)}")
             _check_spelling(name, row[name], row[name.removesuffix("_ids")], model)

@@ -374,12 +374,10 @@ def record_views(model: Model, records: Sequence[Record]) -> Tensor:
 
 
 def _check_codes(model: Model, codes: np.ndarray) -> None:
-    num_codes, known = model.layout.code_length, model.layout.code_range
-    if len(codes) != num_codes or not known.start <= codes.min() <= codes.max() < known.stop:
-        raise ValueError(
-            f"wrong codes: expected {num_codes} image codes in [{known.start}, {known.stop}), got {len(codes)} from "
-            f"{codes.min(initial=0)} to {codes.max(initial=0)}; give codes of this model's tokenizer, or the image"
-        )
+    try:
+        model.layout.check_codes(codes)
+    except ValueError as error:
+        raise ValueError(f"wrong codes: {error}; give codes of this model's tokenizer, or the image") from error
 
 
 def _encode(

@@ -32,6 +32,7 @@ from hermesflow.engine.latents import (
     unpack_latents,
     unpatchify,
 )
+from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.token_layout import FeatureSpan, Ids, Layout, check_grid
 from hermesflow.engine.transformer import Block, TransformerConfig, rotary_table
 from hermesflow.engine.weights import own_tensors, read_tensors, save_tensors
@@ -123,6 +124,15 @@ _VISION_SETTINGS = {
     "hidden_size": "@hidden_size", "num_layers": "@num_hidden_layers", "num_heads": "@num_attention_heads",
     "mlp_size": "@intermediate_size", "norm_eps": 1e-6, "activation": "gelu_tanh", "rotary_fraction": 0.0,
 }  # fmt: skip
+_SUPPORTED = {
+    "config.json": {"interpolate_pos": False, "connector_act": "gelu_pytorch_tanh", "latent_patch_size": PATCH},
+    "llm_config.json": {
+        "tie_word_embeddings": False, "qk_norm": True, "rope_scaling": None, "attention_bias": True,
+        "use_sliding_window": False, "hidden_act": "silu",
+    },
+    "vit_config.json": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3},
+}  # fmt: skip
+"""Settings of which one value is supported, or none."""
 _IMAGES_PER_PASS = 8
 _EXPERTS = {"Qwen2MoTDecoderLayer": 2, "Qwen2DecoderLayer": 1}
 """By layer_module of llm_config.json, which the published file leaves out."""
@@ -303,7 +313,7 @@ class BagelModel(CheckpointModel):
         pixels, coder = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), self.vq_tokenizer
         batches = pixels.split(coder.images_per_pass(*pixels.shape[2:]))
         latents = [coder.encode(batch.to(coder.device, coder.dtype) / 127.5 - 1) for batch in batches]
-        return pack_latents(patchify(torch.cat(latents).float(), PATCH))
+        return pack_latents(patchify(self._finite(torch.cat(latents).float()), PATCH))
 
     @torch.no_grad()
     def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
@@ -314,8 +324,16 @@ class BagelModel(CheckpointModel):
             return np.zeros((0, grid[0] * factor, grid[1] * factor, 3), dtype=np.uint8)
         latents = unpatchify(unpack_latents(codes, self.transformer.latents.size), grid, PATCH)
         batches = latents.split(coder.images_per_pass(grid[0] * factor, grid[1] * factor))
-        images = [to_pixels(coder.decode(batch.to(coder.device, coder.dtype))).cpu() for batch in batches]
+        decoded = (self._finite(coder.decode(batch.to(coder.device, coder.dtype))) for batch in batches)
+        images = [to_pixels(batch).cpu() for batch in decoded]
         return torch.cat(images).permute(0, 2, 3, 1).numpy()
+
+    def _finite(self, values: Tensor) -> Tensor:
+        """The values. Raises: RuntimeError where the autoencoder gave NaN or infinity."""
+        if not values.isfinite().all():
+            cause = likely_cause(self.vq_tokenizer)
+            raise RuntimeError(f"{self.folder / AUTOENCODER_FILE}: the autoencoder gives no finite numbers; {cause}")
+        return values
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the published layout, with the autoencoder."""
@@ -348,8 +366,7 @@ class BagelFamily:
     ) -> BagelModel:
         """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's: a folder that holds ae.safetensors."""
         path, tokenizer = folder / "config.json", FileTokenizer(folder)
-        if config.get("latent_patch_size", PATCH) != PATCH:
-            raise InputError(f"{path}: latent_patch_size {shown(config['latent_patch_size'])} is not supported, 2 is")
+        _check_supported(path, config)
         sides = [config.get(name, default) for name, default in (("max_latent_size", 64),
                                                                  ("vit_max_num_patch_per_side", 70))]  # fmt: skip
         if not all(type(side) is int and 1 <= side <= 2**8 for side in sides):
@@ -376,7 +393,7 @@ class BagelFamily:
             return load_autoencoder(folder if vq_tokenizer is None else Path(vq_tokenizer), device)
 
         shift = config.get("timestep_shift", 1.0)
-        if not isinstance(shift, int | float) or not 0 < shift < 1e3:
+        if type(shift) not in (int, float) or not 1e-3 <= shift <= 1e3:
             raise InputError(f"{path}: timestep_shift is {shown(shift)}, no number above 0; restore it from its source")
         load_parts(parts, folder / WEIGHTS_FILE, published_tensors, "", dtype, device)
         image_size = sides[0] * KLAutoencoderConfig().downsampling * PATCH
@@ -429,19 +446,30 @@ def _autoencoder_config(path: Path) -> KLAutoencoderConfig:
 
 def _transformer_config(path: Path) -> TransformerConfig:
     given = read_json(path)
+    _check_supported(path, given)
     module = given.get("layer_module", "Qwen2MoTDecoderLayer") if isinstance(given, Mapping) else None
-    if module not in _EXPERTS:
+    if not isinstance(module, str) or module not in _EXPERTS:
         raise InputError(f"{path}: layer_module {shown(module)} is not supported; {' and '.join(_EXPERTS)} are")
-    if given.get("tie_word_embeddings") or not given.get("qk_norm", True):
-        raise InputError(f"{path}: tied embeddings and no qk_norm are not supported; use another checkpoint")
     with loading.errors_of(path):
         settings = _SETTINGS | {"experts": _EXPERTS[module]}
-        return loading.transformer_config(given, "qwen2", settings, {}, given.get("vocab_size"), "BAGEL")
+        shape = loading.transformer_config(given, "qwen2", settings, {}, given.get("vocab_size"), "BAGEL")
+        if given.get("head_dim", shape.head_dim) != shape.head_dim:
+            raise InputError(f"head_dim {shown(given['head_dim'])} is not supported, {shape.head_dim} is")
+        return shape
+
+
+def _check_supported(path: Path, given: Any) -> None:
+    """Raises InputError on a setting of another value than the one that is supported."""
+    for name, value in _SUPPORTED[path.name].items():
+        found = given.get(name, value) if isinstance(given, Mapping) else value
+        if found != value or type(found) is not type(value):
+            raise InputError(f"{path}: {name} {shown(found)} is not supported, {value} is; use another checkpoint")
 
 
 def _vision_config(path: Path) -> tuple[TransformerConfig, int]:
     """The tower's shape, without its last layer, which BAGEL leaves out, and the pixels of a patch."""
     given = read_json(path)
+    _check_supported(path, given)
     with loading.errors_of(path):
         shape = loading.transformer_config(given, "siglip_vision_model", _VISION_SETTINGS, {}, 1, "BAGEL")
         patch = given.get("patch_size")

@@ -298,7 +298,10 @@ class Model:
                     f"{name} (of drawing, curation or eval): the model's images are not drawn by it, but by "
                     f"{', '.join(item for item in known if item in DRAWING)}; leave it as it is"
                 )
-        return replace(self.sampling, **given)
+        try:
+            return replace(self.sampling, **given)
+        except ValueError as error:
+            raise InputError(f"drawing, curation or eval: {error}; set another value") from error
 
     @property
     def views_codes(self) -> bool:

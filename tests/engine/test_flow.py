@@ -272,7 +272,7 @@ def test_a_model_that_gives_nan_says_where():
     "changes, message",
     [
         ({"num_steps": 1}, "num_steps from 2"),
-        ({"shift": -1.0}, "a shift above 0"),
+        ({"shift": -1.0}, "a shift from 0.001 to 1000"),
         ({"guidance_scale": float("nan")}, "guidance_scale of at most"),
         ({"renorm": "batch"}, "renorm as one of"),
         ({"guidance_from": 1.5}, r"guidance_from in \[0, 1\]"),

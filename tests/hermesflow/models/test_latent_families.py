@@ -17,10 +17,11 @@ from hermesflow import load_model, tasks
 from hermesflow.algorithms.algorithm import batch_logprobs
 from hermesflow.algorithms.latent_packing import FlowDraw, draw_flow, flow_weight
 from hermesflow.algorithms.packers import make_packer
+from hermesflow.algorithms.packing import check_pairs
 from hermesflow.algorithms.pair_dpo import PairDPO, pass_objective
 from hermesflow.algorithms.policy import Policy
 from hermesflow.algorithms.references import LiveReference, make_reference
-from hermesflow.config import PAPER_OBJECTIVE, TrainConfig, load_config
+from hermesflow.config import PAPER_OBJECTIVE, DrawingConfig, TrainConfig, load_config
 from hermesflow.data.pairs import PAIRS_SCHEMA, read_pairs
 from hermesflow.engine.image_tokenizers.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from hermesflow.engine.latents import pack_latents, patchify, unpack_latents
@@ -320,10 +321,16 @@ def test_ways_to_train(model, tmp_path, settings):
     "name, changes, message",
     [
         ("config.json", {"latent_patch_size": 4}, "latent_patch_size 4 is not supported, 2 is"),
+        ("config.json", {"interpolate_pos": True}, "interpolate_pos True is not supported"),
+        ("config.json", {"timestep_shift": True}, "timestep_shift is True, no number above 0"),
+        ("llm_config.json", {"rope_scaling": {"factor": 2}}, "rope_scaling .* is not supported"),
+        ("llm_config.json", {"layer_module": [1]}, r"layer_module \[1\] is not supported"),
+        ("llm_config.json", {"head_dim": 32}, "head_dim 32 is not supported, 16 is"),
+        ("vit_config.json", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ("config.json", {"max_latent_size": "8"}, "expected max_latent_size and vit_max_num_patch_per_side from 1"),
         ("config.json", {"timestep_shift": -1}, "timestep_shift is -1, no number above 0"),
         ("llm_config.json", {"layer_module": "Other"}, "layer_module 'Other' is not supported"),
-        ("llm_config.json", {"tie_word_embeddings": True}, "tied embeddings and no qk_norm are not supported"),
+        ("llm_config.json", {"tie_word_embeddings": True}, "tie_word_embeddings True is not supported, False is"),
         ("llm_config.json", {"hidden_size": 32}, "does not fit"),
         ("vit_config.json", {"patch_size": 0}, "patch_size 0 and 3 layers do not fit"),
     ],
@@ -334,6 +341,28 @@ def test_damaged_configurations_are_named(checkpoint, tmp_path, name, changes, m
     (folder / name).write_text(json.dumps(values | changes))
     with pytest.raises(InputError, match=message):
         load_model(folder)
+
+
+def test_an_autoencoder_that_gives_nan_is_named(model):
+    for part in (model.vq_tokenizer.decoder, model.vq_tokenizer.encoder):
+        with torch.no_grad():
+            part.conv_out.bias[0] = float("nan")
+    for call in (lambda: model.generate("a star"), lambda: model.encode_images(np.zeros((1, 32, 32, 3), np.uint8))):
+        with pytest.raises(RuntimeError, match=r"ae.safetensors: the autoencoder gives no finite numbers; .*NaN"):
+            call()
+
+
+@pytest.mark.parametrize("code", [-1, 0x7E00, 0x7C00])
+def test_latents_that_are_no_numbers_are_named(model, code):
+    rows = make_table(model).to_pylist()
+    rows[1]["win_codes"][3] = code
+    with pytest.raises(InputError, match="record 1: expected finite latents of 16 bits"):
+        check_pairs(pa.Table.from_pylist(rows, PAIRS_SCHEMA), model)
+
+
+def test_a_single_step_is_refused(checkpoint, model):
+    with pytest.raises(InputError, match="expected num_steps from 2 .* got 1"):
+        model.sampling_of(DrawingConfig(num_steps=1))
 
 
 def test_weights_that_do_not_fit_are_listed(checkpoint, tmp_path):
