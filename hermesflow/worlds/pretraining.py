@@ -60,7 +60,7 @@ NUM_IMAGE_TOKENS = (IMAGE_SIZE // TOKENIZER.downsampling) ** 2
 PROMPTS = PromptFormat(caption_question=shapes.CAPTION_QUESTION)
 SAMPLING = ImageSamplingParams(num_steps=8, guidance_scale=0.5, mask_temperature=1.0, temperature=0.7)
 CODE_SAMPLING = CodeSamplingParams(guidance_scale=0.5, temperature=0.7)
-FLOW_SAMPLING = FlowSamplingParams(num_steps=17, guidance_scale=0.5)
+FLOW_SAMPLING = FlowSamplingParams(num_steps=17, guidance_scale=1.0)
 FLOW_WEIGHT = 1.0
 """Of the mean square error of velocities beside the text's losses."""
 OBJECT_WEIGHT = 10.0
