@@ -62,11 +62,12 @@ class LatentTransformer(Transformer):
             places: int64 [R]; see places_of.
         Returns: [R, D] in the weights' dtype; differentiable.
         """
-        weight = self.latent_in.weight
-        # Rows of one time share its embedding.
-        distinct, number = times.unique(return_inverse=True) if times.dim() else (times[None], 0)
-        embedded = self.time(time_waves(distinct).to(weight.dtype))[number]
-        return self.latent_in(latents.to(weight.dtype)) + embedded + self.latent_places(places)
+        return embed_latents(self.latent_parts, latents, times, places)
+
+    @property
+    def latent_parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """What latent_embeds passes through."""
+        return self.latent_in, self.time, self.latent_places
 
     def velocities(self, hidden: Tensor) -> Tensor:
         """Of latent rows' hidden states [R, D] the velocity noise - image, fp32 [R, size]; differentiable."""
@@ -82,6 +83,15 @@ class LatentTransformer(Transformer):
             )
         numbers = torch.arange(rows)[:, None] * self.latents.side + torch.arange(columns)
         return numbers.flatten().to(self.latent_places.weight.device)
+
+
+def embed_latents(parts: tuple[nn.Module, ...], latents: Tensor, times: Tensor, places: Tensor) -> Tensor:
+    """LatentTransformer.latent_embeds by its latent_parts, or by a copy of them."""
+    latent_in, time, latent_places = parts
+    dtype = latent_in.weight.dtype
+    # Rows of one time share its embedding.
+    distinct, number = times.unique(return_inverse=True) if times.dim() else (times[None], 0)
+    return latent_in(latents.to(dtype)) + time(time_waves(distinct).to(dtype))[number] + latent_places(places)
 
 
 def time_waves(times: Tensor) -> Tensor:

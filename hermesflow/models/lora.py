@@ -47,6 +47,7 @@ class Adapters:
         for target in config.lora_targets or ("",):
             if target not in targets:
                 raise InputError(f"train.lora_targets: no layer {shown(target)}; there are {', '.join(targets)}")
+        self._trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(config.lora_targets))
         with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
             torch.default_generator.manual_seed(seed)
@@ -68,9 +69,10 @@ class Adapters:
                 self._model.save_pretrained(temporary, state_dict=weights)
 
     def merge(self) -> None:
-        """Adds them to the weights; the transformer is a plain one again, all of it trained."""
+        """Adds them to the weights; the transformer is a plain one again, of which what was trained before is."""
         transformer = self._model.merge_and_unload()
-        transformer.requires_grad_(True)
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(name in self._trained)
 
 
 def load_adapter(transformer: Transformer, folder: StrPath) -> None:

@@ -10,6 +10,7 @@ text, an image's latents full. Its latents are the numbers whose signs are a cod
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from hermesflow.engine.decoders.autoregressive import AutoregressiveDecoder
 from hermesflow.engine.decoders.flow import FlowDecoder
 from hermesflow.engine.decoders.masked import ImageDecoder
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
-from hermesflow.engine.latents import LatentConfig, LatentTransformer, pack_latents, unpack_latents
+from hermesflow.engine.latents import LatentConfig, LatentTransformer, embed_latents, pack_latents, unpack_latents
 from hermesflow.engine.token_layout import FeatureSpan, Ids, Layout, TokenLayout
 from hermesflow.engine.transformer import Transformer, TransformerConfig
 from hermesflow.engine.weights import load_weights, save_weights
@@ -148,10 +149,19 @@ class FlowLayout(Layout):
 
 
 class TinyFlowModel(TinyModel):
-    """A model of this family that draws latents by a flow."""
+    """A model of this family that draws latents by a flow.
+
+    What it sees of an image is made by the parts that embed latents. Once loaded they are not trained, as the encoders
+    of other families are not, and views have a copy of them: the transformer's weights may be sharded.
+    """
 
     image_decoder = FlowDecoder
     views_codes = False
+
+    def __init__(self, transformer: LatentTransformer, *parts: Any) -> None:
+        """Arguments are Model's."""
+        super().__init__(transformer, *parts)
+        self._eye = copy.deepcopy(transformer.latent_parts)
 
     @property
     def num_features(self) -> int:
@@ -165,11 +175,10 @@ class TinyFlowModel(TinyModel):
     @torch.no_grad()
     def view_codes(self, codes: Tensor) -> Tensor:
         """Likewise of packed latents int64 [n, M]."""
-        transformer = self.transformer
-        device, places = transformer.embed.weight.device, transformer.places_of(self.layout.image_grid)
+        device, places = self._eye[0].weight.device, self.transformer.places_of(self.layout.image_grid)
         latents = unpack_latents(codes.to(device), self.layout.latent_size)
         now = torch.zeros((), device=device)
-        features = transformer.latent_embeds(latents.flatten(0, 1), now, places.repeat(len(latents)))
+        features = embed_latents(self._eye, latents.flatten(0, 1), now, places.repeat(len(latents)))
         return features.unflatten(0, latents.shape[:2])
 
     @torch.no_grad()
@@ -246,6 +255,9 @@ class TinyFamily:
                 f"{folder / _TOKENIZER}: has {text_tokenizer.size} text ids, the model {len(layout.text_ids)}; "
                 "restore it from its source"
             )
+        if is_flow:  # what views pass through
+            for part in transformer.latent_parts:
+                part.requires_grad_(False)
         parts = (transformer.eval(), vq_tokenizer.eval(), text_tokenizer, layout, image_size, prompts, sampling)
         return (TinyFlowModel if is_flow else TinyModel)(*parts)
 

@@ -246,6 +246,9 @@ def unshard(sharded: Transformer) -> Transformer:
     weights = get_model_state_dict(sharded, options=options)
     with torch.device("meta"):
         whole = sharded.skeleton()
+    trained = {name for name, parameter in sharded.named_parameters() if parameter.requires_grad}
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(name in trained)
     if is_main():
         whole.load_state_dict(weights, assign=True)
         if whole.config.tie_embeddings:

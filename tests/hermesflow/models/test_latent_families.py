@@ -127,6 +127,46 @@ def test_every_task(checkpoint, whole, tmp_path):
         model.set_image_size(144)
 
 
+def test_tiny_flow_from_a_killed_run_to_every_task(tmp_path, run_killed_once):
+    """The built-in model of this kind in its own world."""
+    more = [*(item for item in SETTINGS if not item.startswith("model.")), "model.name=tiny-flow"]
+    run_selfplay(load_config(None, [*more, f"run.folder={tmp_path / 'whole'}"]))
+    run_killed_once([*more, f"run.folder={tmp_path / 'killed'}"], tmp_path / "killed/t/round-1/train")
+    folders = [tmp_path / name / "t/round-2/model" for name in ("whole", "killed")]
+    ours, theirs, shipped = (load_model(folder).transformer for folder in (*folders, "tiny-flow"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.blocks[0].mlp.up.weight, shipped.blocks[0].mlp.up.weight)
+    # What it sees of an image stays, so that features that are kept stay true.
+    assert torch.equal(ours.latent_in.weight, shipped.latent_in.weight)
+    assert not torch.equal(ours.latent_out.weight, shipped.latent_out.weight)
+
+    model = load_model(folders[0])
+    drawn = list(tasks.generate_images(model, ["a small red circle"], num_images=2))
+    assert [image.pixels.shape for image in drawn] == 2 * [(64, 64, 3)]
+    Image.fromarray(drawn[0].pixels).save(tmp_path / "image.png")
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image, kept = tmp_path / "image.png", model.encode_images(drawn[0].pixels[None])
+    (painted,) = tasks.inpaint_images(model, image, tmp_path / "mask.png", "a small red circle")
+    assert torch.equal(*(unpack_latents(codes.view(1, -1), 10)[0, :8].cpu() for codes in (painted.codes, kept)))
+    (longer,) = tasks.extrapolate_image(model, image, "a small red circle", ["right"])
+    assert longer.pixels.shape[0] == 64 and longer.pixels.shape[1] > 64
+    assert model.caption([image])[0]
+    assert model.answer([image], "is there a red circle ?", choices=["yes", "no"])[0] in ("yes", "no")
+
+
+@pytest.mark.parametrize("more", ["train.dtype=bfloat16", "train.lora_rank=2"])
+def test_tiny_flow_keeps_what_it_sees_by(tmp_path, more):
+    """Whether its weights are sharded or have adapters, in the second round as in the first."""
+    kept = [item for item in SETTINGS if not item.startswith("model.")]
+    run_selfplay(load_config(None, [*kept, "model.name=tiny-flow", more, f"run.folder={tmp_path}"]))
+    ours, shipped = (load_model(name).transformer for name in (tmp_path / "t/round-2/model", "tiny-flow"))
+    for name, parameter in ours.latent_in.named_parameters():
+        assert torch.equal(parameter, shipped.latent_in.get_parameter(name))
+    assert not torch.equal(ours.blocks[0].mlp.up.weight, shipped.blocks[0].mlp.up.weight)
+
+
 def test_grpo_is_refused(checkpoint, records, tmp_path):
     more = [*settings(checkpoint, records, tmp_path), "selfplay.algorithm=grpo"]
     with pytest.raises(InputError, match="image decoder does not say how it draws; take pair-dpo"):
