@@ -279,7 +279,6 @@ def _check_sizes(transformer: Transformer, vq_tokenizer: VQTokenizerConfig, layo
     sizes = [
         ("image_size", image_size, max(side, 1) * vq_tokenizer.downsampling),
         ("layout.num_image_tokens", layout.num_image_tokens, side**2),
-        ("transformer.vocab_size", transformer.config.vocab_size, layout.vocab_size),
     ]
     if isinstance(layout, FlowLayout):
         sizes += [
@@ -292,6 +291,8 @@ def _check_sizes(transformer: Transformer, vq_tokenizer: VQTokenizerConfig, layo
             ("layout.image_rows", layout.image_rows or side, side),
             ("layout.codebook_size", layout.codebook_size, vq_tokenizer.codebook_size),
         ]
+    # Last, since the vocabulary follows from the others.
+    sizes.append(("transformer.vocab_size", transformer.config.vocab_size, layout.vocab_size))
     for name, value, expected in sizes:
         if value != expected:
             raise ValueError(f"{name} is {value}, the other sizes make it {expected}")
