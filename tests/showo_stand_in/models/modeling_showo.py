@@ -1,4 +1,4 @@
-"""A stand-in of Show-o's published class: what tests and benchmarks accelerate where its code is not at hand.
+"""A stand-in for Show-o's published class. Tests and benchmarks accelerate it where the published code is missing.
 
 It lies as in a checkout of Show-o or HermesFlow, so that both are loaded alike. The interface, the names of the weights
 and the results are the published ones, oddities included; so is the work that is done: eager torch over whole sequences
