@@ -79,7 +79,7 @@ class FlowDecoder:
                 "image_decoder"
             )
         self.transformer, self.layout, self.backend = transformer, layout, backend
-        self._memory = MemoryBound("FlowDecoder", lambda: False, _empty_cache)
+        self._memory = MemoryBound("FlowDecoder", lambda: False, torch.cuda.empty_cache)
 
     def generate(
         self,
@@ -221,8 +221,3 @@ def guided_velocity(conditional: Tensor, unconditional: Tensor, params: Any) -> 
     axes = (1, 2) if params.renorm == "image" else (2,)
     norms = [torch.linalg.vector_norm(each, dim=axes, keepdim=True) for each in (conditional, guided)]
     return guided * (norms[0] / (norms[1] + 1e-8)).clamp(params.renorm_least, 1.0)
-
-
-def _empty_cache() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

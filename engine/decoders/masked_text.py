@@ -57,7 +57,7 @@ class MaskedTextDecoder:
                 "the model another text_decoder"
             )
         self.transformer, self.layout, self.backend = transformer, layout, backend
-        self._memory = MemoryBound("MaskedTextDecoder", lambda: False, _empty_cache)
+        self._memory = MemoryBound("MaskedTextDecoder", lambda: False, torch.cuda.empty_cache)
         self._text_bias: Tensor | None = None
 
     def extend(
@@ -469,8 +469,3 @@ def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         total += length
     if numbers:
         yield numbers
-
-
-def _empty_cache() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -7,7 +7,6 @@ HERMESFLOW_PUBLISHED_CODE. The weights, and what the published code made of them
 import copy
 import inspect
 import json
-import logging
 import os
 import pickle
 import sys
@@ -66,32 +65,6 @@ def make_model(request):
         yield make
         for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
             del sys.modules[name]
-
-
-@pytest.fixture
-def model(make_model):
-    """A model whose methods are the class's own."""
-    return make_model()
-
-
-@pytest.fixture
-def fast(make_model):
-    """The same model, accelerated."""
-    return hermesflow.accelerate(make_model())
-
-
-@pytest.fixture(autouse=True)
-def reasons(caplog):
-    """Takes the warnings so far, each of a call that went to the original method; none may be left at the end."""
-    caplog.set_level(logging.WARNING, "hermesflow.drop_in")
-
-    def take():
-        messages = [record.getMessage() for record in caplog.records if record.name == "hermesflow.drop_in"]
-        caplog.clear()
-        return messages
-
-    yield take
-    assert [record for record in caplog.get_records("call") if record.name == "hermesflow.drop_in"] == []
 
 
 def image_arguments(golden, rows=(0, 1), *, guidance_scale=0.0, image_ids=None, times=1, **others):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hermesflow.config import load_config
+from hermesflow.selfplay import run_selfplay
 from hermesflow.worlds import shapes
 
 
@@ -28,6 +30,26 @@ def records(tmp_path_factory):
         rows.append({"id": record.id, "caption": record.caption, "img_path": f"{number}.png", "questions": questions})
     (folder / "records.json").write_text(json.dumps(rows))
     return folder / "records.json"
+
+
+@pytest.fixture(scope="module")
+def settings(request, records):
+    """Of a run of a checkpoint with the records in a folder: settings(checkpoint, folder); the module has the rest."""
+
+    def make(checkpoint, folder):
+        return [
+            *request.module.SETTINGS, f"model.name={checkpoint}", f"data.source={records}", f"run.folder={folder}",
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, settings, tmp_path_factory):
+    """The folder of a run of the module's checkpoint, played to its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_selfplay(load_config(None, settings(checkpoint, folder)))
+    return folder / "t"
 
 
 @pytest.fixture

@@ -27,20 +27,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def settings(family, records, folder):
-    return [*SETTINGS, f"model.name={DATA / family}", f"data.source={records}", f"run.folder={folder}"]
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def whole(family, records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    run_selfplay(load_config(None, settings(family, records, folder)))
-    return folder / "t"
+def checkpoint(family):
+    return DATA / family
 
 
 def test_two_rounds_train_both_sides(family, whole):
@@ -59,8 +53,8 @@ def test_two_rounds_train_both_sides(family, whole):
         before = after
 
 
-def test_a_killed_run_ends_alike(family, records, whole, tmp_path, run_killed_once):
-    run_killed_once(settings(family, records, tmp_path), tmp_path / "t/round-1/train")
+def test_a_killed_run_ends_alike(checkpoint, settings, whole, tmp_path, run_killed_once):
+    run_killed_once(settings(checkpoint, tmp_path), tmp_path / "t/round-1/train")
     for number in (1, 2):
         ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -84,23 +78,23 @@ def test_every_task(family, whole, tmp_path):
     assert model.answer([tmp_path / "image.png"], "is there a circle?", choices=["yes", "no"])[0] in ("yes", "no")
 
 
-def test_grpo_meets_the_law_of_the_drawing(family, records, tmp_path):
+def test_grpo_meets_the_law_of_the_drawing(checkpoint, settings, tmp_path):
     more = ["selfplay.algorithm=grpo", "selfplay.num_rounds=1", "train.num_steps=2", "grpo.prompts_per_step=2"]
     more += ["grpo.num_images=3", "drawing.top_k=0", "drawing.top_p=1", "train.lr=1e-4"]
-    run_selfplay(load_config(None, [*settings(family, records, tmp_path), *more]))
+    run_selfplay(load_config(None, [*settings(checkpoint, tmp_path), *more]))
     lines = (tmp_path / "t/round-1/train/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["drift"] for line in lines if "drift" in json.loads(line)] == pytest.approx(
         [0, 0], abs=1e-4
     )
 
 
-def test_another_model_judges(records, tmp_path):
+def test_another_model_judges(settings, tmp_path):
     """It changes the images' scores and nothing that is drawn; one that has changed, or has other codes, is refused."""
     judge, scores, tokens = load_model(DATA / "emu3-tiny", dtype=torch.float32), [], []
     judge.transformer.head.weight.data.mul_(-1)
     judge.save(tmp_path / "judge")
     for name, more in (("self", []), ("other", [f"model.judge={tmp_path / 'judge'}"])):
-        config = load_config(None, [*settings("emu3-tiny", records, tmp_path / name), *more])
+        config = load_config(None, [*settings(DATA / "emu3-tiny", tmp_path / name), *more])
         curate_round(Run(config), 1)
         parts = [pq.read_table(part) for part in sorted((tmp_path / name / "t/round-1/candidates").glob("*.parquet"))]
         rows = [row for part in parts for row in part.to_pylist() if row["kind"] == "image"]
@@ -121,8 +115,6 @@ def test_another_model_judges(records, tmp_path):
     judge.save(tmp_path / "judge")
     with pytest.raises(InputError, match="weights of its image tokenizer are not those of .*; give a judge with"):
         Run(config).check_judge()
-    config = load_config(
-        None, [*settings("emu3-tiny", records, tmp_path), f"model.judge={DATA / 'chameleon-swin-tiny'}"]
-    )
+    config = load_config(None, [*settings(DATA / "emu3-tiny", tmp_path), f"model.judge={DATA / 'chameleon-swin-tiny'}"])
     with pytest.raises(InputError, match="model.judge .*: its images are .* codes in .*; give a judge with the same"):
         curate_round(Run(config), 1)

@@ -54,17 +54,6 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def settings(checkpoint, records, folder):
-    return [*SETTINGS, f"model.name={checkpoint}", f"data.source={records}", f"run.folder={folder}"]
-
-
-@pytest.fixture(scope="module")
-def whole(checkpoint, records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    run_selfplay(load_config(None, settings(checkpoint, records, folder)))
-    return folder / "t"
-
-
 def test_two_rounds_train_both_sides(checkpoint, whole):
     before = load_model(checkpoint, dtype=torch.float32)
     for number in (1, 2):
@@ -83,8 +72,8 @@ def test_two_rounds_train_both_sides(checkpoint, whole):
         before = after
 
 
-def test_a_killed_run_ends_alike(checkpoint, records, whole, tmp_path, run_killed_once):
-    run_killed_once(settings(checkpoint, records, tmp_path), tmp_path / "t/round-1/train")
+def test_a_killed_run_ends_alike(checkpoint, settings, whole, tmp_path, run_killed_once):
+    run_killed_once(settings(checkpoint, tmp_path), tmp_path / "t/round-1/train")
     for number in (1, 2):
         ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -167,8 +156,8 @@ def test_tiny_flow_keeps_what_it_sees_by(tmp_path, more):
     assert not torch.equal(ours.blocks[0].mlp.up.weight, shipped.blocks[0].mlp.up.weight)
 
 
-def test_grpo_is_refused(checkpoint, records, tmp_path):
-    more = [*settings(checkpoint, records, tmp_path), "selfplay.algorithm=grpo"]
+def test_grpo_is_refused(checkpoint, settings, tmp_path):
+    more = [*settings(checkpoint, tmp_path), "selfplay.algorithm=grpo"]
     with pytest.raises(InputError, match="image decoder does not say how it draws; take pair-dpo"):
         run_selfplay(load_config(None, more))
 

@@ -67,17 +67,6 @@ def checkpoint(request, tmp_path_factory):
     return write_checkpoint(request.param, tmp_path_factory.mktemp(request.param) / "model")
 
 
-def settings(checkpoint, records, folder):
-    return [*SETTINGS, f"model.name={checkpoint}", f"data.source={records}", f"run.folder={folder}"]
-
-
-@pytest.fixture(scope="module")
-def whole(checkpoint, records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    run_selfplay(load_config(None, settings(checkpoint, records, folder)))
-    return folder / "t"
-
-
 def test_two_rounds_train_both_sides(checkpoint, whole):
     before = load_model(checkpoint, dtype=torch.float32)
     for number in (1, 2):
@@ -93,8 +82,8 @@ def test_two_rounds_train_both_sides(checkpoint, whole):
         before = after
 
 
-def test_a_killed_run_ends_alike(checkpoint, records, whole, tmp_path, run_killed_once):
-    run_killed_once(settings(checkpoint, records, tmp_path), tmp_path / "t/round-1/train")
+def test_a_killed_run_ends_alike(checkpoint, settings, whole, tmp_path, run_killed_once):
+    run_killed_once(settings(checkpoint, tmp_path), tmp_path / "t/round-1/train")
     for number in (1, 2):
         ours, theirs = (load_model(folder / f"round-{number}/model").transformer for folder in (tmp_path / "t", whole))
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -127,14 +116,14 @@ def test_every_task(checkpoint, whole, tmp_path):
     assert model.answer([tmp_path / "image.png"], "is there a circle?", choices=["yes", "no"])[0] in ("yes", "no")
 
 
-def test_grpo_meets_the_law_of_the_drawing(checkpoint, records, tmp_path):
+def test_grpo_meets_the_law_of_the_drawing(checkpoint, settings, tmp_path):
     """At the first step the log-probabilities of the decoder and of training are the same."""
     more = ["selfplay.algorithm=grpo", "selfplay.num_rounds=1", "train.num_steps=2", "grpo.prompts_per_step=2"]
     more += ["grpo.num_images=3", "train.lr=1e-4"]
-    run_selfplay(load_config(None, [*settings(checkpoint, records, tmp_path), *more]))
+    run_selfplay(load_config(None, [*settings(checkpoint, tmp_path), *more]))
     lines = [json.loads(line) for line in (tmp_path / "t/round-1/train/metrics.jsonl").read_text().splitlines()]
     assert [line["drift"] for line in lines if "drift" in line] == pytest.approx([0, 0], abs=1e-4)
-    masked = [*settings(checkpoint, records, tmp_path / "masked"), *more, "grpo.likelihood=masked"]
+    masked = [*settings(checkpoint, tmp_path / "masked"), *more, "grpo.likelihood=masked"]
     run_selfplay(load_config(None, masked))
 
 
