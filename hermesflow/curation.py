@@ -262,9 +262,10 @@ def _fingerprint(
 ) -> str:
     """What a part was made from, the model's weights aside."""
     sampling = asdict(model.sampling_of(config))
-    for name, default in (("schedule_unknown", False), ("grid", None), ("ml_cache", None)):
-        if name in sampling and sampling[name] is default:  # older files do not name it
-            del sampling[name]
+    if sampling.get("schedule_unknown") is False and sampling["grid"] is None:  # settings that older files do not name
+        del sampling["schedule_unknown"], sampling["grid"]
+    if "ml_cache" in sampling and sampling["ml_cache"] is None:
+        del sampling["ml_cache"]
     if model.answer_masks:
         sampling["answer_masks"] = model.answer_masks
     made_from = [

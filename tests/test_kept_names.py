@@ -82,6 +82,8 @@ def test_fingerprints_of_older_files_are_those_of_today():
     record = Record("r0", "a red circle", "colors", (asked,), codes=np.arange(16, dtype=np.int32))
     curation = CurationConfig(num_images=3, num_steps=4)
     assert _fingerprint(model, [record], curation, 7, {}) == "6e2c85a12cb6aa3eaf62cb24c47c3c7f"
+    by_code = load_model("tiny-ar")
+    assert _fingerprint(by_code, [record], CurationConfig(num_images=3), 7, {}) == "a4f110617e758d397d108e9fcdbe0fc7"
 
     row = dict.fromkeys(PAIRS_SCHEMA.names) | {"record_id": "r0", "category": "colors", "caption": record.caption}
     row |= {"sides": "both", "record_codes": list(range(16)), "win_codes": list(range(16))}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,7 +212,7 @@ class _Batch:
         return guided_velocity(found[0], found[1], self._params) if is_guided else found[0]
 
 
-def guided_velocity(conditional: Tensor, unconditional: Tensor, params: Any) -> Tensor:
+def guided_velocity(conditional: Tensor, unconditional: Tensor, params: FlowSamplingParams) -> Tensor:
     """Velocities of images, fp32 [B, N, C] each, guided and renormed by FlowSamplingParams."""
     guided = torch.lerp(unconditional, conditional, 1 + params.guidance_scale)
     if params.renorm == "none":

@@ -234,10 +234,7 @@ class MaskedTextDecoder:
         halves = [region.halves() for region in regions]
         guided, unguided = [each[0] for each in halves], [each[1] for each in halves if len(each) == 2]
         with phase("step"):
-            if cache is None:
-                hidden = self._hidden([*guided, *unguided])
-            else:
-                hidden = cache.hidden([*guided, *unguided])
+            hidden = (self._hidden if cache is None else cache.hidden)([*guided, *unguided])
         hidden, without = hidden.split([sum(counts), len(hidden) - sum(counts)])
         scales = np.repeat([region.params.guidance_scale for region in regions], counts)
         if len(without):

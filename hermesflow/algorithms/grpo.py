@@ -397,10 +397,8 @@ class GRPO:
 
     def _masks(self, group: Group, number: int, length: int) -> list[np.ndarray]:
         """Places that masks of what was drawn hide, at times that are spread evenly from a random one."""
-        rng, num_masks = (
-            np.random.default_rng([self.seed, 6, group.rollout, group.record, number]),
-            self._num_states(group),
-        )
+        rng = np.random.default_rng([self.seed, 6, group.rollout, group.record, number])
+        num_masks = self._num_states(group)
         first = rng.random()
         times = first + (1 - first) * np.arange(num_masks) / num_masks
         counts = np.maximum(1, np.round(times * length).astype(int))

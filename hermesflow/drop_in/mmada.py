@@ -161,8 +161,7 @@ def _generate_text_fast(
         eot_token = int(eot_token)
     if eot_token is not None and type(eot_token) is not int:
         raise NotCoveredError(f"eot_token is {eot_token!r}, no id")
-    end = eot_token
-    return _fill(acceleration, transformer, "mmu_generate_fast", lambda region: region[-1] == end, **arguments)
+    return _fill(acceleration, transformer, "mmu_generate_fast", lambda region: region[-1] == eot_token, **arguments)
 
 
 def _fill(

@@ -100,11 +100,8 @@ BUILTIN = Builtin()
 def sampler_name(model: Model, sampling: Any) -> str:
     """How results call a way to draw: "STEPS/TEMPERATURE", such as "4/0.7"; code by code each code is a step, and a
     flow has the temperature 1."""
-    steps, temperature = (
-        getattr(sampling, "num_steps", model.layout.num_image_tokens),
-        getattr(sampling, "temperature", 1),
-    )
-    return f"{steps}/{temperature:g}"
+    steps = getattr(sampling, "num_steps", model.layout.num_image_tokens)
+    return f"{steps}/{getattr(sampling, 'temperature', 1):g}"
 
 
 def samplers_of(model: Model, config: EvalConfig) -> dict[str, Any]:

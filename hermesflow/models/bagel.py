@@ -286,12 +286,11 @@ class BagelModel(CheckpointModel):
     def view_pixels(self, images: np.ndarray) -> Tensor:
         """Features [n, F, D] of images, uint8 [n, image_size, image_size, 3]."""
         weight, size = self.vision.connector[2].weight, (self.view_size,) * 2
-        features = [weight.new_zeros(0, self.num_features, len(weight))]
+        if not len(images):
+            return weight.new_zeros(0, self.num_features, len(weight))
         resized = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
-        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) if resized else ()
-        for batch in pixels.split(_IMAGES_PER_PASS) if resized else ():
-            features.append(self.vision(batch.to(weight) / 127.5 - 1))
-        return torch.cat(features)
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+        return torch.cat([self.vision(batch.to(weight) / 127.5 - 1) for batch in pixels.split(_IMAGES_PER_PASS)])
 
     @cached_property
     def vq_tokenizer(self) -> KLAutoencoder:

@@ -61,8 +61,6 @@ PROMPTS = PromptFormat(caption_question=shapes.CAPTION_QUESTION)
 SAMPLING = ImageSamplingParams(num_steps=8, guidance_scale=0.5, mask_temperature=1.0, temperature=0.7)
 CODE_SAMPLING = CodeSamplingParams(guidance_scale=0.5, temperature=0.7)
 FLOW_SAMPLING = FlowSamplingParams(num_steps=17, guidance_scale=1.0)
-FLOW_WEIGHT = 1.0
-"""Of the mean square error of velocities beside the text's losses."""
 OBJECT_WEIGHT = 10.0
 """Weight of pixels on or within 3 px of an object: backgrounds are easy and large."""
 QUESTIONS_PER_IMAGE = 6
@@ -410,7 +408,7 @@ def batch_losses(transformer: Transformer, batch: Batch) -> tuple[dict[str, Tens
     for task, rows in batch.rows.items():
         targets = batch.targets[task]
         if targets.is_floating_point():
-            losses[task] = FLOW_WEIGHT * F.mse_loss(transformer.velocities(hidden[rows]), targets)
+            losses[task] = F.mse_loss(transformer.velocities(hidden[rows]), targets)
         else:
             losses[task] = -linear_logprob(hidden[rows], head.weight, targets, bias=head.bias).mean()
     return losses, hidden
