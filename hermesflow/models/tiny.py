@@ -131,13 +131,9 @@ class FlowLayout(Layout):
         """It sees latents as features."""
         raise ValueError("FlowLayout: sees images by features, got codes")
 
-    def feature_prefix(self, num_features: int) -> tuple[list[int], int]:
-        """[mmu, image], of which features stand from the third token on."""
-        return [self.text_vocab_size + 4, *self.image([])], 2
-
     def feature_span(self, num_features: int) -> FeatureSpan:
-        """A full span."""
-        return FeatureSpan(*self.feature_prefix(num_features), "full", Place())
+        """[mmu, image], a full span of which features stand from the third token on."""
+        return FeatureSpan([self.text_vocab_size + 4, *self.image([])], 2, "full", Place())
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """[sot, text]."""
