@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hermesflow.engine.transformer import Transformer, TransformerConfig
+from hermesflow.engine.transformer import Embeds, Transformer, TransformerConfig
+from hermesflow.kernels.span_tree import SpanTree
 
 _FREQUENCIES, _LONGEST = 128, 10_000.0
 
@@ -31,8 +33,58 @@ class LatentConfig:
             )
 
 
-class LatentTransformer(Transformer):
-    """A transformer that draws latents: in their rows stand embeddings, and their hidden states give velocities."""
+class NoisedImages(NamedTuple):
+    """B images of latents, all of one grid, in S spans of a pass.
+
+    latents: fp32 [B, N, C], noised to their times.
+    times: fp32 [B], or one of all, 0-dim, from 0 (the image) to 1 (noise).
+    grid: rows and columns of the N latents.
+    rows: int64 [S, N], where they stand among the pass's tokens. S is a multiple of B: images stand in the spans in
+        their order, and again. Their spans are the last of the pass.
+    """
+
+    latents: Tensor
+    times: Tensor
+    grid: tuple[int, int]
+    rows: Tensor
+
+
+class FlowTransformer(Transformer):
+    """A transformer that draws latents by a flow: of noised images it gives the velocities noise - image."""
+
+    latents: LatentConfig
+
+    def forward_images(
+        self,
+        tree: SpanTree,
+        images: NoisedImages,
+        cache: Any = None,
+        embeds: Embeds | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over a tree that has noised images in it.
+
+        Args:
+            tree, embeds: as in forward; embeds are those of other tokens.
+            images: what stands in its last spans.
+            cache: of new_flow_cache; None: every span is new.
+            rows: int64 [R] of others whose hidden states are wanted; None: of none.
+        Returns: velocities fp32 [S, N, C], and hidden states [R, D]; both are differentiable.
+        Raises: ValueError on a grid that is too large.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: does not say how it draws")
+
+    def prefill(self, tree: SpanTree, cache: Any) -> None:
+        """Caches the text of a tree, which images will follow."""
+        self(tree, cache)
+
+    def new_flow_cache(self, capacity: int) -> Any:
+        """A cache of capacity token slots for passes with images."""
+        return self.new_cache(capacity)
+
+
+class LatentTransformer(FlowTransformer):
+    """In latent rows stand embeddings, and their hidden states give velocities."""
 
     def __init__(self, config: TransformerConfig, latents: LatentConfig) -> None:
         super().__init__(config)
@@ -69,6 +121,27 @@ class LatentTransformer(Transformer):
         """What latent_embeds passes through."""
         return self.latent_in, self.time, self.latent_places
 
+    def forward_images(
+        self,
+        tree: SpanTree,
+        images: NoisedImages,
+        cache: Any = None,
+        embeds: Embeds | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See FlowTransformer."""
+        own, places = images.rows.flatten(), self.places_of(images.grid)
+        count, times = len(places), images.times
+
+        def with_images() -> Embeds:
+            of_rows = times.repeat_interleave(count) if times.dim() else times
+            values = self.latent_embeds(images.latents.flatten(0, 1), of_rows, places.repeat(len(images.latents)))
+            return joined_embeds((own, values.repeat(len(own) // len(values), 1)), embeds)
+
+        hidden = self(tree, cache, with_images, own if rows is None else torch.cat([own, rows]))
+        found = self.velocities(hidden[: len(own)])
+        return found.unflatten(0, images.rows.shape), hidden[len(own) :]
+
     def velocities(self, hidden: Tensor) -> Tensor:
         """Of latent rows' hidden states [R, D] the velocity noise - image, fp32 [R, size]; differentiable."""
         return self.latent_out(hidden).float()
@@ -81,8 +154,16 @@ class LatentTransformer(Transformer):
                 f"LatentTransformer: expected a grid of at most {self.latents.side} x {self.latents.side} latents, got "
                 f"{rows} x {columns}; draw a smaller image"
             )
-        numbers = torch.arange(rows)[:, None] * self.latents.side + torch.arange(columns)
-        return numbers.flatten().to(self.latent_places.weight.device)
+        down, along = (torch.arange(count, device=self.latent_places.weight.device) for count in grid)
+        return (down[:, None] * self.latents.side + along).flatten()
+
+
+def joined_embeds(first: Embeds, others: Embeds | None) -> Embeds:
+    """Both, in the dtype of the first."""
+    if others is None:
+        return first
+    (rows, values), (more_rows, more) = first, others
+    return torch.cat([rows, more_rows]), torch.cat([values, more.to(values)])
 
 
 def embed_latents(parts: tuple[nn.Module, ...], latents: Tensor, times: Tensor, places: Tensor) -> Tensor:

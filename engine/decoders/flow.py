@@ -1,7 +1,7 @@
 """Images from prompts by a flow: a step moves all latents of an image along the velocity that the model gives them.
 
 Prompts are prefilled once and shared by their candidates. An image is a full leaf span of embeddings, which a step
-computes anew, its unguided half as a root of its own. The guided half runs alone outside the guidance interval. Noise
+computes anew; its unguided half follows the layout's unguided prompt, or is a root. The guided half runs alone outside the guidance interval. Noise
 is a function of seed and place, and guidance is normed image by image, so that no image depends on others.
 Source: BAGEL (arXiv 2505.14683); classifier-free guidance in an interval: arXiv 2404.07724.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from hermesflow.engine.decoders.masked import Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.flow_schedule import flow_times
-from hermesflow.engine.latents import LatentTransformer, pack_latents, unpack_latents
+from hermesflow.engine.latents import FlowTransformer, NoisedImages, pack_latents, unpack_latents
 from hermesflow.engine.nan_cause import likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout, check_grid
@@ -70,11 +70,11 @@ class FlowDecoder:
     params = FlowSamplingParams
     keeps_known_codes = True
 
-    def __init__(self, transformer: LatentTransformer, layout: Layout, backend: str | None = None) -> None:
+    def __init__(self, transformer: FlowTransformer, layout: Layout, backend: str | None = None) -> None:
         """Raises: ValueError if the transformer draws no latents."""
-        if not isinstance(transformer, LatentTransformer):
+        if not isinstance(transformer, FlowTransformer):
             raise ValueError(
-                f"FlowDecoder: expected a LatentTransformer, got {type(transformer).__name__}; give the model another "
+                f"FlowDecoder: expected a FlowTransformer, got {type(transformer).__name__}; give the model another "
                 "image_decoder"
             )
         self.transformer, self.layout, self.backend = transformer, layout, backend
@@ -169,21 +169,22 @@ class _Batch:
     """Images that are drawn together, their prompts in a cache."""
 
     def __init__(
-        self, transformer: LatentTransformer, layout: Layout, prompts: list[tuple[int, ...]], params: FlowSamplingParams
+        self, transformer: FlowTransformer, layout: Layout, prompts: list[tuple[int, ...]], params: FlowSamplingParams
     ) -> None:
-        self._transformer, self._params = transformer, params
-        device, number = transformer.embed.weight.device, {ids: row for row, ids in enumerate(dict.fromkeys(prompts))}
-        prefix = SpanTree.build([(layout.text_prompt(ids), -1, "causal") for ids in number], device)
+        self._transformer, self._params, self._grid = transformer, params, layout.image_grid
+        device, halves = transformer.embed.weight.device, 2 if params.guidance_scale else 1
+        framed = [tuple(layout.text_prompt(ids)) for ids in prompts]
+        framed += [tuple(layout.unguided_prompt(ids)) for ids in prompts] * (halves - 1)
+        number = {ids: row for row, ids in enumerate(dict.fromkeys(filter(None, framed)))}
+        prefix = SpanTree.build([(ids, -1, "causal") for ids in number], device)
         image = layout.image([0] * layout.num_image_tokens)
-        guided = [(image, number[ids], "full", layout.image_place) for ids in prompts]
-        unguided = [(image, -1, "full", layout.image_place)] * (len(prompts) if params.guidance_scale else 0)
-        self._alone, self._both = prefix.extend(guided), prefix.extend([*guided, *unguided])
-        self._cache = transformer.new_cache(self._both.capacity)
+        spans = [(image, number.get(ids, -1), "full", layout.image_place) for ids in framed]
+        self._alone, self._both = prefix.extend(spans[: len(prompts)]), prefix.extend(spans)
+        self._cache = transformer.new_flow_cache(self._both.capacity)
         with phase("prefill"):
-            transformer(prefix, self._cache)
-        first = torch.arange(len(prompts) * 2, device=device)[:, None] * layout.image_length
+            transformer.prefill(prefix, self._cache)
+        first = torch.arange(len(spans), device=device)[:, None] * layout.image_length
         self._rows = first + torch.from_numpy(layout.code_positions).to(device)
-        self._places = transformer.places_of(layout.image_grid).repeat(2 * len(prompts))
 
     def draw(self, noise: Tensor, known: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
         """Noise [B, N, C] and what is known of the images -> latents, and the first step [B] at which a velocity was
@@ -203,13 +204,10 @@ class _Batch:
     def _velocity(self, latents: Tensor, time: float) -> Tensor:
         """fp32 [B, N, C]."""
         is_guided = self._params.guides(time)
-        count, (tree, halves) = latents[..., 0].numel(), (self._both, 2) if is_guided else (self._alone, 1)
-        rows = self._rows[: halves * len(latents)].flatten()
-        now = torch.tensor(time, device=latents.device)
-        embeds = self._transformer.latent_embeds(latents.flatten(0, 1), now, self._places[:count]).repeat(halves, 1)
-        hidden = self._transformer(tree, self._cache, (rows, embeds), rows)
-        found = self._transformer.velocities(hidden).view(halves, *latents.shape)
-        return guided_velocity(found[0], found[1], self._params) if is_guided else found[0]
+        tree, rows = (self._both, self._rows) if is_guided else (self._alone, self._rows[: len(latents)])
+        images = NoisedImages(latents, torch.tensor(time, device=latents.device), self._grid, rows)
+        velocities, _ = self._transformer.forward_images(tree, images, self._cache)
+        return guided_velocity(*velocities.chunk(2), self._params) if is_guided else velocities
 
 
 def guided_velocity(conditional: Tensor, unconditional: Tensor, params: FlowSamplingParams) -> Tensor:

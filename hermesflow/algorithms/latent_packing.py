@@ -28,8 +28,7 @@ from hermesflow.algorithms.losses import find_loss
 from hermesflow.algorithms.packing import PairPacker, TreeBuilder, mask_share
 from hermesflow.config import TrainConfig
 from hermesflow.engine.flow_schedule import shifted
-from hermesflow.engine.latents import LatentTransformer, unpack_latents
-from hermesflow.engine.transformer import Embeds
+from hermesflow.engine.latents import FlowTransformer, NoisedImages, unpack_latents
 from hermesflow.kernels.linear_logprob import linear_logprob
 from hermesflow.models.model import Model
 
@@ -52,13 +51,13 @@ class FlowDraw(NamedTuple):
 class LatentBatch(PairBatch):
     """One pass; the rows of its generation side are latents, R in all.
 
-    noised, velocities: fp32 [R, C], what stands in them and what they are to give. times: fp32 [R]. places: int64 [R].
+    noised, velocities: fp32 [R, C], what stands in them and what they are to give. times: fp32 [R]. grid: of each image.
     """
 
     noised: Tensor
     velocities: Tensor
     times: Tensor
-    places: Tensor
+    grid: tuple[int, int]
 
     def further_metrics(self, logprob: Tensor) -> dict[str, Tensor]:
         """generation/error_t1 to _t4: what times of each quarter add to the mean square error of the step's rows."""
@@ -70,25 +69,32 @@ class LatentBatch(PairBatch):
         rows_in_step = self.totals["generation"] * self.num_tokens_of["generation"][0]
         return dict(zip(ERRORS, sums / rows_in_step, strict=True))
 
-    def logprobs(self, transformer: LatentTransformer) -> Tensor:
+    def logprobs(self, transformer: FlowTransformer) -> Tensor:
         """fp32 [T] of all sides: of latent rows -1/2 of the mean square error, of others log-probabilities."""
-        latents = self.sides.get("generation")
-
-        def embeds() -> Embeds:
-            rows, values = latents.rows, transformer.latent_embeds(self.noised, self.times, self.places)
-            if self.embeds is not None:
-                rows, values = torch.cat([rows, self.embeds[0]]), torch.cat([values, self.embeds[1].to(values)])
-            return rows, values
-
-        hidden = transformer(self.tree, embeds=self.embeds if latents is None else embeds, rows=self.rows)
-        found, head = [], transformer.head
-        for name, part in self.split(hidden).items():
+        parts, head = self.split(self.rows), transformer.head
+        latent_rows = parts.pop("generation", None)
+        rows = torch.cat(list(parts.values())) if parts else self.rows[:0]
+        if latent_rows is None:
+            hidden = transformer(self.tree, embeds=self.embeds, rows=rows)
+        else:
+            velocities, hidden = transformer.forward_images(
+                self.tree, self._images(latent_rows), embeds=self.embeds, rows=rows
+            )
+        hidden_of = dict(zip(parts, hidden.split([len(part) for part in parts.values()]), strict=True))
+        found = []
+        for name, side in self.sides.items():
             if name == "generation":
-                error = transformer.velocities(part) - self.velocities
+                error = velocities.flatten(0, 1) - self.velocities
                 found.append(-error.square().mean(dim=1) / 2)
             else:
-                found.append(linear_logprob(part, head.weight, self.sides[name].targets, bias=head.bias))
+                found.append(linear_logprob(hidden_of[name], head.weight, side.targets, bias=head.bias))
         return torch.cat(found)
+
+    def _images(self, rows: Tensor) -> NoisedImages:
+        """The generation side's, whose latents stand in these rows int64 [R]."""
+        shape = (-1, self.grid[0] * self.grid[1])
+        times = self.times.view(shape)[:, 0]
+        return NoisedImages(self.noised.unflatten(0, shape), times, self.grid, rows.view(shape))
 
 
 class LatentPacker(PairPacker):
@@ -118,12 +124,13 @@ class LatentPacker(PairPacker):
                 prompts[index] = builder.add(prompt, -1, "causal") if prompt else -1
             self._add_asked(builder, index, visit, [side for side in sides if side != "generation"])
         found = [rows for index, prompt in prompts.items() for rows in self._add_leaves(builder, index, visits, prompt)]
-        nothing = (torch.zeros(0, self.model.layout.latent_size),) * 2 + (torch.zeros(0), torch.zeros(0).long())
+        nothing = (torch.zeros(0, self.model.layout.latent_size),) * 2 + (torch.zeros(0),)
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)] if found else nothing
         batch = builder.build_batch(visits, device, totals or {})
         shared = {item.name: getattr(batch, item.name) for item in fields(PairBatch)}
-        names = ("noised", "velocities", "times", "places")
-        return LatentBatch(**shared, **{name: part.to(device) for name, part in zip(names, columns, strict=True)})
+        noised, velocities, times = (part.to(device) for part in columns)
+        grid = self.model.layout.image_grid
+        return LatentBatch(**shared, noised=noised, velocities=velocities, times=times, grid=grid)
 
     def _add_leaves(
         self, builder: TreeBuilder, index: int, visits: Sequence[PairVisit], prompt: int
@@ -134,7 +141,6 @@ class LatentPacker(PairPacker):
             torch.from_numpy(self._tokens[name][visit.pair].astype(np.int64)) for name in ("win_codes", "lose_codes")
         ]
         images = [unpack_latents(each, layout.latent_size) for each in codes]
-        places = self.model.transformer.places_of(layout.image_grid).cpu()
         ids, found = np.array(layout.image([0] * layout.num_image_tokens)), []
         rng = np.random.default_rng([self.seed, 1, *visit])
         for draw in draw_flow(images[0].shape, self.config, rng, self.model.flow_shift):
@@ -144,7 +150,7 @@ class LatentPacker(PairPacker):
                 builder.predict("generation", index, 2 * index + lose, rows, np.zeros(len(rows)), weights)
                 builder.add(ids, prompt, "full", layout.image_place)
                 times = torch.full((len(rows),), draw.time)
-                found.append((torch.lerp(image, draw.noise, draw.time), draw.noise - image, times, places))
+                found.append((torch.lerp(image, draw.noise, draw.time), draw.noise - image, times))
         return found
 
 

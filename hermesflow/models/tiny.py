@@ -127,6 +127,10 @@ class FlowLayout(Layout):
         """Condition of an image: [t2i, sot, text, eot]."""
         return [self.text_vocab_size + 3, self.sot, *text_ids, self.eot]
 
+    def unguided_prompt(self, text_ids: Sequence[int]) -> list[int]:
+        """Nothing: the image is a root."""
+        return []
+
     def image_prefix(self, codes: Sequence[int]) -> list[int]:
         """It sees latents as features."""
         raise ValueError("FlowLayout: sees images by features, got codes")

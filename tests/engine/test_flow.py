@@ -39,8 +39,16 @@ class LatentLayout(Layout):
     def question(self, text_ids):
         return [5, *text_ids]
 
+    def unguided_prompt(self, text_ids):
+        return []
+
     def image(self, codes):
         return [1, *[0] * len(codes), 2]
+
+
+class PromptedLayout(LatentLayout):
+    def unguided_prompt(self, text_ids):
+        return [5, 6]
 
 
 CONFIG = TransformerConfig(
@@ -83,9 +91,9 @@ def test_an_image_depends_on_nothing_else(transformer):
     assert not torch.allclose(together[0, 0], together[0, 1], atol=1e-2)
 
 
-def naive(transformer, prompt, noise, params):
+def naive(transformer, prompt, noise, params, layout=None):
     """The algorithm, an image and a half at a time, without a cache."""
-    layout, x = LatentLayout(), noise.clone()
+    layout, x = layout or LatentLayout(), noise.clone()
     places, times = transformer.places_of(layout.image_grid), flow_times(params.num_steps, params.shift)
     evaluations = 0
     for time, following in zip(times, times[1:], strict=False):
@@ -101,7 +109,9 @@ def naive(transformer, prompt, noise, params):
         evaluations += 1
         if params.guidance_scale and params.guidance_from < time <= params.guidance_to:
             evaluations += 1
-            u = velocity([(image, -1, "full", layout.image_place)])
+            empty = layout.unguided_prompt(prompt)
+            before = [(empty, -1, "causal")] if empty else []
+            u = velocity([*before, (image, len(before) - 1, "full", layout.image_place)])
             guided = u + (1 + params.guidance_scale) * (v - u)
             if params.renorm == "image":
                 guided *= (v.norm() / (guided.norm() + 1e-8)).clamp(params.renorm_least, 1)
@@ -118,6 +128,15 @@ def test_against_a_plain_loop(transformer, renorm):
     params, noise = replace(PARAMS, renorm=renorm, renorm_least=0.2), torch.randn(1, 1, 6, 4)
     found = draw(transformer, params, [PROMPTS[0]], SEEDS[:1, :1], noise=noise)
     assert torch.allclose(found[0, 0], naive(transformer, PROMPTS[0], noise[0, 0], params)[0], atol=1e-4)
+
+
+def test_the_unguided_half_follows_the_layouts_prompt(transformer):
+    layout, noise = PromptedLayout(), torch.randn(2, 1, 6, 4)
+    with torch.inference_mode():
+        found = FlowDecoder(transformer, layout).draw(PROMPTS, SEEDS[:, :1], PARAMS, noise=noise)
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.allclose(found[row, 0], naive(transformer, prompt, noise[row, 0], PARAMS, layout)[0], atol=1e-4)
+        assert not torch.allclose(found[row, 0], naive(transformer, prompt, noise[row, 0], PARAMS)[0], atol=1e-2)
 
 
 def test_the_unguided_half_is_computed_where_it_counts(transformer, monkeypatch):
@@ -285,7 +304,7 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 
 def test_a_model_without_latents_is_refused():
-    with pytest.raises(ValueError, match="FlowDecoder: expected a LatentTransformer, got Transformer"):
+    with pytest.raises(ValueError, match="FlowDecoder: expected a FlowTransformer, got Transformer"):
         FlowDecoder(Transformer(CONFIG), LatentLayout())
 
 
