@@ -24,7 +24,8 @@ from hermesflow.engine.slot_allocator import SlotAllocator
 from hermesflow.kernels.span_tree import SpanTree
 
 Key = tuple[int, ...]
-"""Of a span: (image,), (image, question) or (image, question, sample); a key without its last entry is its parent's."""
+"""Of a span: () of a root that all images follow, (image,), (image, question) or (image, question, sample); a key
+without its last entry is its parent's."""
 
 
 class Pace(NamedTuple):
@@ -126,8 +127,8 @@ class AnswerStream:
         kept = np.flatnonzero(self.goes_on)
         self.rows, self.row_keys = self.rows.select(kept), [self.row_keys[row] for row in kept]
         self.goes_on = self.goes_on[kept]
-        needed = {key[:depth] for key in self.row_keys for depth in (1, 2, 3)}
-        needed |= {pair[:1] for pair in self.waiting[:1]}
+        needed = {key[:depth] for key in self.row_keys for depth in (0, 1, 2, 3)}
+        needed |= {pair[:depth] for pair in self.waiting[:1] for depth in (0, 1)}
         spans = [span for span, key in enumerate(self.spans) if key in needed]
         self.tree, self.spans = self.tree.keep(spans), [self.spans[span] for span in spans]
 
@@ -143,9 +144,8 @@ class AnswerStream:
         cached, entering = set(self.spans), {}
         num_pairs = num_slots = 0
         for pair in self.waiting:
-            sizes: dict[Key, int] = {}
-            if pair[:1] not in cached and pair[:1] not in entering:
-                sizes[pair[:1]] = prompts.image_length
+            lengths = {(): len(prompts.root), pair[:1]: prompts.image_length}
+            sizes = {key: size for key, size in lengths.items() if size and key not in cached and key not in entering}
             sizes[pair] = len(prompts.question(*pair))
             sizes |= {(*pair, sample): params.max_new_tokens for sample, params in enumerate(self.sampling)}
             placed = slots.place(list(sizes.values()), from_end=[len(key) > 1 for key in sizes])
@@ -164,14 +164,14 @@ class AnswerStream:
     def _prefill(self, pairs: list[Asked]) -> None:
         """Computes the entering images and questions, each once, and draws a first token for every sample."""
         prompts, num_samples = self.prompts, len(self.sampling)
-        images = [key for key in self.first_slots if len(key) == 1]
-        number = {key: span for span, key in enumerate([*self.spans, *images, *pairs])}
-        spans = [prompts.image(image) for (image,) in images]
+        roots, images = ([key for key in self.first_slots if len(key) == depth] for depth in (0, 1))
+        number = {key: span for span, key in enumerate([*self.spans, *roots, *images, *pairs])}
+        spans = [*(prompts.roots if roots else []), *(prompts.image(image, number.get((), -1)) for (image,) in images)]
         spans += [(prompts.question(*pair), number[pair[:1]], "causal") for pair in pairs]
-        starts = np.array([self.first_slots[key] for key in (*images, *pairs)])
+        starts = np.array([self.first_slots[key] for key in (*roots, *images, *pairs)])
         self.tree, self.spans = self.tree.extend(spans, starts=starts), list(number)
 
-        embeds = prompts.embeds([image for (image,) in images])
+        embeds = prompts.embeds([image for (image,) in images], with_root=bool(roots))
         ends = (self.tree.packed_starts + self.tree.num_new)[-len(pairs) :] - 1
         ends = torch.from_numpy(ends).to(self.device)
         with phase("prefill"):

@@ -52,8 +52,6 @@ class NoisedImages(NamedTuple):
 class FlowTransformer(Transformer):
     """A transformer that draws latents by a flow: of noised images it gives the velocities noise - image."""
 
-    latents: LatentConfig
-
     def forward_images(
         self,
         tree: SpanTree,

@@ -19,7 +19,12 @@ Asked = tuple[int, int]
 
 
 class PromptSpans:
-    """Frames images (codes int64 [B, N], or features [B, F, D]) and questions as the layout has them."""
+    """Frames images (codes int64 [B, N], or features [B, F, D]) and questions as the layout has them.
+
+    root: ids of a causal root that all images follow, or none; its span comes before theirs.
+    """
+
+    root: tuple[int, ...] = ()
 
     def __init__(self, layout: Layout, images: Tensor, question_ids: QuestionIds) -> None:
         self._images, self._question_ids = images, question_ids
@@ -27,7 +32,7 @@ class PromptSpans:
         if images.is_floating_point():
             self._features = layout.feature_span(images.shape[1])
             self._image, self._ask = None, layout.feature_question
-            self.image_length = len(self._features.ids)
+            self.image_length, self.root = len(self._features.ids), self._features.before
         else:
             self._codes, self._image, self._ask = images.tolist(), layout.image_prefix, layout.question
             self._mode = layout.prefix_mode
@@ -39,20 +44,31 @@ class PromptSpans:
         counts = enumerate(map(len, self._question_ids))
         return [(image, question) for image, count in counts for question in range(count)]
 
-    def image(self, image: int) -> Span:
-        """Root span of an image; features take the place of its pads (embeds)."""
+    @property
+    def roots(self) -> list[Span]:
+        """The root's span, if there is one."""
+        return [(self.root, -1, "causal")] if self.root else []
+
+    def image(self, image: int, root: int = -1) -> Span:
+        """Span of an image below the root's; features take the place of its pads (embeds)."""
         if self._codes is None:
-            return self._features.ids, -1, self._features.mode, self._features.place
-        return self._image(self._codes[image]), -1, self._mode
+            return self._features.ids, root, self._features.mode, self._features.place
+        return self._image(self._codes[image]), root, self._mode
 
     def question(self, image: int, question: int) -> list[int]:
         """Tokens of a question's causal span, whose parent is the image's."""
         return self._ask(self._question_ids[image][question])
 
-    def embeds(self, images: Sequence[int]) -> Embeds | None:
-        """The features of images whose spans come first, in this order, among a tree's new tokens; None for codes."""
+    def embeds(self, images: Sequence[int], with_root: bool) -> Embeds | None:
+        """The features of images whose spans come first, in this order, among a tree's new tokens, or behind the
+        root's; None for codes."""
         if self._codes is not None or not images:
             return None
-        first, count = self._features.first, self._images.shape[1]
-        rows = torch.arange(len(images))[:, None] * self.image_length + torch.arange(first, first + count)
-        return rows.flatten(), self._images[list(images)].flatten(0, 1)
+        shared, first, features = self._features.shared, self._features.first, self._images[list(images)]
+        start, count = len(self.root) if with_root else 0, self._images.shape[1] - shared
+        rows = start + torch.arange(len(images))[:, None] * self.image_length + torch.arange(first, first + count)
+        rows, values = rows.flatten(), features[:, shared:].flatten(0, 1)
+        if with_root and shared:
+            rows = torch.cat([torch.arange(start - shared, start), rows])
+            values = torch.cat([features[0, :shared], values])
+        return rows, values

@@ -92,12 +92,18 @@ class Ids:
 
 
 class FeatureSpan(NamedTuple):
-    """ids of a span in which features stand, from the token `first` on; its mode and place."""
+    """ids of a span in which features stand, from the token `first` on; its mode and place.
+
+    before: ids of a causal root that all images follow; none: each image is a root.
+    shared: the first features, the same of every image, that stand at the end of that root instead.
+    """
 
     ids: list[int]
     first: int
     mode: str | int
     place: Place
+    before: tuple[int, ...] = ()
+    shared: int = 0
 
 
 class Layout(ABC):
@@ -187,7 +193,7 @@ class Layout(ABC):
         raise ValueError(f"{type(self).__name__}: the model understands images by their codes, got features")
 
     def feature_span(self, num_features: int) -> FeatureSpan:
-        """The root span of an image by its features. Raises: as feature_prefix."""
+        """The span of an image by its features. Raises: as feature_prefix."""
         ids, first = self.feature_prefix(num_features)
         return FeatureSpan(ids, first, first if self.prefix_mode == "full" else "causal", Place())
 

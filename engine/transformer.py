@@ -314,7 +314,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             if fused is None:
-                halves, attend = self._halves(), functools.partial(_attend, tree, cache, layer)
+                halves, attend = self._halves(), functools.partial(tree_attention, tree, cache, layer)
             else:
                 halves, attend = fused.halves(layer), functools.partial(span_attention, tree=tree)
             x = block(x, rotary, attend, rows if is_last and experts is None else None, halves, experts)
@@ -414,7 +414,9 @@ def _select(values: Sequence[Any], rows: slice | Tensor) -> list[Any]:
     return [value[rows] if isinstance(value, Tensor) else tuple(part[rows] for part in value) for value in values]
 
 
-def _attend(tree: SpanTree, cache: KVCache | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def tree_attention(tree: SpanTree, cache: KVCache | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """span_attention of a tree's new tokens; with a cache, keys and values [Tq, Hkv, head_dim] are written to its layer
+    first, and what is there is seen too."""
     if cache is not None:
         k, v = cache.write(layer, tree.slots, k, v)
     return span_attention(q.to(k.dtype), k, v, tree)

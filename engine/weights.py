@@ -47,10 +47,10 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
     """Writes named tensors; dtype converts floating-point ones (None keeps theirs).
 
-    As safetensors, or in PyTorch's form where the path ends in .pth or .ckpt, in the latter under state_dict.
+    As safetensors, or in PyTorch's form where the path ends in .bin, .pth or .ckpt, in the last under state_dict.
     """
     tensors = {name: _converted(tensor, dtype) for name, tensor in tensors.items()}
-    if path.suffix in (".pth", ".ckpt"):
+    if path.suffix in (".bin", ".pth", ".ckpt"):
         # What torch.save is given a part of it writes as a whole.
         own = {
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -95,13 +95,25 @@ def load_weights(
     _check_fit(path, found, parts, ignored)
     if any(part.is_meta for part in parts.values()):
         first = found[next(iter(parts))]
-        module.to(dtype=dtype or first.dtype).to_empty(device=device or "cpu")
+        _allocate(module.to(dtype=dtype or first.dtype), device or "cpu")
         parts = views(module)
     uses = Counter(tensor.untyped_storage().data_ptr() for tensor in found.values())
     for name, part in parts.items():
         source = found.pop(name)
         if not _copy(source, part, used_once=uses[source.untyped_storage().data_ptr()] == 1):
             raise ValueError(f"{path}: {name} holds NaN or infinity; restore it from its source")
+
+
+def _allocate(module: nn.Module, device: torch.device | str) -> None:
+    """As to_empty, but a parameter that stands in two places stays one."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((owner, name))
+    module.to_empty(device=device)
+    for first, *others in places.values():
+        for owner, name in others:
+            setattr(owner, name, getattr(*first))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Images from prompts by a flow: a step moves all latents of an image along the velocity that the model gives them.
 
 Prompts are prefilled once and shared by their candidates. An image is a full leaf span of embeddings, which a step
-computes anew; its unguided half follows the layout's unguided prompt, or is a root. The guided half runs alone outside the guidance interval. Noise
-is a function of seed and place, and guidance is normed image by image, so that no image depends on others.
+computes anew; its unguided half follows the layout's unguided prompt, or is a root of its own. The guided half runs
+alone outside the guidance interval. Noise is a function of seed and place, and guidance is normed image by image, so
+that no image depends on others.
 Source: BAGEL (arXiv 2505.14683); classifier-free guidance in an interval: arXiv 2404.07724.
 """
 
@@ -104,7 +105,7 @@ class FlowDecoder:
         Returns: packed latents int64 [P, n, layout.code_length] on the model's device.
         Raises: as draw.
         """
-        size = self.transformer.latents.size
+        size = self.layout.latent_size
         known = None if known_codes is None else unpack_latents(known_codes, size)
         options = {"known": known, "max_sequences": max_sequences, "progress": progress}
         return pack_latents(self.draw(prompt_ids, seeds, params, **options))
@@ -132,7 +133,7 @@ class FlowDecoder:
             gives no finite velocity.
         """
         layout, (num_prompts, num_images) = self.layout.of_sampling(params), seeds.shape
-        count, size = layout.num_image_tokens, self.transformer.latents.size
+        count, size = layout.num_image_tokens, layout.latent_size
         device = self.transformer.embed.weight.device
         key = RandomKey(seeds.to(device).flatten(), *torch.zeros(2, seeds.numel(), dtype=torch.int64, device=device))
         if noise is None:

@@ -80,7 +80,7 @@ class TextDecoder:
 
         # Room for the longest piece of a question twice: what the gaps beside an image may waste.
         longest = max((max(size - sum(limits), *limits) for size in sizes.values()), default=0)
-        self._within_memory("extend", draw, sizes, prompts.image_length, max_tokens, longest)
+        self._within_memory("extend", draw, sizes, prompts, max_tokens, longest)
         return answers
 
     def score_choices(
@@ -116,7 +116,7 @@ class TextDecoder:
                 for (image, question), logprobs in zip(pairs, logprobs_of, strict=True):
                     scores[image][question] = logprobs
 
-        self._within_memory("score_choices", score, sizes, prompts.image_length, max_tokens)
+        self._within_memory("score_choices", score, sizes, prompts, max_tokens)
         return scores
 
     def _within_memory(
@@ -124,7 +124,7 @@ class TextDecoder:
         name: str,
         work: Callable[[int], None],
         sizes: dict[Asked, int],
-        image_length: int,
+        prompts: PromptSpans,
         max_tokens: int,
         slack: int = 0,
     ) -> None:
@@ -134,8 +134,9 @@ class TextDecoder:
         """
         if not sizes:
             return
-        total = sum(sizes.values()) + image_length * len({image for image, _ in sizes})
-        least = min(total, max(sizes.values()) + image_length + slack)
+        image, root = prompts.image_length, len(prompts.root)
+        total = sum(sizes.values()) + image * len({image for image, _ in sizes}) + root
+        least = min(total, max(sizes.values()) + image + root + slack)
         bound = max(least, min(total, max_tokens, self._bounds.get(name, total)))
         while True:
             try:
@@ -160,18 +161,19 @@ class TextDecoder:
         if not any(num_choices):
             return [[] for _ in pairs]
         images = list(dict.fromkeys(image for image, _ in pairs))
-        number = {image: span for span, image in enumerate(images)}
-        spans = [prompts.image(image) for image in images]
+        roots = prompts.roots
+        number = {image: span for span, image in enumerate(images, start=len(roots))}
+        spans = [*roots, *(prompts.image(image, len(roots) - 1) for image in images)]
         spans += [(prompts.question(*pair), number[pair[0]], "causal") for pair in pairs]
         first_choice = len(spans)
-        asked = enumerate(choices, start=len(images))
+        asked = enumerate(choices, start=len(roots) + len(images))
         spans += [(ids, parent, "causal") for parent, of_question in asked for ids in of_question]
         tree = SpanTree.build(spans, self.transformer.embed.weight.device)
         rows, targets = next_token_targets(tree, range(first_choice, len(spans)), end=self.layout.eot)
         ids = self._ids(text_only)
         weight, bias = ids.rows(self.transformer.head)
         with phase("judge"):
-            hidden = self.transformer(tree, embeds=prompts.embeds(images), rows=rows)
+            hidden = self.transformer(tree, embeds=prompts.embeds(images, with_root=bool(roots)), rows=rows)
             logprob = linear_logprob(hidden, weight, ids.numbers(targets), bias=bias, backend=self.backend)
         lengths = tree.lengths[first_choice:] + 1
         # Summed on the host in fp64: the order of a device's atomic additions may change from run to run.

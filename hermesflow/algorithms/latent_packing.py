@@ -51,7 +51,7 @@ class FlowDraw(NamedTuple):
 class LatentBatch(PairBatch):
     """One pass; the rows of its generation side are latents, R in all.
 
-    noised, velocities: fp32 [R, C], what stands in them and what they are to give. times: fp32 [R]. grid: of each image.
+    noised, velocities: fp32 [R, C], what stands in them and what they are to give. times: fp32 [R]. grid: an image's.
     """
 
     noised: Tensor

@@ -92,7 +92,8 @@ class PairPacker:
         if model.views_codes:
             self._prefix_length = len(layout.image_prefix([0] * layout.num_image_tokens))
         else:
-            self._prefix_length = len(layout.feature_span(model.num_features).ids)
+            span = layout.feature_span(model.num_features)
+            self._prefix_length = len(span.before) + len(span.ids)
         self._views = functools.lru_cache(_REMEMBERED_VIEWS)(self._view)
         self._captions, self._sides = pairs["caption"].to_pylist(), pairs["sides"].to_pylist()
         self._tokens = {name: _token_rows(pairs[name]) for side in SIDES for name in _COLUMNS[side]}
@@ -262,9 +263,12 @@ class PairPacker:
         layout = self.model.layout
         if self.model.views_codes:
             return builder.add(layout.image_prefix(self._tokens["record_codes"][visit.pair]), -1, layout.prefix_mode)
-        span = layout.feature_span(self.model.num_features)
-        builder.embed(builder.packed + span.first, self._views(visit.pair))
-        return builder.add(span.ids, -1, span.mode, span.place)
+        span, features = layout.feature_span(self.model.num_features), self._views(visit.pair)
+        if span.before and builder.root < 0:
+            builder.embed(builder.packed + len(span.before) - span.shared, features[: span.shared])
+            builder.root = builder.add(span.before, -1, "causal")
+        builder.embed(builder.packed + span.first, features[span.shared :])
+        return builder.add(span.ids, builder.root, span.mode, span.place)
 
     def _view(self, pair: int) -> torch.Tensor:
         """Features [F, D] of a pair's real image, or of the image that its codes give."""
@@ -500,6 +504,9 @@ class _Predicted(NamedTuple):
 
 class TreeBuilder(SpanForest):
     """Collects the spans of a pass and, side by side, what they must predict."""
+
+    root = -1
+    """The span that all images that are seen follow, once it is there."""
 
     def __init__(self) -> None:
         super().__init__()

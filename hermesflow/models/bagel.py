@@ -9,7 +9,6 @@ images through a SigLIP tower. Names, prompts and defaults: modeling/bagel and i
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,32 +21,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hermesflow.engine.decoders.flow import FlowDecoder, FlowSamplingParams
+from hermesflow.engine.decoders.flow import FlowSamplingParams
 from hermesflow.engine.image_tokenizers.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
-from hermesflow.engine.latents import (
-    LatentConfig,
-    LatentTransformer,
-    pack_latents,
-    patchify,
-    unpack_latents,
-    unpatchify,
-)
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.latents import LatentConfig, LatentTransformer, patchify
 from hermesflow.engine.token_layout import FeatureSpan, Ids, Layout, check_grid
-from hermesflow.engine.transformer import Block, TransformerConfig, rotary_table
+from hermesflow.engine.transformer import Block, TransformerConfig
 from hermesflow.engine.weights import own_tensors, read_tensors, save_tensors
-from hermesflow.kernels.span_attention import span_attention
-from hermesflow.kernels.span_tree import Place, SpanTree
+from hermesflow.kernels.span_tree import Place
 from hermesflow.models import loading
-from hermesflow.models.checkpoint import FILES, CheckpointModel, load_parts, on_meta
-from hermesflow.models.model import PromptFormat, to_pixels
+from hermesflow.models.checkpoint import FILES, load_parts, on_meta
+from hermesflow.models.latent_model import PATCH, LatentModel
+from hermesflow.models.model import PromptFormat
+from hermesflow.models.siglip import see
 from hermesflow.models.text_tokenizers import FileTokenizer
 from hermesflow.runtime.files import InputError, read_json, shown
 
 MODEL_TYPE = "bagel"
 WEIGHTS_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
-PATCH = 2
-"""Latents of the autoencoder that a row holds, in each direction."""
 PROMPTS = PromptFormat(
     caption_question="Give a caption for this image.",
     question="{question}",
@@ -239,14 +229,7 @@ class BagelVision(nn.Module):
     def tower(self, pixels: Tensor) -> Tensor:
         """[B, F, the tower's width]."""
         numbers = self._numbers(pixels)
-        x = self.patch(patchify(pixels, self.patch_size)) + self.position(numbers)
-        tree = SpanTree.build([([0] * len(numbers), -1, "full")] * len(x), x.device)
-        attend = functools.partial(span_attention, tree=tree)
-        rotary, halves = rotary_table(tree.position_ids, 0, 1.0), (Block.before_attention, Block.after_attention)
-        rows = x.flatten(0, 1)
-        for block in self.blocks:
-            rows = block(rows, rotary, attend, None, halves)
-        return self.norm(rows).view_as(x)
+        return self.norm(see(self.blocks, self.patch(patchify(pixels, self.patch_size)) + self.position(numbers)))
 
     def _numbers(self, pixels: Tensor) -> Tensor:
         """Of each patch in the tables of places."""
@@ -259,11 +242,10 @@ class BagelVision(nn.Module):
         return (torch.arange(rows)[:, None] * self.side + torch.arange(columns)).flatten().to(pixels.device)
 
 
-class BagelModel(CheckpointModel):
-    """A model of BAGEL's class; where others have codes it has latents, packed (engine/latents.py)."""
+class BagelModel(LatentModel):
+    """A model of BAGEL's class."""
 
-    image_decoder = FlowDecoder
-    views_codes = False
+    autoencoder_file = AUTOENCODER_FILE
     kept = (*FILES, "llm_config.json", "vit_config.json", "vocab.json", "merges.txt")
 
     @property
@@ -291,48 +273,6 @@ class BagelModel(CheckpointModel):
         resized = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
         pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
         return torch.cat([self.vision(batch.to(weight) / 127.5 - 1) for batch in pixels.split(_IMAGES_PER_PASS)])
-
-    @cached_property
-    def vq_tokenizer(self) -> KLAutoencoder:
-        """The autoencoder, in fp32. Raises: InputError if it is unavailable or does not fit."""
-        found = self._open_tokenizer(self.engine.device)
-        size = found.config.latent_channels * PATCH**2
-        if size != self.transformer.latents.size:
-            raise InputError(
-                f"{self.folder}: {AUTOENCODER_FILE} gives latents of {size} numbers, the model draws "
-                f"{self.transformer.latents.size}; give the model's own"
-            )
-        return found
-
-    @torch.no_grad()
-    def encode_images(self, images: np.ndarray) -> Tensor:
-        """uint8 [n, H, W, 3] with H and W multiples of 16 -> packed latents int64 [n, M]."""
-        if not len(images):
-            return torch.zeros(0, self.layout.code_length, dtype=torch.int64)
-        pixels, coder = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), self.vq_tokenizer
-        batches = pixels.split(coder.images_per_pass(*pixels.shape[2:]))
-        latents = [coder.encode(batch.to(coder.device, coder.dtype) / 127.5 - 1) for batch in batches]
-        return pack_latents(patchify(self._finite(torch.cat(latents).float()), PATCH))
-
-    @torch.no_grad()
-    def decode_images(self, codes: Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """Packed latents int64 [n, M] -> uint8 [n, H, W, 3]; height and width in rows of latents, else the layout's."""
-        coder, grid = self.vq_tokenizer, (height or self.layout.image_grid[0], width or self.layout.image_grid[1])
-        factor = coder.config.downsampling * PATCH
-        if not len(codes):
-            return np.zeros((0, grid[0] * factor, grid[1] * factor, 3), dtype=np.uint8)
-        latents = unpatchify(unpack_latents(codes, self.transformer.latents.size), grid, PATCH)
-        batches = latents.split(coder.images_per_pass(grid[0] * factor, grid[1] * factor))
-        decoded = (self._finite(coder.decode(batch.to(coder.device, coder.dtype))) for batch in batches)
-        images = [to_pixels(batch).cpu() for batch in decoded]
-        return torch.cat(images).permute(0, 2, 3, 1).numpy()
-
-    def _finite(self, values: Tensor) -> Tensor:
-        """The values. Raises: RuntimeError where the autoencoder gave NaN or infinity."""
-        if not values.isfinite().all():
-            cause = likely_cause(self.vq_tokenizer)
-            raise RuntimeError(f"{self.folder / AUTOENCODER_FILE}: the autoencoder gives no finite numbers; {cause}")
-        return values
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the published layout, with the autoencoder."""

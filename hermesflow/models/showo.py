@@ -94,7 +94,7 @@ _OLD_BUFFERS = r"showo\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 """Old checkpoints hold them besides, and nothing needs them."""
 
 LLM_FOLDER, VQ_FOLDER, VISION_FOLDER = "llm", "magvitv2", "clip"
-_LLM_FILES = (
+LLM_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
@@ -138,7 +138,7 @@ class ShowoModel(Model):
         self.config, self.projector, self.folder = dict(config), projector, folder
         self.llm_files = {
             name: (text_tokenizer.folder / name).read_bytes()
-            for name in _LLM_FILES
+            for name in LLM_FILES
             if (text_tokenizer.folder / name).is_file()
         }
         self._vq_source = vq_tokenizer
@@ -234,7 +234,7 @@ class ShowoFamily:
     ) -> ShowoModel:
         """Opens a checkpoint; see Family.load. vq_tokenizer is load_model's."""
         _check_config(folder / "config.json", config)
-        llm = _llm_folder(folder, config["llm_model_path"])
+        llm = find_language_model(folder, config["llm_model_path"], "microsoft/phi-1_5")
         try:
             shape = transformer_config(read_json(llm / "config.json"), config["vocab_size"])
         except InputError as error:
@@ -322,12 +322,19 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: num_vq_tokens: expected a square number, got {config['num_vq_tokens']}; restore it")
 
 
-def _llm_folder(folder: Path, path: str) -> Path:
-    """Where the language model's configuration and tokenizer are: inside the checkpoint, in a folder, or on the hub."""
+def find_language_model(folder: Path, path: str, example: str) -> Path:
+    """Where the language model's configuration and tokenizer are: inside the checkpoint, in a folder, or on the hub.
+
+    Args:
+        folder: the checkpoint's.
+        path: its llm_model_path.
+        example: a hub id, for messages.
+    Raises: InputError if there is no such folder and the hub does not give it either.
+    """
     inside = [folder / part for part in (path, LLM_FOLDER) if not Path(part).is_absolute() and ".." not in part]
     found = next((place for place in inside if path and os.path.isfile(place / "config.json")), None)
     try:
-        return found or find_folder(path, _LLM_FILES, "language model (llm_model_path)", "microsoft/phi-1_5")
+        return found or find_folder(path, LLM_FILES, "language model (llm_model_path)", example)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
 

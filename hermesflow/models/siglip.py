@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,18 @@ class SiglipTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, image_size, image_size], normalized -> [B, F, width]."""
-        x = self.patch(pixels).flatten(2).transpose(1, 2) + self.position.weight
-        num_images, num_patches, _ = x.shape
-        tree = SpanTree.build([([0] * num_patches, -1, "full")] * num_images, x.device)
-        attend = functools.partial(span_attention, tree=tree)
-        rotary, halves = rotary_table(tree.position_ids, 0, 1.0), (Block.before_attention, Block.after_attention)
-        x = x.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, rotary, attend, None, halves)
-        return self.norm(x).unflatten(0, (num_images, num_patches))
+        return self.norm(see(self.blocks, self.patch(pixels).flatten(2).transpose(1, 2) + self.position.weight))
+
+
+def see(blocks: Iterable[Block], x: Tensor) -> Tensor:
+    """x [B, F, width] of B images through blocks, in which the rows of an image see one another -> the same shape."""
+    tree = SpanTree.build([([0] * x.shape[1], -1, "full")] * len(x), x.device)
+    attend = functools.partial(span_attention, tree=tree)
+    rotary, halves = rotary_table(tree.position_ids, 0, 1.0), (Block.before_attention, Block.after_attention)
+    rows = x.flatten(0, 1)
+    for block in blocks:
+        rows = block(rows, rotary, attend, None, halves)
+    return rows.view_as(x)
 
 
 def sizes(config: Any, path: Path) -> dict[str, int]:

@@ -20,6 +20,7 @@ FAMILIES = {
     "lumina-dimoo": "hermesflow.models.lumina_dimoo:FAMILY",
     "janus": "hermesflow.models.janus:FAMILY",
     "showo": "hermesflow.models.showo:FAMILY",
+    "show-o2": "hermesflow.models.show_o2:FAMILY",
     "tiny": "hermesflow.models.tiny:FAMILY",
 }
 """Of models (models/family.py); a checkpoint finds its own by config.json."""

@@ -20,7 +20,7 @@ from hermesflow.engine.latents import (
     unpatchify,
 )
 from hermesflow.engine.token_layout import Ids, Layout
-from hermesflow.engine.transformer import Transformer, TransformerConfig, _attend, rotary_table
+from hermesflow.engine.transformer import Transformer, TransformerConfig, rotary_table, tree_attention
 from hermesflow.kernels.philox import RandomKey, normal
 from hermesflow.kernels.span_tree import Place, SpanTree
 
@@ -228,7 +228,7 @@ def test_each_row_has_its_expert(transformer):
             torch.where(is_latent.view(-1, *[1] * (text.dim() - 1)), latent, text)
             for text, latent in zip(*befores, strict=True)
         )
-        attended = _attend(tree, None, layer, *qkv)
+        attended = tree_attention(tree, None, layer, *qkv)
         text, latent = (each.after_attention(x, normed, attended) for each in pair)
         x = torch.where(is_latent[:, None], latent, text)
     expected = torch.where(is_latent[:, None], moved.latent_norm(x), moved.norm(x))

@@ -269,7 +269,7 @@ def test_understanding_sequences(original):
         if original.family == "janus":  # pads stand for what features replace
             expected = expected.masked_fill(expected == placeholder, original.layout.pad)
         assert expected.tolist() == [*image, *question]
-        logits = original.logits(original.hidden(image, question, embeds=prompts.embeds([0])))
+        logits = original.logits(original.hidden(image, question, embeds=prompts.embeds([0], with_root=False)))
         wanted = original.golden[f"und{number}.logits"]
         assert_close(logits[-len(wanted) :], wanted)
 
@@ -468,7 +468,7 @@ class Step:
             spans += [(ids[:-1], 1, "causal") for ids in self.pair.captions.values()]
             tree = SpanTree.build(spans)
             rows, targets = next_token_targets(tree, [2, 3], end=layout.eot)
-            hidden = model.transformer(tree, embeds=prompts.embeds([0]), rows=rows)
+            hidden = model.transformer(tree, embeds=prompts.embeds([0], with_root=False), rows=rows)
             values = linear_logprob(hidden, model.transformer.head.weight, targets)
             sums.append(torch.stack([part.sum() for part in values.split(list(map(len, self.pair.captions.values())))]))
         (win, lose), (win_before, lose_before) = sums[0], sums[1].detach()
