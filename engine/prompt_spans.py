@@ -64,9 +64,9 @@ class PromptSpans:
         root's; None for codes."""
         if self._codes is not None or not images:
             return None
-        shared, first, features = self._features.shared, self._features.first, self._images[list(images)]
-        start, count = len(self.root) if with_root else 0, self._images.shape[1] - shared
-        rows = start + torch.arange(len(images))[:, None] * self.image_length + torch.arange(first, first + count)
+        shared, features = self._features.shared, self._images[list(images)]
+        start, own = len(self.root) if with_root else 0, torch.tensor(self._features.rows)
+        rows = start + torch.arange(len(images))[:, None] * self.image_length + own
         rows, values = rows.flatten(), features[:, shared:].flatten(0, 1)
         if with_root and shared:
             rows = torch.cat([torch.arange(start - shared, start), rows])

@@ -92,14 +92,17 @@ class Ids:
 
 
 class FeatureSpan(NamedTuple):
-    """ids of a span in which features stand, from the token `first` on; its mode and place.
+    """A span in which features stand.
 
+    ids: its tokens.
+    rows: which of them features stand in, ascending.
+    mode, place: its own.
     before: ids of a causal root that all images follow; none: each image is a root.
     shared: the first features, the same of every image, that stand at the end of that root instead.
     """
 
     ids: list[int]
-    first: int
+    rows: Sequence[int]
     mode: str | int
     place: Place
     before: tuple[int, ...] = ()
@@ -195,7 +198,8 @@ class Layout(ABC):
     def feature_span(self, num_features: int) -> FeatureSpan:
         """The span of an image by its features. Raises: as feature_prefix."""
         ids, first = self.feature_prefix(num_features)
-        return FeatureSpan(ids, first, first if self.prefix_mode == "full" else "causal", Place())
+        rows = range(first, first + num_features)
+        return FeatureSpan(ids, rows, first if self.prefix_mode == "full" else "causal", Place())
 
     def feature_question(self, text_ids: Sequence[int]) -> list[int]:
         """What is asked of an image given by features."""

@@ -265,9 +265,10 @@ class PairPacker:
             return builder.add(layout.image_prefix(self._tokens["record_codes"][visit.pair]), -1, layout.prefix_mode)
         span, features = layout.feature_span(self.model.num_features), self._views(visit.pair)
         if span.before and builder.root < 0:
-            builder.embed(builder.packed + len(span.before) - span.shared, features[: span.shared])
+            first = builder.packed + len(span.before) - span.shared
+            builder.embed(range(first, first + span.shared), features[: span.shared])
             builder.root = builder.add(span.before, -1, "causal")
-        builder.embed(builder.packed + span.first, features[span.shared :])
+        builder.embed([builder.packed + row for row in span.rows], features[span.shared :])
         return builder.add(span.ids, builder.root, span.mode, span.place)
 
     def _view(self, pair: int) -> torch.Tensor:
@@ -512,11 +513,11 @@ class TreeBuilder(SpanForest):
         super().__init__()
         self._found: dict[str, list[_Predicted]] = {side: [] for side in (*SIDES, REPLAY)}
         self._answer_shares: list[float] = []
-        self._embeds: list[tuple[int, torch.Tensor]] = []
+        self._embeds: list[tuple[Sequence[int], torch.Tensor]] = []
 
-    def embed(self, first: int, values: torch.Tensor) -> None:
-        """Vectors [n, D] stand in place of the embeddings of packed rows from the first on."""
-        self._embeds.append((first, values))
+    def embed(self, rows: Sequence[int], values: torch.Tensor) -> None:
+        """Vectors [n, D] stand in place of the embeddings of n packed rows."""
+        self._embeds.append((rows, values))
 
     def number_answer(self, share: float) -> int:
         """The number of a further answer of the replay, which counts with this share."""
@@ -561,7 +562,7 @@ class TreeBuilder(SpanForest):
         num_tokens_of = {side: list(counts[side].values()) for side in found}
         embeds = None
         if self._embeds:
-            rows = torch.cat([torch.arange(first, first + len(values)) for first, values in self._embeds])
+            rows = torch.tensor([row for rows, _ in self._embeds for row in rows])
             embeds = rows.to(device), torch.cat([values for _, values in self._embeds]).to(device)
         return PairBatch(tuple(visits), self.build(device), sides, visits_of, num_tokens_of, totals, embeds=embeds)
 

@@ -191,7 +191,9 @@ class BagelLayout(Layout):
 
     def feature_span(self, num_features: int) -> FeatureSpan:
         """[soi, features, eoi], all at one position and seen by one another."""
-        return FeatureSpan(self.image([0] * num_features), 1, "full", Place(stride=0, advance=1))
+        return FeatureSpan(
+            self.image([0] * num_features), range(1, 1 + num_features), "full", Place(stride=0, advance=1)
+        )
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """[bos, question, eos], and the bos of the answer."""

@@ -31,14 +31,15 @@ def errors_of(path: Path) -> Iterator[None]:
 def published_tensors(table: WeightTable, transformer: Transformer) -> dict[str, Tensor]:
     """Of a backbone: the name of each published tensor -> the parameter, or the rows of one, that it is.
 
-    Modules that a family's own backbone has beside a Transformer's, named code_... or flow_..., are left to it.
+    Modules that a family's own backbone has beside a Transformer's, named code_..., flow_... or feature_..., are left
+    to it.
     Raises: KeyError on another module that the table does not name.
     """
     config, parts = transformer.config, {}
     heads = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     for name, tensor in transformer.state_dict(keep_vars=True).items():
         module, _, kind = name.rpartition(".")
-        if (module == "head" and config.tie_embeddings) or module.startswith(("code_", "flow_")):
+        if (module == "head" and config.tie_embeddings) or module.startswith(("code_", "flow_", "feature_")):
             continue
         layer = re.search(r"\.(\d+)\.", name)
         published = table[re.sub(r"\.\d+\.", ".*.", module)]

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hermesflow.engine.decoders.flow import FlowSamplingParams
@@ -38,6 +37,7 @@ from hermesflow.engine.latents import (
     unpack_latents,
     unpatchify,
 )
+from hermesflow.engine.resampler import places
 from hermesflow.engine.token_layout import FeatureSpan, Ids, Layout, check_grid
 from hermesflow.engine.transformer import Block, Embeds, TransformerConfig
 from hermesflow.engine.weights import WEIGHT_FILES, own_tensors, read_tensors, save_tensors
@@ -190,7 +190,9 @@ class Showo2Layout(Layout):
     def feature_span(self, num_features: int) -> FeatureSpan:
         """[latents, eoi], full, behind all that images have before them. The time is there, as in inference_mmu.py; in
         training the original has it in the full span, and eoi behind it."""
-        return FeatureSpan([*[self.pad] * (num_features - 1), self.eoi], 0, "full", Place(), self.before_seen, 1)
+        return FeatureSpan(
+            [*[self.pad] * (num_features - 1), self.eoi], range(num_features - 1), "full", Place(), self.before_seen, 1
+        )
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """[question, start of the answer]."""
@@ -226,18 +228,9 @@ class Showo2Vision(nn.Module):
         first, and embedded times [B, time_width]."""
         x = unpatchify(latents.to(self.seen.weight.dtype), grid, PATCH)
         seen, drawn = (layer(x).flatten(2).transpose(1, 2) for layer in (self.seen, self.drawn))
-        both = torch.cat([see(self.blocks, seen + self._places(grid)), drawn], dim=-1)
+        both = torch.cat([see(self.blocks, seen + places(self.position.weight, grid)), drawn], dim=-1)
         embedded = self.time(time_waves(1 - times).to(x.dtype))
         return torch.cat([self.time_token(embedded)[:, None], self.fusion(both)], dim=1), embedded
-
-    def _places(self, grid: tuple[int, int]) -> Tensor:
-        """[N, width] from the table, between whose places other grids interpolate."""
-        table = self.position.weight
-        side = math.isqrt(len(table))
-        if grid == (side, side):
-            return table
-        image = table.T.unflatten(1, (side, side))[None]
-        return F.interpolate(image, size=grid, mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
 class Showo2Transformer(FlowTransformer):

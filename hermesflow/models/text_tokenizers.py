@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hermesflow.runtime.files import InputError, read_bytes, reason_of
+from hermesflow.runtime.files import InputError, read_bytes, read_json, reason_of
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "[UNK]"
@@ -111,6 +113,75 @@ class FileTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens and the blanks around it."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True).strip()
+
+
+class SentencePieceTokenizer:
+    """A published tokenizer.model with added_tokens.json, in the way of transformers 4.30 (its slow LlamaTokenizer).
+
+    A text is cut at added tokens, pieces lose the white space beside them, and each is encoded by itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: InputError if sentencepiece is not installed, or a file is missing or damaged."""
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise InputError(f"{folder}: sentencepiece is not installed; run: pip install sentencepiece") from error
+        self.folder, path = folder, folder / "tokenizer.model"
+        try:
+            self._pieces = SentencePieceProcessor(model_proto=read_bytes(path))
+            self._pieces.get_piece_size()
+        except RuntimeError as error:
+            raise InputError(f"{path}: not a tokenizer ({reason_of(error)}); restore it from its source") from error
+        added = read_json(folder / "added_tokens.json")
+        if not isinstance(added, dict) or not all(type(number) is int for number in added.values()):
+            raise InputError(f"{folder / 'added_tokens.json'}: holds no ids by name; restore it from its source")
+        self.added: dict[str, int] = added
+        self._names = {number: name for name, number in added.items()}
+        longest = sorted(added, key=len, reverse=True)
+        self._cuts = re.compile(f"({'|'.join(map(re.escape, longest))})") if added else re.compile("(?!)")
+        self.bos, self.eos = self._pieces.bos_id(), self._pieces.eos_id()
+
+    @property
+    def size(self) -> int:
+        """Of the vocabulary: one more than its last id."""
+        return max(self._pieces.get_piece_size() - 1, *self.added.values()) + 1
+
+    def id(self, name: str) -> int:
+        """Of an added token. Raises: InputError if there is none of that name."""
+        if name not in self.added:
+            raise InputError(f"{self.folder}: the tokenizer has no {name}; give the one that belongs to the checkpoint")
+        return self.added[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without a start and an end. Raises: InputError if it spells an added token."""
+        found = self._cuts.search(text)
+        if found:
+            raise InputError(f"{found[0]} in {text!r} is a special token of the model; leave it out")
+        return self.encode_with_tokens(text)
+
+    def encode_with_tokens(self, text: str) -> list[int]:
+        """Likewise, added tokens by their names."""
+        try:
+            text.encode()
+        except UnicodeError as error:  # half a character, as of an argument that is no UTF-8
+            raise InputError(f"{text!r}: is no text that UTF-8 can hold; write it anew") from error
+        parts, ids = self._cuts.split(text), []  # texts at even places, added tokens between them
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(self.added[part])
+                continue
+            part = part.lstrip() if number else part
+            part = part.rstrip() if number < len(parts) - 1 else part
+            ids += self._pieces.encode(part) if part else []
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without start and end and the blanks around it; added tokens by their names, blanks between."""
+        kept = (int(token) for token in ids if int(token) not in (self.bos, self.eos))
+        known = itertools.groupby(kept, key=lambda token: self._names.get(token))
+        parts = (" ".join([name] * len(list(run))) if name else self._pieces.decode(list(run)) for name, run in known)
+        return " ".join(parts).strip()
 
 
 class PretrainedTokenizer:

@@ -137,7 +137,7 @@ class FlowLayout(Layout):
 
     def feature_span(self, num_features: int) -> FeatureSpan:
         """[mmu, image], a full span of which features stand from the third token on."""
-        return FeatureSpan([self.text_vocab_size + 4, *self.image([])], 2, "full", Place())
+        return FeatureSpan([self.text_vocab_size + 4, *self.image([])], range(2, 2 + num_features), "full", Place())
 
     def question(self, text_ids: Sequence[int]) -> list[int]:
         """[sot, text]."""

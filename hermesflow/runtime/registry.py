@@ -19,6 +19,7 @@ FAMILIES = {
     "mmada": "hermesflow.models.mmada:FAMILY",
     "lumina-dimoo": "hermesflow.models.lumina_dimoo:FAMILY",
     "janus": "hermesflow.models.janus:FAMILY",
+    "seed-x": "hermesflow.models.seed_x:FAMILY",
     "showo": "hermesflow.models.showo:FAMILY",
     "show-o2": "hermesflow.models.show_o2:FAMILY",
     "tiny": "hermesflow.models.tiny:FAMILY",

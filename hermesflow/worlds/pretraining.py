@@ -293,7 +293,7 @@ class SceneBatches:
         for index, caption in zip(chosen[num_generation:], captions[num_generation:], strict=True):
             if self.layout.latent_size:
                 seen = self.layout.feature_span(self.layout.num_image_tokens)
-                show(index, seen.first + np.arange(self.layout.num_image_tokens))
+                show(index, np.array(seen.rows))
                 root = add(seen.ids, -1, seen.mode)
             else:
                 root = add(self.layout.image_prefix(self.codes[index]), -1, self.layout.prefix_mode)

@@ -310,8 +310,8 @@ def test_shards_lie_in_the_folder(tmp_path, shard):
         ("vocab_size", None, "vocab_size: expected a number from 1, got None"),
         ("w_clip_vit", "no", "w_clip_vit: expected bool, got 'no'"),
         ("llm_model_path", None, "llm_model_path: expected str, got None"),
-        ("_class_name", "Shower", "unknown _class_name 'Shower'; known: .*showo, tiny"),
-        ("_class_name", None, "unknown _class_name None; known: .*showo, tiny"),
+        ("_class_name", "Shower", "unknown _class_name 'Shower'; known: .*showo, show-o2, tiny"),
+        ("_class_name", None, "unknown _class_name None; known: .*showo, show-o2, tiny"),
         ("w_clip_vit", True, "missing mm_projector.0.weight"),
     ],
 )
