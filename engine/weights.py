@@ -47,10 +47,10 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
     """Writes named tensors; dtype converts floating-point ones (None keeps theirs).
 
-    As safetensors, or in PyTorch's form where the path ends in .bin, .pth or .ckpt, in the last under state_dict.
+    As safetensors, or in PyTorch's form where the path ends in .bin, .pt, .pth or .ckpt, in the last under state_dict.
     """
     tensors = {name: _converted(tensor, dtype) for name, tensor in tensors.items()}
-    if path.suffix in (".bin", ".pth", ".ckpt"):
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         # What torch.save is given a part of it writes as a whole.
         own = {
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -65,9 +65,8 @@ class FeaturePacker(PairPacker):
 
     def num_tokens(self, visit: PairVisit) -> int:
         """See PairPacker."""
-        total, layout = super().num_tokens(visit), self.model.layout
-        has_images = "generation" in self._sides_of(visit.pair)
-        return total - (2 * self.config.masks_per_pair - 1) * layout.image_length * has_images
+        saved = self.model.layout.image_length if "generation" in self._sides_of(visit.pair) else 0
+        return super().num_tokens(visit) - saved
 
     def pack(
         self,

@@ -152,8 +152,9 @@ class Detokenizer(nn.Module):
             size: side of an image in pixels, a multiple of the autoencoder's factor.
         Returns: uint8 [B, 3, size, size] on the features' device.
         """
-        batches = [self._decode(batch, negative, size) for batch in features.split(_IMAGES_PER_PASS)]
-        return torch.cat(batches) if batches else features.new_zeros(0, 3, size, size, dtype=torch.uint8)
+        if not len(features):
+            return features.new_zeros(0, 3, size, size, dtype=torch.uint8)
+        return torch.cat([self._decode(batch, negative, size) for batch in features.split(_IMAGES_PER_PASS)])
 
     def _decode(self, features: Tensor, negative: Tensor, size: int) -> Tensor:
         dtype, device, side = self.unet.dtype, features.device, size // self._factor
