@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hermesflow import __version__
 from hermesflow.config import setting_names
-from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS
+from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, SUITES
 
 Arguments = argparse.Namespace
 Option = tuple[list[str], dict[str, Any]]
@@ -280,8 +280,16 @@ COMMANDS = (
                 "UnifiedQA]", nargs="?", const=""), configured=False,
     ),
     _command(
-        "eval", "measure understanding and generation", "--model tiny eval.num_prompts=200 -o tiny.json", *_MODEL,
-        _option("-o --output FILE.json", "where the result goes [run.folder/run.name/evaluation.json]", Path),
+        "eval", "measure understanding and generation, or draw and judge a suite's prompts",
+        "--model tiny eval.num_prompts=200 -o tiny.json", *_MODEL,
+        _option("-o --output FILE.json",
+                "where the result goes [run.folder/run.name/evaluation.json]; of a suite its folder", Path),
+        _option("--suite NAME", f"draw a suite's images: {', '.join(SUITES)}"),
+        _option("--prompts FILE", "the suite's own list of prompts", Path),
+        _option("--judge JUDGE", "judge the images drawn: import:FILE, self, or the address of an endpoint"),
+        _option("--judge-model NAME", "of the endpoint [the first that it lists]", default=""),
+        _option("--compare FILE.json", "say how the result differs from an earlier one", Path),
+        continues=True,
     ),
     _command(
         "export", "write a trained model in the published layout, which the original code can load",

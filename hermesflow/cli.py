@@ -262,14 +262,43 @@ def _questions(arguments: Arguments, config: Config) -> None:
 
 def _eval(arguments: Arguments, config: Config) -> None:
     from hermesflow.evaluation.evaluation import evaluate
-    from hermesflow.report.tables import make_console, print_metrics
-    from hermesflow.runtime.files import write_json
+    from hermesflow.report.tables import make_console, print_change, print_metrics
+    from hermesflow.runtime.files import read_json, write_json
 
-    result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
-    path, console = arguments.output or config.run_folder / "evaluation.json", make_console()
-    write_json(path, result)
+    for option in ("prompts", "judge"):
+        if getattr(arguments, option) is not None and arguments.suite is None:
+            raise InputError(f"--{option}: belongs to --suite NAME")
+    console, earlier = make_console(), arguments.compare and read_json(arguments.compare)
+    if arguments.suite is None:
+        result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
+        path = arguments.output or config.run_folder / "evaluation.json"
+        write_json(path, result)
+    else:
+        found = _eval_suite(arguments, config)
+        if found is None:
+            return
+        result, path = found
     print_metrics(result["metrics"], console)
+    if earlier is not None:
+        print_change(earlier, result, arguments.compare, console)
     console.print(f"evaluation: {path}", soft_wrap=True, highlight=False)
+
+
+def _eval_suite(arguments: Arguments, config: Config) -> tuple[dict, Any] | None:
+    """The result of a judge and its file; None where images were drawn."""
+    from hermesflow.evaluation.suites import run
+    from hermesflow.runtime.distributed import on_main, process_group
+
+    if arguments.prompts is None:
+        raise InputError(f"--suite {arguments.suite}: give its list of prompts with --prompts FILE")
+    folder = arguments.output or config.run_folder / arguments.suite
+    chosen = arguments.suite, arguments.prompts, folder
+    if arguments.judge is None:
+        with process_group(config.model.device):
+            images = run.draw(config, *chosen, lambda: _open_model(config))
+            on_main(lambda: print(images))
+        return None
+    return run.judge(*chosen, arguments.judge, lambda: _open_model(config), arguments.judge_model)
 
 
 def _export(arguments: Arguments, config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hermesflow.data.balancing import describe_one_sided
-from hermesflow.evaluation.metrics import MetricPath, is_balanced
+from hermesflow.evaluation.metrics import MetricPath, is_balanced, paired_change
+from hermesflow.runtime.files import InputError, shown
 from hermesflow.runtime.registry import SOURCES
 
 LABELS = {
@@ -118,6 +120,31 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
     console.print(f"{asked} real images asked about, {drawn} images drawn for {prompts} prompts")
     console.print(*describe_judge(metrics), sep="\n")
     console.print(whole, "", categories, sep="\n")
+
+
+def print_change(before: Any, after: dict[str, Any], path: Path, console: Console) -> None:
+    """Prints how an evaluation differs from an earlier one, metric by metric, with paired intervals.
+
+    Args:
+        before, after: evaluations; the earlier one as it was read from its file.
+        path: that file, for messages.
+        console: where it goes.
+    Raises: InputError if the two did not measure the same records in the same way.
+    """
+    try:
+        if before.get("judge") != after.get("judge") or before.get("suite") != after.get("suite"):
+            raise ValueError(f"was judged by {shown(before.get('judge'))}, not by {shown(after.get('judge'))}")
+        changes = paired_change(before, after)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be compared ({error}); give an evaluation of the same records") from error
+    table = _table()
+    for name, justify in (("change in points", "left"), ("", "left"), ("", "left")):
+        table.add_column(name, justify=justify)
+    for place, label in headline_metrics(after["metrics"]).items():
+        change = find(changes, place)
+        if change:
+            table.add_row(escape(label), format_change(change), tell_verdict(place[-1], change))
+    console.print("", table, sep="\n")
 
 
 def make_console() -> Console:

@@ -72,6 +72,15 @@ SOURCES = {"shapes": "hermesflow.worlds.shapes:training_records"}
 """data.source, beside files: (seed, count) -> records of training scenes."""
 EVALUATIONS = {"builtin": "hermesflow.evaluation.builtin:BUILTIN"}
 """eval.suite: Evaluation objects."""
+SUITES = {
+    "geneval": "hermesflow.evaluation.suites.geneval:SUITE",
+    "dpg": "hermesflow.evaluation.suites.dpg:SUITE",
+    "tifa": "hermesflow.evaluation.suites.tifa:SUITE",
+    "compbench": "hermesflow.evaluation.suites.compbench:SUITE",
+    "genai": "hermesflow.evaluation.suites.genai:SUITE",
+    "wise": "hermesflow.evaluation.suites.wise:SUITE",
+}
+"""hermesflow eval --suite: Suite objects (evaluation/suites/suite.py)."""
 _MISSING = object()
 
 
