@@ -265,9 +265,12 @@ def _eval(arguments: Arguments, config: Config) -> None:
     from hermesflow.report.tables import make_console, print_change, print_metrics
     from hermesflow.runtime.files import read_json, write_json
 
-    for option in ("prompts", "judge"):
-        if getattr(arguments, option) is not None and arguments.suite is None:
-            raise InputError(f"--{option}: belongs to --suite NAME")
+    if arguments.prompts is not None and arguments.suite is None:
+        raise InputError("--prompts: belongs to --suite NAME")
+    if arguments.judge is not None and arguments.suite is None:
+        if not config.eval.data:
+            raise InputError("--judge: belongs to --suite NAME or --data FILE")
+        config = replace(config, eval=replace(config.eval, judge=arguments.judge))
     console, earlier = make_console(), arguments.compare and read_json(arguments.compare)
     if arguments.suite is None:
         result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))

@@ -414,8 +414,17 @@ class EvalConfig(DrawingConfig):
     """Measurement on prompts that training never sees."""
 
     suite: str = "builtin"
-    """What is measured: "builtin", the world of shapes, or "module:object" of your own."""
-
+    """What is measured: "builtin", the world of shapes, or with eval.data the records there; "records"; or
+    "module:object" of your own."""
+    data: str = ""
+    """A file of held-out records to measure on, in the forms of data.source."""
+    questions: str = ""
+    """A file of questions that are joined to them by id."""
+    root: str = ""
+    """Folder that their image paths start from and may not leave; empty is the folder of the file."""
+    judge: str = "self"
+    """Who says whether images drawn of their captions are right: "self", the model's own answers, or the address of an
+    OpenAI-compatible endpoint."""
     split: Literal["train", "validation", "test"] = "test"
     """Scenes to measure on: choose settings on "validation", report results on "test"."""
     num_prompts: int = 300
@@ -436,6 +445,18 @@ class EvalConfig(DrawingConfig):
         _check_at_least(self, 1, "num_prompts", "images_per_prompt", "num_understanding")
         _check_drawing(self)
         _check_samplers(self)
+        if self.judge != "self" and not self.judge.startswith(("http://", "https://")):
+            raise ConfigError("EvalConfig", "judge", f'expected "self" or an address, got "{self.judge}"')
+        for name in ("questions", "root"):
+            if getattr(self, name) and not self.data:
+                raise ConfigError("EvalConfig", name, "belongs to a file of records in eval.data")
+        if self.suite == "records" and not self.data:
+            raise ConfigError("EvalConfig", "data", 'expected a file of records with eval.suite "records", got none')
+
+    @property
+    def measures(self) -> str:
+        """The evaluation that is meant."""
+        return "records" if self.data and self.suite == "builtin" else self.suite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,6 +56,7 @@ _ADDED = (
     ("model", "image_size", 0), ("model", "judge", ""), ("model", "answer_masks", 0),
     ("train", "generation_beta", 0.0), ("train", "understanding_beta", 0.0),
     ("curation", "top_k", -1), ("curation", "top_p", -1.0), ("eval", "top_k", -1), ("eval", "top_p", -1.0),
+    ("eval", "data", ""), ("eval", "questions", ""), ("eval", "root", ""), ("eval", "judge", "self"),
 )  # fmt: skip
 """Settings that older lines do not have: they count where they are not the default, so that those lines still fit."""
 

@@ -67,10 +67,10 @@ class Builtin(Evaluation):
         asked, num_understanding = rows[: config.num_understanding], config.num_understanding
         scenes_drawn = np.stack([record.image for record in records[:num_understanding]])
         images = model.view_pixels(resize_images(scenes_drawn, model.image_size))
-        for row, answered in zip(asked, _answer_questions(model, images, records), strict=True):
+        for row, answered in zip(asked, answer_digits(model, images, records), strict=True):
             num_own = len(row["element_types"])
             row |= {"answered": answered[:num_own], "balanced": answered[num_own:]}
-        for row, text, record, scene in zip(asked, _write_captions(model, images), records, scenes, strict=False):
+        for row, text, record, scene in zip(asked, write_captions(model, images), records, scenes, strict=False):
             exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
             row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
         default = sampler_name(model, model.sampling_of(config))
@@ -138,7 +138,7 @@ def draw_images(model: Model, records: Sequence[Record], config: EvalConfig) -> 
         records: any of held_out.
         config: how many, and how they are drawn.
     """
-    codes = _draw(model, records, config, model.sampling_of(config))
+    codes = draw_codes(model, records, config, model.sampling_of(config))
     images = model.decode_images(codes.flatten(0, 1))
     return images.reshape(*codes.shape[:2], *images.shape[1:])
 
@@ -236,7 +236,7 @@ def _empty_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _answer_questions(model: Model, images: torch.Tensor, records: Sequence[Record]) -> list[str]:
+def answer_digits(model: Model, images: torch.Tensor, records: Sequence[Record]) -> list[str]:
     """For each image a digit a question: 1 where the choice that the model finds most likely is the right one; first of
     the record's own questions, then of the balanced ones."""
     digits = []
@@ -248,7 +248,7 @@ def _answer_questions(model: Model, images: torch.Tensor, records: Sequence[Reco
     return digits
 
 
-def _write_captions(model: Model, images: torch.Tensor) -> list[str]:
+def write_captions(model: Model, images: torch.Tensor) -> list[str]:
     """The greedy caption of each image."""
     greedy = SamplingParams(temperature=0.0, max_new_tokens=model.prompts.max_caption_tokens)
     question, texts = model.caption_prompt(), []
@@ -267,7 +267,7 @@ def _judge_drawings(
     the model's own scores of the images; and their codes int64 [n, N]."""
     for start in track(range(0, len(records), _BATCH), f"images {sampler_name(model, sampling)}", "batches"):
         batch = records[start : start + _BATCH]
-        codes = _draw(model, batch, config, sampling)
+        codes = draw_codes(model, batch, config, sampling)
         images = model.decode_images(codes.flatten(0, 1))
         seen = iter(oracle.read(resize_images(images, shapes.IMAGE_SIZE)))
         for record, of_record, scores in zip(batch, codes, self_vqa(model, codes, batch), strict=True):
@@ -275,7 +275,9 @@ def _judge_drawings(
             yield digits, [round(score.soft, 6) for score in scores], of_record
 
 
-def _draw(model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams) -> torch.Tensor:
+def draw_codes(
+    model: Model, records: Sequence[Record], config: EvalConfig, sampling: ImageSamplingParams
+) -> torch.Tensor:
     """Codes int64 [len(records), images_per_prompt, N]; what is drawn depends on the record and the image's number."""
     return model.engine.generate(
         [model.image_prompt(record.caption) for record in records],

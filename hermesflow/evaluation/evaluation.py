@@ -90,7 +90,7 @@ def evaluate(model: Model, config: EvalConfig) -> dict[str, Any]:
 
 def find_evaluation(config: EvalConfig) -> Evaluation:
     """The evaluation that the settings name. Raises: InputError if there is none, or it is none."""
-    suite = resolve(EVALUATIONS, config.suite, "eval.suite", ("measure", "settings", "known_sources"))
+    suite = resolve(EVALUATIONS, config.measures, "eval.suite", ("measure", "settings", "known_sources"))
     if not isinstance(suite, Evaluation) or not isinstance(suite.known_sources, tuple):
         raise InputError(f"eval.suite {config.suite}: expected an Evaluation whose known_sources are a tuple; mend it")
     return suite

@@ -268,11 +268,15 @@ def describe_data(summary: dict[str, Any]) -> list[str]:
     data = summary.get("data", {})
     rejected, one_sided = data.get("rejected", {}), describe_one_sided(data.get("yes_share"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-    source = summary.get("settings", {}).get("data", {}).get("source", "shapes")
-    lines = []
-    if summary.get("before") and is_builtin(summary["before"]) and source not in SOURCES:
+    settings, lines = summary.get("settings", {}), []
+    source, measured = (settings.get(name, {}).get(key) for name, key in (("data", "source"), ("eval", "data")))
+    if measured:
         lines.append(
-            f"measured on the built-in world of shapes, not on {source}; eval.suite=module:object measures your own"
+            f"measured on {measured}; whether drawings are right is the judge's word: {settings['eval']['judge']}"
+        )
+    elif summary.get("before") and is_builtin(summary["before"]) and source and source not in SOURCES:
+        lines.append(
+            f"measured on the built-in world of shapes, not on {source}; eval.data=FILE measures on held-out records"
         )
     if rejected:
         lines.append(f"data: {sum(rejected.values())} records could not be used: {reasons}; rejected.parquet has all")

@@ -70,7 +70,10 @@ LOSSES = {"simpo": "hermesflow.algorithms.losses:SIMPO"}
 
 SOURCES = {"shapes": "hermesflow.worlds.shapes:training_records"}
 """data.source, beside files: (seed, count) -> records of training scenes."""
-EVALUATIONS = {"builtin": "hermesflow.evaluation.builtin:BUILTIN"}
+EVALUATIONS = {
+    "builtin": "hermesflow.evaluation.builtin:BUILTIN",
+    "records": "hermesflow.evaluation.on_records:ON_RECORDS",
+}
 """eval.suite: Evaluation objects."""
 SUITES = {
     "geneval": "hermesflow.evaluation.suites.geneval:SUITE",
