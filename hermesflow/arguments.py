@@ -293,6 +293,14 @@ COMMANDS = (
         continues=True,
     ),
     _command(
+        "serve", "answer requests in OpenAI's form: images, and questions about images", "--model tiny --port 8000",
+        *_MODEL, _option("--host ADDRESS", "where it listens [127.0.0.1]", default="127.0.0.1"),
+        _option("--port N", "[8000]", _positive, default=8000),
+        _option("--max-waiting N", "requests that may wait; more are refused [256]", _positive, default=256),
+        _option("--max-batch N", "images, or answers, of one pass [64]", _positive, default=64),
+        _option("--max-mebibytes N", "of a request [32]", _positive, default=32),
+    ),
+    _command(
         "export", "write a trained model in the published layout, which the original code can load",
         "runs/mine -o exported --dtype bfloat16",
         _option("source MODEL", "a run's folder (its last trained round), or a model's"),

@@ -262,7 +262,7 @@ def _questions(arguments: Arguments, config: Config) -> None:
 
 def _eval(arguments: Arguments, config: Config) -> None:
     from hermesflow.evaluation.evaluation import evaluate
-    from hermesflow.report.tables import make_console, print_change, print_metrics
+    from hermesflow.report.tables import make_console, print_metrics
     from hermesflow.runtime.files import read_json, write_json
 
     if arguments.prompts is not None and arguments.suite is None:
@@ -283,6 +283,8 @@ def _eval(arguments: Arguments, config: Config) -> None:
         result, path = found
     print_metrics(result["metrics"], console)
     if earlier is not None:
+        from hermesflow.report.tables import print_change
+
         print_change(earlier, result, arguments.compare, console)
     console.print(f"evaluation: {path}", soft_wrap=True, highlight=False)
 
@@ -302,6 +304,16 @@ def _eval_suite(arguments: Arguments, config: Config) -> tuple[dict, Any] | None
             on_main(lambda: print(images))
         return None
     return run.judge(*chosen, arguments.judge, lambda: _open_model(config), arguments.judge_model)
+
+
+def _serve(arguments: Arguments, config: Config) -> None:
+    from hermesflow.serving.server import run_server
+
+    model = _open_model(config)
+    print(f"http://{arguments.host}:{arguments.port}/v1", flush=True)
+    limits = {"max_waiting": arguments.max_waiting, "max_batch": arguments.max_batch}
+    limits["max_bytes"] = arguments.max_mebibytes << 20
+    run_server(model, config.model.name, arguments.host, arguments.port, **limits)
 
 
 def _export(arguments: Arguments, config: Config) -> None:
@@ -418,7 +430,7 @@ _RUN: dict[str, Callable[[Arguments, Config], int | None]] = {
     "selfplay": _selfplay, "pretrain": _pretrain, "generate": _generate, "inpaint": _inpaint,
     "extrapolate": _extrapolate, "caption": _caption, "answer": _answer, "curate": _curate, "train": _train,
     "pairs export": _pairs_export, "pairs import": _pairs_import, "score": _score, "questions": _questions,
-    "eval": _eval, "export": _export, "merge": _merge, "report": _report, "study": _study, "config": _config,
-    "doctor": _doctor, "bench ops": _bench_ops, "bench e2e": _bench_e2e, "bench train": _bench_train,
+    "eval": _eval, "serve": _serve, "export": _export, "merge": _merge, "report": _report, "study": _study,
+    "config": _config, "doctor": _doctor, "bench ops": _bench_ops, "bench e2e": _bench_e2e, "bench train": _bench_train,
     "bench drop-in": _bench_drop_in, "bench table": _bench_table,
 }  # fmt: skip

@@ -17,7 +17,7 @@ LAYERS = {
 }
 FLOORS = (
     "runtime", "config", "models", "data tasks drop_in", "scoring", "algorithms", "worlds curation training",
-    "evaluation", "runs report", "selfplay", "arguments", "cli",
+    "evaluation", "runs report serving", "selfplay", "arguments", "cli",
 )  # fmt: skip
 """Rooms and files of hermesflow/, from the ground up; those of one floor know nothing of one another."""
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

@@ -396,9 +396,9 @@ def test_what_cannot_be_had_is_told_before_the_work(toys, tmp_path, setting, mes
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.family=toy", 'model.family: expected auto, .*showo, tiny, or "module:object", got "toy"'),
+        ("model.family=toy", 'model.family: expected auto, .*showo, show-o2, tiny, or "module:object", got "toy"'),
         ("train.loss_type=toy", "train.loss_type: expected sigmoid, ipo, hinge, robust, simpo, or"),
-        ("eval.suite=toy", "eval.suite: expected builtin, or"),
+        ("eval.suite=toy", "eval.suite: expected builtin, records, or"),
         ("selfplay.algorithm=toy", "selfplay.algorithm: expected pair-dpo, grpo, own-drawings, caption-grpo, or"),
     ],
 )
