@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml kernels/extension.py $(wildcard MANIFEST.in) $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint check-install check-cuda check-triton sanitize soak clean
+.PHONY: help setup demo test lint check-install check-cuda check-triton sanitize soak test-eval clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -34,6 +34,10 @@ test: lint
 
 soak: setup
 	$(BIN)/pytest $(WORKERS) -m soak -rP -p no:logging
+
+# In an environment of its own, without the tools of tests: lmms-eval asks for much. It must not change torch.
+test-eval: $(VENV)-eval/.installed
+	OMP_NUM_THREADS=1 $(VENV)-eval/bin/python tests/lmms_eval/run.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -57,15 +61,20 @@ sanitize: setup
 	$(BIN)/pytest tests/kernels -k "cpu and not compiles"
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-eval build *.egg-info kernels/*.so .pytest_cache .ruff_cache
 	find benchmarks engine kernels hermesflow tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/python -m pip install --no-build-isolation -e '.[test]'
 	@touch $@
 
-$(VENV)/.torch:  # by itself and first: the C++ extension is built against the torch that is installed
-	python=$$(.ci/check-machine $(PYTHON)) && "$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) '$(TORCH)'
+$(VENV)-eval/.installed: $(SOURCES) | $(VENV)-eval/.torch
+	$(@D)/bin/python -m pip freeze | grep ^torch== > $(@D)/torch.txt
+	$(@D)/bin/python -m pip install --constraint $(@D)/torch.txt --no-build-isolation -e '.[eval]'
+	@touch $@
+
+$(VENV)/.torch $(VENV)-eval/.torch:  # by itself and first: the C++ extension is built against the torch that is there
+	python=$$(.ci/check-machine $(PYTHON)) && "$$python" -m venv $(@D)
+	$(@D)/bin/python -m pip install --upgrade pip setuptools wheel
+	$(@D)/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) '$(TORCH)'
 	@touch $@
