@@ -19,7 +19,15 @@ from hermesflow.evaluation.suites.suite import Suite, SuiteFile, SuitePrompt
 from hermesflow.models.images import open_image
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import barrier, is_main, rank, world_size
-from hermesflow.runtime.files import InputError, atomic_write, read_json, shown, write_json, write_text
+from hermesflow.runtime.files import (
+    InputError,
+    atomic_write,
+    read_json,
+    remove_leftovers,
+    shown,
+    write_json,
+    write_text,
+)
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seed
 
@@ -64,8 +72,10 @@ def draw_suite(
         "suite": name, "model": model_name, "num_prompts": len(prompts), "num_images": num_images, "seed": seed,
         "image_size": model.image_size, "sampling": json.loads(json.dumps(asdict(sampling))),
     }  # fmt: skip
-    _check_settings(folder / SETTINGS, wanted)
     images = folder / IMAGES
+    if is_main() and images.is_dir():
+        remove_leftovers(images)  # of a stop: a judge would read them
+    _check_settings(folder / SETTINGS, wanted)
     if is_main():
         for path, text in suite.side_files(prompts).items():
             if not (images / path).is_file():

@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from hermesflow.evaluation.suites.drawing import IMAGES, pictures_of, read_settings
+from hermesflow.evaluation.suites.mask2former import write_results
 from hermesflow.evaluation.suites.suite import Marks, Suite, SuiteFile, SuitePrompt, SuiteQuestion, marks_of_answers
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, read_text, reason_of, shown
@@ -49,7 +50,8 @@ def judge_suite(
     Args:
         suite, prompts: the suite.
         folder: that of draw_suite.
-        judge: "import:FILE", "self", or the address of an endpoint, such as http://127.0.0.1:8000/v1.
+        judge: "import:FILE", "self", the address of an endpoint, such as http://127.0.0.1:8000/v1, or for GenEval
+            "mask2former:FOLDER" (mask2former.py).
         model: opens the model that answers for "self".
         judge_model: what the endpoint calls its model; empty: the first that it lists.
     Raises: InputError on a judge that is none, a suite that it cannot judge, or images that it gave no answer about.
@@ -57,6 +59,10 @@ def judge_suite(
     kind, _, rest = judge.partition(":")
     if kind == "import" and rest:
         return suite.read_results(Path(rest).expanduser(), prompts)
+    if kind == "mask2former" and rest:
+        path = folder / f"results-{_slug(judge)}.jsonl"
+        write_results(suite, prompts, folder, Path(rest).expanduser(), path)
+        return suite.read_results(path, prompts)
     if not all(prompt.questions for prompt in prompts):
         raise InputError(
             f"--judge {judge}: the suite has no questions that it could answer; use the suite's own judge on "
@@ -69,7 +75,9 @@ def judge_suite(
         ask, workers = endpoint, _WORKERS
         judge = f"{judge} {endpoint.model}"
     else:
-        raise InputError(f"--judge {shown(judge)}: expected import:FILE, self or the address of an endpoint")
+        raise InputError(
+            f"--judge {shown(judge)}: expected import:FILE, self, mask2former:FOLDER or the address of an endpoint"
+        )
     count = int(read_settings(folder)["num_images"])
     files = [(prompt, file) for row, prompt in enumerate(prompts) for file in suite.files_of(prompt, row, count)]
     return marks_of_answers(suite, prompts, _answers(files, folder, judge, ask, workers))

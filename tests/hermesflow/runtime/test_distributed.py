@@ -18,6 +18,7 @@ from hermesflow.algorithms.grpo import GRPO
 from hermesflow.algorithms.packing import PairPacker
 from hermesflow.algorithms.pair_dpo import metric_names, pass_objective
 from hermesflow.algorithms.policy import Policy
+from hermesflow.cli import main
 from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
 from hermesflow.data.records import RecordFile, write_records
 from hermesflow.models import load_model, open_model
@@ -421,3 +422,29 @@ def test_one_of_several_processes_ends_before_its_interpreter_is_taken_down(proc
 if __name__ == "__main__":
     with process_group("cpu"):
         work_of_a_process(Path(sys.argv[1]))
+
+
+# suites
+
+
+def files_below(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_draw_a_suite_as_one_does(tmp_path):
+    """And what a kill leaves is gone on with; the prompts of each process are its own."""
+    wanted = {"tag": "counting", "include": [{"class": "circle", "count": 2}]}
+    lines = [wanted | {"prompt": f"{count} red circles"} for count in ("two", "three") * 6]
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("eval", "--suite", "geneval", "--prompts", prompts, "--model", "tiny", "-o")
+    assert main([*map(str, command), str(tmp_path / "one")]) == 0
+    launcher = launch("-m", "hermesflow", *command, tmp_path / "two")
+    while launcher.poll() is None and not list((tmp_path / "two").rglob("*.png")):
+        time.sleep(0.01)
+    launcher.terminate()
+    launcher.communicate(timeout=120)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("*.png")}
+    finish(launch("-m", "hermesflow", *command, tmp_path / "two"))
+    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+    assert kept and all(path.stat().st_mtime_ns == when for path, when in kept.items())
