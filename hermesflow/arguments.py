@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hermesflow import __version__
 from hermesflow.config import setting_names
+from hermesflow.evaluation.suites.presets import PRESETS
 from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, SUITES
 
 Arguments = argparse.Namespace
@@ -287,6 +288,7 @@ COMMANDS = (
         _shortcut("--data FILE", "eval.data", "measure on held-out records of your own"),
         _option("--suite NAME", f"draw a suite's images: {', '.join(SUITES)}"),
         _option("--prompts FILE", "the suite's own list of prompts", Path),
+        _option("--preset NAME", f"draw as was published: {', '.join(PRESETS)}", default=""),
         _option("--judge JUDGE",
                 "of the images: self or an endpoint's address; of a suite import:FILE, of geneval mask2former:FOLDER"),
         _option("--judge-model NAME", "of the endpoint [the first that it lists]", default=""),

@@ -265,8 +265,9 @@ def _eval(arguments: Arguments, config: Config) -> None:
     from hermesflow.report.tables import make_console, print_metrics
     from hermesflow.runtime.files import read_json, write_json
 
-    if arguments.prompts is not None and arguments.suite is None:
-        raise InputError("--prompts: belongs to --suite NAME")
+    for option in ("prompts", "preset"):
+        if getattr(arguments, option) and arguments.suite is None:
+            raise InputError(f"--{option}: belongs to --suite NAME")
     if arguments.judge is not None and arguments.suite is None:
         if not config.eval.data:
             raise InputError("--judge: belongs to --suite NAME or --data FILE")
@@ -282,11 +283,20 @@ def _eval(arguments: Arguments, config: Config) -> None:
             return
         result, path = found
     print_metrics(result["metrics"], console)
+    changes = None
     if earlier is not None:
-        from hermesflow.report.tables import print_change
+        from hermesflow.report.tables import changes_between, print_change
 
-        print_change(earlier, result, arguments.compare, console)
+        changes = changes_between(earlier, result, arguments.compare)
+        print_change(changes, result["metrics"], console)
     console.print(f"evaluation: {path}", soft_wrap=True, highlight=False)
+    if arguments.suite is not None:
+        from hermesflow.evaluation.suites.run import find_suite
+        from hermesflow.report.suite_page import write_suite_page
+
+        suite = find_suite(arguments.suite)
+        page = write_suite_page(result, suite, suite.read_prompts(arguments.prompts), path.parent, changes)
+        console.print(f"page: {page}", soft_wrap=True, highlight=False)
 
 
 def _eval_suite(arguments: Arguments, config: Config) -> tuple[dict, Any] | None:
@@ -300,7 +310,7 @@ def _eval_suite(arguments: Arguments, config: Config) -> tuple[dict, Any] | None
     chosen = arguments.suite, arguments.prompts, folder
     if arguments.judge is None:
         with process_group(config.model.device):
-            images = run.draw(config, *chosen, lambda: _open_model(config))
+            images = run.draw(config, *chosen, lambda: _open_model(config), arguments.preset)
             on_main(lambda: print(images))
         return None
     return run.judge(*chosen, arguments.judge, lambda: _open_model(config), arguments.judge_model)

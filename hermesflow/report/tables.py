@@ -122,25 +122,28 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
     console.print(whole, "", categories, sep="\n")
 
 
-def print_change(before: Any, after: dict[str, Any], path: Path, console: Console) -> None:
-    """Prints how an evaluation differs from an earlier one, metric by metric, with paired intervals.
+def changes_between(before: Any, after: dict[str, Any], path: Path) -> dict[str, Any]:
+    """How an evaluation differs from an earlier one, by metric, with paired intervals.
 
     Args:
         before, after: evaluations; the earlier one as it was read from its file.
         path: that file, for messages.
-        console: where it goes.
     Raises: InputError if the two did not measure the same records in the same way.
     """
     try:
         if before.get("judge") != after.get("judge") or before.get("suite") != after.get("suite"):
             raise ValueError(f"was judged by {shown(before.get('judge'))}, not by {shown(after.get('judge'))}")
-        changes = paired_change(before, after)
+        return paired_change(before, after)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be compared ({error}); give an evaluation of the same records") from error
+
+
+def print_change(changes: dict[str, Any], metrics: dict[str, Any], console: Console) -> None:
+    """Prints what changes_between gives, for the metrics of the later evaluation."""
     table = _table()
     for name, justify in (("change in points", "left"), ("", "left"), ("", "left")):
         table.add_column(name, justify=justify)
-    for place, label in headline_metrics(after["metrics"]).items():
+    for place, label in headline_metrics(metrics).items():
         change = find(changes, place)
         if change:
             table.add_row(escape(label), format_change(change), tell_verdict(place[-1], change))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hermesflow.evaluation.suites.presets import PRESETS
 from hermesflow.evaluation.suites.suite import Suite, SuiteFile, SuitePrompt
 from hermesflow.models.images import open_image
 from hermesflow.models.model import Model
@@ -47,6 +48,7 @@ def draw_suite(
     num_images: int,
     seed: int,
     sampling: Any,
+    preset: str = "",
 ) -> Path:
     """Draws what is not there yet; each process of a group draws its share.
 
@@ -59,6 +61,7 @@ def draw_suite(
         num_images: of each prompt.
         seed: of all.
         sampling: how.
+        preset: whose settings these are (presets.py), for drawing.json.
     Returns: the folder of images.
     Raises: InputError on another number of images than a file can hold, a prompt that the model does not know, or a
         folder that was drawn with other settings.
@@ -71,6 +74,7 @@ def draw_suite(
     wanted = {
         "suite": name, "model": model_name, "num_prompts": len(prompts), "num_images": num_images, "seed": seed,
         "image_size": model.image_size, "sampling": json.loads(json.dumps(asdict(sampling))),
+        "preset": f"{preset}: {PRESETS[preset].source}" if preset else "",
     }  # fmt: skip
     images = folder / IMAGES
     if is_main() and images.is_dir():

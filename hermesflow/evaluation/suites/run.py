@@ -11,6 +11,7 @@ from hermesflow.config import Config
 from hermesflow.evaluation.metrics import measure
 from hermesflow.evaluation.suites.drawing import draw_suite, read_settings
 from hermesflow.evaluation.suites.judges import judge_suite
+from hermesflow.evaluation.suites.presets import with_preset
 from hermesflow.evaluation.suites.suite import Suite, rows_of
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, write_json
@@ -24,7 +25,9 @@ def find_suite(name: str) -> Suite:
     return resolve(SUITES, name, "--suite", ("read_prompts", "files_of", "read_results"))
 
 
-def draw(config: Config, name: str, prompts: Path, folder: Path, open_model: Callable[[], Model]) -> Path:
+def draw(
+    config: Config, name: str, prompts: Path, folder: Path, open_model: Callable[[], Model], preset: str = ""
+) -> Path:
     """Draws what is not there yet of a suite's images.
 
     Args:
@@ -33,15 +36,18 @@ def draw(config: Config, name: str, prompts: Path, folder: Path, open_model: Cal
         prompts: its own list.
         folder: where they go.
         open_model: gives the model.
+        preset: a name of PRESETS, whose settings are drawn with; empty for none.
     Returns: the folder that the suite's judge is given.
     Raises: InputError as draw_suite.
     """
     suite = find_suite(name)
     listed = suite.read_prompts(prompts)  # before the model, which takes a while
+    config = with_preset(config, preset) if preset else config
     model = open_model()
     return draw_suite(
         model, config.model.name, name, suite, listed, folder, num_images=suite.images_per_prompt,
         seed=config.eval.seed, sampling=model.sampling_of(config.drawn_by(config.eval)),
+        preset=preset,
     )  # fmt: skip
 
 

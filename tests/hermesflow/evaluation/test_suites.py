@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from hermesflow.cli import main
 from hermesflow.evaluation.metrics import measure
 from hermesflow.evaluation.suites import judges
 from hermesflow.evaluation.suites.drawing import draw_suite
+from hermesflow.evaluation.suites.presets import PRESETS
 from hermesflow.evaluation.suites.run import find_suite
 from hermesflow.evaluation.suites.suite import SuitePrompt, SuiteQuestion, marks_of_answers, rows_of
 from hermesflow.models import load_model
@@ -417,7 +419,7 @@ def test_the_models_own_answers(model, drawn):
 
 
 def test_judges_that_cannot_be_are_refused(drawn, tmp_path):
-    with pytest.raises(InputError, match="expected import:FILE, self or the address"):
+    with pytest.raises(InputError, match="expected import:FILE, self, mask2former:FOLDER or the address"):
         judged(drawn, "tifa", "gpt")
     with pytest.raises(InputError, match="the suite has no questions that it could answer"):
         judged(drawn, "genai", "self")
@@ -454,3 +456,51 @@ def test_the_command_draws_judges_and_compares(tmp_path, capsys):
     assert code == 2 and "--prompts: belongs to --suite NAME" in err
     code, _, err = run(capsys, "--suite", "other", "--prompts", path)
     assert code == 2 and "tifa" in err
+
+
+# presets and the page
+
+
+@pytest.mark.parametrize(
+    "preset, family",
+    [("show-o", "showo"), ("janus-pro", "janus"), ("mmada", "mmada"), ("lumina-dimoo", "lumina_dimoo"),
+     ("bagel", "bagel")],
+)  # fmt: skip
+def test_presets_of_inference_scripts_are_what_the_family_does_by_itself(preset, family):
+    sampling = importlib.import_module(f"hermesflow.models.{family}").SAMPLING
+    assert {name: getattr(sampling, name) for name in PRESETS[preset].drawing} == PRESETS[preset].drawing
+
+
+def test_presets_are_kept_with_the_images_and_refuse_what_says_otherwise(tmp_path, capsys):
+    path = write_prompts("wise", tmp_path / "prompts")
+    suite = ("--suite", "wise", "--prompts", path, "--model", "tiny", "-o", tmp_path / "a")
+    assert run(capsys, *suite, "--preset", "mmada")[0] == 0
+    settings = json.loads((tmp_path / "a/drawing.json").read_text())
+    assert settings["preset"].startswith("mmada: Gen-Verse/MMaDA")
+    assert settings["sampling"]["num_steps"] == 15 and settings["sampling"]["guidance_scale"] == 3.5
+    for more, message in (
+        (["--preset", "mmada", "eval.num_steps=4"], "--preset mmada: has num_steps 15, you gave 4"),
+        (["--preset", "mmada", "drawing.guidance_scale=0"], "has guidance_scale 3.5, you gave 0"),
+        (["--preset", "dalle"], "--preset dalle: there is none; there are show-o, "),
+        ([], "were drawn with another sampling|were drawn with another preset"),
+    ):
+        code, _, err = run(capsys, *suite, *more)
+        assert code == 2 and re.search(message, err), err
+    code, _, err = run(capsys, "--preset", "mmada")
+    assert code == 2 and "--preset: belongs to --suite NAME" in err
+
+
+def test_the_page_escapes_what_the_suite_says(model, tmp_path, capsys):
+    """And shows what is there: a judge elsewhere may have taken the images away."""
+    (tmp_path / "genai_image.json").write_text(
+        json.dumps({"00000": {"prompt": TEXTS[0]}, "00001": {"prompt": TEXTS[1]}})
+    )
+    (tmp_path / "genai_skills.json").write_text(json.dumps({"<script>alert(1)</script>": [0, 1]}))
+    suite = ("--suite", "genai", "--prompts", tmp_path / "genai_image.json", "--model", "tiny", "-o", tmp_path / "out")
+    assert run(capsys, *suite)[0] == 0
+    (tmp_path / "out/images/00001.jpeg").unlink()
+    (tmp_path / "scores.json").write_text('{"00000": 0.5, "00001": 0.75}')
+    code, out, err = run(capsys, *suite, "--judge", f"import:{tmp_path / 'scores.json'}")
+    assert code == 0 and f"page: {tmp_path / 'out/index.html'}" in out, err
+    page = (tmp_path / "out/index.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and page.count("<img") == 1
