@@ -1,14 +1,19 @@
-"""Image-caption pairs of a user's own: read from JSON or Parquet record by record, their images encoded batch by batch.
+"""Image-caption pairs of a user's own: read from JSON or Parquet files, their images encoded batch by batch.
 
 What cannot be used is rejected with its reason, in the form "kind: detail", and stops nothing else.
 """
 
 from __future__ import annotations
 
+import glob
+import gzip
+import io
 import itertools
 import json
 import logging
+import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +38,17 @@ UNUSABLE_SCHEMA = pa.schema([("record_id", pa.string()), ("reason", pa.string())
 
 _BATCH_PIXELS = 2**22
 _LOGGER = logging.getLogger(__name__)
+_PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive", b"BZh": "packed by bzip2", b"\xfd7zXZ\x00": "packed by xz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream",
+    b"ORC": "an ORC file", b"SQLite format 3": "an SQLite database",
+}  # fmt: skip
+"""How files begin that are neither JSON nor Parquet."""
+_KINDS = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz")
+"""What a folder is searched for: the files of the first that it has."""
+_MOST_UNPACKED = 2**32
+_WHOLE_FLOATS = 2**53
 _SPACE, _SEPARATOR = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
 _Item = TypeVar("_Item")
 
@@ -46,26 +62,31 @@ def read_source(
 ) -> tuple[list[Record], list[dict[str, str]]]:
     """Reads records from JSON or Parquet; images given as paths are checked to be there and are not opened.
 
-    Keys of an entry: id (text or whole number), caption, image or img_path (a path; in Parquet also the file's bytes)
-    or codes, questions (a list, keys as Question has them), and category. Of a question element_type and element may
+    Keys of an entry: id (text or whole number), caption, image or img_path (a path; in Parquet also the file's bytes,
+    or the datasets library's struct of bytes and path) or codes, questions (a list, keys as Question has them, or a
+    struct of such lists), and category. Of a question element_type and element may
     be missing. An entry that is itself a question, with the key "question", belongs to the record of its id; so the
     published initial_data.json can be given with vqa_data.json as its questions, or vqa_data.json alone.
 
     Args:
-        path: a .parquet file, or JSON in any form that read_entries takes.
-        questions: a file of such questions, joined to the records by id.
-        root: the folder that image paths start from and may not leave; None is the folder of `path`.
+        path: Parquet, or JSON in any form that read_entries takes, by what it begins with; a folder of such files, or
+            a pattern such as "train-*.parquet", is read in the order of names.
+        questions: such questions, joined to the records by id.
+        root: the folder that image paths may not leave; they start from it, or where there is no such file from the
+            folder of `path` inside it. None is the folder of `path`.
         need_questions: reject a record that has none.
     Returns: (records, rejected), both in the file's order; rejected are rows of UNUSABLE_SCHEMA.
     Raises: InputError if a file is missing or damaged, or no record can be used.
     """
-    root, rejected = Path(path).parent if root is None else Path(root), []
-    rows = _join_questions(path, _read_rows(path), rejected)
-    asked = {} if questions is None else _join_questions(questions, _read_rows(questions), rejected)
+    rejected: list[dict[str, str]] = []
+    files = files_of(path)
+    roots = (files[0].parent if root is None else Path(root), files[0].parent)
+    rows = _join_questions(_read_rows(files), rejected)
+    asked = {} if questions is None else _join_questions(_read_rows(files_of(questions)), rejected)
     records: dict[str, Record] = {}
     for id, (row, *others) in rows.items():
         try:
-            records[id] = _record(id, row, asked.get(id, [{}])[0], root, need_questions)
+            records[id] = _record(id, row, asked.get(id, [{}])[0], roots, need_questions)
         except ValueError as error:
             rejected.append({"record_id": id, "reason": str(error)})
         rejected += [{"record_id": id, "reason": "duplicate id: an earlier entry has it"} for _ in others]
@@ -159,12 +180,16 @@ def read_entries(path: StrPath) -> list[Any]:
     Commas between entries may be missing and one may follow the last, as the published scripts write them.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8, or packed by gzip.
     Returns: the entries, of any type.
     Raises: InputError if it is missing or no JSON; it names the line and column, of the start where an entry is cut.
     """
+    return _parse_entries(path, _unpacked(path, read_bytes(path)))
+
+
+def _parse_entries(path: StrPath, data: bytes) -> list[Any]:
     try:
-        text = read_bytes(path).decode("utf-8-sig").strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     entries, decoder, position, end = [], json.JSONDecoder(), 0, len(text)
@@ -188,26 +213,41 @@ def read_entries(path: StrPath) -> list[Any]:
     return entries
 
 
-def path_inside(root: Path, name: str) -> Path:
+def path_inside(root: Path, name: str, start: Path | None = None) -> Path:
     """The file that a path from a data set means.
 
     Args:
-        root: the folder that it starts from.
+        root: the folder that it may not leave. Files of a hub cache may be links to its blobs.
         name: the path.
+        start: where it starts if there is no such file in root; must lie in root to be of use.
     Returns: the file, symbolic links followed.
     Raises: ValueError if it lies outside the root or is no file.
     """
     try:
-        path = (root / name).resolve()
-        inside, there = path.is_relative_to(root.resolve()), path.is_file()
+        start = root if start is None or os.path.lexists(root / name) else start
+        path = (start / name).resolve()
+        inside = any(path.is_relative_to(each.resolve()) for each in (root, *_blobs_of(start)))
+        there, plain = path.is_file(), Path(os.path.abspath(start / name))
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null byte
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"missing image: {shown(name)} is no path ({why})") from error
+    if not inside and plain.is_relative_to(os.path.abspath(root)):
+        raise ValueError(
+            f"path leaves its root: {shown(name)} leads by a link to {path}, outside {root}; give a data.root that "
+            "holds both"
+        )
     if not inside:
         raise ValueError(f"path leaves its root: {shown(name)} is outside {root}")
     if not there:
         raise ValueError(f"missing image: there is no file {shown(name)} in {root}")
     return path
+
+
+def _blobs_of(folder: Path) -> list[Path]:
+    """REPO/blobs of the hub's cache, where a folder lies in REPO/snapshots/REV, whose files are links."""
+    whole = Path(os.path.abspath(folder))
+    snapshots = [each for each in (whole, *whole.parents) if each.parent.name == "snapshots"]
+    return [each.parent.parent / "blobs" for each in snapshots if (each.parent.parent / "blobs").is_dir()]
 
 
 def text_of(row: dict, key: str) -> str:
@@ -228,7 +268,10 @@ def id_of(row: Any) -> str:
     """The id of an entry, as text. Raises: ValueError if it has none."""
     if not isinstance(row, dict):
         raise ValueError(f"wrong type: {shown(row)} is no object with keys")
-    return str(row["id"]) if type(row.get("id")) is int else text_of(row, "id")
+    id = row.get("id")
+    if type(id) is float and id.is_integer() and abs(id) < _WHOLE_FLOATS:  # as pandas has a column with gaps
+        id = int(id)
+    return str(id) if type(id) is int else text_of(row, "id")
 
 
 def count_reasons(rejected: Iterable[dict[str, str]]) -> dict[str, int]:
@@ -248,23 +291,65 @@ def describe_rejected(rejected: Sequence[dict[str, str]]) -> str:
     return f"{', '.join(kinds)}; the first is record {rejected[0]['record_id']}: {rejected[0]['reason']}"
 
 
-def _read_rows(path: StrPath) -> list[Any]:
-    if Path(path).suffix != ".parquet":
-        return read_entries(path)
+def files_of(path: StrPath) -> list[Path]:
+    """The files that a source names: itself, those of a folder, or those of a pattern, by name.
+
+    Raises: InputError if there are none.
+    """
+    given = Path(path).expanduser()
+    if given.is_dir():
+        found = next((files for kind in _KINDS if (files := sorted(given.glob(kind)))), [])
+        if not found:
+            raise InputError(f"{path}: holds none of {', '.join(_KINDS)}; give the file, or the folder that has them")
+        return found
+    if given.exists() or not glob.has_magic(str(path)):
+        return [given]
+    found = sorted(Path(name) for name in glob.glob(str(given), recursive=True) if Path(name).is_file())
+    if not found:
+        raise InputError(f"{path}: no file fits this pattern; check it")
+    return found
+
+
+def _read_rows(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """("entry N of FILE", row) of each."""
+    for file in files:
+        for number, row in enumerate(_rows_of(file), 1):
+            yield f"entry {number} of {file.name}", row
+
+
+def _rows_of(path: Path) -> list[Any]:
+    data = _unpacked(path, read_bytes(path))
+    if not (data.startswith(_PARQUET) or path.suffix.lower() in (".parquet", ".pq")):
+        return _parse_entries(path, data)
     try:
         return read_parquet(path).to_pylist()
     except (pa.ArrowException, ArithmeticError, UnicodeDecodeError) as error:  # no UTF-8, dates out of range
         raise damaged(path, "Parquet", error) from error
 
 
-def _join_questions(path: StrPath, rows: Iterable[Any], rejected: list[dict[str, str]]) -> dict[str, list[dict]]:
+def _unpacked(path: StrPath, data: bytes) -> bytes:
+    """What a file holds, by its first bytes. Raises: InputError if that is known to be neither JSON nor Parquet."""
+    if data.startswith(_GZIP):
+        try:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_MOST_UNPACKED + 1)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise damaged(path, "gzip", error) from error
+        if len(data) > _MOST_UNPACKED:
+            raise InputError(f"{path}: unpacks to more than {_MOST_UNPACKED // 2**30} GiB; split it")
+    for start, kind in _OTHERS.items():
+        if data.startswith(start):
+            raise InputError(f"{path}: is {kind}, expected JSON or Parquet (.gz may pack JSON); convert it")
+    return data
+
+
+def _join_questions(rows: Iterable[tuple[str, Any]], rejected: list[dict[str, str]]) -> dict[str, list[dict]]:
     """Rows by id; of those that are questions the first carries the list of all with its id."""
     found: dict[str, list[dict]] = {}
-    for number, row in enumerate(rows, 1):
+    for place, row in rows:
         try:
             id = id_of(row)
         except ValueError as error:
-            rejected.append({"record_id": f"entry {number} of {Path(path).name}", "reason": str(error)})
+            rejected.append({"record_id": place, "reason": str(error)})
             continue
         of_id = found.setdefault(id, [])
         if row.get("question") is None:
@@ -276,10 +361,10 @@ def _join_questions(path: StrPath, rows: Iterable[Any], rejected: list[dict[str,
     return found
 
 
-def _record(id: str, row: dict, joined: dict, root: Path, need_questions: bool) -> Record:
+def _record(id: str, row: dict, joined: dict, roots: tuple[Path, Path], need_questions: bool) -> Record:
     """Raises: ValueError with the reason why the entry, with the questions joined to it, cannot be used."""
     caption = text_of(row, "caption")
-    questions = [_question(question) for source in (row, joined) for question in _list(source, "questions")]
+    questions = [_question(question) for source in (row, joined) for question in _questions(source)]
     if need_questions and not questions:
         raise ValueError("no questions: there is nothing to judge its images by")
     category = "other" if row.get("category") is None else text_of(row, "category")
@@ -289,12 +374,32 @@ def _record(id: str, row: dict, joined: dict, root: Path, need_questions: bool) 
         if not all(type(code) is int and 0 <= code < 2**31 for code in codes):
             raise ValueError(f"wrong type: codes is {shown(codes)}, expected whole numbers from 0")
         return replace(record, codes=np.array(codes, dtype=np.int32))
-    key = "image" if row.get("image") is not None else "img_path"
-    if isinstance(row.get(key), bytes):
-        return replace(record, image=row[key])
-    if row.get(key) is None:
+    key = next((key for key in ("image", "img_path") if _image_of(row, key) is not None), None)
+    if key is None:
         raise ValueError("no image: the entry has neither image, img_path nor codes")
-    return replace(record, image_path=path_inside(root, text_of(row, key)))
+    image = _image_of(row, key)
+    if isinstance(image, bytes):
+        return replace(record, image=image)
+    return replace(record, image_path=path_inside(roots[0], text_of({key: image}, key), roots[1]))
+
+
+def _image_of(row: dict, key: str) -> Any:
+    """What stands under a key: a path or bytes; of the datasets library's Image the bytes, else the path."""
+    value = row.get(key)
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        return value.get("bytes") or value.get("path")
+    return value
+
+
+def _questions(row: dict) -> list:
+    """The questions of an entry; a struct of lists, as the datasets library keeps a sequence, is turned over."""
+    value = row.get("questions")
+    if not isinstance(value, dict):
+        return _list(row, "questions")
+    columns = {key: _list(value, key) for key in value if value[key] is not None}
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(f"wrong type: questions is {shown(value)}, whose lists differ in length")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _question(row: Any) -> Question:

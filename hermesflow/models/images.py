@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from hermesflow.runtime.files import InputError, StrPath, read_bytes
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "QOI", "PCX", "SGI")
 """Formats that are read; Pillow knows others whose reading starts a program, such as EPS."""
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes. Pillow warns from here."""

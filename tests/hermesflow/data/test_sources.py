@@ -1,6 +1,10 @@
 """Data of a user's own: every form of file, a reason for each record that cannot be used, images a batch at a time."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import re
 from dataclasses import replace
@@ -235,7 +239,9 @@ def test_a_path_that_leaves_its_root_is_refused(kind, folder):
     name = escape(folder, kind)
     records, rejected = read_source(write(folder, [entry(1, image=name), entry(2)]))
     assert [record.id for record in records] == ["2"]
-    assert reasons(rejected) == [f"path leaves its root: {shown(name)} is outside {folder}"]
+    outside = f"leads by a link to {folder.parent / 'outside.png'}, outside" if "link" in kind else "is outside"
+    advice = "; give a data.root that holds both" if "link" in kind else ""
+    assert reasons(rejected) == [f"path leaves its root: {shown(name)} {outside} {folder}{advice}"]
     wider = write(folder, [entry(1, image=os.path.join("data", name))])
     assert len(read_source(wider, root=folder.parent)[0]) == 1
 
@@ -411,3 +417,144 @@ def test_records_of_a_file_are_ready_for_training(tiny_model, tmp_path, caplog):
     assert "left out" in caplog.text and "unicorn" in caplog.text
     with pytest.raises(InputError, match="no record can be used; rejected were .*unicorn"):
         sources.read_records(write(tmp_path, [entry(2, caption="a unicorn")]), tiny_model)
+
+
+# tables, files and links as other programs leave them
+
+QUESTION = {"question": "is there a circle ?", "choices": ["yes", "no"], "answer": "yes"}
+ROW = {"id": "0", "caption": "a red circle", "codes": [1] * 16, "questions": [QUESTION]}
+
+
+def one_png():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("key", ["image", "img_path"])
+@pytest.mark.parametrize("name", [None, "0.png", "nowhere.png"])
+def test_an_image_of_the_datasets_library(key, name, tmp_path):
+    """Its bytes count, whatever its path says; without bytes the path is that of a file beside."""
+    row = {name: value for name, value in ROW.items() if name != "codes"}
+    pq.write_table(pa.Table.from_pylist([row | {key: {"bytes": one_png(), "path": name}}]), tmp_path / "a.parquet")
+    assert read_source(tmp_path / "a.parquet")[0][0].image == one_png()
+    (tmp_path / "0.png").write_bytes(one_png())
+    write(tmp_path, [row | {key: {"bytes": None, "path": "0.png"}}], "b.json")
+    assert read_source(tmp_path / "b.json")[0][0].image_path == tmp_path / "0.png"
+    write(tmp_path, [ROW | {"id": 1}, row | {key: {"bytes": None, "path": None}}], "c.json")
+    assert reasons(read_source(tmp_path / "c.json")[1]) == ["no image: the entry has neither image, img_path nor codes"]
+    write(tmp_path, [ROW | {"id": 1}, row | {key: {"path": "../0.png"}}], "d.json")
+    assert reasons(read_source(tmp_path / "d.json")[1])[0].startswith("path leaves its root: '../0.png' is outside")
+
+
+def test_questions_as_lists_by_key(tmp_path):
+    lists = {key: [value, value] for key, value in QUESTION.items()} | {"element": ["circle", "circle"]}
+    write(tmp_path, [ROW | {"questions": lists}, ROW | {"id": "1", "questions": lists | {"answer": ["yes"]}},
+                     ROW | {"id": "2", "questions": {key: [] for key in QUESTION}}], "a.json")  # fmt: skip
+    [record], rejected = read_source(tmp_path / "a.json")
+    assert len(record.questions) == 2 and record.questions[0].element == "circle"
+    assert [reason.partition(":")[0] for reason in reasons(rejected)] == ["wrong type", "no questions"]
+
+
+@pytest.mark.parametrize(
+    "id, expected", [(3.0, "3"), (-2.0, "-2"), (0.0, "0"), (3.5, None), (1e300, None), (True, None), (7, "7")]
+)
+def test_whole_numbers_as_floats(id, expected, tmp_path):
+    write(tmp_path, [ROW | {"id": "other"}, ROW | {"id": id}], "a.json")
+    records, rejected = read_source(tmp_path / "a.json")
+    assert [record.id for record in records] == ["other", *([expected] if expected else [])]
+    assert len(rejected) == (expected is None)
+
+
+def parquet_bytes(rows):
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.PARQUET", "a.pq", "a.parquet", "a", "a.json"])
+def test_parquet_is_known_by_its_bytes(name, tmp_path):
+    (tmp_path / name).write_bytes(parquet_bytes([ROW]))
+    assert len(read_source(tmp_path / name)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.gz", "a.jsonl", "a"])
+def test_gzip_is_known_by_its_bytes(name, tmp_path):
+    data = gzip.compress(json.dumps(ROW).encode())
+    (tmp_path / name).write_bytes(data)
+    assert len(read_source(tmp_path / name)[0]) == 1
+    for broken in (data[:-9], data[:12], data[:20] + b"x" * 9 + data[29:]):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(InputError, match="damaged gzip|damaged JSON"):
+            read_source(tmp_path / name)
+
+
+def test_gzip_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_MOST_UNPACKED", 1000)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b" " * 2000))
+    with pytest.raises(InputError, match="unpacks to more than 0 GiB; split it"):
+        read_source(tmp_path / "a.gz")
+
+
+@pytest.mark.parametrize(
+    "data, kind",
+    [(b"PK\x03\x04...", "a zip archive"), (b"\x28\xb5\x2f\xfdx", "packed by zstd"), (b"ARROW1\x00", "an Arrow file"),
+     (bz2.compress(b"{}"), "packed by bzip2"), (lzma.compress(b"{}"), "packed by xz")],
+)  # fmt: skip
+def test_files_of_other_kinds_are_told_by_name(data, kind, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(InputError, match=f"a.jsonl: is {kind}, expected JSON or Parquet"):
+        read_source(tmp_path / "a.jsonl")
+
+
+def test_shards_of_a_folder_and_of_a_pattern(tmp_path):
+    """In the order of names; a card beside them is no data."""
+    for number in (2, 0, 1):
+        (tmp_path / f"train-{number:05d}-of-00003.parquet").write_bytes(parquet_bytes([ROW | {"id": str(number)}]))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    for path in (tmp_path, f"{tmp_path}/train-*.parquet", tmp_path / "train-0000?-of-00003.parquet"):
+        assert [record.id for record in read_source(path)[0]] == ["0", "1", "2"]
+    (tmp_path / "lines").mkdir()
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path / "lines", [ROW | {"id": name}], name)
+    assert [record.id for record in read_source(tmp_path / "lines")[0]] == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: holds none of \*.parquet, .*; give the file"):
+        read_source(tmp_path / "empty")
+    with pytest.raises(InputError, match="no file fits this pattern"):
+        read_source(tmp_path / "none-*.parquet")
+    (tmp_path / "odd[1].json").write_text(json.dumps(ROW))  # a name with letters of patterns is a name
+    assert len(read_source(tmp_path / "odd[1].json")[0]) == 1
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path):
+    """Into the blobs of its own repository, and nowhere else."""
+    blobs, snapshot = tmp_path / "datasets--me--a/blobs", tmp_path / "datasets--me--a/snapshots/rev"
+    other = tmp_path / "datasets--me--b/blobs"
+    for folder in (blobs, snapshot / "img", other):
+        folder.mkdir(parents=True)
+    for folder in (blobs, other):
+        (folder / "0f").write_bytes(one_png())
+    (snapshot / "img/0.png").symlink_to("../../../blobs/0f")
+    (snapshot / "img/1.png").symlink_to(other / "0f")
+    (blobs / "data").write_text(json.dumps([entry(0, image="img/0.png"), entry(1, image="img/1.png")]))
+    (snapshot / "data.jsonl").symlink_to("../../blobs/data")
+    for root in (None, snapshot, tmp_path / "datasets--me--a"):
+        [record], rejected = read_source(snapshot / "data.jsonl", root=root)
+        assert record.image_path == blobs / "0f"
+        assert reasons(rejected)[0].startswith("path leaves its root: 'img/1.png' leads by a link to")
+    assert len(read_source(snapshot / "data.jsonl", root=tmp_path)[0]) == 2
+
+
+def test_a_linked_folder_of_images_needs_a_root_that_holds_both(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "scratch/0.png").write_bytes(one_png())
+    (tmp_path / "data/img").symlink_to(tmp_path / "scratch")
+    path = write(
+        tmp_path / "data", [entry(0, image="img/0.png"), entry(1, image="../../etc/hostname"), ROW | {"id": 9}]
+    )
+    assert [record.id for record in read_source(path)[0]] == ["9"]
+    assert "leads by a link to" in reasons(read_source(path)[1])[0]
+    records, rejected = read_source(path, root=tmp_path)
+    assert [record.id for record in records] == ["0", "9"] and "path leaves its root" in reasons(rejected)[0]
