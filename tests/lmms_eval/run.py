@@ -19,6 +19,8 @@ from PIL import Image
 
 from hermesflow import load_model
 from hermesflow.data.records import Question
+from hermesflow.engine.image_tokenizers.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
+from hermesflow.engine.weights import save_tensors
 from hermesflow.worlds import oracle, shapes
 
 HERE = Path(__file__).parent
@@ -37,6 +39,14 @@ except Exception:
 sys.argv[0] = "lmms_eval"
 runpy.run_module("lmms_eval", run_name="__main__")
 """
+FAMILIES = (
+    START.partition("sys.argv")[0]
+    + """
+sys.path.insert(0, HERE)
+import families
+families.check(sys.argv[1:])
+"""
+)
 
 
 def write_data(folder: Path) -> None:
@@ -88,6 +98,15 @@ def known_figures(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
     }
 
 
+def write_checkpoints(folder: Path) -> list[str]:
+    """Families of each kind: masked, code by code, by features, and latents; weights are random or built in."""
+    data = HERE.parent / "data"
+    bagel = shutil.copytree(data / "bagel-tiny", folder / "bagel")
+    small = KLAutoencoderConfig(channels=8, channel_multipliers=(1, 1, 2, 2), num_res_blocks=1, num_groups=8)
+    save_tensors(KLAutoencoder(small).state_dict(), bagel / "ae.safetensors")
+    return ["tiny-ar", "tiny-flow", str(data / "emu3-tiny"), str(data / "janus-tiny"), str(bagel)]
+
+
 def main() -> None:
     """Runs the tasks and checks their figures."""
     with tempfile.TemporaryDirectory() as name:
@@ -105,6 +124,9 @@ def main() -> None:
         (path,) = (folder / "out").rglob("*results.json")
         results = json.loads(path.read_text())["results"]
         known = known_figures(folder)
+        checkpoints = write_checkpoints(folder / "families")
+        start = FAMILIES.replace("HERE", repr(str(HERE)))
+        subprocess.run([sys.executable, "-P", "-c", start, *checkpoints], check=True, cwd=folder)
     failed = []
     for (task, metric), (value, room) in known.items():
         found = results[task][metric]
