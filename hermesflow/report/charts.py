@@ -40,7 +40,7 @@ def gap_chart(stages: Sequence[Stage]) -> str:
         stages: at least one.
     Returns: an <svg> element.
     """
-    width, height, left, right, top, bottom = 400, 290, 44, 8, 26, 30
+    width, height, left, right, top, bottom = 400, 308, 44, 8, 44, 30  # above: the names, and values at 100 %
     low, high, step = _axis(stages)
     spacing = (width - left - right) / len(stages)
     xs = [left + spacing * (index + 0.5) for index in range(len(stages))]
@@ -94,7 +94,7 @@ def category_chart(name: str, rows: Sequence[CategoryBars], labels: tuple[str, s
         labels: what before and after are called in the alternative text.
     Returns: an <svg> element.
     """
-    width, left, right, row_height = 340, 116, 44, 46
+    width, left, right, row_height = 340, 116, 54, 46
     height = row_height * len(rows)
     parts, alt = [], []
     for index, row in enumerate(rows):
