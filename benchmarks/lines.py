@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hermesflow.runtime.files import InputError, read_bytes, read_text, write_text
+from hermesflow.runtime.files import InputError, read_bytes, read_text, split_lines, write_text
 
 Line = dict[str, Any]
 FIELDS = (
@@ -41,7 +41,7 @@ def read_objects(path: Path, names: Sequence[str], kind: str) -> list[Line]:
     Raises: InputError if the file is missing or damaged, or a line lacks a field.
     """
     lines = []
-    for number, text in enumerate(read_bytes(path).decode("utf-8", "replace").splitlines(), start=1):
+    for number, text in enumerate(split_lines(read_bytes(path).decode("utf-8-sig", "replace")), start=1):
         try:
             line = json.loads(text)
             missing = [name for name in names if name not in line]

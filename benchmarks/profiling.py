@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from hermesflow.engine.phases import PHASES
-from hermesflow.runtime.files import InputError, atomic_write, read_text, write_text
+from hermesflow.runtime.files import InputError, atomic_write, read_text, split_lines, write_text
 
 NUM_PROFILED = 15
 """Operations in a profile's table."""
@@ -138,7 +138,7 @@ def read_ncu(path: Path) -> list[KernelReport]:
     else:
         text = read_text(path)
     # What the program and ncu print comes before the table; its first row after the names has units.
-    rows = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
+    rows = list(csv.reader(line for line in split_lines(text) if line.startswith('"')))
     start = next((number for number, row in enumerate(rows) if "Kernel Name" in row), None)
     if start is None or len(rows) < start + 2:
         raise InputError(f"{path}: no table of Nsight Compute; make one: ncu --csv --page raw --import FILE.ncu-rep")

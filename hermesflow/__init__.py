@@ -7,6 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from hermesflow.runtime.editable import list_folders_beside
+
 if TYPE_CHECKING:  # what editors and type checkers see
     from hermesflow.config import Config as Config
     from hermesflow.config import CurationConfig as CurationConfig
@@ -37,6 +39,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     # machine, and where other processes want the cores it takes the very core that it waits for. 12 training steps on
     # two cores: 14 s either way; beside two busy processes 28 s, by the default 163 s. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+list_folders_beside(__path__)
 
 _EXPORTS = {
     "Config": "hermesflow.config",

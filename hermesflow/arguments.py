@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from hermesflow import __version__
 from hermesflow.config import setting_names
 from hermesflow.evaluation.suites.presets import PRESETS
+from hermesflow.runtime.files import InputError, expand_home
 from hermesflow.runtime.registry import ANSWER_SCORERS, CAPTION_SCORERS, SUITES
 
 Arguments = argparse.Namespace
@@ -100,10 +101,22 @@ def _group(parser: argparse.ArgumentParser, name: str) -> argparse._SubParsersAc
     return parser.add_subparsers(title=title, metavar=metavar, required=True)
 
 
+def _at_home(text: str) -> str:
+    """A path, or a name that may be one, with its ~ written out: a shell leaves it in --option=~/x and in quotes."""
+    try:
+        return expand_home(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path(text: str) -> Path:
+    return Path(_at_home(text))
+
+
 def _png(text: str) -> Path:
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"expected a file name that ends with .png, got {text!r}")
-    return Path(text)
+    return _path(text)
 
 
 def _number(text: str) -> float:
@@ -150,7 +163,7 @@ def _command(
 # What several commands take.
 _repeated = partial(_option, action="append", default=[])
 _CONFIG = (
-    _option("--config FILE", "settings in TOML, one table a section", Path),
+    _option("--config FILE", "settings in TOML, one table a section", _path),
     _repeated(
         "--set KEY=VALUE",
         "one setting, such as train.lr=1e-5; may be repeated; wins over the file; the --set itself may be left out",
@@ -171,10 +184,10 @@ _SCORERS = tuple(
     for kind, names in (("caption", CAPTION_SCORERS), ("answer", ANSWER_SCORERS))
 )
 _ROUND = _option("--round N", "the round, from 1 [1]", _positive)
-_output = partial(_option, "-o --output FOLDER", kind=Path)
-_root = partial(_option, "--root FOLDER", kind=Path)
-_IMAGE = _option("image IMAGE", "an image file of any size")
-_IMAGES = _option("images IMAGE", "image files of any size", nargs="+")
+_output = partial(_option, "-o --output FOLDER", kind=_path)
+_root = partial(_option, "--root FOLDER", kind=_path)
+_IMAGE = _option("image IMAGE", "an image file of any size", _at_home)
+_IMAGES = _option("images IMAGE", "image files of any size", _at_home, nargs="+")
 _DRAWING = (
     _output("where they go; files of the same prompt and seed are replaced [images]", default=Path("images")),
     _option("--grid FILE.png", "also write all images on one, with their prompts", _png),
@@ -196,11 +209,11 @@ _DTYPE = _option("--dtype", "of the weights [float32]", choices=("float32", "bfl
 _CASES = _repeated("--case NAME", "may be repeated [all]", dest="cases")
 _FAMILIES = ("showo", "janus", "emu3", "chameleon", "mmada", "lumina-dimoo", "bagel")
 _family = partial(_option, "--family NAME", "of the model; all but showo at the shapes tiny and small [showo]")
-_OUT = _option("--out FILE.jsonl", "where to write the lines", Path)
+_OUT = _option("--out FILE.jsonl", "where to write the lines", _path)
 _NAIVE = _option(
     "--naive", "measure the published algorithm too [yes]", action=argparse.BooleanOptionalAction, default=True
 )
-_PROFILE = _option("--profile FOLDER", "where to write a trace and a table of each case", Path)
+_PROFILE = _option("--profile FOLDER", "where to write a trace and a table of each case", _path)
 _OF_MODELS = (_DEVICE, _shape("--shape NAME", f"one of {', '.join(_SHAPES)} [small]"), _DTYPE, _CASES, _OUT)
 
 _DRAWN = "pictures/a-large-green-triangle-in-the-top-left-on-a-white-background-seed0.png"
@@ -217,12 +230,12 @@ COMMANDS = (
         "generate", "draw images for prompts",
         '"a large green triangle in the top left on a white background" -o pictures --num-images 4',
         _option("prompts PROMPT", "what to draw", nargs="*"),
-        _option("--prompts-file FILE", "more prompts, one a line", Path), *_DRAWING, *_MODEL,
+        _option("--prompts-file FILE", "more prompts, one a line", _path), *_DRAWING, *_MODEL,
     ),
     _command(
         "inpaint", "draw the white part of a mask anew",
         f'{_DRAWN} docs/mask.png "a large red square in the top left on a white background" -o pictures', _IMAGE,
-        _option("mask MASK", "a picture of the same shape: white is drawn anew, black is kept"),
+        _option("mask MASK", "a picture of the same shape: white is drawn anew, black is kept", _at_home),
         _option("prompt PROMPT", "what the image shows in the end"), *_DRAWING, *_MODEL,
     ),
     _command(
@@ -245,54 +258,57 @@ COMMANDS = (
     ),
     _command(
         "curate", "make and score candidates, and pick the pairs of one round", "run.name=demo --round 1",
-        *_MODEL, *_SCORERS, _ROUND, continues=True,
+        *_MODEL, *_SCORERS, _ROUND,
+        _option("--worker", "make candidates beside other workers of the same command, on any machines that share the "
+                "folder; without it, the command then makes the pairs", action="store_true"),
+        continues=True,
     ),
     _command(
         "train", "train on the pairs of one round, or of a file",
         "--pairs runs/demo/round-1/pairs.parquet -o trained train.beta=0.1",
-        _option("--pairs FILE", "pairs.parquet or pair_dpo_data.json, without a run", Path),
+        _option("--pairs FILE", "pairs.parquet or pair_dpo_data.json, without a run", _path),
         _output("where training on --pairs goes [run.folder/run.name]"),
         _root("where image paths start [the folder of --pairs]"), *_MODEL, _ROUND, continues=True,
     ),
     _command("pairs", "exchange pairs with the published code", "export runs/demo -o pairs", configured=False),
     _command(
         "pairs export", "write a round's pairs as pair_dpo_data.json with images", "runs/demo --round 1 -o pairs",
-        _option("run_folder RUN", "the run's folder", Path),
+        _option("run_folder RUN", "the run's folder", _path),
         _output("[pairs]", default=Path("pairs")), _ROUND, configured=False,
     ),
     _command(
         "pairs import", "make a pair_dpo_data.json the pairs of a run's round, ready for train",
         "pairs/pair_dpo_data.json run.name=mine --round 1",
-        _option("file FILE.json", "pair_dpo_data.json", Path),
+        _option("file FILE.json", "pair_dpo_data.json", _path),
         _root("where image paths start [the file's folder]"), _ROUND,
     ),
     _command(
         "score", "score captions or answers of a file, as JSON lines", "captions.jsonl --scorer token-f1",
-        _option("file FILE", 'lines {"caption", "truth"} or {"answer", "choices"}', Path),
+        _option("file FILE", 'lines {"caption", "truth"} or {"answer", "choices"}', _path),
         _option("--scorer NAME", "as hermesflow curate --help lists them", required=True),
     ),
     _command(
         "questions", "write questions about captions with a text model, in TIFA's form",
         "captions.jsonl -o questions.json --filter",
-        _option("captions CAPTIONS", "JSON with id and caption, or text lines", Path),
-        _option("-o --output FILE.json", "[questions.json]", Path, default=Path("questions.json")),
-        _option("--model NAME", "a text model's hub id or folder [TIFA's LLaMA 2]"),
+        _option("captions CAPTIONS", "JSON with id and caption, or text lines", _path),
+        _option("-o --output FILE.json", "[questions.json]", _path, default=Path("questions.json")),
+        _option("--model NAME", "a text model's hub id or folder [TIFA's LLaMA 2]", _at_home),
         _option("--filter NAME", "keep what a question-answering model finds in the caption [off; without a NAME "
-                "UnifiedQA]", nargs="?", const=""), configured=False,
+                "UnifiedQA]", _at_home, nargs="?", const=""), configured=False, continues=True,
     ),
     _command(
         "eval", "measure understanding and generation, or draw and judge a suite's prompts",
         "--model tiny eval.num_prompts=200 -o tiny.json", *_MODEL,
         _option("-o --output FILE.json",
-                "where the result goes [run.folder/run.name/evaluation.json]; of a suite its folder", Path),
+                "where the result goes [run.folder/run.name/evaluation.json]; of a suite its folder", _path),
         _shortcut("--data FILE", "eval.data", "measure on held-out records of your own"),
         _option("--suite NAME", f"draw a suite's images: {', '.join(SUITES)}"),
-        _option("--prompts FILE", "the suite's own list of prompts", Path),
+        _option("--prompts FILE", "the suite's own list of prompts", _path),
         _option("--preset NAME", f"draw as was published: {', '.join(PRESETS)}", default=""),
         _option("--judge JUDGE",
                 "of the images: self or an endpoint's address; of a suite import:FILE, of geneval mask2former:FOLDER"),
         _option("--judge-model NAME", "of the endpoint [the first that it lists]", default=""),
-        _option("--compare FILE.json", "say how the result differs from an earlier one", Path),
+        _option("--compare FILE.json", "say how the result differs from an earlier one", _path),
         continues=True,
     ),
     _command(
@@ -306,7 +322,7 @@ COMMANDS = (
     _command(
         "export", "write a trained model in the published layout, which the original code can load",
         "runs/mine -o exported --dtype bfloat16",
-        _option("source MODEL", "a run's folder (its last trained round), or a model's"),
+        _option("source MODEL", "a run's folder (its last trained round), or a model's", _at_home),
         _output("where it goes", required=True),
         _option("--dtype", "of the weights [as they are kept]", choices=("float32", "bfloat16", "float16")),
         _option("--family NAME", "a model's family, or module:object of your own [by config.json; a run's own]"),
@@ -315,30 +331,30 @@ COMMANDS = (
     _command(
         "merge", "write the mean of the weights of models that were trained from one start",
         "runs/pairs runs/online -o runs/merged",
-        _option("sources MODEL", "runs' folders (their last trained rounds), or models'", nargs="+"),
+        _option("sources MODEL", "runs' folders (their last trained rounds), or models'", _at_home, nargs="+"),
         _output("where it goes", required=True),
         _option("--family NAME", "the models' family, or module:object of your own [by config.json; a run's own]"),
         configured=False,
     ),
     _command(
         "report", "write the page that shows a run", "runs/demo",
-        _option("run_folder RUN", "the run's folder [as configured]", Path, nargs="?"),
+        _option("run_folder RUN", "the run's folder [as configured]", _path, nargs="?"),
     ),
     _command(
         "study", "run self-play and its controls over several seeds, and say what they show",
         "--config benchmarks/study/default.toml study.workers=2",
-        _option("--lines FILE.jsonl", "show this study.jsonl, and measure nothing", Path),
+        _option("--lines FILE.jsonl", "show this study.jsonl, and measure nothing", _path),
         _repeated(
             "--readme FILE.md",
             "write the tables into this file, between <!-- study --> (or, for one table, <!-- study short -->) and "
             "<!-- /study -->; may be repeated",
-            Path, dest="readmes",
+            _path, dest="readmes",
         ),
         _option("--plot FILE.png", "where to draw the effects (needs matplotlib)", _png), continues=True,
     ),
     _command(
         "config", "print all settings with their meaning, as a TOML file to start from", "train.lr=1e-5 -o mine.toml",
-        _option("-o --output FILE.toml", "write them into this file", Path),
+        _option("-o --output FILE.toml", "write them into this file", _path),
     ),
     _command("doctor", "show what this machine can run, and for the rest why not", "", configured=False),
     _command(
@@ -351,8 +367,8 @@ COMMANDS = (
         _DEVICE, _shape("--shape", "sizes [small]", choices=("tiny", "small", "showo-1.3b", "padded", "tiny-padded")),
         *(_repeated(f"--{name} NAME", "may be repeated [all that can run]", dest=f"{name}s")
           for name in ("op", "backend", "baseline")), _OUT,
-        _option("--plot FILE.png", "where to draw the roofline (needs matplotlib)", Path),
-        _option("--profile FOLDER", "where to write a trace and a table of each case and backend", Path),
+        _option("--plot FILE.png", "where to draw the roofline (needs matplotlib)", _path),
+        _option("--profile FOLDER", "where to write a trace and a table of each case and backend", _path),
         _option("--no-test", "do not run the op's tests first", dest="test", action="store_false"), configured=False,
     ),
     _command(
@@ -369,17 +385,17 @@ COMMANDS = (
     _command(
         "bench drop-in", "a published class's methods before and after hermesflow.accelerate",
         "--shape small --out results.jsonl", *_OF_MODELS, _family(choices=("showo", "mmada"), default="showo"),
-        _option("--code FOLDER", "a checkout of Show-o, HermesFlow or MMaDA [a stand-in of its class]", Path),
+        _option("--code FOLDER", "a checkout of Show-o, HermesFlow or MMaDA [a stand-in of its class]", _path),
         configured=False,
     ),
     _command(
         "bench table", "print lines of a benchmark as a Markdown table",
         "benchmarks/results/ops-cpu-small.jsonl --backend cpu",
-        _option("files FILE.jsonl", "files that a benchmark wrote", Path, nargs="+"),
+        _option("files FILE.jsonl", "files that a benchmark wrote", _path, nargs="+"),
         _repeated("--backend NAME", "may be repeated [all]", dest="backends"),
         _option(
             "--readme FILE.md",
-            "write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->", Path,
+            "write tables into this file, between <!-- results BENCH [BACKEND ...] --> and <!-- /results -->", _path,
         ),
         configured=False,
     ),

@@ -4,14 +4,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hermesflow.arguments import Arguments, make_parser, with_settings
 from hermesflow.config import DRAWING, Config, ConfigError, load_config, to_toml
-from hermesflow.runtime.files import InputError, read_text, write_problem, write_text
+from hermesflow.runtime.console import escape_what_cannot_be_printed, log_on_stderr, may_tell, user_message
+from hermesflow.runtime.files import InputError, check_output, read_text, split_lines, write_text
 
 if TYPE_CHECKING:
     from hermesflow.models import Model
@@ -22,15 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments after the program's name; None takes those of the process.
-    Returns: the exit code: 0, 1 if a benchmark met a wrong result, 2 on bad input (with one line on stderr), 130 when
-        interrupted.
+    Returns: the exit code: 0, 1 if a benchmark met a wrong result, 2 on bad input (with a line on stderr for each), 130
+        when interrupted.
     """
+    escape_what_cannot_be_printed()
     arguments = make_parser().parse_args(with_settings(sys.argv[1:] if argv is None else argv))
     debug = os.environ.get("HERMESFLOW_DEBUG") == "1"
     try:
         # Settings come first, so that a mistake in them shows before anything heavy is loaded.
         config = load_config(arguments.config, [*arguments.set, *arguments.shortcuts])
-        with _log_on_stderr(logging.DEBUG if arguments.verbose else logging.INFO):
+        with log_on_stderr(logging.DEBUG if arguments.verbose else logging.INFO):
             code = _RUN[arguments.command](arguments, config)
         sys.stdout.flush()
         return code or 0
@@ -38,68 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         hint = "; the same command resumes where it stopped" if arguments.continues else ""
-        if _may_tell():
+        if may_tell():
             print(f"\nhermesflow: stopped{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        message, is_first = _user_message(error), _may_tell()
+        message, is_first = user_message(error), may_tell()
         if debug or (message is None and is_first):
             raise
         if is_first:
             print(f"hermesflow: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
-
-
-class _StderrHandler(logging.Handler):
-    """Prints to what stderr is at the time: a progress bar stands in for it while it is on screen."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from hermesflow.runtime.distributed import is_main
-
-        if is_main():
-            print(f"hermesflow: {record.getMessage()}", file=sys.stderr)
-
-
-@contextmanager
-def _log_on_stderr(lowest: int) -> Iterator[None]:
-    """Shows what the library logs while a command runs, from a level on."""
-    logger, handler = logging.getLogger("hermesflow"), _StderrHandler(lowest)
-    level = logger.level
-    logger.setLevel(lowest)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-def _user_message(error: Exception) -> str | None:
-    """What the user should read, or None if the error is a fault of ours that deserves a traceback."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, OSError):
-        path = error.filename or "output"
-        return str(write_problem(path, error) or f"{path}: {error.strerror or error}")
-    distributed = sys.modules.get("hermesflow.runtime.distributed")
-    if distributed is not None and distributed.is_lost(error):
-        return distributed.LOST
-    registry = sys.modules.get("hermesflow.kernels.registry")  # loaded wherever its error can come from
-    if registry is not None and isinstance(error, registry.BackendError):
-        return str(error)
-    return None
-
-
-def _may_tell() -> bool:
-    """Of the processes that torchrun started, the first that ends says why."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
-    from hermesflow.runtime.distributed import may_tell
-
-    return may_tell()
 
 
 def _selfplay(arguments: Arguments, config: Config) -> None:
@@ -123,7 +75,7 @@ def _generate(arguments: Arguments, config: Config) -> None:
 
     prompts = list(arguments.prompts)
     if arguments.prompts_file is not None:
-        prompts += [line.strip() for line in read_text(arguments.prompts_file).splitlines() if line.strip()]
+        prompts += [line.strip() for line in split_lines(read_text(arguments.prompts_file)) if line.strip()]
     if not prompts:
         raise InputError("generate: no prompts; give them as arguments or with --prompts-file FILE, one a line")
     model, drawing = _open_for_drawing(arguments, config)
@@ -166,6 +118,8 @@ def _save_images(
 ) -> None:
     from hermesflow.tasks import save_contact_sheet, save_image
 
+    if arguments.grid is not None:
+        check_output(arguments.grid)
     settings |= {"model": config.model.name, "dtype": config.model.dtype, **asdict(drawing["sampling"])}
     kept = []
     for image in images:
@@ -176,31 +130,50 @@ def _save_images(
         print(save_contact_sheet(arguments.grid, kept, settings, arguments.num_images))
 
 
-def _caption(arguments: Arguments, config: Config) -> None:
+def _caption(arguments: Arguments, config: Config) -> int:
     from hermesflow.tasks import caption_images
 
-    _print_lines(caption_images(_open_model(config), arguments.images))
+    bad: list[InputError] = []
+    _print_lines(caption_images(_open_model(config), arguments.images, skip=lambda error: _tell_of(error, bad)))
+    return 2 if bad else 0
 
 
-def _answer(arguments: Arguments, config: Config) -> None:
+def _tell_of(error: InputError, bad: list[InputError]) -> None:
+    """Says what is wrong with one of many images; the others follow."""
+    print(f"hermesflow: error: {error}", file=sys.stderr, flush=True)
+    bad.append(error)
+
+
+def _answer(arguments: Arguments, config: Config) -> int:
     from hermesflow.tasks import answer_question
 
     if os.path.isfile(arguments.question):
         raise InputError(f"{arguments.question}: is a file; write the question last, after the images")
     choices = arguments.choices.split(",") if arguments.choices is not None else ()
-    _print_lines(answer_question(_open_model(config), arguments.images, arguments.question, choices))
+    bad: list[InputError] = []
+    model, skip = _open_model(config), lambda error: _tell_of(error, bad)
+    _print_lines(answer_question(model, arguments.images, arguments.question, choices, skip=skip))
+    return 2 if bad else 0
 
 
 def _curate(arguments: Arguments, config: Config) -> None:
     from hermesflow.runs import Run
-    from hermesflow.runtime.distributed import on_main, process_group
+    from hermesflow.runtime.distributed import on_main, process_group, world_size
     from hermesflow.selfplay import curate_round
     from hermesflow.training import check_training
 
     # What training would refuse shows before the work on candidates, which locks the settings.
     check_training(config)
     with process_group(config.model.device):
-        run, number = Run(config), arguments.round or 1
+        number = arguments.round or 1
+        if arguments.worker:
+            if world_size() > 1:
+                raise InputError("--worker: a worker is one process; start each by itself, without torchrun")
+            run = Run(config, as_worker=True)
+            run.share_candidates(number)
+            print(f"{run.path(number, 'candidates')}: all are there; the same command without --worker makes the pairs")
+            return
+        run = Run(config)
         curate_round(run, number)
         on_main(lambda: print(run.describe_pairs(number)))
 
@@ -271,11 +244,15 @@ def _eval(arguments: Arguments, config: Config) -> None:
     if arguments.judge is not None and arguments.suite is None:
         if not config.eval.data:
             raise InputError("--judge: belongs to --suite NAME or --data FILE")
-        config = replace(config, eval=replace(config.eval, judge=arguments.judge))
+        try:
+            config = replace(config, eval=replace(config.eval, judge=arguments.judge))
+        except ConfigError as error:
+            raise InputError(f"--{error.key}: {error.reason}") from error
     console, earlier = make_console(), arguments.compare and read_json(arguments.compare)
     if arguments.suite is None:
-        result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
         path = arguments.output or config.run_folder / "evaluation.json"
+        check_output(path)
+        result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
         write_json(path, result)
     else:
         found = _eval_suite(arguments, config)
@@ -427,7 +404,12 @@ def _settings(kind: type, arguments: Arguments) -> Any:
 
 def _print_lines(lines: Iterable[dict]) -> None:
     for line in lines:
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        text = json.dumps(line, ensure_ascii=False)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:  # JSON has escapes of its own
+            text = json.dumps(line)
+        print(text, flush=True)
 
 
 def _open_model(config: Config) -> "Model":

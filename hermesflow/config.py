@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hermesflow.kernels import LOSS_TYPES
-from hermesflow.runtime.files import InputError, read_bytes
+from hermesflow.runtime.files import InputError, check_unicode, expand_home, read_bytes
 from hermesflow.runtime.registry import (
     ALGORITHMS,
     ANSWER_SCORERS,
@@ -212,6 +212,7 @@ class CurationConfig(DrawingConfig):
         else:
             _check_between(self, 0, 1, "threshold", "margin")
         _check_at_least(self, 0, "caption_temperatures", "caption_top_k")
+        _check_scale(self, "caption_temperatures")
         _check_name(self, "score", IMAGE_SCORERS, "function")
         _check_name(self, "caption_scorer", CAPTION_SCORERS, "function")
         _check_name(self, "answer_scorer", ANSWER_SCORERS, "function")
@@ -319,11 +320,13 @@ class TrainConfig:
         _check_at_least(self, 1, "keep_checkpoints", "masks_per_pair", "holdout_every", "patience")
         _check_above(self, 0, "lr", "beta", "max_grad_norm", "lora_alpha")
         _check_at_least(self, 0, "generation_beta", "understanding_beta")
+        _check_scale(self, "beta", "generation_beta", "understanding_beta")
         _check_at_least(self, 0, "weight_decay", "warmup_steps", "simpo_margin", "lora_rank", "holdout_pairs")
         _check_at_least(self, 0, "generation_weight", "understanding_weight", "preference_weight", "nll_weight")
         _check_at_least(self, 0, "replay_weight")
         _check_at_least(self, 1, "replayed_questions")
         _check_between(self, 0, 1, "condition_dropout")
+        _check_between(self, 0, 2**16, "lora_rank")
         _check_name(self, "loss_type", (*LOSS_TYPES, *LOSSES))
         _check(self, ("label_smoothing",), lambda value: 0 <= value < 0.5, "0 to below 0.5")
         if not self.generation_weight and not self.understanding_weight:
@@ -380,7 +383,7 @@ class GRPOConfig:
         _check_between(self, 0, 1, "clip_low")
         _check_above(self, 0, "clip_high")
         _check_name(self, "rewards", REWARDS, "function")
-        _check(self, ("reward_weights",), math.isfinite, "finite numbers")
+        _check(self, ("reward_weights",), lambda value: abs(value) <= 1e6, "-1e6 to 1e6")
         _check(self, ("step_fractions",), lambda value: 0 < value <= 16, "above 0 to 16")
         if not self.step_fractions:
             raise ConfigError("GRPOConfig", "step_fractions", "expected at least one, got none")
@@ -696,7 +699,7 @@ def to_toml(config: Config) -> str:
 def _read_toml(path: str | os.PathLike) -> Iterable[tuple[str, str, Any]]:
     data = read_bytes(path)
     try:
-        tables = tomllib.loads(data.decode("utf-8"))
+        tables = tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
         raise InputError(f"{path}: not a TOML file ({error}); correct that place") from error
     rounds = tables.pop("round", {})
@@ -791,7 +794,10 @@ def _unknown(source: str, name: str, candidates: Iterable[str], fix: str = "") -
 
 
 def _check_types(section: Any) -> None:
-    """Check each field against its annotation; whole numbers become floats and lists tuples where those are due."""
+    """Check each field against its annotation; whole numbers become floats and lists tuples where those are due.
+
+    A text that begins with ~ is a path in the home folder, whatever the field, and is written out.
+    """
     for name, expected in get_type_hints(type(section)).items():
         value = getattr(section, name)
         try:
@@ -799,6 +805,8 @@ def _check_types(section: Any) -> None:
         except (TypeError, OverflowError):
             reason = f"expected {_describe_type(expected)}, got {_describe(value)}"
             raise ConfigError(type(section).__name__, name, reason) from None
+        except InputError as error:
+            raise ConfigError(type(section).__name__, name, str(error)) from error
         object.__setattr__(section, name, converted)
 
 
@@ -812,9 +820,19 @@ def _convert(value: Any, expected: Any) -> Any:
     elif expected is float:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
+    elif expected is str:
+        if isinstance(value, str):
+            return _usable_text(value)
     elif type(value) is expected:
         return value
     raise TypeError
+
+
+def _usable_text(value: str) -> str:
+    """A text with its ~ written out. Raises: InputError if a file's name or a settings file cannot hold it."""
+    if "\0" in value:
+        raise InputError(f"text: expected no null character, got {value!r}; leave it out")
+    return expand_home(check_unicode(value, "text"))
 
 
 def _describe_type(expected: Any) -> str:
@@ -848,6 +866,14 @@ def _check_seed(section: Any) -> None:
 def _check_samplers(section: Any) -> None:
     expected = 'texts such as "4/0.7", at least one step and a temperature of at least 0'
     _check(section, ("samplers",), lambda value: re.fullmatch(r"[1-9][0-9]*/([0-9]+\.)?[0-9]+", value), expected)
+    expected = "at most 65536 steps, and a temperature of 0 or 1e-6 to 1e6"
+    _check(section, ("samplers",), lambda value: _is_sampler_in_range(*value.split("/")), expected)
+
+
+def _is_sampler_in_range(num_steps: str, temperature: str) -> bool:
+    return (
+        len(num_steps) < 6 and int(num_steps) <= 2**16 and (1e-6 <= float(temperature) <= 1e6 or not float(temperature))
+    )
 
 
 def _check_drawing(section: Any) -> None:
@@ -864,10 +890,23 @@ def _check_drawing(section: Any) -> None:
 
 def _check_at_least(section: Any, low: float, *names: str) -> None:
     _check(section, names, lambda value: value >= low, f"at least {low}")
+    _check_at_most(section, *names)
 
 
 def _check_above(section: Any, low: float, *names: str) -> None:
     _check(section, names, lambda value: value > low, f"more than {low}")
+    _check_at_most(section, *names)
+
+
+def _check_at_most(section: Any, *names: str) -> None:
+    """Beyond these the arithmetic of float32 and of indices overflows, far from the setting that made it."""
+    _check(section, names, lambda value: isinstance(value, int) or abs(value) <= 1e6, "at most 1e6")
+    _check(section, names, lambda value: isinstance(value, float) or value < 2**31, f"at most {2**31 - 1}")
+
+
+def _check_scale(section: Any, *names: str) -> None:
+    """Of what is divided by."""
+    _check(section, names, lambda value: value == 0 or 1e-6 <= value <= 1e6, "1e-6 to 1e6 if not 0")
 
 
 def _check_between(section: Any, low: float, high: float, *names: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from hermesflow.data.records import Record
 from hermesflow.data.sources import record_views
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.model import Model
+from hermesflow.runtime.claims import Claims
 from hermesflow.runtime.distributed import rank, world_size
 from hermesflow.runtime.files import InputError, ParquetRows, StrPath, damaged, make_folder, read_parquet, write_parquet
 from hermesflow.runtime.progress import track
@@ -62,6 +64,7 @@ _DRAWN_BY = (
 )
 _NOT_DRAWN_BY = ("threshold", "margin", "keep", "lose_caption", "batch_records", *DRAWING)
 _FINGERPRINT = b"hermesflow.fingerprint"
+_LOOK_AGAIN = 1.0  # seconds, where all parts that are left are others'
 
 
 def curate(
@@ -101,10 +104,7 @@ def curate(
         a record that cannot be curated, a scorer that cannot be had, or a word that the model does not know.
     Source: HermesFlow (arXiv 2502.12148), section 3.
     """
-    prints = _fingerprints(model, records, config, seed, previous)
-    paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(prints))]
-    _refuse_strange_parts(make_folder(folder), paths)
-    done = {path for path, fingerprint in zip(paths, prints, strict=True) if _is_made(path, fingerprint)}
+    paths, prints, done = _look(model, records, config, seed, folder, previous)
     share = slice(rank(), None, world_size())
     scorers = Scorers(config, judge()) if set(paths[share]) - done else None
 
@@ -113,12 +113,84 @@ def curate(
         batches = itertools.islice(every, share.start, None, share.step)
         for path, fingerprint, batch in track(batches, "candidates", "batches", total=len(paths[share])):
             if path not in done:
-                rows = _rows(model, batch, config, seed, _previous_images(batch, previous), scorers)
-                table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)
-                write_parquet(path, table.replace_schema_metadata({_FINGERPRINT: fingerprint}))
+                _make_part(path, fingerprint, model, batch, config, seed, previous, scorers)
             yield batch, _read_part(path)
 
     return parts()
+
+
+def curate_as_worker(
+    model: Model,
+    records: Sequence[Record],
+    config: CurationConfig,
+    *,
+    seed: int,
+    folder: StrPath,
+    claims: Claims,
+    previous: PairFile | None = None,
+    judge: Callable[[], Model | None] = lambda: None,
+) -> None:
+    """Makes parts of curate beside other workers, of this or other machines, until all are there.
+
+    A worker takes the first part that nobody has; parts of workers that are gone are taken again (runtime/claims.py).
+
+    Args:
+        model, records, config, seed, folder, previous, judge: as in curate, of all workers alike.
+        claims: of this worker, in a folder that all share.
+    Raises: InputError as curate.
+    """
+    paths, prints, done = _look(model, records, config, seed, folder, previous)
+    scorers = Scorers(config, judge()) if len(done) < len(paths) else None
+    left = [number for number, path in enumerate(paths) if path not in done]
+
+    def made() -> Iterator[int]:
+        """The numbers of parts as this worker sees them made, by whom ever."""
+        while left:
+            before = len(left)
+            for number in list(left):
+                with claims.take(paths[number].stem) as is_mine:
+                    if is_mine and not _is_made(paths[number], prints[number]):
+                        start = number * config.batch_records
+                        batch = list(records[start : start + config.batch_records])
+                        _make_part(paths[number], prints[number], model, batch, config, seed, previous, scorers)
+                if _is_made(paths[number], prints[number]):
+                    left.remove(number)
+                    yield number
+            if len(left) == before:
+                time.sleep(_LOOK_AGAIN)
+
+    for _ in track(made(), "candidates of all workers", "batches", total=len(paths), completed=len(done)):
+        pass
+
+
+def _look(
+    model: Model,
+    records: Sequence[Record],
+    config: CurationConfig,
+    seed: int,
+    folder: StrPath,
+    previous: PairFile | None,
+) -> tuple[list[Path], list[str], set[Path]]:
+    """The parts' files, their fingerprints, and the files that are there. Raises: InputError, see curate."""
+    prints = _fingerprints(model, records, config, seed, previous)
+    paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(prints))]
+    _refuse_strange_parts(make_folder(folder), paths)
+    return paths, prints, {path for path, own in zip(paths, prints, strict=True) if _is_made(path, own)}
+
+
+def _make_part(
+    path: Path,
+    fingerprint: str,
+    model: Model,
+    batch: Sequence[Record],
+    config: CurationConfig,
+    seed: int,
+    previous: PairFile | None,
+    scorers: Scorers,
+) -> None:
+    rows = _rows(model, batch, config, seed, _previous_images(batch, previous), scorers)
+    table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)
+    write_parquet(path, table.replace_schema_metadata({_FINGERPRINT: fingerprint}))
 
 
 def caption_sampling(config: CurationConfig, max_new_tokens: int) -> list[SamplingParams]:

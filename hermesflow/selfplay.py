@@ -107,6 +107,7 @@ def evaluate_round(run: Run, number: int) -> None:
     def work() -> None:
         path = run.path(number, "evaluation.json")
         if not path.exists():
+            run.check_eval_files()
             run.timed(number, "evaluation", lambda: write_json(path, _evaluate(run, number)))
         run.evaluation(number)
 

@@ -3,13 +3,14 @@
 Pictures out: generate, inpaint, extrapolate. Text out: caption, answer.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ from hermesflow import __version__
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.models.contact_sheet import draw_contact_sheet
 from hermesflow.models.images import open_image
-from hermesflow.models.model import Model, check_words
+from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, StrPath, atomic_write
 from hermesflow.runtime.progress import track
 from hermesflow.runtime.seeds import candidate_seed
 
 DIRECTIONS = ("left", "right", "up", "down")
+_Result = TypeVar("_Result")
 _BATCH_VIEWS = 16
+_LABELS = ("inpainted", "extrapolated")
 
 
 class GeneratedImage(NamedTuple):
@@ -39,6 +42,8 @@ class GeneratedImage(NamedTuple):
     """uint8 [H, W, 3]."""
     codes: Tensor
     """Its tokens, int64 [h, w]."""
+    cut: str = ""
+    """How much of the prompt the model did not see, such as "cut from 7,089 to 126 tokens"; empty if it saw all."""
 
 
 def generate_images(
@@ -60,6 +65,7 @@ def generate_images(
     Yields: the images, prompt by prompt.
     Raises: InputError on an empty prompt or a word that the model does not know.
     """
+    _check_numbers(num_images, seed)
     prompt_ids = [_prompt_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     total, size = len(prompts) * num_images, _images_per_batch(model)
     for start in track(range(0, total, size), "generate", "batches"):
@@ -97,6 +103,7 @@ def inpaint_images(
         generate_images.
     """
     _check_keeps_codes(model)
+    _check_numbers(num_images, seed)
     prompt_ids = _prompt_ids(model, prompt, "prompt")
     opened, opened_mask = open_image(image), open_image(mask)
     _check_same_shape(image, opened, mask, opened_mask)
@@ -146,6 +153,7 @@ def extrapolate_image(
     Source: HermesFlow's published inference_t2i.py, mode "extrapolation".
     """
     _check_keeps_codes(model)
+    _check_numbers(num_images, seed)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     grid = model.layout.image_grid
     _check_extensions(prompts, directions, steps, offset, grid)
@@ -161,24 +169,28 @@ def extrapolate_image(
             window_seeds = [[candidate_seed(own, f"step-{step}", "extrapolate", number)] for own in seeds]
             drawn = _draw_codes(model, [step_ids] * num_images, torch.tensor(window_seeds), sampling, known.flatten(1))
             canvas[:, rows, columns] = drawn.view(known.shape)
+    cut = "; ".join(filter(None, map(model.describe_cut, prompts)))
     for own, codes in zip(seeds, canvas, strict=True):
-        yield from _show(model, [" | ".join(prompts)], [own], codes[None].flatten(1), tuple(codes.shape[:2]))
+        for image in _show(model, [prompts[0]], [own], codes[None].flatten(1), tuple(codes.shape[:2])):
+            yield image._replace(prompt=" | ".join(prompts), cut=cut)
 
 
 def save_image(folder: StrPath, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:
     """Write an image as PNG with its prompt, seed and settings in the PNG's text fields.
+
+    A prompt that was cut is noted in prompt_cut.
 
     Args:
         folder: where it goes; made if need be.
         image: the image.
         settings: what else it was drawn with; kept as JSON.
         label: a word of the file's name, which keeps apart what is drawn of one prompt in several ways.
-    Returns: the file's path, named by prompt, label and seed.
+    Returns: the file's path, named by prompt, label and seed: other prompts have other names.
     Raises: InputError if it cannot be written.
     """
-    words = re.sub(r"[^a-z0-9]+", "-", image.prompt.lower()).strip("-")[:60].strip("-") or "image"
-    path = Path(folder) / "-".join(filter(None, [words, label, f"seed{image.seed}.png"]))
-    _write_png(path, Image.fromarray(image.pixels), image.prompt, {"seed": image.seed, "settings": settings})
+    path = Path(folder) / "-".join(filter(None, [_name_of(image.prompt), label, f"seed{image.seed}.png"]))
+    fields = {"seed": image.seed, "settings": settings} | ({"prompt_cut": image.cut} if image.cut else {})
+    _write_png(path, Image.fromarray(image.pixels), image.prompt, fields)
     return path
 
 
@@ -199,26 +211,36 @@ def save_contact_sheet(
     captions = [f"seed {image.seed}: {image.prompt}" for image in images]
     sheet = draw_contact_sheet([image.pixels for image in images], captions, columns)
     prompts = "\n".join(dict.fromkeys(image.prompt for image in images))
-    _write_png(path, sheet, prompts, {"seeds": [image.seed for image in images], "settings": settings})
+    fields = {"seeds": [image.seed for image in images], "settings": settings}
+    if any(image.cut for image in images):
+        fields["prompt_cut"] = [image.cut for image in images]
+    _write_png(path, sheet, prompts, fields)
     return Path(path)
 
 
-def caption_images(model: Model, paths: Sequence[StrPath]) -> Iterator[dict[str, str]]:
+def caption_images(
+    model: Model, paths: Sequence[StrPath], *, skip: Callable[[InputError], None] | None = None
+) -> Iterator[dict[str, str]]:
     """Describe images.
 
     Args:
         model: the model that looks.
         paths: image files of any size.
+        skip: takes the error of each file that is no image, and the others are described; None raises it.
     Yields: {"image": path, "caption": text} for each, in order; the caption is the greedy one.
     Raises: InputError if a file is missing, before the first is described, or is no image.
     """
-    for batch in _batches(paths, "caption"):
-        for path, text in zip(batch, model.caption(batch), strict=True):
-            yield {"image": str(path), "caption": text}
+    for path, text in _each_image(paths, "caption", model.caption, skip):
+        yield {"image": str(path), "caption": text}
 
 
 def answer_question(
-    model: Model, paths: Sequence[StrPath], question: str, choices: Sequence[str] = ()
+    model: Model,
+    paths: Sequence[StrPath],
+    question: str,
+    choices: Sequence[str] = (),
+    *,
+    skip: Callable[[InputError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer a question about each of some images.
 
@@ -227,21 +249,42 @@ def answer_question(
         paths: image files of any size.
         question: the question.
         choices: the answers to choose from, by their likelihood; none lets the model answer freely (greedy).
+        skip: as in caption_images.
     Yields: {"image", "question", "answer"} for each, in order, and with choices "probabilities": {choice: probability}.
     Raises: InputError if a file is missing or no image, the question is empty or has a word that the model does not
         know, or the choices are fewer than two or not distinct.
     """
-    for batch in _batches(paths, "answer"):
+
+    def work(batch: Sequence[StrPath]) -> list[dict[str, Any]]:
         if choices:
-            answers = [_chosen(chances) for chances in model.score(batch, question, choices)]
-        else:
-            answers = [{"answer": text} for text in model.answer(batch, question)]
-        for path, answer in zip(batch, answers, strict=True):
-            yield {"image": str(path), "question": question} | answer
+            return [_chosen(chances) for chances in model.score(batch, question, choices)]
+        return [{"answer": text} for text in model.answer(batch, question)]
+
+    for path, answer in _each_image(paths, "answer", work, skip):
+        yield {"image": str(path), "question": question} | answer
+
+
+def _name_of(prompt: str) -> str:
+    """A prompt as part of a file's name, in a-z and 0-9; the prompt's hash follows where those do not hold all of it.
+
+    Only the hash has a "_" before it, and a prompt that ends as a label does has one, so no two prompts share a name.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    if words and words.replace("-", " ") == prompt and not words.endswith(_LABELS):
+        return words
+    digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return f"{words or 'image'}_{digest}"
+
+
+def _check_numbers(num_images: int, seed: int) -> None:
+    if num_images < 1 or not 0 <= seed < 2**62:
+        raise InputError(
+            f"expected num_images from 1 and a seed in [0, 2**62), got {num_images} and {seed}; correct it"
+        )
 
 
 def _prompt_ids(model: Model, prompt: str, name: str) -> list[int]:
-    return model.image_prompt(check_words(prompt, name))
+    return model.user_prompt(prompt, name)
 
 
 def _draw_codes(
@@ -282,7 +325,7 @@ def _show(
     grid = grid or model.layout.image_grid
     images = model.decode_images(codes, *grid)
     codes = codes.unflatten(1, grid) if codes.shape[1] == grid[0] * grid[1] else codes
-    yield from map(GeneratedImage, prompts, seeds, images, codes.cpu())
+    yield from map(GeneratedImage, prompts, seeds, images, codes.cpu(), map(model.describe_cut, prompts))
 
 
 def _check_same_shape(path: StrPath, image: Image.Image, mask_path: StrPath, mask: Image.Image) -> None:
@@ -370,13 +413,38 @@ def _write_png(path: StrPath, image: Image.Image, prompt: str, fields: dict[str,
         image.save(temporary, format="PNG", pnginfo=text)
 
 
-def _batches(paths: Sequence[StrPath], description: str) -> Iterator[Sequence[StrPath]]:
-    """Images that are looked at together."""
+def _each_image(
+    paths: Sequence[StrPath],
+    description: str,
+    work: Callable[[Sequence[StrPath]], list[_Result]],
+    skip: Callable[[InputError], None] | None,
+) -> Iterator[tuple[StrPath, _Result]]:
+    """Images, which are looked at a batch together, with what the work makes of each; see caption_images."""
     for path in paths:
-        if not os.path.exists(path):  # shows before the work on the others, not after it
+        if skip is None and not os.path.exists(path):  # shows before the work on the others, not after it
             raise InputError(f"{path}: no such file; check the path")
     for start in track(range(0, len(paths), _BATCH_VIEWS), description, "batches"):
-        yield paths[start : start + _BATCH_VIEWS]
+        batch = list(paths[start : start + _BATCH_VIEWS])
+        try:
+            found = work(batch)
+        except InputError:
+            whole = batch if skip is None else _readable(batch, skip)
+            if len(whole) == len(batch):  # the error is not about an image
+                raise
+            batch, found = whole, work(whole) if whole else []
+        yield from zip(batch, found, strict=True)
+
+
+def _readable(paths: Sequence[StrPath], skip: Callable[[InputError], None]) -> list[StrPath]:
+    """Those that are images; skip takes the errors of the others."""
+    whole = []
+    for path in paths:
+        try:
+            open_image(path)
+            whole.append(path)
+        except InputError as error:
+            skip(error)
+    return whole
 
 
 def _chosen(chances: dict[str, float]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _train(policy: Policy, learner: Algorithm, hold_out: HoldOut, seed: int, fol
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
             metrics = forward_backward(policy, learner, reference, learner.visits(step), meter)
             metrics |= {"grad_norm": clip_gradients(policy.transformer, config.max_grad_norm), "lr": lr}
-            _check_finite(metrics, step, learner.name)
+            _check_finite(metrics, step, learner.name, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics |= meter.rates(time.perf_counter() - began)
@@ -168,6 +168,10 @@ def _check_training(config: TrainConfig, algorithm: str) -> None:
     check_tracker(config.tracker)
     check_loss(config)
     find_algorithm(algorithm)
+    if algorithm == "pair-dpo" and not (config.preference_weight or config.nll_weight or config.replay_weight):
+        raise InputError(
+            "train: nothing to learn: preference_weight, nll_weight and replay_weight are all 0; set one above 0"
+        )
 
 
 def find_algorithm(name: str) -> type:
@@ -254,7 +258,7 @@ class HoldOut:
             return {}
         loss = measure_loss(self._policy.transformer, self._algorithm, self._visits, self._reference)
         metrics = {"holdout/loss": loss}
-        _check_finite(metrics, step, self._algorithm.name)
+        _check_finite(metrics, step, self._algorithm.name, self._config)
         if self._best_loss is None or loss < self._best_loss:
             self._best_loss, self._best_step = loss, step + 1
             save_state(self._folder / "best", self._policy.transformer, None, {"step": step + 1} | self.progress())
@@ -342,10 +346,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _check_finite(metrics: dict[str, float], step: int, algorithm: str) -> None:
+def _suspect(config: TrainConfig) -> str:
+    """What may have made the arithmetic overflow: settings that are far out, else the rate."""
+    far = [item.name for item in fields(config) if item.type is float and getattr(config, item.name) >= 1e3]
+    return " or ".join(f"train.{name}" for name in far or ["lr"])
+
+
+def _check_finite(metrics: dict[str, float], step: int, algorithm: str, config: TrainConfig) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise InputError(f"{algorithm}: {name} is {value} at step {step}; lower train.lr")
+            raise InputError(f"{algorithm}: {name} is {value} at step {step}; lower {_suspect(config)}")
 
 
 def _as_note(metrics: dict[str, float]) -> str:

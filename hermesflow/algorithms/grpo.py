@@ -179,6 +179,10 @@ class GRPO:
         """Raises InputError on settings that do not go together."""
         if config.model.judge:
             raise InputError("model.judge: grpo takes its rewards from the section grpo; leave it empty")
+        if not any((*config.grpo.reward_weights, config.grpo.kl_weight, config.train.replay_weight)):
+            raise InputError(
+                "grpo: nothing to learn: reward_weights, kl_weight and train.replay_weight are all 0; set one of them"
+            )
         find_rewards(config.grpo)
         find_matcher(config.curation)
         check_rollouts(config)

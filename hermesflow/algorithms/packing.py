@@ -205,7 +205,7 @@ class PairPacker:
         chosen = (questions[number] for number in order[: self.config.replayed_questions])
         model = self.model
         return [
-            (self._ask(model.question_prompt(question)), [model.answer_ids(text) for text in answers])
+            (self._ask(model.question_prompt(question)), list(map(model.answer_ids, model.merge_choices(answers))))
             for question, answers in chosen
         ]
 

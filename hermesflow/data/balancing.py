@@ -14,6 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from hermesflow.data.records import Question, Record
+from hermesflow.data.wording import split_words
+from hermesflow.runtime.text import plain_text
 
 THINGS = ("object", "animal", "human", "food")
 """Element types (those of TIFA, arXiv 2303.11897) whose questions make sense where the thing is not there: whether the
@@ -61,18 +63,18 @@ def _balanced(record: Record, things: list[Question]) -> Record:
 
 
 def _choice(question: Question, answer: str) -> str:
-    return next(choice for choice in question.choices if choice.lower() == answer)
+    return next(choice for choice in question.choices if plain_text(choice).lower() == answer)
 
 
 def _answer(question: Question) -> str | None:
     """ "yes" or "no"; None where a question has other choices."""
-    choices = {choice.lower() for choice in question.choices}
-    return question.answer.lower() if choices == {"yes", "no"} else None
+    choices = {plain_text(choice).lower() for choice in question.choices}
+    return plain_text(question.answer).lower() if choices == {"yes", "no"} else None
 
 
 def _words(text: str) -> set[str]:
     """Lower-case words in the singular, without articles."""
-    return {_singular(word) for word in re.findall(r"\w+", text.lower())} - {"a", "an", "the"}
+    return {_singular(word) for word in split_words(text)} - {"a", "an", "the"}
 
 
 def _singular(word: str) -> str:

@@ -32,6 +32,7 @@ from hermesflow.models.images import decode_image
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError, StrPath, damaged, read_bytes, read_parquet, shown
 from hermesflow.runtime.progress import track
+from hermesflow.runtime.text import plain_text
 
 UNUSABLE_SCHEMA = pa.schema([("record_id", pa.string()), ("reason", pa.string())])
 """record_id is "entry N of FILE" where an entry has no id."""
@@ -142,9 +143,12 @@ def encode_records(model: Model, records: Iterable[Record], count: int) -> Itera
             else:
                 [codes] = codes or [record.codes]
                 num_done += 1
-                asked = tuple(question for question in record.balanced_questions if _knows(model, question))
+                asked = (question for question in record.balanced_questions if _knows(model, question))
+                balanced = tuple(_distinct_choices(model, question) for question in asked)
+                own = tuple(_distinct_choices(model, question) for question in record.questions)
+                record = replace(record, questions=own, balanced_questions=balanced)
                 kept = None if model.views_codes or _is_coded(record) else png_bytes(open_record(model, record))
-                yield replace(record, codes=codes, image=kept, image_path=None, balanced_questions=asked), None
+                yield replace(record, codes=codes, image=kept, image_path=None), None
 
 
 def encode_lazily(
@@ -405,9 +409,10 @@ def _questions(row: dict) -> list:
 def _question(row: Any) -> Question:
     if not isinstance(row, dict):
         raise ValueError(f"wrong type: question {shown(row)} is no object with keys")
-    question, answer = text_of(row, "question"), text_of(row, "answer")
-    choices = tuple(text_of({"choice": choice}, "choice") for choice in _list(row, "choices"))
-    if len(set(choices)) < 2:
+    question, answer = text_of(row, "question"), text_of(row, "answer").strip()
+    choices = tuple(text_of({"choice": choice}, "choice").strip() for choice in _list(row, "choices"))
+    answer = next((choice for choice in choices if plain_text(choice) == plain_text(answer)), answer)
+    if len(set(map(plain_text, choices))) < 2:
         raise ValueError(f"too few choices: {shown(list(choices))} for {shown(question)}, expected two or more")
     if answer not in choices:
         values = [shown(value) for value in (answer, list(choices), question)]
@@ -431,6 +436,10 @@ def _check_and_open(model: Model, record: Record) -> list[np.ndarray]:
             model.choice_prompt(question.question, question.choices)
     except InputError as error:
         raise ValueError(f"unknown word: {str(error).partition('; ')[0]}") from error
+    for question in record.questions:
+        if len(_distinct_choices(model, question).choices) < 2:
+            values = shown(list(question.choices)), shown(question.question)
+            raise ValueError("too few choices: {} for {} are one to the model, expected two or more".format(*values))
     if record.codes is not None:
         _check_codes(model, record.codes)
         return []
@@ -442,12 +451,18 @@ def _is_coded(record: Record) -> bool:
 
 
 def _knows(model: Model, question: Question) -> bool:
-    """Whether the model knows a question's words: it may be of another record, which is rejected for them."""
+    """Whether the model knows a question's words and tells its choices apart: it may be of another record, which is
+    rejected for them."""
     try:
         model.choice_prompt(question.question, question.choices)
     except InputError:
         return False
-    return True
+    return len(_distinct_choices(model, question).choices) > 1
+
+
+def _distinct_choices(model: Model, question: Question) -> Question:
+    """The question with each choice once, as the model sees it."""
+    return replace(question, choices=tuple(model.merge_choices(question.choices, question.answer)))
 
 
 def open_record(model: Model, record: Record) -> np.ndarray:

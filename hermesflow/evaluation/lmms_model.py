@@ -138,7 +138,7 @@ class LmmsModel(lmms):
         return found
 
     def _draw(self, batch: Sequence[tuple[int, str, str, Any]]) -> Iterator[Path]:
-        ids = [self._model.image_prompt(context) for _, context, _, _ in batch]
+        ids = [self._model.user_prompt(context, f"{task} {document}") for _, context, task, document in batch]
         seeds = [[candidate_seed(self._seed, f"{task}/{document}", "image", 0)] for _, _, task, document in batch]
         codes = self._model.engine.generate(ids, num_images=1, seeds=tensor(seeds), sampling=self._sampling)[:, 0]
         for row, (_, _, task, document) in enumerate(batch):

@@ -25,7 +25,7 @@ from hermesflow.evaluation.suites.judges import Endpoint
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
 from hermesflow.runtime.progress import track
-from hermesflow.scoring.captions import normalize_text
+from hermesflow.scoring.matching import normalize_text
 from hermesflow.scoring.self_answers import self_vqa
 
 _BATCH = 16

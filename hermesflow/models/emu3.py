@@ -185,7 +185,7 @@ class Emu3Model(CausalModel):
             grid = height // self.bounds.factor, width // self.bounds.factor
             yield numbers, self.encode_images(np.stack(pixels)), self.engine.of_grid(grid)
 
-    def image_prompt(self, text: str) -> list[int]:
+    def whole_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt, with the suffix that asks for quality; none of an empty text."""
         return self.encode_text(text + SUFFIX) if text else []
 

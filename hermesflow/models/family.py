@@ -17,7 +17,7 @@ from hermesflow.config import ModelConfig
 from hermesflow.models.hub import find_folder
 from hermesflow.models.model import Model
 from hermesflow.runtime.distributed import local_device
-from hermesflow.runtime.files import InputError, StrPath, read_json, reason_of, shown
+from hermesflow.runtime.files import InputError, StrPath, expand_home, read_json, reason_of, shown
 from hermesflow.runtime.registry import FAMILIES, resolve
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -93,13 +93,13 @@ def load_model(
         InputError: no such model, the hub cannot be reached, or a file of it is missing, damaged or does not fit the
             others; what does not fit is listed.
     """
-    name_or_path = os.fspath(name_or_path)
+    name_or_path = expand_home(os.fspath(name_or_path))
     names = list(FAMILIES) if family == "auto" else [family]
     families = {name: resolve(FAMILIES, name, "model.family", ("files", "claims", "load")) for name in names}
     markers_of = {name: getattr(item, "markers", (CONFIG,)) for name, item in families.items()}
     folder, marker = _find(name_or_path, tuple(dict.fromkeys((CONFIG, *itertools.chain(*markers_of.values())))))
     config = read_json(folder / marker)
-    options = {} if vq_tokenizer is None else {"vq_tokenizer": os.fspath(vq_tokenizer)}
+    options = {} if vq_tokenizer is None else {"vq_tokenizer": expand_home(os.fspath(vq_tokenizer))}
     if family == "auto":
         families = {name: item for name, item in families.items() if marker in markers_of[name] and item.claims(config)}
         if not families:

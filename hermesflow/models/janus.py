@@ -214,7 +214,7 @@ class JanusModel(CausalModel):
 
     views_codes = False
 
-    def image_prompt(self, text: str) -> list[int]:
+    def whole_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt with both roles around it."""
         return self.encode_text(DRAWING_PROMPT.format(prompt=text))
 

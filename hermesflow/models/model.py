@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import string
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +26,11 @@ from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
 from hermesflow.models.images import ImageLike, as_image, fit_image
 from hermesflow.models.text_tokenizers import PretrainedTokenizer, WordTokenizer
-from hermesflow.runtime.files import InputError, StrPath, make_folder
+from hermesflow.runtime.files import InputError, StrPath, check_unicode, make_folder
+from hermesflow.runtime.text import plain_text
 
 _REMEMBERED_TEXTS, _MOST_TOKENS = 2**16, 2**16
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,7 @@ class Model:
             raise ValueError(
                 f"generate: expected num_images from 1 and seed in [0, 2**62), got {num_images} and {seed}"
             )
-        ids = [self.image_prompt(check_words(prompt, f"prompt {number}")) for number, prompt in enumerate(prompts, 1)]
+        ids = [self.user_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
         if not ids:
             return []
         seeds = seed + torch.arange(len(ids) * num_images).view(len(ids), num_images)
@@ -206,7 +209,7 @@ class Model:
 
         Args:
             images, questions: as in answer.
-            choices: two or more distinct answers; blanks around them do not count.
+            choices: two or more answers that are distinct to the model, too; blanks around them do not count.
         Returns: for each image the probability of each choice; they sum to 1.
         Raises: as answer.
         """
@@ -216,6 +219,10 @@ class Model:
             raise InputError(
                 f"choices {','.join(choices)}: expected two or more distinct answers, none empty, such as yes,no"
             )
+        merged = self.merge_choices(choices)
+        for choice in [choice for choice in choices if choice not in merged]:
+            first = next(other for other in choices if len(self.merge_choices([other, choice])) == 1)
+            raise InputError(f"choices {','.join(choices)}: {first} and {choice} are one to the model; leave one out")
         asked = [[self.question_prompt(question)] for question in _one_each(questions, images)]
         answers = [[[self.answer_ids(choice) for choice in choices]]] * len(images)
         found: list[dict[str, float]] = [{}] * len(asked)
@@ -260,7 +267,26 @@ class Model:
 
     def image_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt, cut at the length that the model was trained with."""
-        return self.encode_text(text)[: self.prompts.max_prompt_tokens]
+        return self.whole_prompt(text)[: self.prompts.max_prompt_tokens]
+
+    def whole_prompt(self, text: str) -> list[int]:
+        """Text ids of an image's prompt before it is cut, with what the model expects around it."""
+        return self.encode_text(text)
+
+    def user_prompt(self, text: str, name: str) -> list[int]:
+        """image_prompt of a text that a user wrote, called `name` in messages; warns if it is cut.
+
+        Raises: InputError if it is empty, or on a word that the model does not know.
+        """
+        ids = self.image_prompt(check_words(text, name))
+        if cut := self.describe_cut(text):
+            _LOGGER.warning("%s, %r: %s; the model does not see its end", name, f"{text[:60]}...", cut)
+        return ids
+
+    def describe_cut(self, text: str) -> str:
+        """How much of an image's prompt is cut, such as "cut from 7,089 to 126 tokens"; empty if nothing is."""
+        length, most = len(self.whole_prompt(text)), self.prompts.max_prompt_tokens
+        return f"cut from {length:,} to {most:,} tokens" if most and length > most else ""
 
     def question_prompt(self, question: str) -> list[int]:
         """Text ids of a question, with what the model expects around it."""
@@ -284,6 +310,22 @@ class Model:
         Raises: InputError on a word that the model does not know.
         """
         return ChoicePrompt(self.question_prompt(question), [self.answer_ids(choice) for choice in choices])
+
+    def merge_choices(self, choices: Sequence[str], answer: str | None = None) -> list[str]:
+        """Choices without repeats: those of equal token ids, or of the same text in another Unicode form, are one.
+
+        Args:
+            choices: in their order.
+            answer: the one that stands for those that are one with it; else the first does.
+        Raises: InputError on a word that the model does not know.
+        """
+        firsts: dict[Any, str] = {}
+        for choice in choices:
+            keys = (tuple(self.answer_ids(choice.strip())), plain_text(choice))
+            first = next((firsts[key] for key in keys if key in firsts), choice)
+            firsts |= dict.fromkeys((*keys, choice), first)
+        kept = dict.fromkeys(firsts[choice] for choice in choices)
+        return [answer if firsts.get(answer) == first else first for first in kept]
 
     def sampling_of(self, settings: DrawingConfig) -> Any:
         """How images are drawn under these settings: the model's own way where they leave it open.
@@ -393,10 +435,10 @@ class Model:
 
 
 def check_words(text: str, name: str) -> str:
-    """The text, which must have words. Raises: InputError that calls it by its name."""
+    """The text, which must have words and be valid Unicode. Raises: InputError that calls it by its name."""
     if not text.strip():
         raise InputError(f"{name}: expected words, got {text!r}; write what is meant")
-    return text
+    return check_unicode(text, name)
 
 
 def _check_listed(values: Any, name: str) -> None:

@@ -298,7 +298,7 @@ class SeedXModel(CheckpointModel):
             raise ValueError("expected a multiple of 64 pixels; give one")
         self.image_size = size
 
-    def image_prompt(self, text: str) -> list[int]:
+    def whole_prompt(self, text: str) -> list[int]:
         """Text ids of an image's prompt, with what the model expects around it."""
         return self.encode_text(VARIANTS[self.variant].drawing.format(caption=text).rstrip())
 

@@ -177,12 +177,10 @@ class ShowoModel(Model):
         """CLIP stays where it was."""
         return self.views_codes
 
-    def image_prompt(self, text: str) -> list[int]:
-        """Text ids of an image's prompt; a text that itself begins with the start of text does not get a second one."""
+    def whole_prompt(self, text: str) -> list[int]:
+        """See Model; a text that itself begins with the start of text does not get a second one."""
         ids = self.encode_text(text)
-        if ids[:1] == [self.layout.sot]:
-            ids = ids[1:]
-        return ids[: self.prompts.max_prompt_tokens]
+        return ids[1:] if ids[:1] == [self.layout.sot] else ids
 
     def view_images(self, images: Iterable[Image.Image]) -> Tensor:
         """What the model sees of images of any size: codes int64 [n, N], or features [n, F, D]."""

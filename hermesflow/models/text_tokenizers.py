@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hermesflow.runtime.files import InputError, read_bytes, read_json, reason_of
+from hermesflow.runtime.files import InputError, check_unicode, read_bytes, read_json, reason_of
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "[UNK]"
@@ -42,7 +42,7 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises: InputError on a word that the vocabulary does not have."""
-        encoding = self._tokenizer.encode(text.lower(), add_special_tokens=False)
+        encoding = self._tokenizer.encode(check_unicode(text, "text").lower(), add_special_tokens=False)
         unknown = self._tokenizer.token_to_id(UNKNOWN)
         if unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
@@ -101,10 +101,7 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without a start and an end. Raises: InputError if it spells a special token."""
-        try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # half a character, as of an argument that is no UTF-8
-            raise InputError(f"{text!r}: is no text that UTF-8 can hold; write it anew") from error
+        ids = self._tokenizer.encode(check_unicode(text, "text"), add_special_tokens=False).ids
         special = next((self._refused[token] for token in ids if token in self._refused), None)
         if special is not None:
             raise InputError(f"{special} in {text!r} is a special token of the model; leave it out")
@@ -162,11 +159,10 @@ class SentencePieceTokenizer:
 
     def encode_with_tokens(self, text: str) -> list[int]:
         """Likewise, added tokens by their names."""
-        try:
-            text.encode()
-        except UnicodeError as error:  # half a character, as of an argument that is no UTF-8
-            raise InputError(f"{text!r}: is no text that UTF-8 can hold; write it anew") from error
-        parts, ids = self._cuts.split(text), []  # texts at even places, added tokens between them
+        parts, ids = (
+            self._cuts.split(check_unicode(text, "text")),
+            [],
+        )  # texts at even places, added tokens between them
         for number, part in enumerate(parts):
             if number % 2:
                 ids.append(self.added[part])
@@ -226,7 +222,7 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises: InputError if it spells one of the special tokens."""
-        ids = self._tokenizer(text)["input_ids"]
+        ids = self._tokenizer(check_unicode(text, "text"))["input_ids"]
         special = next((token for token in ids if token in self._special_ids), None)
         if special is not None:
             name = self._tokenizer.convert_ids_to_tokens(special)

@@ -91,7 +91,8 @@ def process_group(device: str) -> Iterator[None]:
     dist.init_process_group(backend, timeout=_PATIENCE, device_id=device_id)
     with contextlib.ExitStack() as stack:
         if not is_main():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield
     # Not after an error: leaving together is what the others could no longer do.
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -58,6 +59,14 @@ def write_problem(path: StrPath, error: BaseException) -> InputError | None:
     return None
 
 
+def expand_home(path: str) -> str:
+    """The path with a ~ or ~user at its start written out. Raises: InputError if there is no home folder."""
+    expanded = os.path.expanduser(path)
+    if expanded.partition("/")[0] == "~":
+        raise InputError(f"{path}: ~ is the home folder, which this user has not; set HOME, or write the whole path")
+    return expanded
+
+
 def make_folder(path: StrPath) -> Path:
     """Make a folder and its parents.
 
@@ -75,6 +84,23 @@ def make_folder(path: StrPath) -> Path:
             raise problem from error
         raise
     return folder
+
+
+def check_output(path: StrPath) -> None:
+    """Shows before a long work that its file cannot be written; makes the file's folder.
+
+    Raises: InputError if `path` is a folder or a device, or its folder cannot be written.
+    """
+    target = Path(path)
+    make_folder(target.parent)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise InputError(f"{path}: is a folder or a device; give the name of a file")
+    temporary = _temporary(target)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise write_problem(target, error) or error from error
 
 
 @contextlib.contextmanager
@@ -155,9 +181,13 @@ def remove_leftovers(folder: StrPath) -> None:
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Write text as UTF-8, all at once. Raises: InputError if it cannot be written."""
+    """Write text as UTF-8, all at once. Raises: InputError if it cannot be written, or is not valid Unicode."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: cannot be written: {invalid_text(error)}") from error
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 def write_json(path: StrPath, value: Any) -> None:
@@ -178,7 +208,7 @@ def read_json(path: StrPath) -> Any:
     """
     data = read_bytes(path)
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise damaged(path, "JSON", error) from error
 
@@ -278,11 +308,17 @@ def read_bytes(path: StrPath) -> bytes:
 
 
 def read_text(path: StrPath) -> str:
-    """Read a text file whole. Raises: InputError as read_bytes, and if it is not UTF-8."""
+    """Read a text file whole, without a byte order mark. Raises: InputError as read_bytes, and if it is not UTF-8."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+
+
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a user's text, which end at \n or \r\n alone; str.splitlines ends them at U+2028 and others too."""
+    lines = re.split(r"\r?\n", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 @contextlib.contextmanager
@@ -342,6 +378,22 @@ def damaged(path: StrPath, kind: str, error: BaseException) -> InputError:
 def reason_of(error: BaseException) -> str:
     """What an error says, for a message: its first line, else its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def check_unicode(text: str, name: str) -> str:
+    """The text. Raises: InputError that calls it by its name if it is not valid Unicode, as of a Latin-1 argument."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: {invalid_text(error)}") from error
+    return text
+
+
+def invalid_text(error: UnicodeEncodeError) -> str:
+    """What is wrong with a text that UTF-8 cannot hold, for a message."""
+    start = max(0, error.start - 30)
+    part = error.object[start : error.start + 30]
+    return f"{part!r} is not valid Unicode text; write it in UTF-8, and rename the file if it names one"
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Likeness of captions to the true one, and the choice that a free answer means.
+"""Scorers of captions by their likeness to the true one, and of free answers by the choice that they mean.
 
 A named scorer is made of the curation settings; see CAPTION_SCORERS and ANSWER_SCORERS in runtime/registry.py.
 """
@@ -6,13 +6,13 @@ A named scorer is made of the curation settings; see CAPTION_SCORERS and ANSWER_
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 
 from hermesflow.config import CurationConfig
 from hermesflow.data.wording import token_f1
+from hermesflow.scoring.matching import find_choice, normalize_text
 from hermesflow.scoring.self_answers import AnswerMatcher
 from hermesflow.scoring.text_models import TextEncoder
 
@@ -56,22 +56,13 @@ def exact_answers(config: CurationConfig) -> AnswerMatcher:
 
 
 def normalized_answers(config: CurationConfig) -> AnswerMatcher:
-    """The choice that is the answer but for case, punctuation and articles."""
-    return lambda answers, choices: [_find_normalized(*pair) for pair in zip(answers, choices, strict=True)]
+    """The choice that is the answer but for Unicode form, case, punctuation and articles; see find_choice."""
+    return lambda answers, choices: [find_choice(*pair) for pair in zip(answers, choices, strict=True)]
 
 
 def likelihood(config: CurationConfig) -> None:
     """No free answer: choices are scored by their likelihood."""
     return None
-
-
-def normalize_text(text: str) -> str:
-    """Lower-case words split by single blanks, without punctuation and articles.
-
-    Source: the matching of answers of SQuAD (arXiv 1606.05250).
-    """
-    text = re.sub(r"[^\w\s]|_", "", text.lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 EXACT = scorer_of(lambda caption, truth: float(caption == truth))
@@ -81,13 +72,6 @@ TOKEN_F1 = scorer_of(token_f1)
 
 def _find_exact(answer: str, choices: Sequence[str]) -> int:
     return choices.index(answer) if answer in choices else -1
-
-
-def _find_normalized(answer: str, choices: Sequence[str]) -> int:
-    """Of choices that normalize alike, an exact answer finds its own."""
-    if answer in choices or not normalize_text(answer):
-        return _find_exact(answer, choices)
-    return _find_exact(normalize_text(answer), [normalize_text(choice) for choice in choices])
 
 
 @functools.lru_cache(1)

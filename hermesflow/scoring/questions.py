@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ import torch
 from hermesflow.data.records import Question
 from hermesflow.data.sources import read_entries
 from hermesflow.data.wording import overlap_f1
-from hermesflow.runtime.files import InputError, StrPath, make_folder, read_bytes, write_json
+from hermesflow.runtime.files import (
+    InputError,
+    StrPath,
+    check_output,
+    read_text,
+    split_lines,
+    write_json,
+    write_problem,
+    write_text,
+)
 from hermesflow.runtime.progress import track
 from hermesflow.scoring.text_models import load_text_model
 
@@ -168,7 +178,7 @@ def parse_questions(text: str) -> list[Question]:
     """
     questions: dict[str, Question] = {}
     element, element_type, asked, choices = "", "other", "", ()
-    for line in map(str.strip, text.splitlines()):
+    for line in map(str.strip, split_lines(text)):
         about = _ABOUT.fullmatch(line)
         name, _, rest = line.partition(":")
         name, rest = name.strip().lower(), rest.strip()
@@ -207,27 +217,70 @@ def write_questions(
 ) -> int:
     """Writes questions about the captions of a file, as JSON in TIFA's form.
 
+    What is done is kept in OUTPUT.partial until the end: after a stop the same call resumes there.
+
     Args:
         captions_path: a JSON list or JSON lines of {"id", "caption"} (img_path and prompt are passed on), or plain text
             with a caption on each line, whose number is its id.
         output: a list of {"id", "caption", "question", "choices", "answer", "element_type", "element"}.
         generator, qa_filter: names of the models.
     Returns: the number of questions.
-    Raises: InputError if the file holds no captions, the output cannot be written, or a model cannot be had.
+    Raises: InputError if the file holds no captions, the output cannot be written, OUTPUT.partial is of other captions
+        or models, or a model cannot be had.
     """
     entries = _read_captions(Path(captions_path))
-    make_folder(Path(output).parent)  # a wrong folder shows before the long work
+    check_output(output)
+    partial, begin = Path(f"{output}.partial"), {"generator": generator, "filter": qa_filter}
+    done = _read_partial(partial, begin, entries)
     writer = QuestionGenerator(generator)
     checker = QuestionFilter(qa_filter) if qa_filter is not None else None
-    rows = []
-    for start in track(range(0, len(entries), _BATCH), "questions", "batches"):
+    write_text(partial, "".join(json.dumps(line) + "\n" for line in [begin, *done]))  # without a line that was cut
+    for start in track(range(len(done), len(entries), _BATCH), "questions", "batches"):
         batch = entries[start : start + _BATCH]
-        for entry, questions in zip(
-            batch, generate_questions([entry["caption"] for entry in batch], writer, checker), strict=True
-        ):
-            rows += [entry | _question_row(question) for question in questions]
+        found = generate_questions([entry["caption"] for entry in batch], writer, checker)
+        lines = [
+            {"entry": entry, "questions": [_question_row(question) for question in questions]}
+            for entry, questions in zip(batch, found, strict=True)
+        ]
+        _add_lines(partial, lines)
+        done += lines
+    rows = [line["entry"] | question for line in done for question in line["questions"]]
     write_json(output, rows)
+    partial.unlink()
     return len(rows)
+
+
+def _read_partial(path: Path, begin: dict[str, Any], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the first entries, as far as they are done and have not changed since.
+
+    Raises: InputError if it was begun with other models, or none of it is about these entries.
+    """
+    if not path.exists():
+        return []
+    lines = [line for line in map(_value_of, split_lines(read_text(path))) if isinstance(line, dict)]
+    pairs = itertools.takewhile(lambda pair: pair[0].get("entry") == pair[1], zip(lines[1:], entries, strict=False))
+    kept = [line for line, _ in pairs]
+    if lines[:1] != [begin] or (lines[1:] and not kept):
+        raise InputError(
+            f"{path}: a stopped run left it, with other captions or models; give those again to resume it, or delete "
+            "it to begin anew"
+        )
+    return kept
+
+
+def _value_of(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # a stop cut it
+        return None
+
+
+def _add_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    except OSError as error:
+        raise write_problem(path, error) or error from error
 
 
 def _question_row(question: Question) -> dict[str, Any]:
@@ -242,14 +295,11 @@ def _question_row(question: Question) -> dict[str, Any]:
 
 def _read_captions(path: Path) -> list[dict[str, Any]]:
     """Entries with id and caption, and with img_path and prompt where the file has them."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
-    if text[:1] in ("[", "{"):
+    text = read_text(path)
+    if text.lstrip()[:1] in ("[", "{"):
         entries = read_entries(path)
     else:
-        lines = enumerate(text.splitlines(), 1)
+        lines = enumerate(split_lines(text), 1)
         entries = [{"id": str(number), "caption": line.strip()} for number, line in lines if line.strip()]
     if not entries:
         raise InputError(f"{path}: holds no captions; write one a line, or JSON lines with id and caption")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hermesflow.data.records import Record
+from hermesflow.data.records import Question, Record
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
@@ -114,7 +115,7 @@ def check_record(model: Model, record: Record) -> None:
     if record.codes is None:
         raise InputError(f"record {record.id}: has no image codes; encode its image with the model's tokenizer")
     model.image_prompt(record.caption)
-    for question in record.questions:
+    for question in _distinct(model, record).questions:
         model.choice_prompt(question.question, question.choices)
 
 
@@ -124,9 +125,9 @@ def self_vqa(
     """Has the model answer each record's questions about images of it.
 
     By default every choice is scored: its probability is the softmax over the question's choices of the log-probability
-    of its tokens with the end of text. With match_answers the prompt lists the choices, the model answers in its
-    own words (greedily), and the answer counts as the choice it means. An image's questions share its prefix, and all
-    are asked in one call.
+    of its tokens with the end of text; choices that are one to the model count once. With match_answers the prompt
+    lists the choices, the model answers in its own words (greedily), and the answer counts as the choice it means. An
+    image's questions share its prefix, and all are asked in one call.
 
     Args:
         model: the judge.
@@ -135,7 +136,7 @@ def self_vqa(
         match_answers: finds the choices that free answers mean.
     Returns: the scores, [B][n].
     Raises: ValueError on codes of another shape or a record without questions; InputError on a word that the model does
-        not know; RuntimeError where the model's log-probabilities are not finite.
+        not know, or choices that are all one to it; RuntimeError where the model's log-probabilities are not finite.
     Source: self-VQA of HermesFlow (arXiv 2502.12148), section 3, whose code lets the model answer freely; "soft" with
         likelihoods keeps what counting right answers rounds away.
     """
@@ -157,9 +158,26 @@ def answer_questions(
     model: Model, images: Tensor, records: Sequence[Record], match_answers: AnswerMatcher | None = None
 ) -> list[ImageScore]:
     """As self_vqa, of one image a record as the model sees it: codes int64 [B, N] or features [B, F, D]."""
+    records = [_distinct(model, record) for record in records]
     if match_answers is None:
         return _answer_by_likelihood(model, images, records)
     return _answer_freely(model, images, records, match_answers)
+
+
+def _distinct(model: Model, record: Record) -> Record:
+    """The record with each choice once, as the model sees it: a repeat would share its choice's probability. Raises:
+    InputError where one choice would be left, which is always right."""
+    return replace(record, questions=tuple(_distinct_choices(model, record, item) for item in record.questions))
+
+
+def _distinct_choices(model: Model, record: Record, question: Question) -> Question:
+    choices = model.merge_choices(question.choices, question.answer)
+    if len(choices) == 1:
+        raise InputError(
+            f"record {record.id}: the choices {list(question.choices)} of {question.question!r} are one to the model, "
+            "which is always right; give two or more that differ"
+        )
+    return replace(question, choices=tuple(choices))
 
 
 def _log_of(score: ImageScore) -> float:

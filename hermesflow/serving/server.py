@@ -127,7 +127,7 @@ class Server:
             raise RequestError(f"{error.key}: {error.reason}") from error
         first = _number(given, "seed", uuid.uuid4().int % 2**31, 0, 2**62 - MOST_IMAGES)
         seeds = tuple(range(first, first + count))
-        job = ImageJob(key=sampling, size=count, prompt_ids=self._model.image_prompt(prompt), seeds=seeds)
+        job = ImageJob(key=sampling, size=count, prompt_ids=self._model.user_prompt(prompt, "prompt"), seeds=seeds)
         images = await self._done(request, self.worker.submit(job))
         self._made["images"] += count
         data = [{"b64_json": _png(pixels), "seed": seed} for pixels, seed in zip(images, seeds, strict=True)]

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,6 +97,10 @@ def test_questions_are_framed_as_the_family_does(model, monkeypatch):
         (lambda model: model.caption([np.zeros(3, np.uint8)]), r"got uint8 \[3\]"),
         (lambda model: model.score([Image.new("L", (8, 8))], "why ?", ["yes"]), "two or more distinct answers"),
         (lambda model: model.score([Image.new("L", (8, 8))], "why ?", ["yes", "yes"]), "two or more distinct answers"),
+        (
+            lambda model: model.answer([Image.new("L", (8, 8))], "why ?", ["no", "yes", "YES"]),
+            "choices no,yes,YES: yes and YES are one to the model; leave one out",
+        ),
     ],
     ids=[
         "blank",
@@ -111,6 +116,7 @@ def test_questions_are_framed_as_the_family_does(model, monkeypatch):
         "row",
         "one choice",
         "equal choices",
+        "choices of equal tokens",
     ],
 )
 def test_what_cannot_be_used_is_named(call, message, model):
@@ -157,3 +163,12 @@ def test_threads_that_wait_go_to_sleep_unless_the_user_decides(given, spins):
     environment = kept | {"PYTHONSAFEPATH": "1"} | given
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", spins]
+
+
+def test_all_packages_are_listed_however_it_is_installed():
+    listed = {item.name: item.ispkg for item in pkgutil.iter_modules(hermesflow.__path__, "hermesflow.")}
+    assert {"hermesflow.benchmarks", "hermesflow.engine", "hermesflow.kernels", "hermesflow.models"} <= listed.keys()
+    assert all(listed[f"hermesflow.{name}"] for name in ("benchmarks", "engine", "kernels"))
+    walked = [item.name for item in pkgutil.walk_packages(hermesflow.__path__, "hermesflow.")]
+    assert "hermesflow.benchmarks.random_checkpoint" in walked and len(walked) == len(set(walked))
+    assert not [name for name in walked if name.startswith(("hermesflow.hermesflow", "hermesflow.setup"))]

@@ -1,6 +1,7 @@
 """The command line: examples that parse, one clear line for bad input, and the tasks on a stand-in model."""
 
 import errno
+import itertools
 import json
 import os
 import shlex
@@ -348,12 +349,12 @@ def test_generate_writes_what_is_needed_to_draw_again(model, tmp_path, capsys):
     assert cli.main(["generate", "a Red circle", "--prompts-file", str(prompts), *arguments]) == 0
     files = capsys.readouterr().out.split()
     assert [os.path.basename(file) for file in files] == [
-        "a-red-circle-seed5.png",
-        "a-red-circle-seed6.png",
+        "a-red-circle_f240c6dfb9ed-seed5.png",
+        "a-red-circle_f240c6dfb9ed-seed6.png",
         "a-green-square-seed7.png",
         "a-green-square-seed8.png",
-        "image-seed9.png",
-        "image-seed10.png",
+        "image_21f2cda9ecb4-seed9.png",
+        "image_21f2cda9ecb4-seed10.png",
     ]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(map(os.path.basename, files))
     with Image.open(files[4]) as image:
@@ -562,7 +563,148 @@ def test_an_image_that_is_none(model, command, kind, message, tmp_path, capsys):
     good, bad = str(grey(tmp_path / "good.png", 1)), str(no_image(tmp_path, kind))
     assert cli.main(["caption", good, bad] if command == "caption" else ["answer", bad, "what ?"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+    described = [json.loads(line)["image"] for line in captured.out.splitlines()]
+    assert described == ([good] if command == "caption" else [])
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["caption", "answer", "choices"])
+@pytest.mark.parametrize(
+    "bad", [[0], [3], [2, 15, 16, 33], [*range(16)], [*range(34)]], ids=["first", "one", "several", "a batch", "all"]
+)
+def test_bad_images_do_not_stop_the_others(model, command, bad, tmp_path, capsys):
+    """34 images are two whole batches and a ragged one."""
+    paths = [str(grey(tmp_path / f"{number:02}.png", 2)) for number in range(34)]
+    kinds = itertools.cycle(["text", "empty", "cut", "folder", "none"])
+    for number, kind in zip(bad, kinds, strict=False):
+        paths[number] = (
+            str(no_image(tmp_path, kind).rename(tmp_path / f"{number}-{kind}")) if kind != "none" else "none"
+        )
+    question = {"caption": [], "answer": ["how bright ?"], "choices": ["how bright ?", "--choices", "one,just two"]}
+    assert cli.main([command.replace("choices", "answer"), *paths, *question[command]]) == 2
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["image"] for line in lines] == [path for number, path in enumerate(paths) if number not in bad]
+    told = captured.err.splitlines()
+    assert [line.split(": ")[2] for line in told] == [paths[number] for number in bad], told
+    assert all(line.startswith("hermesflow: error: ") for line in told)
+
+
+@pytest.mark.parametrize(("question", "message"), [("a unicorn ?", "the word 'unicorn'"), (" ", "expected words")])
+def test_a_wrong_question_is_told_once_beside_bad_images(model, question, message, tmp_path, capsys):
+    paths = [str(grey(tmp_path / f"{number}.png", 2)) for number in range(3)]
+    Path(paths[1]).write_text("no image")
+    assert cli.main(["answer", *paths, question]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and [line.count(message) for line in captured.err.splitlines()] == [0, 1]
+
+
+PROMPT_FILES = {
+    "byte order mark": (b"\xef\xbb\xbfa dog\r\na cat\r\n", ["a dog", "a cat"]),
+    "no line end": (b"a dog\na cat", ["a dog", "a cat"]),
+    "blank lines": (b"\n\r\n \na dog\n\n", ["a dog"]),
+    "separators": ("a\u2028b\nc\u2029d\ne\x85f\ng\x0bh\ni\x0cj\nk\x1cl\x1dm\x1en".encode(),
+                   ["a\u2028b", "c\u2029d", "e\x85f", "g\x0bh", "i\x0cj", "k\x1cl\x1dm\x1en"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "prompts"), PROMPT_FILES.values(), ids=PROMPT_FILES)
+def test_prompts_of_a_file(model, data, prompts, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes(data)
+    assert cli.main(["generate", "--prompts-file", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "out")]) == 0
+    drawn = []
+    for path in capsys.readouterr().out.splitlines():
+        with Image.open(path) as image:
+            drawn.append(image.text["prompt"])
+    assert drawn == prompts
+
+
+def hermesflow(*arguments, cwd, **environment):
+    command = [sys.executable, "-P", "-m", "hermesflow", *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "utf-8:surrogateescape"])
+def test_any_output_can_hold_json_lines(encoding, tmp_path):
+    line = {"caption": "é 漢 🙂 \udce9", "truth": "é"}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line))
+    done = hermesflow("score", "lines.jsonl", "--scorer", "exact", cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert json.loads(done.stdout.decode(encoding.partition(":")[0])) == line | {"score": 0.0}
+
+
+def test_any_output_can_hold_paths_and_settings(tmp_path):
+    for encoding in ("ascii", "utf-8"):
+        command = ["config", "run.name=é", "-o", f"{encoding}-é\udce9.toml"]
+        done = hermesflow(*command, cwd=tmp_path, PYTHONIOENCODING=encoding)
+        escaped = "\\xe9" if encoding == "ascii" else "é"
+        assert done.stdout.decode() == f"{encoding}-{escaped}\\udce9.toml\n" and not done.stderr, done.stderr
+        done = hermesflow("config", "run.name=é", cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert f'name = "{escaped}"' in done.stdout.decode() and not done.stderr, done.stderr
+
+
+NO_UNICODE = {
+    "prompt": (["generate", "a dog", "caf\udce9"], r"prompt 2: 'caf\udce9' is not valid Unicode text"),
+    "inpainted prompt": (["inpaint", "a.png", "a.png", "caf\udce9"], r"prompt: 'caf\udce9' is not valid Unicode text"),
+    "extrapolated prompt": (
+        ["extrapolate", "a.png", "caf\udce9", "--direction", "up"], r"prompt 1: 'caf\udce9' is not valid Unicode text",
+    ),
+    "question": (["answer", "a.png", "caf\udce9"], r"question: 'caf\udce9' is not valid Unicode text"),
+    "source": (["curate", "data.source=caf\udce9"], r"data.source: text: 'caf\udce9' is not valid Unicode text"),
+    "run's folder": (["selfplay", "run.folder=caf\udce9"], r"run.folder: text: 'caf\udce9' is not valid Unicode text"),
+    "model": (["caption", "a.png", "--model", "caf\udce9"], r"model.name: text: 'caf\udce9' is not valid Unicode text"),
+    "judge": (["eval", "--data", "x", "--judge", "caf\udce9"], r"--judge: text: 'caf\udce9' is not valid Unicode text"),
+    "image": (["caption", "caf\udce9"], r"caf\udce9: no such file"),
+    "file": (["config", "--config", "caf\udce9"], r"caf\udce9: no such file"),
+    "pairs": (["train", "--pairs", "caf\udce9"], r"caf\udce9"),
+    "captions": (["questions", "caf\udce9"], r"caf\udce9: no such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "message"), NO_UNICODE.values(), ids=NO_UNICODE)
+def test_what_is_no_unicode_is_named(model, command, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grey("a.png", 255)
+    assert cli.main(command) == 2
+    assert message in error_line(capsys)
+
+
+PATH_OPTIONS = [
+    ["config", "--config", "~/x"], ["generate", "a", "--prompts-file", "~/x"], ["generate", "a", "-o", "~/x"],
+    ["generate", "a", "--grid=~/x.png"], ["inpaint", "~/x", "~/x", "a"], ["caption", "~/x"], ["answer", "~/x", "a"],
+    ["extrapolate", "~/x", "a", "--direction", "up"], ["train", "--pairs=~/x", "--root=~/x", "-o", "~/x"],
+    ["pairs", "export", "~/x", "-o", "~/x"], ["pairs", "import", "~/x"], ["score", "~/x", "--scorer", "exact"],
+    ["questions", "~/x", "-o", "~/x", "--model=~/x", "--filter=~/x"], ["eval", "-o", "~/x", "--compare", "~/x"],
+    ["eval", "--prompts=~/x"], ["export", "~/x", "-o", "~/x"], ["merge", "~/x", "~/x", "-o", "~/x"], ["report", "~/x"],
+    ["study", "--lines=~/x", "--readme=~/x", "--plot=~/x.png"], ["config", "-o", "~/x"],
+    ["bench", "ops", "--out=~/x", "--plot=~/x", "--profile=~/x"], ["bench", "table", "~/x", "--readme", "~/x"],
+    ["bench", "drop-in", "--code=~/x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", PATH_OPTIONS, ids=" ".join)
+def test_the_home_folder_in_options(command, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = vars(cli.make_parser().parse_args(with_settings(command)))
+    found = [value for item in given.values() for value in (item if isinstance(item, list) else [item])]
+    assert not any(str(value).startswith("~") for value in found)
+    assert sum(str(value).startswith("/home/me/x") for value in found) == sum("~/x" in word for word in command)
+
+
+def test_every_option_that_is_a_path_knows_the_home_folder():
+    kinds = [how.get("type") for command in arguments.COMMANDS for _, how in command.options]
+    assert Path not in kinds
+
+
+def test_a_result_that_cannot_be_written_is_told_before_the_work(model, no_folder, tmp_path, stand_in, capsys):
+    stand_in("evaluation.evaluation", evaluate=raising(AssertionError("started")))
+    for path in (tmp_path, no_folder / "result.json"):
+        assert cli.main(["eval", "-o", str(path)]) == 2
+        assert str(path.parent if path != tmp_path else path) in error_line(capsys)
+    (tmp_path / "sheet.png").mkdir()
+    assert cli.main(["generate", "a dog", "-o", str(tmp_path), "--grid", str(tmp_path / "sheet.png")]) == 2
+    assert "sheet.png: is a folder or a device; give the name of a file" in error_line(capsys)
+    assert model.engine.calls == []
 
 
 def test_answer_freely_and_from_choices(model, tmp_path, capsys):
@@ -594,6 +736,11 @@ def test_answer_refuses_an_empty_question(model, tmp_path, capsys):
 def test_answer_refuses_choices_that_are_none(model, choices, tmp_path, capsys):
     assert cli.main(["answer", str(grey(tmp_path / "a.png", 2)), "what ?", "--choices", choices]) == 2
     assert "expected two or more distinct answers" in error_line(capsys)
+
+
+def test_answer_refuses_choices_that_are_one_to_the_model(model, tmp_path, capsys):
+    assert cli.main(["answer", str(grey(tmp_path / "a.png", 2)), "what ?", "--choices", "cafe\u0301,no,caf\u00e9"]) == 2
+    assert "caf\u00e9 are one to the model; leave one out" in error_line(capsys)
 
 
 def test_scorers_are_chosen_by_options(stand_in, capsys):

@@ -38,6 +38,52 @@ def test_every_kind_of_value_survives_the_round_trip(tmp_path):
     assert load_config(settings_file(tmp_path, to_toml(config))) == config
 
 
+def test_a_byte_order_mark_before_the_settings(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[run]\r\nseed = 3\r\n")
+    assert load_config(tmp_path / "a.toml").run.seed == 3
+
+
+HOME_KEYS = (
+    "run.folder", "model.name", "model.judge", "data.source", "data.questions", "data.root", "curation.bert_model",
+    "curation.sentence_model", "eval.data", "eval.questions", "eval.root", "pretrain.folder",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("from_file", [True, False], ids=["file", "override"])
+@pytest.mark.parametrize("key", HOME_KEYS)
+def test_the_home_folder_in_settings(key, from_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, name = key.partition(".")
+    needed = ["data.source=x", "eval.data=x"] if name in ("questions", "root") else []
+    path = settings_file(tmp_path, f'[{section}]\n{name} = "~/x"\n') if from_file else None
+    config = load_config(path, [*needed, *([] if from_file else [f"{key}=~/x"])])
+    assert getattr(getattr(config, section), name) == "/home/me/x"
+    assert load_config(settings_file(tmp_path, to_toml(config))) == config
+
+
+def test_no_folder_is_called_tilde(monkeypatch):
+    assert RunConfig(folder="~").folder == str(Path.home())
+    with pytest.raises(InputError, match="run.name: expected a plain folder name"):
+        load_config(None, ["run.name=~"])
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(InputError, match="run.folder=~/x: run.folder: ~/x: ~ is the home folder, .*; set HOME"):
+        load_config(None, ["run.folder=~/x"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("caf\udce9", r"text: 'caf\\udce9' is not valid Unicode text; write it"),
+        ('"a\\u0000"', "text: expected no null"),
+    ],
+    ids=["surrogate", "null"],
+)
+@pytest.mark.parametrize("key", ["data.source", "run.folder", "eval.judge", "curation.score", "model.family"])
+def test_texts_that_no_file_can_hold(key, value, message):
+    with pytest.raises(InputError, match=f"{key}: {message}"):
+        load_config(None, [f"{key}={value}"])
+
+
 def test_the_published_settings():
     config = load_config(Path(__file__).parents[2] / "docs/paper.toml")
     assert PAPER_OBJECTIVE.items() <= dataclasses.asdict(config.train).items()
@@ -240,6 +286,28 @@ RANGES = {
     "curation.threshold=1.5": "0 to 1, got 1.5",
     "curation.caption_temperatures=[0.5, -1]": r"at least 0, got \[0.5, -1.0\]",
     "curation.caption_temperatures=[]": "at least 2 captions",
+    "curation.caption_temperatures=[1e38]": r"at most 1e6, got \[1e\+38\]",
+    "curation.caption_temperatures=[1e-300]": r"1e-6 to 1e6 if not 0, got \[1e-300\]",
+    "curation.caption_top_k=[2147483648]": "at most 2147483647",
+    "drawing.guidance_scale=1e38": r"at least 0, or -1 to leave it open, and 1e-6 to 1e6 if not 0, got 1e\+38",
+    "drawing.temperature=1e308": r"at least 0, or -1 to leave it open, and 1e-6 to 1e6 if not 0, got 1e\+308",
+    "drawing.mask_temperature=1e-300": "at least 0, or -1 to leave it open, and 1e-6 to 1e6 if not 0, got 1e-300",
+    "drawing.guidance_scale=nan": "a finite number",
+    "eval.samplers=['4/1', '65537/1']": "at most 65536 steps",
+    "eval.samplers=['4/0.0000000001']": "at most 65536 steps, and a temperature of 0 or 1e-6 to 1e6",
+    "train.lr=1e38": r"at most 1e6, got 1e\+38",
+    "train.lr=1e308": r"at most 1e6, got 1e\+308",
+    "train.lr=inf": "a finite number",
+    "train.beta=1e38": r"at most 1e6, got 1e\+38",
+    "train.beta=1e-300": "1e-6 to 1e6 if not 0, got 1e-300",
+    "train.generation_beta=1e-300": "1e-6 to 1e6 if not 0, got 1e-300",
+    "train.weight_decay=1e38": "at most 1e6",
+    "train.max_grad_norm=1e308": "at most 1e6",
+    "train.nll_weight=1e38": "at most 1e6",
+    "train.num_steps=99999999999999999999": "at most 2147483647",
+    "train.lora_rank=99999999": "0 to 65536",
+    "grpo.reward_weights=[1e38, 1]": "-1e6 to 1e6",
+    "grpo.kl_weight=1e38": "at most 1e6",
     "train.lr=0": "more than 0, got 0.0",
     "train.warmup_steps=-1": "at least 0, got -1",
     "train.replay_weight=-0.5": "at least 0, got -0.5",

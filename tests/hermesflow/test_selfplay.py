@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from hermesflow.config import PretrainConfig, load_config
 from hermesflow.evaluation.metrics import measure
 from hermesflow.runs import Run
 from hermesflow.runtime.files import InputError, read_parquet
-from hermesflow.selfplay import curate_round, run_selfplay, train_round
+from hermesflow.selfplay import curate_round, evaluate_round, run_selfplay, train_round
 from hermesflow.worlds import shapes
 from hermesflow.worlds.shapes import _SCENE_SEEDS
 
@@ -155,7 +155,7 @@ def test_a_round_with_settings_of_its_own(settings, whole, tmp_path):
     ids = [[record.id for record in run.round_records(number)] for number in (1, 2)]
     assert list(map(len, ids)) == [8, 4] and not {*ids[0]} & {*ids[1]}
     del run
-    with pytest.raises(InputError, match=r"other settings \(round.2\)"):
+    with pytest.raises(InputError, match=r"other settings \(round.2.train.lr\)"):
         run_selfplay(config_for(settings, tmp_path, *more, "round.2.train.lr=1e-6"))
 
 
@@ -167,8 +167,17 @@ def test_pairs_meet_those_of_the_last_round_that_had_some(settings, tmp_path):
 
 
 def test_other_settings_in_the_same_folder_are_refused(settings, whole):
-    with pytest.raises(InputError, match=r"other settings \(train.lr\); choose another run.name"):
+    words = r"other settings \(train.lr\); train on its pairs by `hermesflow train --pairs .*, choose another run.name"
+    with pytest.raises(InputError, match=words):
         run_selfplay(config_for(settings, whole, "train.lr=0.5"))
+
+
+def test_settings_of_what_is_not_made_yet_may_change(settings, whole, tmp_path):
+    """Curated with other settings of training and one round; what comes out is as if they had been right at once."""
+    curate_round(Run(config_for(settings, tmp_path, "train.lr=1", "train.num_steps=3", "selfplay.num_rounds=1")), 1)
+    run_selfplay(config_for(settings, tmp_path))
+    assert comparable(tmp_path) == comparable(whole)
+    assert load_config(tmp_path / "t/config.toml") == config_for(settings, tmp_path)
 
 
 def test_training_before_curation_names_the_missing_file(settings, tmp_path):
@@ -326,6 +335,34 @@ def test_a_run_on_records_of_a_users_own(settings, data, tmp_path, capsys, caplo
         assert words in (tmp_path / "t/report/index.html").read_text()
     assert f"{data}: {100 * share:.1f} % of the yes-or-no questions" in caplog.text
     assert read_parquet(tmp_path / "t/round-1/candidates/part-00000.parquet")["record_id"].to_pylist()[0] in ids
+
+
+def test_data_that_changed_since_the_run_began(settings, data, tmp_path, caplog):
+    own = (*OWN, f"data.source={data}", f"eval.data={data}", "data.num_records=4")
+    text, warning = data.read_text(), f"{data}: changed since the run made {tmp_path / 't/records.parquet'} of it"
+    run = Run(config_for(settings, tmp_path, *own))
+    curate_round(run, 1)
+    evaluate_round(run, 0)
+    del run
+    data.write_text(text)  # touched
+    curate_round(Run(config_for(settings, tmp_path, *own)), 1)
+    assert "changed since" not in caplog.text
+    data.write_text(text.replace("small", "large").replace("red", "blue"))
+    run = Run(config_for(settings, tmp_path, *own))
+    assert warning in caplog.text
+    train_round(run, 1)
+    with pytest.raises(InputError, match="mine.jsonl: changed since the run began, and more is to be made of it"):
+        evaluate_round(run, 1)
+    del run
+    with pytest.raises(InputError, match="mine.jsonl: changed since the run began, and more is to be made of it"):
+        curate_round(Run(config_for(settings, tmp_path, *own, "selfplay.num_rounds=2")), 2)
+
+
+def test_captions_that_are_cut_are_counted(settings, data, tmp_path, caplog, monkeypatch):
+    run = Run(config_for(settings, tmp_path, f"data.source={data}", *OWN))
+    monkeypatch.setattr(run.model(0), "prompts", replace(run.model(0).prompts, max_prompt_tokens=3))
+    assert len(run.records) == 8
+    assert "mine.jsonl: 8 of 8 captions are cut to the model's 3 tokens of a prompt" in caplog.text
 
 
 def test_too_few_usable_records_say_why(settings, data, tmp_path):

@@ -1,6 +1,8 @@
 """Pictures of pictures: what inpainting and extrapolation keep, draw and refuse, and the contact sheet."""
 
 import json
+import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -301,6 +303,56 @@ def test_extensions_that_are_refused(shared_tiny_model, square, directions, opti
         extrapolate(shared_tiny_model, square, directions, **options)
 
 
+def name_of(folder, prompt, label=""):
+    image = tasks.GeneratedImage(prompt, 0, np.zeros((1, 1, 3), np.uint8), torch.zeros(1, 1, dtype=torch.int64))
+    return tasks.save_image(folder, image, {}, label).name
+
+
+LONG = "a large green triangle in the top left and a small red circle in the bottom"
+ALIKE = {
+    "cut": (f"{LONG} left", f"{LONG} right", LONG),
+    "of one word": ("o" * 60, "o" * 61, "o" * 500),
+    "chinese": ("一个红色的圆", "一个蓝色的正方形", "image", "?"),
+    "mixed": ("a 红 cat", "a 蓝 cat", "a cat", "a-cat"),
+    "capitals": ("a Red circle", "a red circle", "A RED CIRCLE"),
+    "marks": ("a cat.", "a cat!", "a cat", "a, cat", "a_cat"),
+    "blanks": ("a cat", "a  cat", " a cat", "a cat ", "a\tcat", "a\u00a0cat"),
+    "normalized": ("caf\u00e9", "cafe\u0301", "cafe", "caf"),
+    "as names": ("a cat", "a cat inpainted", "a cat seed0", "a-cat-seed0.png", "a cat extrapolated"),
+    "numbers": ("1.5 cats", "15 cats", "1 5 cats"),
+    "case folding": ("stra\u00dfe", "strasse", "STRASSE", "\u212a", "k"),
+    "endless": ("语" * 10_000, "语" * 10_001, "a " * 10_000),
+}
+
+
+@pytest.mark.parametrize("prompts", ALIKE.values(), ids=ALIKE)
+def test_names_of_pictures_do_not_collide(tmp_path, prompts):
+    names = [name_of(tmp_path, prompt, label) for prompt in prompts for label in ("", "inpainted", "extrapolated")]
+    assert len({name.lower() for name in names}) == len(names)
+    assert names[::3] == [name_of(tmp_path, prompt) for prompt in prompts]
+    assert all(len(os.fsencode(name)) <= 200 and name.isascii() for name in names)
+
+
+def test_a_prompt_that_its_name_holds_whole_has_no_hash(tmp_path):
+    assert name_of(tmp_path, PROMPT) == "a-small-red-circle-seed0.png"
+    assert name_of(tmp_path, PROMPT, "inpainted") == "a-small-red-circle-inpainted-seed0.png"
+    hashed = name_of(tmp_path, "A small red circle.")
+    assert re.fullmatch(r"a-small-red-circle_[0-9a-f]{12}-seed0\.png", hashed)
+    assert hashed == "a-small-red-circle_14b96232d63c-seed0.png"  # the same in every process
+
+
+def test_a_bad_image_is_left_out_where_it_may_be(shared_tiny_model, square, tmp_path):
+    (tmp_path / "bad.png").touch()
+    with pytest.raises(InputError, match="bad.png: not an image"):
+        list(tasks.caption_images(shared_tiny_model, [square, tmp_path / "bad.png"]))
+    with pytest.raises(InputError, match="none.png: no such file"):
+        next(tasks.caption_images(shared_tiny_model, [square, "none.png"]))
+    errors = []
+    lines = list(tasks.caption_images(shared_tiny_model, [tmp_path / "bad.png", square], skip=errors.append))
+    assert [line["image"] for line in lines] == [str(square)] and "bad.png: not an image" in str(*errors)
+    assert lines == list(tasks.caption_images(shared_tiny_model, [square]))
+
+
 def test_drawn_images_are_their_codes(shared_tiny_model):
     drawn = list(tasks.generate_images(shared_tiny_model, [PROMPT, "a blue square"], sampling=SAMPLING))
     for image in drawn:
@@ -314,6 +366,54 @@ def test_a_long_prompt_is_cut_as_the_model_was_trained(shared_tiny_model, monkey
     long, short = tasks.generate_images(shared_tiny_model, ["a small red circle", "a small red"], sampling=SAMPLING)
     again = next(iter(tasks.generate_images(shared_tiny_model, ["a small red"], sampling=SAMPLING)))
     assert torch.equal(long.codes, again.codes) and short.seed == 1
+
+
+LONG = "a small red circle on a white background"
+CUT = "cut from 8 to 3 tokens"
+
+
+def test_a_prompt_that_is_cut_is_told_once(shared_tiny_model, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(shared_tiny_model, "prompts", replace(shared_tiny_model.prompts, max_prompt_tokens=3))
+    drawn = list(tasks.generate_images(shared_tiny_model, [LONG, "a small red"], num_images=2, sampling=SAMPLING))
+    assert [image.cut for image in drawn] == [CUT, CUT, "", ""]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and f"prompt 1, '{LONG}" in caplog.text
+    assert CUT in caplog.text
+    with Image.open(tasks.save_image(tmp_path, drawn[0], {})) as saved:
+        assert json.loads(saved.text["prompt_cut"]) == CUT
+    with Image.open(tasks.save_image(tmp_path, drawn[2], {})) as saved:
+        assert "prompt_cut" not in saved.text
+    with Image.open(tasks.save_contact_sheet(tmp_path / "all.png", drawn, {}, 2)) as saved:
+        assert json.loads(saved.text["prompt_cut"]) == [CUT, CUT, "", ""]
+
+
+@pytest.mark.parametrize("task", ["inpaint", "extrapolate", "model"])
+def test_the_other_ways_to_draw_tell_it_too(shared_tiny_model, square, tmp_path, monkeypatch, caplog, task):
+    monkeypatch.setattr(shared_tiny_model, "prompts", replace(shared_tiny_model.prompts, max_prompt_tokens=2))
+    if task == "inpaint":
+        assert inpaint(shared_tiny_model, square, save_mask(tmp_path / "mask.png", LEFT))[0].cut
+    elif task == "extrapolate":
+        options = {"sampling": SAMPLING}
+        assert next(tasks.extrapolate_image(shared_tiny_model, square, [PROMPT], ["left"], **options)).cut
+    else:
+        shared_tiny_model.generate(PROMPT, sampling=SAMPLING)
+    assert caplog.text.count("cut from 4 to 2 tokens") == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**62, 2**63 - 1, 2**64])
+@pytest.mark.parametrize("task", ["generate", "inpaint", "extrapolate"])
+def test_seeds_beyond_the_range(shared_tiny_model, square, tmp_path, task, seed):
+    with pytest.raises(InputError, match=rf"a seed in \[0, 2\*\*62\), got 1 and {seed}"):
+        if task == "generate":
+            next(tasks.generate_images(shared_tiny_model, [PROMPT], seed=seed))
+        elif task == "inpaint":
+            inpaint(shared_tiny_model, square, save_mask(tmp_path / "mask.png", LEFT), seed=seed)
+        else:
+            next(tasks.extrapolate_image(shared_tiny_model, square, [PROMPT], ["left"], seed=seed))
+
+
+def test_the_last_seeds_draw(shared_tiny_model):
+    drawn = tasks.generate_images(shared_tiny_model, [PROMPT], num_images=2, seed=2**62 - 1, sampling=SAMPLING)
+    assert [image.seed for image in drawn] == [2**62 - 1, 2**62]
 
 
 @pytest.mark.parametrize("question", ["a circle {question} ?", "{question}"])

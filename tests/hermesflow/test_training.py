@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from hermesflow import training
-from hermesflow.config import PAPER_OBJECTIVE, TrainConfig
+from hermesflow.config import PAPER_OBJECTIVE, TrainConfig, load_config
 from hermesflow.engine.transformer import Linear, Transformer
 from hermesflow.runtime.checkpointing import checkpoints
 from hermesflow.runtime.files import InputError
@@ -347,3 +347,38 @@ def test_tied_embeddings_stay_tied(model, random_pairs, tmp_path, settings):
         assert one.transformer.head.weight is one.transformer.embed.weight
     for name, tensor in weights_of(model).items():
         assert torch.equal(tensor, weights_of(resumed)[name]), name
+
+
+NOTHING_TO_LEARN = {
+    "pairs": (
+        ["train.preference_weight=0", "train.nll_weight=0", "train.replay_weight=0"],
+        "train: nothing to learn: preference_weight, nll_weight and replay_weight are all 0; set one above 0",
+    ),
+    "rewards": (
+        ["selfplay.algorithm=grpo", "grpo.reward_weights=[0, 0]", "train.replay_weight=0"],
+        "grpo: nothing to learn: reward_weights, kl_weight and train.replay_weight are all 0; set one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), NOTHING_TO_LEARN.values(), ids=NOTHING_TO_LEARN)
+def test_nothing_to_learn_is_refused_before_work_begins(settings, message):
+    with pytest.raises(InputError, match=message):
+        training.check_training(load_config(None, settings))
+    for number in range(len(settings)):  # any one of the weights is enough
+        if "weight" in settings[number]:
+            training.check_training(load_config(None, settings[:number] + settings[number + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, "train.lr"),
+        ({"lr": 1e6}, "train.lr"),
+        ({"weight_decay": 1e5, "nll_weight": 1e4}, "weight_decay or train.nll"),
+    ],
+    ids=["nothing", "the rate", "two"],
+)
+def test_what_overflows_is_named(settings, names):
+    with pytest.raises(InputError, match=f"loss is inf at step 3; lower .*{names}"):
+        training._check_finite({"loss": math.inf}, 3, "x", TrainConfig(**settings))

@@ -66,7 +66,7 @@ def draw_suite(
     Raises: InputError on another number of images than a file can hold, a prompt that the model does not know, or a
         folder that was drawn with other settings.
     """
-    ids = [model.image_prompt(prompt.text) for prompt in prompts]
+    ids = [model.user_prompt(prompt.text, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     files = [(row, file) for row, prompt in enumerate(prompts) for file in suite.files_of(prompt, row, num_images)]
     for _, file in files:
         if round(len(file.images) ** 0.5) ** 2 != len(file.images):

@@ -25,9 +25,10 @@ from hermesflow.evaluation.suites.drawing import IMAGES, pictures_of, read_setti
 from hermesflow.evaluation.suites.mask2former import write_results
 from hermesflow.evaluation.suites.suite import Marks, Suite, SuiteFile, SuitePrompt, SuiteQuestion, marks_of_answers
 from hermesflow.models.model import Model
-from hermesflow.runtime.files import InputError, read_text, reason_of, shown
+from hermesflow.runtime.files import InputError, expand_home, read_text, reason_of, shown
 from hermesflow.runtime.progress import track
-from hermesflow.scoring.captions import normalize_text
+from hermesflow.runtime.text import plain_text
+from hermesflow.scoring.matching import find_choice
 
 Ask = Callable[[Image.Image, Sequence[SuiteQuestion]], str]
 """An image and its questions -> a digit a question, 1 where the answer is right. Raises: ConnectionError if the judge
@@ -58,10 +59,10 @@ def judge_suite(
     """
     kind, _, rest = judge.partition(":")
     if kind == "import" and rest:
-        return suite.read_results(Path(rest).expanduser(), prompts)
+        return suite.read_results(Path(expand_home(rest)), prompts)
     if kind == "mask2former" and rest:
         path = folder / f"results-{_slug(judge)}.jsonl"
-        write_results(suite, prompts, folder, Path(rest).expanduser(), path)
+        write_results(suite, prompts, folder, Path(expand_home(rest)), path)
         return suite.read_results(path, prompts)
     if not all(prompt.questions for prompt in prompts):
         raise InputError(
@@ -151,8 +152,10 @@ class _SelfJudge:
     def __call__(self, picture: Image.Image, questions: Sequence[SuiteQuestion]) -> str:
         digits = ""
         for question in questions:
-            (chances,) = self._model.score([picture], question.question, question.choices)
-            digits += str(int(max(chances, key=chances.__getitem__) == question.answer.strip()))
+            right = question.answer.strip()
+            choices = self._model.merge_choices([choice.strip() for choice in question.choices], right)
+            (chances,) = self._model.score([picture], question.question, choices)
+            digits += str(int(max(chances, key=chances.__getitem__) == right))
         return digits
 
 
@@ -184,8 +187,8 @@ class Endpoint:
             "messages": [{"role": "user", "content": content}],
         }
         answer = self._send("/chat/completions", body, _said)
-        fits = [choice for choice in question.choices if normalize_text(choice) == normalize_text(answer)]
-        return fits == [question.answer]
+        index = find_choice(answer, question.choices)
+        return index >= 0 and plain_text(question.choices[index]) == plain_text(question.answer)
 
     def _first_model(self) -> str:
         try:

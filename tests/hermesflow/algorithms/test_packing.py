@@ -557,6 +557,14 @@ def test_replay_asks_each_visit_some_questions_about_the_real_image(shared_tiny_
     assert seen == set(asked)  # in turn
 
 
+def test_replay_predicts_choices_that_are_one_to_the_model_once(shared_tiny_model, random_pairs, asked):
+    model, config = shared_tiny_model, TrainConfig(replayed_questions=1, replay_target="reference", **ONE_MASK)
+    rows = random_pairs(model, 2, asked=asked[:1]).to_pylist()
+    rows[1]["choices"] = [["blue", "RED", "red", "blue "]]
+    packer = PairPacker(model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), config, 0)
+    assert [answer for _, answer in replayed_texts(model, packer.pack([PairVisit(1, 0)]))] == ["blue", "red"]
+
+
 def test_replay_asks_other_questions_at_other_visits_and_with_other_seeds(shared_tiny_model, random_pairs, asked):
     pairs = random_pairs(shared_tiny_model, 5, asked=asked)
 

@@ -75,6 +75,19 @@ def test_answers_keep_the_words_of_their_choices():
     assert {question.answer for record in balance_questions(records) for question in asked_no(record)} == {"No"}
 
 
+@pytest.mark.parametrize("choices", [("yes", "no", "yes"), ("YES", "yes", "No"), (" yes", "no ")])
+def test_repeats_and_blanks_of_yes_and_no_count_as_one(choices):
+    records = records_of_things(8, answer=choices[0], choices=choices)
+    balanced = balance_questions(records)
+    assert yes_share(records) == 1 and yes_share(balanced) == 0.5
+
+
+def test_things_are_compared_in_one_unicode_form():
+    shown = record_of(0, thing("dog"), caption="a dog in a caf\u00e9")
+    first, *_ = balance_questions([shown, record_of(1, thing("cafe\u0301"))])
+    assert asked_no(first) == []
+
+
 def test_balanced_questions_of_a_record_are_kept():
     own = (thing("ghost", answer="no"),)
     given = [Record("a", "a dog", "other", (thing("dog"),), balanced_questions=own), *records_of_things(8)]

@@ -191,6 +191,7 @@ BAD = {
     "no answer": (entry(questions=[COLOR | {"answer": None}]), "no answer"),
     "no choices": (entry(questions=[COLOR | {"choices": []}]), r"too few choices: \[\] for 'what"),
     "one choice": (entry(questions=[COLOR | {"choices": ["red", "red"]}]), "too few choices: .* expected two or more"),
+    "one choice but for blanks": (entry(questions=[COLOR | {"choices": ["red", "red "]}]), "too few choices"),
     "choice of no type": (entry(questions=[COLOR | {"choices": ["red", 3]}]), "wrong type: choice is 3"),
     "wrong answer": (entry(questions=[COLOR, SHAPE | {"answer": "maybe"}]), "wrong answer: 'maybe' is no choice of"),
     "codes of no type": (entry(codes=[1, 2.5]), r"wrong type: codes is \[1, 2.5\], expected whole numbers"),
@@ -211,6 +212,49 @@ def test_a_record_that_cannot_be_used_is_rejected_and_stops_nothing(row, reason,
     assert "\n" not in found["reason"] and len(found["reason"]) < 400
     named = isinstance(row, dict) and type(row.get("id")) is int
     assert found["record_id"] == (str(row["id"]) if named else "entry 3 of mine.jsonl")
+
+
+REPEATED = {
+    "same text": (["red", "blue", "red"], "red", ["red", "blue"]),
+    "blanks around": ([" red", "blue", "red "], "red", ["red", "blue"]),
+    "blank answer": (["red", "blue"], " red ", ["red", "blue"]),
+    "other blanks": (["large blue", "red", "large \u00a0blue"], "large blue", ["large blue", "red"]),
+    "capitals": (["RED", "Blue", "blue", "red"], "red", ["red", "Blue"]),
+    "another letter for k": (["blac\u212a", "black", "red"], "black", ["black", "red"]),
+}
+
+
+@pytest.mark.parametrize(("choices", "answer", "kept"), REPEATED.values(), ids=REPEATED.keys())
+def test_choices_that_are_one_to_the_model_are_merged(choices, answer, kept, folder, shared_tiny_model):
+    rows = [entry(questions=[COLOR | {"choices": choices, "answer": answer}])]
+    records, rejected = read_source(write(folder, rows))
+    again = replace(records[0], balanced_questions=records[0].questions)
+    [(record, reason)] = encode_records(shared_tiny_model, [again], 1)
+    assert rejected == [] and reason is None
+    for [question] in (record.questions, record.balanced_questions):
+        assert (list(question.choices), question.answer) == (kept, answer.strip())
+
+
+def test_another_unicode_form_of_an_answer_is_its_choice(folder):
+    asked = [COLOR | {"choices": ["caf\u00e9", "bar"], "answer": "cafe\u0301"}]
+    [record], _ = read_source(write(folder, [entry(questions=asked)]))
+    assert record.questions[0].answer == "caf\u00e9"
+
+
+@pytest.mark.parametrize("choices", [["red", "RED"], ["red", "Red", " rEd"]], ids=["two", "three"])
+def test_a_question_whose_choices_are_all_one_is_refused(choices, folder, shared_tiny_model):
+    [record], _ = read_source(write(folder, [entry(questions=[COLOR | {"choices": choices}])]))
+    [(_, reason)] = encode_records(shared_tiny_model, [record], 1)
+    assert re.match(
+        r"too few choices: \['red'.* for 'what color .*' are one to the model, expected two or more", reason
+    )
+    others = replace(record, questions=(shapes_question(),), balanced_questions=record.questions)
+    [(kept, reason)] = encode_records(shared_tiny_model, [others], 1)
+    assert reason is None and kept.balanced_questions == ()
+
+
+def shapes_question():
+    return sources._question(SHAPE)
 
 
 def test_records_need_questions_only_to_be_judged(folder):

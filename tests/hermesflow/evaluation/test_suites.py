@@ -418,6 +418,35 @@ def test_the_models_own_answers(model, drawn):
     assert judged(drawn, "tifa", "self", model=lambda: pytest.fail("asked twice")) == found
 
 
+REPLIES = {
+    "repeat": (("yes", "no", "yes"), "yes", "Yes.", "1"),
+    "exact first": (("A", "a", "b"), "a", "a", "1"),
+    "article": (("A", "B"), "A", "A.", "1"),
+    "sign": (("1", "2"), "1", "-1", "0"),
+    "unicode form": (("caf\u00e9", "bar"), "caf\u00e9", "cafe\u0301", "1"),
+    "several": (("RED", "red", "blue"), "red", "Red", "0"),
+}
+
+
+@pytest.mark.parametrize(("choices", "answer", "reply", "digits"), REPLIES.values(), ids=REPLIES.keys())
+def test_what_an_endpoint_says_is_matched_with_the_choices(choices, answer, reply, digits, monkeypatch):
+    judge = judges.Endpoint("http://127.0.0.1:9/v1", "judge-1")
+    monkeypatch.setattr(judge, "_send", lambda *_: reply)
+    question = SuiteQuestion(question="what ?", choices=choices, answer=answer)
+    assert judge(Image.new("RGB", (8, 8)), [question]) == digits
+
+
+def test_the_model_judges_by_choices_that_differ(model):
+    picture = Image.new("RGB", (64, 64))
+    color = SuiteQuestion(question="what color is the background ?", choices=("black", "white"), answer="black")
+    plain = judges._SelfJudge(lambda: model)
+    for choices in (("BLACK", "white", "black"), ("white", " black", "black", "White")):
+        repeated = SuiteQuestion(question=color.question, choices=choices, answer="black")
+        assert plain(picture, [repeated]) == plain(picture, [color])
+    with pytest.raises(InputError, match="expected two or more distinct answers"):
+        plain(picture, [SuiteQuestion(question=color.question, choices=("black", "Black"), answer="black")])
+
+
 def test_judges_that_cannot_be_are_refused(drawn, tmp_path):
     with pytest.raises(InputError, match="expected import:FILE, self, mask2former:FOLDER or the address"):
         judged(drawn, "tifa", "gpt")

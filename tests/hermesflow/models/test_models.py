@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,25 @@ def folder(shared_tiny_model, tmp_path):
 
 def test_a_saved_model_loads(folder, shared_tiny_model):
     assert load_model(str(folder)).layout == shared_tiny_model.layout
+
+
+def test_a_folder_below_the_home_folder(folder, shared_tiny_model, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load_model(f"~/{folder.name}").layout == shared_tiny_model.layout
+    with pytest.raises(InputError, match="no model .*none"):
+        load_model("~/none")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a red \udce9 circle"], ids=["alone", "inside"])
+def test_text_of_half_characters_is_refused(shared_tiny_model, text):
+    message = r"is not valid Unicode text; write it in UTF-8"
+    with pytest.raises(InputError, match=message):
+        shared_tiny_model.encode_text(text)
+    for use in (shared_tiny_model.generate, lambda text: shared_tiny_model.answer([np.zeros((64, 64), "u1")], text)):
+        with pytest.raises(InputError, match=message):
+            use(text)
+    with pytest.raises(InputError, match=message):
+        shared_tiny_model.answer([np.zeros((64, 64), "u1")], "a circle", ["red", text])
 
 
 def test_prompts_and_sampling_are_kept(tiny_model, tmp_path):

@@ -527,6 +527,11 @@ def test_special_tokens_in_a_text_are_refused(model):
         model.encode_text("a <|soi|> b")
 
 
+def test_text_that_is_no_unicode_is_refused(model):
+    with pytest.raises(InputError, match=r"text: 'caf\\udce9 au lait' is not valid Unicode text; write it in UTF-8"):
+        model.encode_text("caf\udce9 au lait")
+
+
 def test_decoded_text_has_no_special_tokens(model):
     ids = [*model.encode_text(" hello there"), model.layout.eot, model.layout.soi, model.layout.mask_id]
     assert model.decode_text(ids) == "hello there"

@@ -448,3 +448,54 @@ def test_two_processes_draw_a_suite_as_one_does(tmp_path):
     finish(launch("-m", "hermesflow", *command, tmp_path / "two"))
     assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
     assert kept and all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
+# workers
+
+WORKER = (
+    "import hermesflow.runtime.claims as c; c.GONE_AFTER = 3; from hermesflow.cli import main; raise SystemExit(main())"
+)
+
+
+def start_worker(*command):
+    """One that is taken for gone after three seconds."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", WORKER, *map(str, command), "--worker"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+
+
+def test_workers_of_which_one_is_killed_and_one_joins_late_make_what_one_process_makes(model_folder, tmp_path):
+    """The workers share the records too, which one of them makes."""
+    more = ("data.num_records=24", "curation.batch_records=2")
+    for folder in ("one", "many"):
+        (tmp_path / folder).mkdir()
+    assert main(["curate", *arguments(model_folder, tmp_path / "one", *more)]) == 0
+    command = ("curate", *arguments(model_folder, tmp_path / "many", *more))
+    first, second = start_worker(*command), start_worker(*command)
+    while first.poll() is None and not list((tmp_path / "many").rglob("part-00001.parquet")):
+        time.sleep(0.01)
+    first.kill()
+    third = start_worker(*command)
+    for worker in (second, third):
+        _, stderr = worker.communicate(timeout=120)
+        assert worker.returncode == 0, stderr
+    first.communicate()
+    parts = tmp_path / "many/t/round-1/candidates"
+    assert len(list(parts.glob("part-*.parquet"))) == 12 and not (parts.parent / "pairs.parquet").exists()
+    assert main(list(command)) == 0
+    found, expected = (files_below(tmp_path / name / "t") for name in ("many", "one"))
+    own = {Path("config.toml"), Path("round-1/seconds.json")}
+    assert {path: data for path, data in found.items() if path not in own} == {
+        path: data for path, data in expected.items() if path not in own
+    }
+
+
+def test_a_worker_is_told_what_it_cannot_work_on(model_folder, tmp_path, capsys):
+    command = ["curate", *arguments(model_folder, tmp_path, "data.num_records=4")]
+    assert main([*command, "--worker"]) == 0 and "without --worker makes the pairs" in capsys.readouterr().out
+    assert main([*command, "--worker"]) == 0  # nothing is left to make
+    assert main([*command, "--set", "curation.num_images=2", "--worker"]) == 2
+    assert "the run has other settings (curation.num_images)" in capsys.readouterr().err
+    assert main([*command, "--worker", "--round", "2"]) == 2
+    assert "round 2: the run has rounds 1 to 1" in capsys.readouterr().err

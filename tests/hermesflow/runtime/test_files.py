@@ -99,6 +99,72 @@ def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path, monkeypatc
     assert names(tmp_path) == ["best"] and names(path) == ["old"]
 
 
+@pytest.mark.parametrize("data", [b'"\xc3\xa9"', b'\xef\xbb\xbf"\xc3\xa9"'], ids=["plain", "byte order mark"])
+def test_a_byte_order_mark_is_no_text(tmp_path, data):
+    (tmp_path / "a").write_bytes(data)
+    assert files.read_text(tmp_path / "a") == '"é"' and files.read_json(tmp_path / "a") == "é"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", []),
+        ("\n", [""]),
+        ("a", ["a"]),
+        ("a\nb\r\nc\n", ["a", "b", "c"]),
+        ("a\n\n\r\nb", ["a", "", "", "b"]),
+        ("a\rb\n\rc", ["a\rb", "\rc"]),
+        ("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei", ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"]),
+    ],
+    ids=["empty", "blank", "no end", "both ends", "blank lines", "carriage return", "separators"],
+)
+def test_lines_end_at_line_ends_alone(text, lines):
+    assert files.split_lines(text) == lines
+
+
+@pytest.mark.parametrize(
+    ("path", "expanded"),
+    [("~", "/home/me"), ("~/a/~", "/home/me/a/~"), ("a/~", "a/~"), ("./~", "./~"), ("~nobody-of-that-name/a",) * 2,
+     ("", ""), ("a~", "a~"), ("~root/a", f"{os.path.expanduser('~root')}/a")],
+)  # fmt: skip
+def test_the_home_folder_is_written_out(path, expanded, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.expand_home(path) == expanded
+
+
+@pytest.mark.parametrize("path", ["~", "~/a"])
+def test_a_user_without_a_home_folder(path, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(InputError, match=f"^{path}: ~ is the home folder, .*; set HOME, or write the whole path"):
+        files.expand_home(path)
+
+
+def test_an_output_is_checked_and_left_as_it_is(tmp_path, no_folder):
+    files.check_output(tmp_path / "new" / "file")
+    assert names(tmp_path) == ["a-file", "new"] and names(tmp_path / "new") == []
+    (tmp_path / "old").write_text("old")
+    files.check_output(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old"
+    refused = {tmp_path: "is a folder or a device; give the name of a file", "/dev/null": "is a folder or a device"}
+    refused |= {no_folder / "file": "cannot be written", tmp_path / ("x" * 300): "cannot be written"}
+    for path, message in refused.items():
+        with pytest.raises(InputError, match=message):
+            files.check_output(path)
+
+
+@pytest.mark.parametrize("write", [files.write_text, files.write_json])
+def test_text_that_is_no_unicode(tmp_path, write):
+    text = f"{'a' * 50}\udce9{'b' * 50}"
+    with pytest.raises(
+        InputError, match=r"file: cannot be written: .*a{30}\\udce9b{29}' is not valid Unicode text; wr"
+    ):
+        write(tmp_path / "file", text)
+    assert names(tmp_path) == []
+    with pytest.raises(InputError, match=r"^prompt 3: '\\ud800' is not valid Unicode text"):
+        files.check_unicode("\ud800", "prompt 3")
+    assert files.check_unicode("é\0 🙂", "prompt") == "é\0 🙂"
+
+
 WRITERS = {
     "text": lambda path: files.write_text(path, "x" * 200_000),
     "json": lambda path: files.write_json(path, "x" * 200_000),

@@ -323,6 +323,123 @@ def test_a_file_without_captions_is_named(tmp_path: Path, text: bytes | None, me
 
 
 @pytest.mark.parametrize(
+    ("data", "captions"),
+    [
+        (b"\xef\xbb\xbfa fox\r\na cat\r\n", {"1": "a fox", "2": "a cat"}),
+        (b'\xef\xbb\xbf{"id": 1, "caption": "a fox"}', {1: "a fox"}),
+        ("a\u2028fox\x85b\nc\x0bd\r\n".encode(), {"1": "a\u2028fox\x85b", "2": "c\x0bd"}),
+        (b"\n\na fox", {"3": "a fox"}),
+    ],
+    ids=["byte order mark", "byte order mark of JSON", "separators", "blank lines"],
+)
+def test_captions_of_a_file(tmp_path: Path, data: bytes, captions: dict) -> None:
+    (tmp_path / "captions").write_bytes(data)
+    entries = question_generation._read_captions(tmp_path / "captions")
+    assert {entry["id"]: entry["caption"] for entry in entries} == captions
+
+
+class StoppedWriter:
+    """Stands in for the model: writes, and is interrupted before the caption that it stops at."""
+
+    def __init__(self, name: str) -> None:
+        self.seen: list[str] = []
+        StoppedWriter.last = self
+
+    stop = ""
+
+    def write(self, captions: list[str]) -> list[str]:
+        if self.stop in captions:
+            raise KeyboardInterrupt
+        self.seen += captions
+        return [WRITTEN if caption.endswith(("0", "3")) else f"About {caption}\n{ASKED}" for caption in captions]
+
+
+ASKED = "Q: a?\nChoices: yes, no\nA: yes"
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch) -> Path:
+    """A folder where writing about captions 0 to 29 was interrupted after the first two batches of 8."""
+    monkeypatch.setattr(question_generation, "QuestionGenerator", StoppedWriter)
+    (tmp_path / "captions").write_text("".join(f"caption {number}\n" for number in range(30)))
+    monkeypatch.setattr(StoppedWriter, "stop", "caption 20")
+    with pytest.raises(KeyboardInterrupt):
+        write_questions(tmp_path / "captions", tmp_path / "out.json", "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions", "out.json.partial"]
+    monkeypatch.setattr(StoppedWriter, "stop", "")
+    return tmp_path
+
+
+def keep(lines: list[str], number: int, cut: str = "") -> str:
+    return "".join(lines[:number]) + cut
+
+
+@pytest.mark.parametrize(
+    ("change", "num_kept"),
+    [
+        (lambda lines: keep(lines, 17), 16),
+        (lambda lines: keep(lines, 12, lines[12][:30]), 11),
+        (lambda lines: keep(lines, 12, lines[12][:-1]), 12),
+        (lambda lines: keep(lines, 1, lines[1][:30]), 0),
+        (lambda lines: keep(lines, 1), 0),
+        (lambda lines: keep(lines, 5) + keep(lines[3:], 9), 4),
+    ],
+    ids=["as it was", "a cut line", "no line end", "the first cut", "none", "of two processes"],
+)
+def test_interrupted_questions_go_on(stopped: Path, change, num_kept: int) -> None:
+    whole = write_questions(stopped / "captions", stopped / "whole.json", "m")
+    partial = stopped / "out.json.partial"
+    partial.write_text(change(partial.read_text().splitlines(keepends=True)))
+    assert write_questions(stopped / "captions", stopped / "out.json", "m") == whole
+    assert StoppedWriter.last.seen == [f"caption {number}" for number in range(num_kept, 30)]
+    assert (stopped / "out.json").read_bytes() == (stopped / "whole.json").read_bytes()
+    assert sorted(path.name for path in stopped.iterdir()) == ["captions", "out.json", "whole.json"]
+
+
+def test_captions_may_change_behind_those_that_are_done(stopped: Path) -> None:
+    text = (stopped / "captions").read_text()
+    (stopped / "captions").write_text(text.replace("caption 10\n", "a fox\n") + "one more\n")
+    write_questions(stopped / "captions", stopped / "out.json", "m")
+    assert StoppedWriter.last.seen[:2] == ["a fox", "caption 11"] and StoppedWriter.last.seen[-1] == "one more"
+    captions = list(dict.fromkeys(row["caption"] for row in json.loads((stopped / "out.json").read_text())))
+    assert captions == (stopped / "captions").read_text().splitlines()
+
+
+@pytest.mark.parametrize("kind", ["captions", "generator", "filter", "a file of another kind", "a folder"])
+def test_what_another_run_left_is_not_overwritten(stopped: Path, kind: str) -> None:
+    partial, models = stopped / "out.json.partial", ["m"]
+    if kind == "captions":
+        (stopped / "captions").write_text("a fox\n")
+    elif kind in ("generator", "filter"):
+        models = {"generator": ["n"], "filter": ["m", "f"]}[kind]
+    elif kind == "a file of another kind":
+        partial.write_text("mine")
+    else:
+        partial.unlink()
+        partial.mkdir()
+    before = None if kind == "a folder" else partial.read_text()
+    message = "cannot be read" if kind == "a folder" else "a stopped run left it, with other captions or models; give"
+    with pytest.raises(InputError, match=f"out.json.partial: {message}"):
+        write_questions(stopped / "captions", stopped / "out.json", *models)
+    assert before is None or partial.read_text() == before
+
+
+def test_an_output_that_cannot_be_written_shows_before_the_work(tmp_path: Path, no_folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(question_generation, "QuestionGenerator", lambda name: pytest.fail("started"))
+    (tmp_path / "captions").write_text("a fox\n")
+    for output, message in ((tmp_path, "is a folder or a device; give the name"), (no_folder / "x", "cannot be writt")):
+        with pytest.raises(InputError, match=message):
+            write_questions(tmp_path / "captions", output)
+
+
+def test_a_disk_that_fills_up_is_named(tmp_path: Path, full_disk: Path, monkeypatch) -> None:
+    monkeypatch.setattr(question_generation, "QuestionGenerator", StoppedWriter)
+    (tmp_path / "captions").write_text("a fox\n")
+    with pytest.raises(InputError, match="the disk is full"):
+        write_questions(tmp_path / "captions", full_disk / "out.json")
+
+
+@pytest.mark.parametrize(
     ("make", "hint"), [(QuestionGenerator, "--model"), (QuestionFilter, "--filter, or leave the filter out")]
 )
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, make: type, hint: str) -> None:

@@ -21,7 +21,7 @@ from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models import Model
 from hermesflow.runtime.files import InputError, shown
 from hermesflow.scoring.scorers import Scorers, find_rewards, score_entries
-from hermesflow.scoring.self_answers import self_vqa
+from hermesflow.scoring.self_answers import check_record, self_vqa
 from hermesflow.scoring.text_models import TextEncoder
 from hermesflow.worlds.pretraining import PROMPTS as TINY_PROMPTS
 
@@ -488,6 +488,34 @@ def test_self_vqa_refuses_what_it_cannot_score(tiny_model: Model, tiny_records: 
     question = Question("what is a unicorn ?", ("yes", "no"), "yes", "object", "unicorn")
     with pytest.raises(InputError, match="does not know the word 'unicorn'"):
         self_vqa(tiny_model, codes[:1], [replace(silent, questions=(question,))])
+
+
+REPEATS = [("green", "green"), ("GREEN", "green"), (" green", "green "), ("Red", "red", "red ")]
+
+
+@pytest.mark.parametrize("scorer", ["likelihood", "exact", "normalized"])
+@pytest.mark.parametrize("more", REPEATS, ids=map(str, REPEATS))
+def test_a_choice_that_stands_twice_changes_no_score(shared_tiny_model: Model, more: tuple, scorer: str) -> None:
+    codes = torch.randint(
+        shared_tiny_model.layout.codebook_size, (1, 3, 16), generator=torch.Generator().manual_seed(1)
+    )
+    match = Scorers(CurationConfig(answer_scorer=scorer)).match_answers
+    asked = [RED, replace(RED, choices=(*more, *RED.choices)), replace(RED, choices=(*RED.choices, *more))]
+    [plain], *others = (self_vqa(shared_tiny_model, codes, [record("a", question)], match) for question in asked)
+    for [scores] in others:
+        assert [score.hard for score in scores] == [score.hard for score in plain]
+        assert [score.soft for score in scores] == pytest.approx([score.soft for score in plain], abs=1e-5)
+
+
+def test_choices_that_are_all_one_to_the_model_are_refused(shared_tiny_model: Model) -> None:
+    lone = record("a", YES_NO, replace(COLOR, choices=("green", "Green")))
+    message = r"record a: the choices \['green', 'Green'\] of 'what color is it \?' are one to the model.*; give two"
+    for call in (
+        lambda: self_vqa(shared_tiny_model, torch.zeros(1, 1, 16, dtype=torch.int64), [lone]),
+        lambda: check_record(shared_tiny_model, replace(lone, codes=np.zeros(16, np.int32))),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,7 +1,7 @@
 """A run's folder: its lock, its settings, what it began with, and what exists in it.
 
-    runs/NAME/  config.toml  origin.json  judge.json (with model.judge)  records.parquet  rejected.parquet  summary.json
-                report/index.html
+    runs/NAME/  config.toml  origin.json  judge.json (with model.judge)  files.json (with files of records)
+                records.parquet  rejected.parquet  summary.json  report/index.html
       round-K/  candidates/part-*.parquet  pairs.parquet  rejected.parquet  train/step-*/  metrics.jsonl  model/
                 training.json  evaluation.json  seconds.json
 
@@ -18,10 +18,11 @@ import fcntl
 import hashlib
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +31,7 @@ import torch
 
 from hermesflow.algorithms.packing import check_pairs
 from hermesflow.config import Config, load_config, to_toml
-from hermesflow.curation import curate
+from hermesflow.curation import curate, curate_as_worker
 from hermesflow.data.balancing import balance_questions, describe_one_sided, yes_share
 from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pair_statistics, read_pairs
 from hermesflow.data.published_pairs import read_published_pairs
@@ -40,6 +41,14 @@ from hermesflow.evaluation.metrics import check_same_records, is_balanced, summa
 from hermesflow.models.family import load_model, open_model, trained_rounds
 from hermesflow.models.merging import merge_models
 from hermesflow.models.model import Model, model_digest, weights_digest
+from hermesflow.runs.settings import (
+    all_changed_settings,
+    changed_files,
+    changed_settings,
+    describe_way_out,
+    note_files,
+)
+from hermesflow.runtime.claims import Claims
 from hermesflow.runtime.distributed import is_main, on_main
 from hermesflow.runtime.files import (
     InputError,
@@ -62,20 +71,61 @@ from hermesflow.training import check_model, check_takes_pairs, check_training, 
 _ELSEWHERE = "output folder (-o)"
 _LOGGER = logging.getLogger(__name__)
 _RESULTS = ("round-*", "records.parquet", "train", "study.jsonl")
-"""Files that fix the settings as soon as one of them is there."""
+"""Files of which one must be there for settings to be fixed."""
+
+
+class Busy(InputError):
+    """Another process is at work in a folder."""
 
 
 class Run:
     """One run's folder and what exists in it; rounds count from 1, round 0 is the model before training."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, as_worker: bool = False) -> None:
+        """
+        Args:
+            config: the settings.
+            as_worker: works on the folder beside others that do, on this or other machines; else it is this process's
+                (and its group's) alone.
+        Raises: InputError as claim_folder.
+        """
         self.config, self.folder = config, config.run_folder
         self.rounds = range(1, config.selfplay.num_rounds + 1)
-        on_main(self._claim)
         self._loaded: tuple[int, Model] | None = None
+        on_main(self._join if as_worker else self._claim)
 
     def _claim(self) -> None:
-        self._lock = claim_folder(self.folder, self.config, "run.name")
+        self._lock = claim_folder(self.folder, self.config, "run.name", partial(changed_settings, self.folder))
+        for claims in self.folder.glob("round-*/claims"):  # of workers, none of which is at work now
+            shutil.rmtree(claims, ignore_errors=True)
+        self._warn_of_files()
+
+    def _join(self) -> None:
+        """Shares the lock with other workers; whoever is alone makes the records first."""
+        path = make_folder(self.folder) / ".lock"
+        while True:
+            try:
+                self._claim()
+            except Busy:
+                self._lock = _lock(path, fcntl.LOCK_SH)
+                if (self.folder / "rejected.parquet").exists():  # the last that is made of the records
+                    _check_settings(self.folder, self.config, "run.name", partial(changed_settings, self.folder))
+                    return
+                self._lock.close()  # who made them is gone
+            else:
+                _ = self.records
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+                return
+
+    def _warn_of_files(self) -> None:
+        for section, made in (("data", "records.parquet"), ("eval", "round-*/evaluation.json")):
+            for path in changed_files(self.folder, self.config, section) if any(self.folder.glob(made)) else ():
+                _LOGGER.warning(
+                    "%s: changed since the run made %s of it, which stays as it is; choose another run.name to use "
+                    "the file as it is now",
+                    path,
+                    self.folder / made,
+                )
 
     @cached_property
     def records(self) -> RecordFile:
@@ -83,21 +133,37 @@ class Run:
         path = self.folder / "records.parquet"
 
         def work() -> None:
-            if not (path.exists() and (self.folder / "rejected.parquet").exists()):
-                write_records(path, self._make_records(), include_images=not self.model(0).views_codes)
+            count = sum(self._num_records())
+            made = RecordFile(path) if path.exists() else []
+            if len(made) < count or not (self.folder / "rejected.parquet").exists():
+                self._check_files("data", is_begun=path.exists() or any(self.folder.glob("round-*")))
+                records = _keep_first(self._make_records(), made, self.config.data.source)
+                write_records(path, records, include_images=not self.model(0).views_codes)
                 if message := describe_one_sided(yes_share(RecordFile(path))):
                     _LOGGER.warning("%s: %s", self.config.data.source, message)
 
         on_main(work)
         return RecordFile(path)
 
+    def _check_files(self, section: str, is_begun: bool) -> None:
+        """Notes what a section's files of records hold; raises InputError if the run began with something else."""
+        if not is_begun:
+            note_files(self.folder, self.config, section)
+        for path in changed_files(self.folder, self.config, section):
+            raise InputError(
+                f"{path}: changed since the run began, and more is to be made of it; put the file back as it was, or "
+                "choose another run.name"
+            )
+
+    def _num_records(self) -> list[int]:
+        """How many records each round needs; one number if all rounds have the same records."""
+        numbers = self.rounds if self.config.selfplay.fresh_prompts else [1]
+        return [self.config.of_round(number).data.num_records for number in numbers]
+
     def _make_records(self) -> Iterator[Record]:
         """The records one by one; when the last was taken, the rejected ones are written down."""
-        data, selfplay, rejected = self.config.data, self.config.selfplay, []
-        counts = [
-            self.config.of_round(number).data.num_records for number in (self.rounds if selfplay.fresh_prompts else [1])
-        ]
-        count = sum(counts)
+        data, counts, rejected = self.config.data, self._num_records(), []
+        count, num_cut, most = sum(counts), 0, self.model(0).prompts.max_prompt_tokens
         if data.source in SOURCES:
             records = resolve(SOURCES, data.source, "data.source")(self.config.run.seed, count)
         else:
@@ -107,9 +173,14 @@ class Run:
         for record, reason in encode_records(self.model(0), records, count):
             if reason is None:
                 num_usable += 1
+                num_cut += bool(self.model(0).describe_cut(record.caption))
                 yield record
             else:
                 rejected.append({"record_id": record.id, "reason": reason})
+        if num_cut:
+            _LOGGER.warning(
+                "%s: %d of %d captions are cut to the model's %d tokens of a prompt", data.source, num_cut, count, most
+            )
         if num_usable < count:
             why = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
             need = f"{count} are needed" + (f" (by round {', '.join(map(str, counts))})" if len(counts) > 1 else "")
@@ -213,9 +284,13 @@ class Run:
         """Raises InputError if the run has no such round."""
         if number not in self.rounds:
             raise InputError(
-                f"round {number}: the run has rounds 1 to {len(self.rounds)}; give one of them, or a larger "
-                "selfplay.num_rounds under another run.name"
+                f"round {number}: the run has rounds 1 to {len(self.rounds)}; give one of them, or raise "
+                "selfplay.num_rounds"
             )
+
+    def check_eval_files(self) -> None:
+        """Raises InputError if the files of records to measure on changed since the first evaluation."""
+        self._check_files("eval", is_begun=any(self.folder.glob("round-*/evaluation.json")))
 
     def previous(self, number: int) -> PairFile | None:
         """The pairs that a round's win and lose are compared with, where its records are the same."""
@@ -247,6 +322,23 @@ class Run:
         records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
         return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
 
+    def share_candidates(self, number: int) -> None:
+        """Makes a round's candidates beside other workers, until all are there; curate_round makes pairs of them.
+
+        Raises: as curate; InputError if the run has no such round, or its algorithm takes no pairs.
+        """
+        self.check_round(number)
+        check_takes_pairs(self.config.of_round(number).selfplay.algorithm)
+        if self.is_made(number, "pairs.parquet", "rejected.parquet"):
+            return
+        records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
+        with stage(f"round {number}, curation"):
+            curate_as_worker(
+                self.model(number - 1), records, config, seed=self.seed(number), judge=lambda: self.judge,
+                folder=self.path(number, "candidates"), claims=Claims(self.path(number, "claims")),
+                previous=self.previous(number),
+            )  # fmt: skip
+
     def pairs(self, number: int) -> pa.Table:
         """A round's pairs, at least one. Raises: InputError if they are not made yet, or none was kept."""
         if not self.path(number, "pairs.parquet").exists():
@@ -275,7 +367,7 @@ class Run:
 
     def seed(self, number: int) -> int:
         """Of a round's candidates and training."""
-        return self.config.run.seed * 1_000 + number
+        return (self.config.run.seed * 1_000 + number) % 2**63  # torch's seeds end there
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds: before, and each round with its paired changes."""
@@ -330,6 +422,16 @@ class Run:
         """Seconds by phase; a kill right after a phase loses its entry, and nothing else."""
         path = self.path(number, "seconds.json")
         return read_json(path) if path.exists() else {}
+
+
+def _keep_first(records: Iterable[Record], made: Sequence[Record], source: str) -> Iterator[Record]:
+    """The records, of which the first are those that were made before. Raises: InputError if they are others."""
+    before = iter(made)
+    for record in records:
+        was = next(before, record)
+        if (was.id, was.caption, was.questions) != (record.id, record.caption, record.questions):
+            raise InputError(f"{source}: gives other records than when the run began; choose another run.name")
+        yield was
 
 
 def import_pairs(config: Config, number: int, path: StrPath, root: StrPath | None = None) -> Path:
@@ -433,56 +535,61 @@ def _digest(pairs: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def claim_folder(folder: Path, config: Config, elsewhere: str) -> TextIO:
+def claim_folder(
+    folder: Path,
+    config: Config,
+    elsewhere: str,
+    changed: Callable[[Config, Config], list[str]] = all_changed_settings,
+) -> TextIO:
     """Makes a folder this process's own, writes config.toml into it, and removes what a killed process left.
 
     Args:
         folder: made if need be.
         config: the settings.
         elsewhere: what the user changes to work in another folder, for messages.
+        changed: names the settings that may not differ, given those in the folder, which has results, and these.
     Returns: the open lock file; the system frees it when it is closed or this process ends, however it ends.
     Raises: InputError if another process is at work in it, or it holds results of other settings.
     """
-    lock = _lock(make_folder(folder) / ".lock", elsewhere)
-    settings = folder / "config.toml"
-    if settings.exists() and any(path for pattern in _RESULTS for path in folder.glob(pattern)):
-        _check_settings(settings, config, elsewhere)
-    else:
-        write_text(settings, to_toml(config))
+    try:
+        lock = _lock(make_folder(folder) / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Busy(
+            f"{folder}: another process is at work on this run; wait for it or choose another {elsewhere}"
+        ) from error
+    _check_settings(folder, config, elsewhere, changed)
+    write_text(folder / "config.toml", to_toml(config))
     remove_leftovers(folder)
     return lock
 
 
-def _lock(path: Path, elsewhere: str) -> TextIO:
+def _check_settings(
+    folder: Path, config: Config, elsewhere: str, changed: Callable[[Config, Config], list[str]]
+) -> None:
+    """Raises InputError if the folder holds results of other settings."""
+    settings = folder / "config.toml"
+    if settings.exists() and any(path for pattern in _RESULTS for path in folder.glob(pattern)):
+        if names := changed(saved := load_config(settings), config):
+            raise InputError(
+                f"{settings}: the run has other settings ({', '.join(names)}); "
+                f"{describe_way_out(folder, names, elsewhere)}"
+            )
+        if names := all_changed_settings(saved, config):
+            _LOGGER.info("%s: settings changed, with which nothing was made yet: %s", settings, ", ".join(names))
+
+
+def _lock(path: Path, how: int) -> TextIO:
+    """The file, locked. Raises: BlockingIOError if another has it and how says not to wait."""
     try:
         lock = path.open("w")
     except OSError as error:
         raise write_problem(path, error) or error from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.flock(lock, how)
+    except BlockingIOError:
         lock.close()
-        raise InputError(
-            f"{path.parent}: another process is at work on this run; wait for it or choose another {elsewhere}"
-        ) from error
+        raise
     return lock
-
-
-def _check_settings(path: Path, config: Config, elsewhere: str) -> None:
-    saved, now = asdict(load_config(path)), asdict(config)
-    changed = [
-        f"{section}.{key}"
-        for section in now
-        for key in now[section] | saved[section]
-        if section not in ("pretrain", "study")
-        and now[section].get(key) != saved[section].get(key)
-        and (section, key) not in (("run", "folder"), ("model", "device"))
-    ]
-    if changed:
-        raise InputError(
-            f"{path}: the run has other settings ({', '.join(changed)}); choose another {elsewhere}, take its own by "
-            f"--config {path}, or delete {path.parent} to start over"
-        )
 
 
 def check_origin(
