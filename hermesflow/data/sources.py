@@ -301,6 +301,8 @@ def files_of(path: StrPath) -> list[Path]:
     Raises: InputError if there are none.
     """
     given = Path(path).expanduser()
+    if not _can_be_looked_at(given):
+        return [given]  # its reader says why
     if given.is_dir():
         found = next((files for kind in _KINDS if (files := sorted(given.glob(kind)))), [])
         if not found:
@@ -312,6 +314,16 @@ def files_of(path: StrPath) -> list[Path]:
     if not found:
         raise InputError(f"{path}: no file fits this pattern; check it")
     return found
+
+
+def _can_be_looked_at(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):  # too long, a circle of links, a null byte
+        return False
+    return True
 
 
 def _read_rows(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:

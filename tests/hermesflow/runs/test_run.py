@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hermesflow import cli, read_pairs, runs, train_pairs, training
+from hermesflow import cli, read_pairs, train_pairs, training
 from hermesflow.config import TrainConfig, load_config
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.data.published_pairs import write_published_pairs
 from hermesflow.models import load_model
 from hermesflow.runs import claim_folder, train_on_pairs
+from hermesflow.runs import run as runs
 from hermesflow.runtime.files import InputError, write_parquet
 from hermesflow.runtime.metric_log import TIMINGS
 
