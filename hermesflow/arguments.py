@@ -270,10 +270,12 @@ COMMANDS = (
         _output("where training on --pairs goes [run.folder/run.name]"),
         _root("where image paths start [the folder of --pairs]"), *_MODEL, _ROUND, continues=True,
     ),
-    _command("pairs", "exchange pairs with the published code", "export runs/demo -o pairs", configured=False),
+    _command("pairs", "exchange pairs with other code", "export runs/demo -o pairs", configured=False),
     _command(
-        "pairs export", "write a round's pairs as pair_dpo_data.json with images", "runs/demo --round 1 -o pairs",
+        "pairs export", "write a round's pairs for other code", "runs/demo --round 1 -o pairs",
         _option("run_folder RUN", "the run's folder", _path),
+        _option("--format", "pair_dpo_data.json with images, or Parquet of prompt, chosen, rejected and images "
+                "[published]", choices=("published", "datasets"), default="published"),
         _output("[pairs]", default=Path("pairs")), _ROUND, configured=False,
     ),
     _command(

@@ -206,7 +206,7 @@ def _train(arguments: Arguments, config: Config) -> None:
 def _pairs_export(arguments: Arguments, config: Config) -> None:
     from hermesflow.data.published_pairs import export_pairs
 
-    print(export_pairs(arguments.run_folder, arguments.round or 1, arguments.output))
+    print(export_pairs(arguments.run_folder, arguments.round or 1, arguments.output, arguments.format))
 
 
 def _pairs_import(arguments: Arguments, config: Config) -> None:

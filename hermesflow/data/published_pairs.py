@@ -17,6 +17,7 @@ import torch
 
 from hermesflow.config import load_config
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, SIDES, read_pairs
+from hermesflow.data.preference_tables import write_preference_tables
 from hermesflow.data.records import png_bytes
 from hermesflow.data.sources import describe_rejected, encode_lazily, id_of, path_inside, read_entries, text_of
 from hermesflow.models.family import open_model
@@ -48,19 +49,21 @@ class _Entry(NamedTuple):
     images: dict[str, Path]
 
 
-def export_pairs(run_folder: StrPath, number: int, folder: StrPath) -> Path:
-    """Writes the pairs of a run's round in the published layout, decoded by the model that the run began with.
+def export_pairs(run_folder: StrPath, number: int, folder: StrPath, layout: str = "published") -> Path:
+    """Writes the pairs of a run's round, decoded by the model that the run began with.
 
     Args:
         run_folder: runs/NAME.
         number: the round, from 1.
         folder: see write_published_pairs.
-    Returns: the path of the JSON file.
+        layout: "published", or "datasets" (preference_tables.py).
+    Returns: the path of the JSON file, or the folder.
     Raises: InputError if the run or its round is missing or damaged, or the folder cannot be written.
     """
     config = load_config(Path(run_folder) / "config.toml")
     pairs = read_pairs(Path(run_folder) / f"round-{number}" / "pairs.parquet")
-    return write_published_pairs(open_model(config.model), pairs, folder)
+    write = {"published": write_published_pairs, "datasets": write_preference_tables}[layout]
+    return write(open_model(config.model), pairs, folder)
 
 
 def write_published_pairs(model: Model, pairs: pa.Table, folder: StrPath) -> Path:
