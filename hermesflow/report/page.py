@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hermesflow.config import Config, load_config
-from hermesflow.data.pairs import pair_statistics
+from hermesflow.data.pairs import pair_statistics, read_pairs
 from hermesflow.evaluation.builtin import BUILTIN
 from hermesflow.evaluation.metrics import MetricPath, is_balanced, summarize
 from hermesflow.models.family import open_model
+from hermesflow.report.browser import write_browser
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.report.examples import choose_shown, drawings_section, pairs_section
 from hermesflow.report.markup import details, document, scrolling
@@ -69,7 +70,7 @@ _RANKS = {
 
 
 def write_report(run_folder: StrPath) -> Path:
-    """Writes report/index.html of a run, finished or not.
+    """Writes report/index.html of a run, finished or not, and the browser of its last round's pairs beside it.
 
     Args:
         run_folder: the run's folder, runs/NAME.
@@ -95,10 +96,14 @@ def write_report(run_folder: StrPath) -> Path:
         categories,
         drawings_section(drawn, last, model) if drawn else "",
         pairs_section(shown, number, config.data.source in BUILTIN.known_sources) if has_pairs else "",
+        '<p><a href="pairs.html">More pairs of the round, to be filtered</a></p>' if number else "",
         rounds,
         details("Settings of the run", f"<pre>{escape(settings.read_text('utf-8'))}</pre>"),
     ]
     page = folder / "report" / "index.html"
+    if number:
+        pairs = read_pairs(folder / f"round-{number}" / "pairs.parquet")
+        write_browser(pairs, number, model, page.with_name("pairs.html"))
     write_text(page, document(f"{config.run.name} - HermesFlow", "\n".join(sections)))
     return page
 

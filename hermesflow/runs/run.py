@@ -1,7 +1,7 @@
 """A run's folder: its lock, its settings, what it began with, and what exists in it.
 
     runs/NAME/  config.toml  origin.json  judge.json (with model.judge)  files.json (with files of records)
-                records.parquet  rejected.parquet  summary.json  report/index.html
+                records.parquet  rejected.parquet  summary.json  report/{index,pairs}.html
       round-K/  candidates/part-*.parquet  pairs.parquet  rejected.parquet  train/step-*/  metrics.jsonl  model/
                 training.json  evaluation.json  seconds.json
 
