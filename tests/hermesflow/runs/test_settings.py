@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from hermesflow.runs import settings as run_settings
 from hermesflow.config import load_config
+from hermesflow.runs import settings as run_settings
 from hermesflow.runs.settings import changed_settings, describe_way_out
 
 RECORDS = ("records.parquet",)
