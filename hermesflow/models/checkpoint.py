@@ -120,5 +120,7 @@ def on_meta(make: Callable[[], Mapping[str, nn.Module]], path: Path) -> nn.Modul
     try:
         with torch.device("meta"):
             return nn.ModuleDict(make())
+    except InputError:
+        raise
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
         raise InputError(f"{path}: not the shape of a model ({error!r:.200}); restore it from its source") from error
