@@ -6,9 +6,13 @@ import base64
 import io
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from hermesflow.evaluation.metrics import MetricPath
+from hermesflow.report.tables import find, format_change, format_interval, format_value, interval_of, tell_verdict
 
 _LARGEST_PIXELS = 256  # larger pictures are scaled down, so that the page stays light
 _STYLE = Path(__file__).parents[1] / "assets" / "report.css"
@@ -29,6 +33,18 @@ def picture(pixels: np.ndarray, alt: str, css_class: str = "") -> str:
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img class="{css_class}{small}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def value_cell(metrics: dict[str, Any], path: MetricPath) -> str:
+    """A <td> with the metric at a path, in per cent, and its interval."""
+    interval = format_interval(interval_of(metrics, path))
+    return f"<td>{format_value(find(metrics, path))}<small>{interval}</small></td>"
+
+
+def change_cell(name: str, change: dict[str, Any]) -> str:
+    """A <td> with a metric's change, in points, and what it says."""
+    verdict = tell_verdict(name, change)
+    return f'<td class="{verdict.split()[0]}">{format_change(change)}<small>{verdict}</small></td>'
 
 
 def scrolling(content: str, name: str) -> str:

@@ -16,23 +16,19 @@ from hermesflow.models.family import open_model
 from hermesflow.report.browser import write_browser
 from hermesflow.report.charts import CategoryBars, Measured, Stage, category_chart, gap_chart
 from hermesflow.report.examples import choose_shown, drawings_section, pairs_section
-from hermesflow.report.markup import details, document, scrolling
+from hermesflow.report.markup import change_cell, details, document, scrolling, value_cell
 from hermesflow.report.tables import (
     LABELS,
     ONE_SIDED,
     describe_cost,
     describe_data,
     find,
-    format_change,
-    format_interval,
     format_value,
     headline,
     headline_metrics,
-    interval_of,
     is_builtin,
     kind_metrics,
     sampler_metrics,
-    tell_verdict,
 )
 from hermesflow.runtime.files import InputError, StrPath, damaged, read_json, read_parquet, write_text
 from hermesflow.training import is_online
@@ -263,19 +259,13 @@ def _metric_table(metrics: dict[MetricPath, str], summary: dict[str, Any], name:
 def _metric_row(path: MetricPath, label: str, summary: dict[str, Any]) -> str:
     cells = []
     for _, metrics in _stages(summary):
-        interval = format_interval(interval_of(metrics, path))
-        cells.append(f"<td>{format_value(find(metrics, path))}<small>{interval}</small></td>")
+        cells.append(value_cell(metrics, path))
         change = find(metrics, ("change", *path))
         if change:
-            cells.append(_change_cell(path[-1], change))
+            cells.append(change_cell(path[-1], change))
         elif "change" in metrics:
             cells.append("<td>-</td>")
     return f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>"
-
-
-def _change_cell(name: str, change: dict[str, Any]) -> str:
-    verdict = tell_verdict(name, change)
-    return f'<td class="{verdict.split()[0]}">{format_change(change)}<small>{verdict}</small></td>'
 
 
 def _categories(summary: dict[str, Any]) -> str:

@@ -12,15 +12,11 @@ import numpy as np
 from hermesflow.evaluation.metrics import MetricPath
 from hermesflow.evaluation.suites.drawing import IMAGES, pictures_of
 from hermesflow.evaluation.suites.suite import Suite, SuitePrompt
-from hermesflow.report.markup import details, document, picture, scrolling
+from hermesflow.report.markup import change_cell, details, document, picture, scrolling, value_cell
 from hermesflow.report.tables import (
     find,
-    format_change,
-    format_interval,
     format_value,
     headline_metrics,
-    interval_of,
-    tell_verdict,
 )
 from hermesflow.runtime.files import write_text
 
@@ -64,11 +60,9 @@ def _table(metrics: dict[str, Any], changes: dict[str, Any] | None) -> str:
 
 
 def _row(metrics: dict[str, Any], changes: dict[str, Any] | None, path: MetricPath, label: str) -> str:
-    cells = f"<td>{format_value(find(metrics, path))}<small>{format_interval(interval_of(metrics, path))}</small></td>"
-    change = find(changes or {}, path)
+    cells, change = value_cell(metrics, path), find(changes or {}, path)
     if change:
-        verdict = tell_verdict(path[-1], change)
-        cells += f'<td class="{verdict.split()[0]}">{format_change(change)}<small>{verdict}</small></td>'
+        cells += change_cell(path[-1], change)
     elif changes is not None:
         cells += "<td>-</td>"
     return f"<tr><th>{escape(label)}</th>{cells}</tr>"

@@ -123,7 +123,7 @@ class Worker:
         compute: Callable[[Any], list] = self._draw if isinstance(jobs[0], ImageJob) else self._answer
         try:
             results = compute(jobs)
-        except Exception as error:  # whatever the model raises, the thread goes on
+        except Exception as error:  # the thread must outlive whatever the model raises
             if len(jobs) == 1:
                 _LOGGER.warning("a request failed: %s", error)
                 jobs[0].done.set_exception(error)

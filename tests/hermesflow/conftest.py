@@ -122,6 +122,30 @@ def random_pairs() -> Callable[..., pa.Table]:
 
 
 @pytest.fixture(scope="session")
+def make_pair() -> Callable[..., dict]:
+    """Makes a whole row of pairs for 16 codes, with texts and scores: (model, number, sides="both") -> row."""
+
+    def pair(model, number, sides="both"):
+        codes = np.random.default_rng(number).integers(0, 32, (3, 16)).tolist()
+        row = dict.fromkeys(PAIRS_SCHEMA.names) | {
+            "record_id": f"../r{number}",
+            "category": "other",
+            "caption": "a red circle",
+            "sides": sides,
+            "record_codes": codes[0],
+        }
+        if sides != "understanding":
+            row |= {"win_codes": codes[1], "lose_codes": codes[2], "win_image_score": 0.75, "lose_image_score": 0.5}
+        if sides != "generation":
+            for role, text, score in (("win", "a red circle", 1.0), ("lose", "a blue circle", 0.25)):
+                row |= {f"{role}_caption": text, f"{role}_caption_ids": model.encode_text(text)}
+                row[f"{role}_caption_score"] = score
+        return row
+
+    return pair
+
+
+@pytest.fixture(scope="session")
 def asked() -> list[tuple[str, str]]:
     """Questions about a real image with their right answers, for random_pairs."""
     return [

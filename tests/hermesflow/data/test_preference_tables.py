@@ -16,28 +16,13 @@ from hermesflow.data.preference_tables import write_preference_tables
 SIDES = ["both", "generation", "understanding"] * 4
 
 
-def pair(model, number, sides):
-    codes = np.random.default_rng(number).integers(0, 32, (3, 16)).tolist()
-    row = dict.fromkeys(PAIRS_SCHEMA.names) | {
-        "record_id": f"r{number}", "category": "other", "caption": "a red circle", "sides": sides,
-        "record_codes": codes[0],
-    }  # fmt: skip
-    if sides != "understanding":
-        row |= {"win_codes": codes[1], "lose_codes": codes[2], "win_image_score": 0.75, "lose_image_score": 0.5}
-    if sides != "generation":
-        for role, text, score in (("win", "a red circle", 1.0), ("lose", "a blue circle", 0.25)):
-            row |= {f"{role}_caption": text, f"{role}_caption_ids": model.encode_text(text)}
-            row[f"{role}_caption_score"] = score
-    return row
-
-
 def pixels(image):
     return np.asarray(Image.open(io.BytesIO(image["bytes"])))
 
 
 @pytest.fixture
-def written(shared_tiny_model, tmp_path):
-    rows = [pair(shared_tiny_model, number, sides) for number, sides in enumerate(SIDES)]
+def written(shared_tiny_model, make_pair, tmp_path):
+    rows = [make_pair(shared_tiny_model, number, sides) for number, sides in enumerate(SIDES)]
     folder = write_preference_tables(shared_tiny_model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), tmp_path / "out")
     return rows, {name: pq.read_table(folder / f"{name}.parquet") for name in ("generation", "understanding")}, folder
 
@@ -74,7 +59,7 @@ def test_the_datasets_library_is_told_of_images_and_finds_the_tables(written):
     assert "config_name: generation\n  data_files: generation.parquet" in card
 
 
-def test_a_side_that_no_pair_has_is_an_empty_table(shared_tiny_model, tmp_path):
-    rows = [pair(shared_tiny_model, 0, "generation")]
+def test_a_side_that_no_pair_has_is_an_empty_table(shared_tiny_model, make_pair, tmp_path):
+    rows = [make_pair(shared_tiny_model, 0, "generation")]
     write_preference_tables(shared_tiny_model, pa.Table.from_pylist(rows, PAIRS_SCHEMA), tmp_path)
     assert pq.read_table(tmp_path / "understanding.parquet").num_rows == 0

@@ -26,28 +26,10 @@ KEYS = [
 ]  # fmt: skip
 
 
-def pair(model, number, sides="both"):
-    codes = np.random.default_rng(number).integers(0, 32, (3, 16)).tolist()
-    row = dict.fromkeys(PAIRS_SCHEMA.names) | {
-        "record_id": f"../r{number}",
-        "category": "other",
-        "caption": "a red circle",
-        "sides": sides,
-        "record_codes": codes[0],
-    }
-    if sides != "understanding":
-        row |= {"win_codes": codes[1], "lose_codes": codes[2], "win_image_score": 0.75, "lose_image_score": 0.5}
-    if sides != "generation":
-        for role, text, score in (("win", "a red circle", 1.0), ("lose", "a blue circle", 0.25)):
-            row |= {f"{role}_caption": text, f"{role}_caption_ids": model.encode_text(text)}
-            row[f"{role}_caption_score"] = score
-    return row
-
-
 @pytest.fixture
-def pairs(shared_tiny_model):
+def pairs(shared_tiny_model, make_pair):
     sides = ["both", "generation", "understanding"] * 4
-    return pa.Table.from_pylist([pair(shared_tiny_model, *item) for item in enumerate(sides)], PAIRS_SCHEMA)
+    return pa.Table.from_pylist([make_pair(shared_tiny_model, *item) for item in enumerate(sides)], PAIRS_SCHEMA)
 
 
 def test_what_is_written_is_the_published_layout(shared_tiny_model, pairs, tmp_path):
