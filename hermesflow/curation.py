@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from hermesflow.models.model import Model
 from hermesflow.runtime.claims import Claims
 from hermesflow.runtime.distributed import rank, world_size
 from hermesflow.runtime.files import InputError, ParquetRows, StrPath, damaged, make_folder, read_parquet, write_parquet
-from hermesflow.runtime.progress import track
+from hermesflow.runtime.parts import make_parts
 from hermesflow.runtime.seeds import candidate_seeds
 from hermesflow.scoring.scorers import Scorers
 from hermesflow.scoring.self_answers import Judged, check_record
@@ -64,133 +65,122 @@ _DRAWN_BY = (
 )
 _NOT_DRAWN_BY = ("threshold", "margin", "keep", "lose_caption", "batch_records", *DRAWING)
 _FINGERPRINT = b"hermesflow.fingerprint"
-_LOOK_AGAIN = 1.0  # seconds, where all parts that are left are others'
 
 
 def curate(
-    model: Model,
-    records: Sequence[Record],
-    config: CurationConfig,
-    *,
-    seed: int,
-    folder: StrPath,
-    previous: PairFile | None = None,
-    judge: Callable[[], Model | None] = lambda: None,
+    model: Model, records: Sequence[Record], config: CurationConfig, **options: Any
 ) -> Iterator[tuple[list[Record], pa.Table]]:
     """Draws and scores every record's candidates, part by part: what is in memory does not grow with the records.
 
-    Each record gets config.num_images images of its caption, scored by the model's own answers to its questions, and
-    config.num_captions captions of its image, scored against its caption. Every config.batch_records records make one
-    file, folder/part-NNNNN.parquet; a part that exists is read instead of made again. A candidate's draws depend on the
-    seed and the record alone, not on the batch.
-
-    With several processes each makes every so many-th part and yields those; the files are the same as one makes.
-
-    All records are looked at once before anything is drawn; then each part comes as soon as it is on the disk.
+    With several processes each makes every so many-th part and yields those; the files are the same as one makes. Each
+    part comes as soon as it is on the disk.
 
     Args:
-        model: draws and judges. Do not resume a folder with another model.
-        records: with codes, questions and ids of their own; gone through twice.
-        config: numbers, sampling settings and scorers.
-        seed: of this round; from 0 to 2**63 - 1.
-        folder: of the parts.
-        previous: the pairs of the previous round; their images of these records are scored again by this model, so that
-            one judge compares old and new.
-        judge: opens the model that scores images in place of this one; None: this one. Do not resume a folder with
-            another judge.
+        model, records, config, options: see Candidates.
     Yields: (the records of one of this process's parts, their candidates with CANDIDATES_SCHEMA), both in the records'
         order.
-    Raises: InputError, at the call itself, on a damaged part, parts of other records or settings, an unwritable folder,
-        a record that cannot be curated, a scorer that cannot be had, or a word that the model does not know.
+    Raises: InputError, at the call itself but for what a part alone shows, as Candidates.
+    """
+    return Candidates(model, records, config, **options).share()
+
+
+class Candidates:
+    """The candidates of records, in parts of which each is a file, folder/part-NNNNN.parquet, of config.batch_records
+    records.
+
+    Each record gets config.num_images images of its caption, scored by the model's own answers to its questions, and
+    config.num_captions captions of its image, scored against its caption. A candidate's draws depend on the seed and
+    the record alone, not on its part.
+
     Source: HermesFlow (arXiv 2502.12148), section 3.
     """
-    paths, prints, done = _look(model, records, config, seed, folder, previous)
-    share = slice(rank(), None, world_size())
-    scorers = Scorers(config, judge()) if set(paths[share]) - done else None
 
-    def parts() -> Iterator[tuple[list[Record], pa.Table]]:
-        every = zip(paths, prints, _batches(records, config), strict=True)
-        batches = itertools.islice(every, share.start, None, share.step)
-        for path, fingerprint, batch in track(batches, "candidates", "batches", total=len(paths[share])):
-            if path not in done:
-                _make_part(path, fingerprint, model, batch, config, seed, previous, scorers)
-            yield batch, _read_part(path)
+    def __init__(
+        self,
+        model: Model,
+        records: Sequence[Record],
+        config: CurationConfig,
+        *,
+        seed: int,
+        folder: StrPath,
+        previous: PairFile | None = None,
+        judge: Callable[[], Model | None] = lambda: None,
+        are_checked: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: draws and judges. Do not resume a folder with another model.
+            records: with codes, questions and ids of their own.
+            config: numbers, sampling settings and scorers.
+            seed: of this round; from 0 to 2**63 - 1.
+            folder: of the parts.
+            previous: the pairs of the previous round; their images of these records are scored again by this model, so
+                that one judge compares old and new.
+            judge: opens the model that scores images in place of this one; None: this one. Do not resume a folder with
+                another judge.
+            are_checked: the records come from encode_records and this model's words; else all are looked at now.
+        Raises: InputError on parts of other records or settings, an unwritable folder, a record that cannot be curated
+            or a word that the model does not know.
+        """
+        if not are_checked:
+            _check_records(model, records)
+        self._model, self._records, self._config, self._seed = model, records, config, seed
+        self._previous, self._judge = previous, judge
+        count = math.ceil(len(records) / config.batch_records)
+        self.paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(count)]
+        _refuse_strange_parts(make_folder(folder), self.paths)
 
-    return parts()
+    @cached_property
+    def _scorers(self) -> Scorers:
+        return Scorers(self._config, self._judge())
 
+    def _check_scorers(self, numbers: Sequence[int]) -> None:
+        """Raises InputError if one of these parts is still to be made, and a scorer cannot be had."""
+        if not all(self.paths[number].exists() for number in numbers):
+            _ = self._scorers
 
-def curate_as_worker(
-    model: Model,
-    records: Sequence[Record],
-    config: CurationConfig,
-    *,
-    seed: int,
-    folder: StrPath,
-    claims: Claims,
-    previous: PairFile | None = None,
-    judge: Callable[[], Model | None] = lambda: None,
-) -> None:
-    """Makes parts of curate beside other workers, of this or other machines, until all are there.
+    def share(self) -> Iterator[tuple[list[Record], pa.Table]]:
+        """Makes this process's share of the parts, and yields each when it is on the disk; see curate."""
+        self._check_scorers(range(rank(), len(self.paths), world_size()))
+        numbers = make_parts(self.paths, self.make, "candidates", check=self.check)
+        return (self.read(number) for number in numbers)
 
-    A worker takes the first part that nobody has; parts of workers that are gone are taken again (runtime/claims.py).
+    def share_as_worker(self, claims: Claims) -> None:
+        """Makes parts beside other workers until all are there.
 
-    Args:
-        model, records, config, seed, folder, previous, judge: as in curate, of all workers alike.
-        claims: of this worker, in a folder that all share.
-    Raises: InputError as curate.
-    """
-    paths, prints, done = _look(model, records, config, seed, folder, previous)
-    scorers = Scorers(config, judge()) if len(done) < len(paths) else None
-    left = [number for number, path in enumerate(paths) if path not in done]
+        Args:
+            claims: of this worker, in a folder that all share.
+        Raises: InputError as make, or if a scorer cannot be had.
+        """
+        self._check_scorers(range(len(self.paths)))
+        for _ in make_parts(self.paths, self.make, "candidates of all workers", claims=claims):
+            pass
 
-    def made() -> Iterator[int]:
-        """The numbers of parts as this worker sees them made, by whom ever."""
-        while left:
-            before = len(left)
-            for number in list(left):
-                with claims.take(paths[number].stem) as is_mine:
-                    if is_mine and not _is_made(paths[number], prints[number]):
-                        start = number * config.batch_records
-                        batch = list(records[start : start + config.batch_records])
-                        _make_part(paths[number], prints[number], model, batch, config, seed, previous, scorers)
-                if _is_made(paths[number], prints[number]):
-                    left.remove(number)
-                    yield number
-            if len(left) == before:
-                time.sleep(_LOOK_AGAIN)
+    def make(self, number: int) -> None:
+        """Draws and scores a part, and writes its file. Raises: InputError if it cannot be written."""
+        batch = self._batch(number)
+        rows = _rows(
+            self._model, batch, self._config, self._seed, _previous_images(batch, self._previous), self._scorers
+        )
+        table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)
+        write_parquet(self.paths[number], table.replace_schema_metadata({_FINGERPRINT: self._fingerprint(batch)}))
 
-    for _ in track(made(), "candidates of all workers", "batches", total=len(paths), completed=len(done)):
-        pass
+    def check(self, number: int) -> None:
+        """Raises: InputError if the part that is there was made from other records or settings, or is damaged."""
+        metadata = ParquetRows(self.paths[number]).schema.metadata or {}
+        if metadata.get(_FINGERPRINT) != self._fingerprint(self._batch(number)).encode():
+            raise _made_otherwise(self.paths[number])
 
+    def read(self, number: int) -> tuple[list[Record], pa.Table]:
+        """(the records of a part, their candidates). Raises: InputError if its file is damaged."""
+        return self._batch(number), _read_part(self.paths[number])
 
-def _look(
-    model: Model,
-    records: Sequence[Record],
-    config: CurationConfig,
-    seed: int,
-    folder: StrPath,
-    previous: PairFile | None,
-) -> tuple[list[Path], list[str], set[Path]]:
-    """The parts' files, their fingerprints, and the files that are there. Raises: InputError, see curate."""
-    prints = _fingerprints(model, records, config, seed, previous)
-    paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(len(prints))]
-    _refuse_strange_parts(make_folder(folder), paths)
-    return paths, prints, {path for path, own in zip(paths, prints, strict=True) if _is_made(path, own)}
+    def _batch(self, number: int) -> list[Record]:
+        size = self._config.batch_records
+        return list(self._records[number * size : (number + 1) * size])
 
-
-def _make_part(
-    path: Path,
-    fingerprint: str,
-    model: Model,
-    batch: Sequence[Record],
-    config: CurationConfig,
-    seed: int,
-    previous: PairFile | None,
-    scorers: Scorers,
-) -> None:
-    rows = _rows(model, batch, config, seed, _previous_images(batch, previous), scorers)
-    table = pa.Table.from_pylist(rows, CANDIDATES_SCHEMA)
-    write_parquet(path, table.replace_schema_metadata({_FINGERPRINT: fingerprint}))
+    def _fingerprint(self, batch: Sequence[Record]) -> str:
+        return _fingerprint(self._model, batch, self._config, self._seed, _previous_images(batch, self._previous))
 
 
 def caption_sampling(config: CurationConfig, max_new_tokens: int) -> list[SamplingParams]:
@@ -298,26 +288,14 @@ def _image_row(record: Record, kind: str, index: int, codes: list[int], judged: 
     }
 
 
-def _batches(records: Sequence[Record], config: CurationConfig) -> Iterator[list[Record]]:
-    """The records of each part, of which one part is in memory."""
-    waiting = iter(records)
-    while batch := list(itertools.islice(waiting, config.batch_records)):
-        yield batch
-
-
-def _fingerprints(
-    model: Model, records: Sequence[Record], config: CurationConfig, seed: int, previous: PairFile | None
-) -> list[str]:
-    """Each part's, after a look at all records: what would stop the work at the last one shows at once."""
-    prints, seen = [], set()
-    for batch in _batches(records, config):
-        for record in batch:
-            if record.id in seen:
-                raise InputError(f"record {record.id}: the id occurs twice; give each record an id of its own")
-            seen.add(record.id)
-            check_record(model, record)
-        prints.append(_fingerprint(model, batch, config, seed, _previous_images(batch, previous)))
-    return prints
+def _check_records(model: Model, records: Iterable[Record]) -> None:
+    """Shows at once what would stop the work at the last record."""
+    seen = set()
+    for record in records:
+        if record.id in seen:
+            raise InputError(f"record {record.id}: the id occurs twice; give each record an id of its own")
+        seen.add(record.id)
+        check_record(model, record)
 
 
 def _previous_images(records: Sequence[Record], previous: PairFile | None) -> PreviousImages:
@@ -356,15 +334,6 @@ def _refuse_strange_parts(folder: Path, paths: Sequence[Path]) -> None:
     strange = sorted(set(folder.glob("part-*.parquet")) - set(paths))
     if strange:
         raise _made_otherwise(strange[0])
-
-
-def _is_made(path: Path, fingerprint: str) -> bool:
-    """Whether the part is there. Raises: InputError if it was made from something else."""
-    if not path.exists():
-        return False
-    if (ParquetRows(path).schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
-        raise _made_otherwise(path)
-    return True
 
 
 def _read_part(path: Path) -> pa.Table:

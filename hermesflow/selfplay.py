@@ -63,7 +63,7 @@ def curate_round(run: Run, number: int) -> None:
         return
 
     def write_pairs() -> None:
-        previous, parts = run.previous(number), run.candidates(number)
+        previous, parts = run.previous(number), run.candidates(number).share()
         with (
             parquet_writer(run.path(number, "pairs.parquet"), PAIRS_SCHEMA) as write_kept,
             parquet_writer(run.path(number, "rejected.parquet"), REJECTED_SCHEMA) as write_rejected,
@@ -76,7 +76,7 @@ def curate_round(run: Run, number: int) -> None:
 
     def work() -> None:
         if world_size() > 1:
-            for _ in run.candidates(number):
+            for _ in run.candidates(number).share():
                 pass
             barrier()
         on_main(write_pairs)
@@ -118,7 +118,7 @@ def _evaluate(run: Run, number: int) -> dict[str, Any]:
     suite, agreed = find_evaluation(run.config.eval), {}
     has_candidates = number and run.path(number, "candidates").exists()  # imported pairs have none
     if has_candidates and run.config.data.source in suite.known_sources:
-        pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number)
+        pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number).share()
         parts = ((records, of_records, pairs.of(records)) for records, of_records in candidates)
         agreed = {"agreement": suite.judge_candidates(run.model(number), parts)}
     result = evaluate(run.model(number), run.config.drawn_by(run.config.eval)) | agreed

@@ -31,7 +31,7 @@ import torch
 
 from hermesflow.algorithms.packing import check_pairs
 from hermesflow.config import Config, load_config, to_toml
-from hermesflow.curation import curate, curate_as_worker
+from hermesflow.curation import Candidates
 from hermesflow.data.balancing import balance_questions, describe_one_sided, yes_share
 from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pair_statistics, read_pairs
 from hermesflow.data.published_pairs import read_published_pairs
@@ -315,29 +315,26 @@ class Run:
             )
         return result
 
-    def candidates(self, number: int) -> Iterator[tuple[list[Record], pa.Table]]:
-        """A round's records and candidates, part by part; what is on disk is read, the rest made."""
-        options = {"folder": self.path(number, "candidates"), "previous": self.previous(number)}
-        options["judge"] = lambda: self.judge
-        records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
-        return curate(self.model(number - 1), records, config, seed=self.seed(number), **options)
+    def candidates(self, number: int) -> Candidates:
+        """A round's candidates, in parts."""
+        return Candidates(
+            self.model(number - 1), self.round_records(number),
+            self.config.drawn_by(self.config.of_round(number).curation), seed=self.seed(number),
+            folder=self.path(number, "candidates"), previous=self.previous(number), judge=lambda: self.judge,
+            are_checked=True,
+        )  # fmt: skip
 
     def share_candidates(self, number: int) -> None:
         """Makes a round's candidates beside other workers, until all are there; curate_round makes pairs of them.
 
-        Raises: as curate; InputError if the run has no such round, or its algorithm takes no pairs.
+        Raises: as Candidates; InputError if the run has no such round, or its algorithm takes no pairs.
         """
         self.check_round(number)
         check_takes_pairs(self.config.of_round(number).selfplay.algorithm)
         if self.is_made(number, "pairs.parquet", "rejected.parquet"):
             return
-        records, config = self.round_records(number), self.config.drawn_by(self.config.of_round(number).curation)
         with stage(f"round {number}, curation"):
-            curate_as_worker(
-                self.model(number - 1), records, config, seed=self.seed(number), judge=lambda: self.judge,
-                folder=self.path(number, "candidates"), claims=Claims(self.path(number, "claims")),
-                previous=self.previous(number),
-            )  # fmt: skip
+            self.candidates(number).share_as_worker(Claims(self.path(number, "claims")))
 
     def pairs(self, number: int) -> pa.Table:
         """A round's pairs, at least one. Raises: InputError if they are not made yet, or none was kept."""
