@@ -16,9 +16,9 @@ import pyarrow as pa
 import torch
 
 from hermesflow.config import DRAWING, CurationConfig, print_of
+from hermesflow.data.encoding import record_views
 from hermesflow.data.pairs import PairFile
 from hermesflow.data.records import Record
-from hermesflow.data.sources import record_views
 from hermesflow.engine.decoders.text import SamplingParams
 from hermesflow.models.model import Model
 from hermesflow.runtime.claims import Claims
@@ -126,8 +126,7 @@ class Candidates:
             _check_records(model, records)
         self._model, self._records, self._config, self._seed = model, records, config, seed
         self._previous, self._judge = previous, judge
-        count = math.ceil(len(records) / config.batch_records)
-        self.paths = [Path(folder) / f"part-{number:05d}.parquet" for number in range(count)]
+        self.paths = part_paths(folder, len(records), config)
         _refuse_strange_parts(make_folder(folder), self.paths)
 
     @cached_property
@@ -181,6 +180,12 @@ class Candidates:
 
     def _fingerprint(self, batch: Sequence[Record]) -> str:
         return _fingerprint(self._model, batch, self._config, self._seed, _previous_images(batch, self._previous))
+
+
+def part_paths(folder: StrPath, num_records: int, config: CurationConfig) -> list[Path]:
+    """The files of the parts of so many records' candidates."""
+    count = math.ceil(num_records / config.batch_records)
+    return [Path(folder) / f"part-{number:05d}.parquet" for number in range(count)]
 
 
 def caption_sampling(config: CurationConfig, max_new_tokens: int) -> list[SamplingParams]:

@@ -7,9 +7,12 @@ Questions written about captions ask only for what the captions name, so that "y
 from __future__ import annotations
 
 import hashlib
+import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,9 +23,35 @@ from hermesflow.runtime.text import plain_text
 THINGS = ("object", "animal", "human", "food")
 """Element types (those of TIFA, arXiv 2303.11897) whose questions make sense where the thing is not there: whether the
 dog runs cannot be asked without a dog."""
+_MOST_THINGS = 2**16
 _TRIES = 64
 """How many of the others' questions are tried for each record."""
 _SINGULAR = {"children": "child", "people": "person", "men": "man", "women": "woman", "mice": "mouse", "feet": "foot"}
+
+
+class Things(Sequence[Question]):
+    """Questions of records that ask for a thing that is there; of very many a sample that is spread over all."""
+
+    def __init__(self, questions: Iterable[Question] = ()) -> None:
+        self._kept, self._num_seen, self._rng = [], 0, random.Random(0)
+        for question in questions:
+            self.add(question)
+
+    def add(self, question: Question) -> None:
+        """Keeps a question if it asks for one of THINGS and is answered yes."""
+        if _answer(question) != "yes" or not question.element or question.element_type not in THINGS:
+            return
+        self._num_seen += 1
+        if self._num_seen <= _MOST_THINGS:
+            self._kept.append(question)
+        elif (place := self._rng.randrange(self._num_seen)) < _MOST_THINGS:
+            self._kept[place] = question
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Question:
+        return self._kept[index]
 
 
 def balance_questions(records: Sequence[Record]) -> list[Record]:
@@ -37,19 +66,31 @@ def balance_questions(records: Sequence[Record]) -> list[Record]:
         records: of one data set; those that have balanced questions keep them.
     Returns: the records in their order.
     """
-    every = (question for record in records for question in record.questions)
-    things = [item for item in every if _answer(item) == "yes" and item.element and item.element_type in THINGS]
-    return [record if record.balanced_questions else _balanced(record, things) for record in records]
+    things = Things(question for record in records for question in record.questions)
+    return [balance_record(record, things) for record in records]
 
 
 def yes_share(records: Iterable[Record]) -> float | None:
     """The share of image questions of yes or no whose answer is yes; None where there are none."""
-    answers = [_answer(question) for record in records for question in record.image_questions]
-    known = [answer for answer in answers if answer is not None]
-    return known.count("yes") / len(known) if known else None
+    num_yes, num_asked = count_answers(records)
+    return num_yes / num_asked if num_asked else None
 
 
-def _balanced(record: Record, things: list[Question]) -> Record:
+def count_answers(records: Iterable[Record]) -> tuple[int, int]:
+    """(how many image questions of yes or no are answered yes, how many there are)."""
+    answers = Counter(_answer(question) for record in records for question in record.image_questions)
+    return answers["yes"], answers["yes"] + answers["no"]
+
+
+def balance_record(record: Record, things: Things) -> Record:
+    """The record with balanced questions, see balance_questions; one that has some keeps them.
+
+    Args:
+        record: of a data set.
+        things: of all its questions.
+    """
+    if record.balanced_questions:
+        return record
     answers = [_answer(question) for question in record.questions]
     missing = answers.count("yes") - answers.count("no")
     if missing <= 0 or not things:
@@ -57,7 +98,7 @@ def _balanced(record: Record, things: list[Question]) -> Record:
     named = _words(" ".join([record.caption, *(f"{item.question} {item.element}" for item in record.questions)]))
     rng = np.random.default_rng(list(hashlib.blake2b(record.id.encode(), digest_size=16).digest()))
     fitting = (things[index] for index in rng.integers(len(things), size=_TRIES))
-    absent = {item.question: item for item in fitting if not named & _words(item.element)}
+    absent = {item.question: item for item in fitting if named.isdisjoint(_element_words(item.element))}
     added = [replace(item, answer=_choice(item, "no")) for item in list(absent.values())[:missing]]
     return replace(record, balanced_questions=(*record.questions, *added))
 
@@ -66,6 +107,7 @@ def _choice(question: Question, answer: str) -> str:
     return next(choice for choice in question.choices if plain_text(choice).lower() == answer)
 
 
+@lru_cache(_MOST_THINGS)
 def _answer(question: Question) -> str | None:
     """ "yes" or "no"; None where a question has other choices."""
     choices = {plain_text(choice).lower() for choice in question.choices}
@@ -77,6 +119,12 @@ def _words(text: str) -> set[str]:
     return {_singular(word) for word in split_words(text)} - {"a", "an", "the"}
 
 
+@lru_cache(_MOST_THINGS)
+def _element_words(element: str) -> set[str]:
+    return _words(element)
+
+
+@lru_cache(_MOST_THINGS)
 def _singular(word: str) -> str:
     """A noun's singular, or what is the same for both of its forms."""
     if word in _SINGULAR:

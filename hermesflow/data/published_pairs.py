@@ -16,10 +16,13 @@ import pyarrow as pa
 import torch
 
 from hermesflow.config import load_config
+from hermesflow.data.encoding import encode_lazily
+from hermesflow.data.entries import read_entries
+from hermesflow.data.locations import path_inside
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, SIDES, read_pairs
 from hermesflow.data.preference_tables import write_preference_tables
 from hermesflow.data.records import png_bytes
-from hermesflow.data.sources import describe_rejected, encode_lazily, id_of, path_inside, read_entries, text_of
+from hermesflow.data.sources import describe_rejected, id_of, text_of
 from hermesflow.models.family import open_model
 from hermesflow.models.images import decode_image
 from hermesflow.models.model import Model

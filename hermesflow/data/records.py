@@ -104,18 +104,28 @@ def records_to_table(records: Iterable[Record], include_images: bool = False) ->
     """
     rows = list(records)
     columns = [
-        [record.id for record in rows],
-        [record.caption for record in rows],
-        [record.category for record in rows],
-        [[_question_row(question) for question in record.questions] for record in rows],
-        [None if record.codes is None else np.asarray(record.codes, dtype=np.int32) for record in rows],
-        [[_question_row(question) for question in record.balanced_questions] for record in rows],
-    ]
-    schema = _schema(include_images)
+        pa.array([record.id for record in rows], pa.string()),
+        pa.array([record.caption for record in rows], pa.string()),
+        pa.array([record.category for record in rows], pa.string()),
+        _questions_array([record.questions for record in rows]),
+        pa.array([None if record.codes is None else np.asarray(record.codes, dtype=np.int32) for record in rows],
+                 _SCHEMA.field("codes").type),
+        _questions_array([record.balanced_questions for record in rows]),
+    ]  # fmt: skip
     if include_images:
-        columns.append([png_bytes(record.image) for record in rows])
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
-    return pa.table(arrays, schema=schema)
+        columns.append(pa.array([png_bytes(record.image) for record in rows], _IMAGE_FIELD.type))
+    return pa.table(columns, schema=records_schema(include_images))
+
+
+def _questions_array(of_records: Sequence[Sequence[Question]]) -> pa.ListArray:
+    """The questions of each record, of which those that repeat are turned into Arrow once."""
+    numbers: dict[Question, int] = {}
+    flat = [numbers.setdefault(question, len(numbers)) for questions in of_records for question in questions]
+    offsets = np.cumsum([0, *map(len, of_records)], dtype=np.int32)
+    values = pa.array([_question_row(question) for question in numbers], _QUESTION_TYPE).take(
+        pa.array(flat, pa.int64())
+    )
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
 def records_from_table(table: pa.Table) -> list[Record]:
@@ -135,7 +145,7 @@ def records_from_table(table: pa.Table) -> list[Record]:
     fields = [field for field in (*_SCHEMA, _IMAGE_FIELD) if field.name in table.column_names]
     try:
         rows = table.select([field.name for field in fields]).cast(pa.schema(fields)).to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+    except (pa.ArrowException, ValueError) as error:
         expected = ", ".join(f"{field.name}: {field.type}" for field in fields)
         raise ValueError(
             f"records_from_table: expected columns {expected}, got {error}; write the table with these types"
@@ -153,7 +163,7 @@ def write_records(path: StrPath, records: Iterable[Record], include_images: bool
     Raises: InputError if the file cannot be written.
     """
     waiting = iter(records)
-    with parquet_writer(path, _schema(include_images)) as write:
+    with parquet_writer(path, records_schema(include_images)) as write:
         while part := list(itertools.islice(waiting, _PART)):
             write(records_to_table(part, include_images))
 
@@ -194,7 +204,8 @@ class RecordFile(Sequence[Record]):
             raise InputError(f"{self._rows.path}: is no table of records ({error})") from error
 
 
-def _schema(include_images: bool) -> pa.Schema:
+def records_schema(include_images: bool = False) -> pa.Schema:
+    """Of records_to_table."""
     return _SCHEMA.append(_IMAGE_FIELD) if include_images else _SCHEMA
 
 

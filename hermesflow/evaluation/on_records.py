@@ -8,23 +8,24 @@ own eyes are the weaker witness, since what it draws wrongly it may see wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
 from hermesflow.config import EvalConfig
+from hermesflow.data.encoding import record_views
 from hermesflow.data.records import Question, Record
-from hermesflow.data.sources import read_records, record_views
+from hermesflow.data.sources import read_records
 from hermesflow.data.wording import token_f1
 from hermesflow.evaluation.builtin import NUM_SHOWN, answer_digits, draw_codes, write_captions
-from hermesflow.evaluation.evaluation import Evaluation
+from hermesflow.evaluation.evaluation import Evaluation, Rows
 from hermesflow.evaluation.suites.judges import Endpoint
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import InputError
-from hermesflow.runtime.progress import track
 from hermesflow.scoring.matching import normalize_text
 from hermesflow.scoring.self_answers import self_vqa
 
@@ -34,38 +35,18 @@ _BATCH = 16
 class OnRecords(Evaluation):
     """See the module."""
 
-    def measure(self, model: Model, config: EvalConfig) -> list[dict[str, Any]]:
-        """Rows as those of the built-in measurement, whose oracle is the judge here.
+    def parts(self, model: Model, config: EvalConfig) -> list[Callable[[], Rows]]:
+        """Of _BATCH records each; rows as those of the built-in measurement, whose oracle is the judge here.
 
         Raises: InputError if no record can be used, or the endpoint gives no answer.
         """
         most = max(config.num_prompts, config.num_understanding)
         records = read_records(config.data, model, config.questions or None, config.root or None)[:most]
-        rows = [_empty_row(record) for record in records]
-        asked = records[: config.num_understanding]
-        for start in range(0, len(asked), _BATCH):
-            batch = asked[start : start + _BATCH]
-            views = record_views(model, batch)
-            answered, captions = answer_digits(model, views, batch), write_captions(model, views)
-            for row, record, digits, text in zip(rows[start:], batch, answered, captions, strict=False):
-                count = len(record.questions)
-                row |= {"answered": digits[:count], "balanced": digits[count:] if record.balanced_questions else digits}
-                same = normalize_text(text) == normalize_text(record.caption)
-                row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": same}
         judge = None if config.judge == "self" else Endpoint(config.judge)
-        sampling, drawn = model.sampling_of(config), records[: config.num_prompts]
-        for start in track(range(0, len(drawn), _BATCH), "images", "batches"):
-            batch = drawn[start : start + _BATCH]
-            codes = draw_codes(model, batch, config, sampling)
-            if judge is None:
-                digits = [[_own_digits(image) for image in of_record] for of_record in self_vqa(model, codes, batch)]
-            else:
-                digits = [_judged(judge, model, *pair) for pair in zip(codes, batch, strict=True)]
-            for number, (of_record, of_codes) in enumerate(zip(digits, codes, strict=True), start):
-                rows[number]["drawn"] = of_record
-                if number < NUM_SHOWN:
-                    rows[number] |= {"prompt": records[number].caption, "codes": of_codes.tolist()}
-        return rows
+        return [
+            partial(_measure, model, config, judge, start, records[start : start + _BATCH])
+            for start in range(0, len(records), _BATCH)
+        ]
 
     def settings(self, model: Model, config: EvalConfig) -> dict[str, Any]:
         """The settings with the model's own way to draw filled in."""
@@ -73,6 +54,31 @@ class OnRecords(Evaluation):
 
 
 ON_RECORDS = OnRecords()
+
+
+def _measure(model: Model, config: EvalConfig, judge: Endpoint | None, start: int, records: Sequence[Record]) -> Rows:
+    """The rows of the records from the start-th on, which are a batch; without a judge the model judges itself."""
+    rows = [_empty_row(record) for record in records]
+    asked, drawn = records[: max(0, config.num_understanding - start)], records[: max(0, config.num_prompts - start)]
+    if asked:
+        views = record_views(model, asked)
+        answered, captions = answer_digits(model, views, asked), write_captions(model, views)
+        for row, record, digits, text in zip(rows, asked, answered, captions, strict=False):
+            count = len(record.questions)
+            row |= {"answered": digits[:count], "balanced": digits[count:] if record.balanced_questions else digits}
+            same = normalize_text(text) == normalize_text(record.caption)
+            row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": same}
+    if drawn:
+        codes = draw_codes(model, drawn, config, model.sampling_of(config))
+        if judge is None:
+            marks = [[_own_digits(image) for image in of_record] for of_record in self_vqa(model, codes, drawn)]
+        else:
+            marks = [_judged(judge, model, *pair) for pair in zip(codes, drawn, strict=True)]
+        for number, (row, of_record, of_codes) in enumerate(zip(rows, marks, codes, strict=False), start):
+            row["drawn"] = of_record
+            if number < NUM_SHOWN:
+                row |= {"prompt": records[number].caption, "codes": of_codes.tolist()}
+    return rows
 
 
 def _empty_row(record: Record) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     runs/NAME/  config.toml  origin.json  judge.json (with model.judge)  files.json (with files of records)
                 records.parquet  rejected.parquet  summary.json  report/{index,pairs}.html
       round-K/  candidates/part-*.parquet  pairs.parquet  rejected.parquet  train/step-*/  metrics.jsonl  model/
-                training.json  evaluation.json  seconds.json
+                training.json  evaluation/part-*.json, then evaluation.json  seconds.json
+                sent.json (with train.tracker)  pushed.json (after push --pairs)
 
 Round 0 is the model before training and has an evaluation alone. Every file is written whole, so that what exists is
 finished and is not made again. A training on a file of pairs has a folder of its own:
@@ -20,7 +21,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,24 +33,27 @@ import torch
 from hermesflow.algorithms.packing import check_pairs
 from hermesflow.config import Config, load_config, to_toml
 from hermesflow.curation import Candidates
-from hermesflow.data.balancing import balance_questions, describe_one_sided, yes_share
+from hermesflow.data.balancing import yes_share
 from hermesflow.data.pairs import REJECTED_SCHEMA, SIDES, PairFile, each_row, pair_statistics, read_pairs
 from hermesflow.data.published_pairs import read_published_pairs
-from hermesflow.data.records import Record, RecordFile, write_records
-from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected, encode_records, read_source
+from hermesflow.data.records import Record, RecordFile
+from hermesflow.data.sources import UNUSABLE_SCHEMA, count_reasons, describe_rejected
+from hermesflow.evaluation.evaluation import Measurement
 from hermesflow.evaluation.metrics import check_same_records, is_balanced, summarize
 from hermesflow.models.family import load_model, open_model, trained_rounds
 from hermesflow.models.merging import merge_models
 from hermesflow.models.model import Model, model_digest, weights_digest
+from hermesflow.runs.records import are_made, clear_records, make_records
 from hermesflow.runs.settings import (
     all_changed_settings,
     changed_files,
     changed_settings,
     describe_way_out,
+    is_measured,
     note_files,
 )
 from hermesflow.runtime.claims import Claims
-from hermesflow.runtime.distributed import is_main, on_main
+from hermesflow.runtime.distributed import is_launched, is_main, on_main
 from hermesflow.runtime.files import (
     InputError,
     StrPath,
@@ -65,7 +69,6 @@ from hermesflow.runtime.files import (
     write_text,
 )
 from hermesflow.runtime.progress import stage
-from hermesflow.runtime.registry import SOURCES, resolve
 from hermesflow.training import check_model, check_takes_pairs, check_training, is_online, train_checked_pairs
 
 _ELSEWHERE = "output folder (-o)"
@@ -87,38 +90,46 @@ class Run:
             config: the settings.
             as_worker: works on the folder beside others that do, on this or other machines; else it is this process's
                 (and its group's) alone.
-        Raises: InputError as claim_folder.
+        Raises: InputError as claim_folder, or if torchrun started the worker.
         """
+        if as_worker and is_launched():
+            raise InputError("--worker: a worker is one process; start each by itself, without torchrun")
         self.config, self.folder = config, config.run_folder
         self.rounds = range(1, config.selfplay.num_rounds + 1)
         self._loaded: tuple[int, Model] | None = None
+        self._is_worker = as_worker
         on_main(self._join if as_worker else self._claim)
 
     def _claim(self) -> None:
         self._lock = claim_folder(self.folder, self.config, "run.name", partial(changed_settings, self.folder))
         for claims in self.folder.glob("round-*/claims"):  # of workers, none of which is at work now
             shutil.rmtree(claims, ignore_errors=True)
+        if (self.folder / "records").exists():
+            clear_records(self.folder, self.config)
+        for evaluation in self.folder.glob("round-*/evaluation.json"):
+            shutil.rmtree(evaluation.with_suffix(""), ignore_errors=True)  # its parts
         self._warn_of_files()
 
     def _join(self) -> None:
-        """Shares the lock with other workers; whoever is alone makes the records first."""
-        path = make_folder(self.folder) / ".lock"
+        """Shares the lock with other workers; whoever is alone writes down the settings first."""
         while True:
             try:
                 self._claim()
-            except Busy:
-                self._lock = _lock(path, fcntl.LOCK_SH)
-                if (self.folder / "rejected.parquet").exists():  # the last that is made of the records
-                    _check_settings(self.folder, self.config, "run.name", partial(changed_settings, self.folder))
-                    return
-                self._lock.close()  # who made them is gone
-            else:
-                _ = self.records
                 fcntl.flock(self._lock, fcntl.LOCK_SH)
                 return
+            except Busy:
+                self._lock = _lock(make_folder(self.folder) / ".lock", fcntl.LOCK_SH)
+                if (self.folder / "config.toml").exists():
+                    _check_settings(self.folder, self.config, "run.name", partial(changed_settings, self.folder))
+                    return
+                self._lock.close()  # who was to write them is gone
+
+    def leave(self) -> None:
+        """Frees the folder's lock; what is read or written from now on is under that of another process."""
+        self._lock.close()
 
     def _warn_of_files(self) -> None:
-        for section, made in (("data", "records.parquet"), ("eval", "round-*/evaluation.json")):
+        for section, made in (("data", "records.parquet"), ("eval", "round-*/evaluation*")):
             for path in changed_files(self.folder, self.config, section) if any(self.folder.glob(made)) else ():
                 _LOGGER.warning(
                     "%s: changed since the run made %s of it, which stays as it is; choose another run.name to use "
@@ -130,20 +141,12 @@ class Run:
     @cached_property
     def records(self) -> RecordFile:
         """All rounds' image-caption pairs with their images' codes; on the disk, and read where they are used."""
-        path = self.folder / "records.parquet"
-
-        def work() -> None:
-            count = sum(self._num_records())
-            made = RecordFile(path) if path.exists() else []
-            if len(made) < count or not (self.folder / "rejected.parquet").exists():
-                self._check_files("data", is_begun=path.exists() or any(self.folder.glob("round-*")))
-                records = _keep_first(self._make_records(), made, self.config.data.source)
-                write_records(path, records, include_images=not self.model(0).views_codes)
-                if message := describe_one_sided(yes_share(RecordFile(path))):
-                    _LOGGER.warning("%s: %s", self.config.data.source, message)
-
-        on_main(work)
-        return RecordFile(path)
+        counts = self._num_records()
+        if not on_main(lambda: are_made(self.folder, sum(counts))):
+            begun = (self.folder.glob(name) for name in ("records.parquet", "round-*"))
+            on_main(lambda: self._check_files("data", is_begun=any(map(any, begun))))
+            make_records(self.folder, self.config, counts, self.model(0), as_worker=self._is_worker)
+        return RecordFile(self.folder / "records.parquet")
 
     def _check_files(self, section: str, is_begun: bool) -> None:
         """Notes what a section's files of records hold; raises InputError if the run began with something else."""
@@ -159,33 +162,6 @@ class Run:
         """How many records each round needs; one number if all rounds have the same records."""
         numbers = self.rounds if self.config.selfplay.fresh_prompts else [1]
         return [self.config.of_round(number).data.num_records for number in numbers]
-
-    def _make_records(self) -> Iterator[Record]:
-        """The records one by one; when the last was taken, the rejected ones are written down."""
-        data, counts, rejected = self.config.data, self._num_records(), []
-        count, num_cut, most = sum(counts), 0, self.model(0).prompts.max_prompt_tokens
-        if data.source in SOURCES:
-            records = resolve(SOURCES, data.source, "data.source")(self.config.run.seed, count)
-        else:
-            records, rejected = read_source(data.source, data.questions or None, data.root or None)
-            records = balance_questions(records)
-        num_usable = 0
-        for record, reason in encode_records(self.model(0), records, count):
-            if reason is None:
-                num_usable += 1
-                num_cut += bool(self.model(0).describe_cut(record.caption))
-                yield record
-            else:
-                rejected.append({"record_id": record.id, "reason": reason})
-        if num_cut:
-            _LOGGER.warning(
-                "%s: %d of %d captions are cut to the model's %d tokens of a prompt", data.source, num_cut, count, most
-            )
-        if num_usable < count:
-            why = f"; rejected were {describe_rejected(rejected)}" if rejected else ""
-            need = f"{count} are needed" + (f" (by round {', '.join(map(str, counts))})" if len(counts) > 1 else "")
-            raise InputError(f"{data.source}: has {num_usable} usable records, {need}; lower data.num_records{why}")
-        write_parquet(self.folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
 
     def round_records(self, number: int) -> Sequence[Record]:
         """The records of one round: fresh ones, or the same in every round."""
@@ -290,7 +266,7 @@ class Run:
 
     def check_eval_files(self) -> None:
         """Raises InputError if the files of records to measure on changed since the first evaluation."""
-        self._check_files("eval", is_begun=any(self.folder.glob("round-*/evaluation.json")))
+        self._check_files("eval", is_begun=is_measured(self.folder))
 
     def previous(self, number: int) -> PairFile | None:
         """The pairs that a round's win and lose are compared with, where its records are the same."""
@@ -298,6 +274,39 @@ class Run:
         if not with_pairs or self.config.selfplay.fresh_prompts:
             return None
         return PairFile(self.path(with_pairs[-1], "pairs.parquet"))
+
+    def measurement(self, number: int) -> Measurement:
+        """The evaluation after a round, in parts."""
+        return Measurement(self.model(number), self.config.drawn_by(self.config.eval), self.path(number, "evaluation"))
+
+    def share_evaluation(self, number: int) -> None:
+        """Makes the parts of the evaluation after a round (0: before the first) beside other workers, until all are
+        there; evaluate_round joins them.
+
+        Raises: as Measurement; InputError if the run has no such round, or it is not trained yet.
+        """
+        if number:
+            self.check_round(number)
+        if not self.is_made(number, "evaluation.json"):
+            _ = self.records  # a mistake in the data shows before the first evaluation
+            self.check_eval_files()
+            with stage(f"round {number}, evaluation" if number else "before self-play, evaluation"):
+                self.measurement(number).share(Claims(self.path(number, "claims")))
+
+    def save_evaluation(self, number: int, measured: Measurement, more: dict[str, Any]) -> None:
+        """Writes a round's evaluation, with more beside it, in place of its parts.
+
+        Raises: as Measurement; InputError if it measured other records than that before self-play.
+        """
+        result = measured.result() | more
+        before = self.evaluation(0) if number else result
+        try:
+            check_same_records(before, result)
+        except ValueError as error:
+            measured.remove()  # what made them is to be corrected
+            raise InputError(f"eval.suite {self.config.eval.suite}: {error}") from error
+        write_json(self.path(number, "evaluation.json"), result)
+        measured.remove()
 
     def evaluation(self, number: int) -> dict[str, Any]:
         """The evaluation after a round, which must be there.
@@ -327,14 +336,18 @@ class Run:
     def share_candidates(self, number: int) -> None:
         """Makes a round's candidates beside other workers, until all are there; curate_round makes pairs of them.
 
-        Raises: as Candidates; InputError if the run has no such round, or its algorithm takes no pairs.
+        Raises: as Candidates and needs_candidates.
         """
+        if self.needs_candidates(number):
+            with stage(f"round {number}, curation"):
+                self.candidates(number).share_as_worker(Claims(self.path(number, "claims")))
+
+    def needs_candidates(self, number: int) -> bool:
+        """Whether a round's pairs are still to be made. Raises: InputError if the run has no such round, or its
+        algorithm takes no pairs."""
         self.check_round(number)
         check_takes_pairs(self.config.of_round(number).selfplay.algorithm)
-        if self.is_made(number, "pairs.parquet", "rejected.parquet"):
-            return
-        with stage(f"round {number}, curation"):
-            self.candidates(number).share_as_worker(Claims(self.path(number, "claims")))
+        return not self.is_made(number, "pairs.parquet", "rejected.parquet")
 
     def pairs(self, number: int) -> pa.Table:
         """A round's pairs, at least one. Raises: InputError if they are not made yet, or none was kept."""
@@ -391,13 +404,6 @@ class Run:
         """Whether a round's algorithm draws its own images as it learns, and needs no pairs."""
         return is_online(self.config.of_round(number).selfplay.algorithm)
 
-    def check_comparable(self, result: dict[str, Any]) -> None:
-        """Raises InputError if an evaluation measured other records than that before self-play."""
-        try:
-            check_same_records(self.evaluation(0), result)
-        except ValueError as error:
-            raise InputError(f"eval.suite {self.config.eval.suite}: {error}") from error
-
     def path(self, number: int, *names: str) -> Path:
         """A file of a round."""
         return self.folder.joinpath(f"round-{number}", *names)
@@ -419,16 +425,6 @@ class Run:
         """Seconds by phase; a kill right after a phase loses its entry, and nothing else."""
         path = self.path(number, "seconds.json")
         return read_json(path) if path.exists() else {}
-
-
-def _keep_first(records: Iterable[Record], made: Sequence[Record], source: str) -> Iterator[Record]:
-    """The records, of which the first are those that were made before. Raises: InputError if they are others."""
-    before = iter(made)
-    for record in records:
-        was = next(before, record)
-        if (was.id, was.caption, was.questions) != (record.id, record.caption, record.questions):
-            raise InputError(f"{source}: gives other records than when the run began; choose another run.name")
-        yield was
 
 
 def import_pairs(config: Config, number: int, path: StrPath, root: StrPath | None = None) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hermesflow.config import Config
-from hermesflow.data.sources import files_of
+from hermesflow.data.locations import checksum, files_of
 from hermesflow.runtime.files import InputError, damaged, read_json, write_json
 from hermesflow.runtime.registry import SOURCES
 
@@ -57,33 +57,53 @@ def all_changed_settings(saved: Config, now: Config) -> list[str]:
     ]
 
 
+def is_measured(folder: Path) -> bool:
+    """Whether something in the run's folder was measured, if only a part."""
+    return any(
+        path for name in ("evaluation.json", "evaluation/part-*.json") for path in folder.glob(f"round-*/{name}")
+    )
+
+
 def note_files(folder: Path, config: Config, section: str) -> None:
     """Notes in files.json what a section's files of records hold, before something is made of them. What cannot be
     read is left to its reader to refuse."""
-    noted = _noted_files(folder)
-    for key, path in _named_files(config, section):
-        if digest := _files_digest(path):
-            noted[f"{section}.{key}"] = digest
+    noted = _noted_files(folder) | described_files(config, section)
     if noted:
         write_json(folder / "files.json", noted)
 
 
+def described_files(config: Config, section: str) -> dict[str, dict[str, str]]:
+    """{"section.key": {"digest": of what a section's files of records hold, "seen": their sizes and times}}."""
+    return {
+        f"{section}.{key}": {"digest": digest, "seen": _seen(path)}
+        for key, path in _named_files(config, section)
+        if (digest := _files_digest(path))
+    }
+
+
 def changed_files(folder: Path, config: Config, section: str) -> list[str]:
     """Those of a section's files of records that hold something else than when they were noted; one that is no more
-    there did not change."""
+    there did not change. Files of the sizes and times that were noted are not read again."""
     noted, changed = _noted_files(folder), []
     for key, path in _named_files(config, section):
+        was = noted.get(f"{section}.{key}")
+        if was is None or was["seen"] and was["seen"] == _seen(path):
+            continue
         digest = _files_digest(path)
-        if digest is not None and noted.get(f"{section}.{key}", digest) != digest:
+        if digest is not None and was["digest"] != digest:
             changed.append(path)
     return changed
 
 
 def _files_digest(path: str) -> str | None:
-    """A fingerprint of what a file of records, or each of a folder's, holds; None if it cannot be read."""
+    """A fingerprint of what a file of records, or each of a folder's, holds; None if it cannot be read. At an address
+    what its file system says of the file stands in."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in files_of(path):
+            if isinstance(file, str):
+                digest.update(checksum(file).encode())
+                continue
             if not file.is_file():  # a pipe would wait
                 return None
             digest.update(f"{file.stat().st_size};".encode())
@@ -95,6 +115,15 @@ def _files_digest(path: str) -> str | None:
     return digest.hexdigest()
 
 
+def _seen(path: str) -> str:
+    """Sizes and times of files here; empty if they cannot be looked at."""
+    try:
+        stats = [file.stat() for file in files_of(path) if isinstance(file, Path)]
+    except (InputError, OSError):
+        return ""
+    return ";".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
+
 def _named_files(config: Config, section: str) -> Iterator[tuple[str, str]]:
     """(key, path) of a section's files of records."""
     for key in FILES[section]:
@@ -103,12 +132,13 @@ def _named_files(config: Config, section: str) -> Iterator[tuple[str, str]]:
             yield key, path
 
 
-def _noted_files(folder: Path) -> dict[str, str]:
+def _noted_files(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / "files.json"
     noted = read_json(path) if path.exists() else {}
     if not isinstance(noted, dict):
         raise damaged(path, "list of files", ValueError("it is no object"))
-    return noted
+    # An older file has the digest alone.
+    return {key: was if isinstance(was, dict) else {"digest": was, "seen": ""} for key, was in noted.items()}
 
 
 def _moved_files(folder: Path, saved: Config, now: Config) -> list[tuple[str, str]]:
@@ -119,7 +149,7 @@ def _moved_files(folder: Path, saved: Config, now: Config) -> list[tuple[str, st
         for section in FILES
         for key, path in _named_files(now, section)
         if path != getattr(getattr(saved, section), key) and f"{section}.{key}" in noted
-        if _files_digest(path) == noted[f"{section}.{key}"]
+        if _files_digest(path) == noted[f"{section}.{key}"]["digest"]
     ]
 
 
@@ -137,11 +167,10 @@ def _in_use(folder: Path, config: Config, last: int) -> Iterator[tuple[int, str,
         yield from (each for each in _keys(config, 0, "data") if each[2] != "num_records")
     for number in range(1, last + 1):
         yield number, "data", "num_records"  # where a round's records begin depends on the rounds before it
-    is_measured = any(folder.glob("round-*/evaluation.json"))
-    if is_measured:
+    if is_measured(folder):
         yield from _keys(config, 0, "eval")
     of_rounds = [each for number in range(1, last + 1) for each in _in_use_of_round(folder, config, number)]
-    if is_measured or of_rounds:
+    if is_measured(folder) or of_rounds:
         yield from _keys(config, 0, "drawing")
     yield from of_rounds
 

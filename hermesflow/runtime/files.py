@@ -11,7 +11,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -256,10 +256,9 @@ class ParquetRows:
             columns: the columns that are needed; None reads all.
         Raises: InputError if it is missing, unreadable, damaged or lacks a column; read raises it for damage inside.
         """
-        self.path, self._columns = Path(path), columns
-        with _reading(path):
-            source = open(path, "rb")  # noqa: SIM115 - closed with this object
-        self._file = _open_parquet(path, source, os.fstat(source.fileno()).st_size, columns)
+        self.path, self._columns = path, columns
+        source = open_file(path)  # closed with this object
+        self._file = _open_parquet(path, source, source.seek(0, os.SEEK_END), columns)
         groups = range(self._file.num_row_groups)
         self._starts = [0, *itertools.accumulate(self._file.metadata.row_group(group).num_rows for group in groups)]
         self._group: tuple[int, pa.Table] | None = None
@@ -271,6 +270,20 @@ class ParquetRows:
     def schema(self) -> pa.Schema:
         """The file's schema, with its metadata."""
         return self._file.schema_arrow
+
+    def each(self, start: int = 0, rows: int = 256) -> Iterator[pa.Table]:
+        """The rows from one on, some at a time; of a row group that is large no more than its pages are in memory."""
+        group = bisect.bisect_right(self._starts, start) - 1
+        groups, skipped = list(range(group, self._file.num_row_groups)), start - self._starts[group]
+        batches = _arrow(self.path, lambda: self._file.iter_batches(rows, groups, self._columns, use_threads=False))
+        while (batch := _arrow(self.path, lambda: next(batches, None))) is not None:
+            if skipped < len(batch):
+                yield pa.Table.from_batches([batch[skipped:]])
+            skipped = max(0, skipped - len(batch))
+
+    def group_end(self, row: int) -> int:
+        """The row behind the row group that a row belongs to; the length for a row that there is not."""
+        return self._starts[min(bisect.bisect_right(self._starts, row), len(self._starts) - 1)]
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows start to stop, 0 <= start <= stop <= the length."""
@@ -301,10 +314,36 @@ def read_parquet(path: StrPath, columns: list[str] | None = None) -> pa.Table:
     return _arrow(path, lambda: file.read(columns))
 
 
+def is_url(path: StrPath) -> bool:
+    """Whether a path is an address that fsspec opens, such as s3://bucket/data.jsonl."""
+    return "://" in str(path)
+
+
+def open_file(path: StrPath) -> BinaryIO:
+    """A file, or what lies at an address of fsspec, open for reading and seeking.
+
+    Raises: InputError if it is missing or cannot be read.
+    """
+    if not is_url(path):
+        with _reading(path):
+            return open(path, "rb")
+    import fsspec  # loaded only where it is needed
+
+    try:
+        return fsspec.open(str(path), "rb").open()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; check the address") from error
+    except Exception as error:  # of each file system its own, and of a package of it that is not installed
+        raise InputError(
+            f"{path}: cannot be opened ({reason_of(error)}); check the address and what its file system needs"
+        ) from error
+
+
 def read_bytes(path: StrPath) -> bytes:
-    """Read a file whole. Raises: InputError if it is missing, cannot be read or is larger than the memory."""
-    with _reading(path):
-        return Path(path).read_bytes()
+    """Read a file or an address whole. Raises: InputError if it is missing, cannot be read or is larger than the
+    memory."""
+    with open_file(path) as file, _reads(path):
+        return file.read()
 
 
 def read_text(path: StrPath) -> str:
@@ -323,10 +362,17 @@ def split_lines(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def _reading(path: StrPath) -> Iterator[None]:
-    """Tells what goes wrong in the block, which opens or reads a file, as an InputError."""
-    try:
+    """Tells what goes wrong in the block, which opens a file, as an InputError."""
+    with _reads(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe may never end, nor a device such as /dev/zero
             raise InputError(f"{path}: cannot be read (it is no regular file); give a file")
+        yield
+
+
+@contextlib.contextmanager
+def _reads(path: StrPath) -> Iterator[None]:
+    """Tells what goes wrong in the block, which reads a file, as an InputError."""
+    try:
         yield
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check the path") from error
@@ -357,7 +403,7 @@ def _arrow(path: StrPath, work: Callable[[], _Result]) -> _Result:
     """What the work returns. Raises: InputError where it finds the file damaged."""
     try:
         return work()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise damaged(path, "Parquet", error) from error
 
 

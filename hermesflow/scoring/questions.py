@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from hermesflow.data.entries import read_entries
 from hermesflow.data.records import Question
-from hermesflow.data.sources import read_entries
 from hermesflow.data.wording import overlap_f1
 from hermesflow.runtime.files import (
     InputError,

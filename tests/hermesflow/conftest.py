@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hermesflow.data import published_pairs, sources
+from hermesflow.data import encoding, published_pairs
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.data.records import Record
 from hermesflow.engine.image_tokenizers.magvit import VQTokenizer, VQTokenizerConfig
@@ -86,9 +86,9 @@ def images_in_memory(shared_tiny_model: Model, monkeypatch) -> list[int]:
         return encode(images)
 
     monkeypatch.setattr(published_pairs, "decode_image", noting_decode)
-    monkeypatch.setattr(sources, "decode_image", noting_decode)
+    monkeypatch.setattr(encoding, "decode_image", noting_decode)
     monkeypatch.setattr(shared_tiny_model, "encode_images", noting_encode)
-    monkeypatch.setattr(sources, "_BATCH_PIXELS", 4 * 64 * 64)
+    monkeypatch.setattr(encoding, "_BATCH_PIXELS", 4 * 64 * 64)
     return events
 
 

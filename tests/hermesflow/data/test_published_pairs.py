@@ -12,7 +12,7 @@ from PIL import Image
 
 from hermesflow import cli
 from hermesflow.config import load_config
-from hermesflow.data import sources
+from hermesflow.data.entries import read_entries
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, read_pairs
 from hermesflow.data.published_pairs import read_published_pairs, write_published_pairs
 from hermesflow.models.images import read_image
@@ -56,7 +56,7 @@ def test_pairs_come_back(form, shared_tiny_model, pairs, tmp_path):
         path.write_text("".join(json.dumps(entry, indent=4) + ",\n" for entry in json.loads(path.read_text())))
     back, rejected = read_published_pairs(shared_tiny_model, path)
     assert back.schema == PAIRS_SCHEMA and rejected.schema == REJECTED_SCHEMA and len(rejected) == 0
-    entries = json.loads(path.read_text()) if form == "valid" else sources.read_entries(path)
+    entries = json.loads(path.read_text()) if form == "valid" else read_entries(path)
     images = {"record_codes": "img_path", "win_codes": "image_win", "lose_codes": "image_lose"}
     for row, expected, entry in zip(back.to_pylist(), pairs.to_pylist(), entries, strict=True):
         for column in PAIRS_SCHEMA.names:

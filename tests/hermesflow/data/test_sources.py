@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hermesflow.data import sources
+from hermesflow.data import entries, sources
+from hermesflow.data.encoding import encode_records
+from hermesflow.data.entries import read_entries
 from hermesflow.data.records import Record
-from hermesflow.data.sources import describe_rejected, encode_records, read_entries, read_source
+from hermesflow.data.sources import describe_rejected, read_source
 from hermesflow.runtime.files import InputError, shown
 from hermesflow.worlds import shapes
 
@@ -83,7 +85,7 @@ DAMAGED = {
     "list without its end": (f"[{ONE},\n{TWO},\n", "the list that begins at its start has no end"),
     "inner list ends the file": ('[{"id": 1}, [1, 2]', "the list that begins at its start has no end"),
     "no JSON": ("hello", r"entry at line 1 column 1 cannot be read \(Expecting value\)"),
-    "two lists": ("[1]\n[2]", "entry at line 1 column 3 cannot be read"),
+    "two lists": ("[1]\n[2]", "entry at line 2 column 1 cannot be read"),
     "two commas": ('[{"id": 1},,]', "entry at line 1 column 12 cannot be read"),
     "leading comma": ('[,{"id": 1}]', "entry at line 1 column 2 cannot be read"),
     "deep": ("[" * 100_000, "cannot be read"),
@@ -533,10 +535,13 @@ def test_gzip_is_known_by_its_bytes(name, tmp_path):
             read_source(tmp_path / name)
 
 
-def test_gzip_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MOST_UNPACKED", 1000)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b" " * 2000))
-    with pytest.raises(InputError, match="unpacks to more than 0 GiB; split it"):
+@pytest.mark.parametrize(
+    "text, reason", [(b" ", "has 1000 blanks in a row"), (b'"a', "is longer than 1000 characters")]
+)
+def test_gzip_that_unpacks_without_end_is_refused(text, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "_MOST", 1000)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text[:1] + text[-1:] * 2**22))
+    with pytest.raises(InputError, match=reason):
         read_source(tmp_path / "a.gz")
 
 
@@ -547,7 +552,7 @@ def test_gzip_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_files_of_other_kinds_are_told_by_name(data, kind, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(data)
-    with pytest.raises(InputError, match=f"a.jsonl: is {kind}, expected JSON or Parquet"):
+    with pytest.raises(InputError, match=f"a.jsonl: is {kind}, expected JSON, Parquet or a tar"):
         read_source(tmp_path / "a.jsonl")
 
 
