@@ -261,6 +261,8 @@ COMMANDS = (
         *_MODEL, *_SCORERS, _ROUND,
         _option("--worker", "make candidates beside other workers of the same command, on any machines that share the "
                 "folder; without it, the command then makes the pairs", action="store_true"),
+        _option("--ray", "make candidates as tasks of Ray, on the cluster of RAY_ADDRESS or this machine; without it, "
+                "the command then makes the pairs", action="store_true"),
         continues=True,
     ),
     _command(
@@ -311,6 +313,9 @@ COMMANDS = (
                 "of the images: self or an endpoint's address; of a suite import:FILE, of geneval mask2former:FOLDER"),
         _option("--judge-model NAME", "of the endpoint [the first that it lists]", default=""),
         _option("--compare FILE.json", "say how the result differs from an earlier one", _path),
+        _option("--worker", "measure a round of a run beside other workers of the same command, on any machines that "
+                "share the folder; selfplay takes what they measured", action="store_true"),
+        _option("--round N", "of --worker: the round, 0 before the first [0]", _seed),
         continues=True,
     ),
     _command(
@@ -336,6 +341,17 @@ COMMANDS = (
         _option("sources MODEL", "runs' folders (their last trained rounds), or models'", _at_home, nargs="+"),
         _output("where it goes", required=True),
         _option("--family NAME", "the models' family, or module:object of your own [by config.json; a run's own]"),
+        configured=False,
+    ),
+    _command(
+        "push", "send a trained model, or a round's pairs, to the Hugging Face hub, with a card",
+        "runs/demo me/demo --private",
+        _option("source SOURCE", "a run's folder (its last trained round), or a model's", _at_home),
+        _option("repo REPO", "where it goes: OWNER/NAME, made if need be"),
+        _option("--pairs", "send the pairs of a run's round, for the datasets library", action="store_true"),
+        _option("--round N", "of --pairs: the round, from 1 [1]", _positive),
+        _option("--private", "nobody but the owner may see it", action="store_true"),
+        _option("--family NAME", "a model's family, or module:object of your own [by config.json; a run's own]"),
         configured=False,
     ),
     _command(

@@ -158,7 +158,7 @@ def _answer(arguments: Arguments, config: Config) -> int:
 
 def _curate(arguments: Arguments, config: Config) -> None:
     from hermesflow.runs import Run
-    from hermesflow.runtime.distributed import on_main, process_group, world_size
+    from hermesflow.runtime.distributed import on_main, process_group
     from hermesflow.selfplay import curate_round
     from hermesflow.training import check_training
 
@@ -166,12 +166,10 @@ def _curate(arguments: Arguments, config: Config) -> None:
     check_training(config)
     with process_group(config.model.device):
         number = arguments.round or 1
-        if arguments.worker:
-            if world_size() > 1:
-                raise InputError("--worker: a worker is one process; start each by itself, without torchrun")
-            run = Run(config, as_worker=True)
-            run.share_candidates(number)
-            print(f"{run.path(number, 'candidates')}: all are there; the same command without --worker makes the pairs")
+        if arguments.worker or arguments.ray:
+            from hermesflow.runs.workers import share_candidates
+
+            print(share_candidates(config, number, by_ray=arguments.ray))
             return
         run = Run(config)
         curate_round(run, number)
@@ -218,7 +216,7 @@ def _pairs_import(arguments: Arguments, config: Config) -> None:
 
 
 def _score(arguments: Arguments, config: Config) -> None:
-    from hermesflow.data.sources import read_entries
+    from hermesflow.data.entries import read_entries
     from hermesflow.scoring.scorers import score_entries
 
     entries = read_entries(arguments.file)
@@ -236,8 +234,16 @@ def _questions(arguments: Arguments, config: Config) -> None:
 def _eval(arguments: Arguments, config: Config) -> None:
     from hermesflow.evaluation.evaluation import evaluate
     from hermesflow.report.tables import make_console, print_metrics
+    from hermesflow.runtime.distributed import is_main, process_group
     from hermesflow.runtime.files import read_json, write_json
 
+    for option in ("output", "suite", "compare", "judge") if arguments.worker else ("round",):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option}: {'not with' if arguments.worker else 'belongs to'} --worker")
+    if arguments.worker:
+        from hermesflow.runs.workers import share_evaluation
+
+        return print(share_evaluation(config, arguments.round or 0))
     for option in ("prompts", "preset"):
         if getattr(arguments, option) and arguments.suite is None:
             raise InputError(f"--{option}: belongs to --suite NAME")
@@ -252,7 +258,10 @@ def _eval(arguments: Arguments, config: Config) -> None:
     if arguments.suite is None:
         path = arguments.output or config.run_folder / "evaluation.json"
         check_output(path)
-        result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
+        with process_group(config.model.device):
+            result = {"model": config.model.name} | evaluate(_open_model(config), config.drawn_by(config.eval))
+            if not is_main():
+                return
         write_json(path, result)
     else:
         found = _eval_suite(arguments, config)
@@ -318,6 +327,13 @@ def _merge(arguments: Arguments, config: Config) -> None:
 
     merge_trained(arguments.sources, arguments.output, arguments.family or "auto")
     print(arguments.output)
+
+
+def _push(arguments: Arguments, config: Config) -> None:
+    from hermesflow.runs.publishing import push
+
+    options = {"pairs": arguments.pairs, "number": arguments.round, "private": arguments.private}
+    print(push(arguments.source, arguments.repo, family=arguments.family or "auto", **options))
 
 
 def _report(arguments: Arguments, config: Config) -> None:
@@ -422,7 +438,7 @@ _RUN: dict[str, Callable[[Arguments, Config], int | None]] = {
     "selfplay": _selfplay, "pretrain": _pretrain, "generate": _generate, "inpaint": _inpaint,
     "extrapolate": _extrapolate, "caption": _caption, "answer": _answer, "curate": _curate, "train": _train,
     "pairs export": _pairs_export, "pairs import": _pairs_import, "score": _score, "questions": _questions,
-    "eval": _eval, "serve": _serve, "export": _export, "merge": _merge, "report": _report, "study": _study,
-    "config": _config, "doctor": _doctor, "bench ops": _bench_ops, "bench e2e": _bench_e2e, "bench train": _bench_train,
-    "bench drop-in": _bench_drop_in, "bench table": _bench_table,
+    "eval": _eval, "serve": _serve, "export": _export, "merge": _merge, "push": _push, "report": _report,
+    "study": _study, "config": _config, "doctor": _doctor, "bench ops": _bench_ops, "bench e2e": _bench_e2e,
+    "bench train": _bench_train, "bench drop-in": _bench_drop_in, "bench table": _bench_table,
 }  # fmt: skip

@@ -31,7 +31,7 @@ from hermesflow.worlds.pretraining import SAMPLING as TINY_SAMPLING
 
 COMMANDS = [
     "selfplay", "pretrain", "generate", "inpaint", "extrapolate", "caption", "answer", "curate", "train", "score",
-    "questions", "eval", "serve", "export", "merge", "pairs", "pairs export", "pairs import", "report", "study",
+    "questions", "eval", "serve", "export", "merge", "push", "pairs", "pairs export", "pairs import", "report", "study",
     "config", "doctor", "bench", "bench ops", "bench e2e", "bench train", "bench drop-in", "bench table",
 ]  # fmt: skip
 SIZE = 16
