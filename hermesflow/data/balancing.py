@@ -97,9 +97,13 @@ def balance_record(record: Record, things: Things) -> Record:
         return record
     named = _words(" ".join([record.caption, *(f"{item.question} {item.element}" for item in record.questions)]))
     rng = np.random.default_rng(list(hashlib.blake2b(record.id.encode(), digest_size=16).digest()))
-    fitting = (things[index] for index in rng.integers(len(things), size=_TRIES))
-    absent = {item.question: item for item in fitting if named.isdisjoint(_element_words(item.element))}
-    added = [replace(item, answer=_choice(item, "no")) for item in list(absent.values())[:missing]]
+    absent: dict[str, Question] = {}
+    for index in rng.integers(len(things), size=_TRIES):
+        if len(absent) == missing:
+            break
+        if named.isdisjoint(_element_words(things[index].element)):
+            absent.setdefault(things[index].question, things[index])
+    added = [replace(item, answer=_choice(item, "no")) for item in absent.values()]
     return replace(record, balanced_questions=(*record.questions, *added))
 
 

@@ -52,14 +52,9 @@ def encode_records(model: Model, records: Iterable[Record], count: int) -> Itera
                 [codes] = codes or [record.codes]
                 num_done += 1
                 kept = None if model.views_codes or _is_coded(record) else png_bytes(open_record(model, record))
+                own = tuple(map(fit, record.questions))
                 balanced = tuple(each for each in map(fit, record.balanced_questions) if isinstance(each, Question))
-                yield (
-                    replace(
-                        record, questions=tuple(map(fit, record.questions)), balanced_questions=balanced, codes=codes,
-                        image=kept, image_path=None,
-                    ),
-                    None,
-                )  # fmt: skip
+                yield Record(record.id, record.caption, record.category, own, codes, kept, None, balanced), None
 
 
 def encode_lazily(

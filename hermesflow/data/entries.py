@@ -8,6 +8,7 @@ row. What is in memory does not grow with the file.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -319,25 +320,29 @@ class _TarFile(EntryFile):
     def _members(self, start: int) -> Iterator[tarfile.TarInfo]:
         """The plain files, but for hidden ones."""
         self._file.seek(start)
-        try:
-            with tarfile.TarFile(fileobj=self._file) as tar:
-                self._tar = tar
-                while member := tar.next():
-                    tar.members.clear()  # it keeps all that it saw
-                    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.name.startswith("."):
-                        yield member
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-            if isinstance(error, InputError):
-                raise
-            raise damaged(self._path, "tar", error) from error
+        with self._reading():
+            self._tar = tarfile.TarFile(fileobj=self._file)
+        while True:
+            with self._reading():
+                member = self._tar.next()
+                self._tar.members.clear()  # it keeps all that it saw
+            if member is None:
+                return
+            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.name.startswith("."):
+                yield member
 
     def _data(self, member: tarfile.TarInfo) -> bytes:
         if member.size > _MOST:
             raise InputError(f"{self._path}: {member.name} has more than {_MOST} bytes; leave it out")
-        data = self._tar.extractfile(member).read()
-        if len(data) < member.size:
-            raise tarfile.ReadError(f"{member.name} is cut")
-        return data
+        with self._reading():
+            return self._tar.extractfile(member).read()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+            raise damaged(self._path, "tar", error) from error
 
 
 def _sample(name: str, files: dict[str, bytes]) -> Any:

@@ -121,8 +121,10 @@ def path_inside(root: Path | str, name: str, start: Path | str | None = None) ->
     Returns: the file, symbolic links followed.
     Raises: ValueError if it lies outside the root or is no file.
     """
-    if isinstance(root, str) or isinstance(start, str):
-        return _address_inside(str(root if start is None else start), name)
+    if isinstance(root, str):
+        return _address_inside(root, name)
+    if isinstance(start, str):  # the data lies at an address, and its images here
+        start = None
     try:
         start = root if start is None or os.path.lexists(root / name) else start
         path = (start / name).resolve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -243,6 +244,11 @@ def _question(id: str, row: dict | None) -> Question:
             f"records_from_table: expected questions without nulls, got {row} in record {id!r}; fill it in"
         )
     return Question(row["question"], tuple(row["choices"]), row["answer"], row["element_type"], row["element"])
+
+
+def id_digest(id: str) -> int:
+    """64 bits that stand for an id where there are very many."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
 
 
 def png_bytes(image: np.ndarray | bytes | None) -> bytes | None:

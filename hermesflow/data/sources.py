@@ -6,7 +6,7 @@ What cannot be used is rejected with its reason, in the form "kind: detail", and
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import logging
 from array import array
 from collections import Counter
@@ -23,7 +23,7 @@ from hermesflow.data.balancing import THINGS, Things, balance_record
 from hermesflow.data.encoding import encode_records
 from hermesflow.data.entries import EntryFile, open_entries
 from hermesflow.data.locations import files_of, folder_of, path_inside
-from hermesflow.data.records import Question, Record
+from hermesflow.data.records import Question, Record, id_digest
 from hermesflow.models.model import Model
 from hermesflow.runtime.files import (
     InputError,
@@ -81,16 +81,14 @@ class Source:
         stop = min(stop, len(self))
         for first in range(start, stop, _AT_ONCE):
             last = min(first + _AT_ONCE, stop)
-            rows = self._index.read(first, last).to_pylist()
-            entries = self._entries([each for row in rows for each in (row, *row["asked"], *row["joined"])])
-            for row in rows:
-                [entry], asked, joined = (
-                    [entries[each["file"], each["place"]] for each in places]
-                    for places in ([row], row["asked"], row["joined"])
-                )
-                id = id_of(entry)
+            index = self._index.read(first, last)
+            own = list(zip(index["file"].to_pylist(), index["place"].to_pylist(), strict=True))
+            asked, joined = (_place_tuples(index[name]) for name in ("asked", "joined"))
+            entries = self._entries(itertools.chain(own, *asked, *joined))
+            for place, *further in zip(own, asked, joined, strict=True):
+                id = id_of(entries[place])
                 try:
-                    yield self._record(id, entry, asked, joined)
+                    yield self._record(id, entries[place], *([entries[each] for each in places] for places in further))
                 except ValueError as error:
                     rejected.append({"record_id": id, "reason": str(error)})
 
@@ -117,11 +115,11 @@ class Source:
         source._index = ParquetRows(folder / "index.parquet")
         return source
 
-    def _entries(self, wanted: Iterable[dict[str, int]]) -> dict[tuple[int, int], Any]:
+    def _entries(self, wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Any]:
         """The entries at (file, place)."""
         of_files: dict[int, set[int]] = {}
-        for each in wanted:
-            of_files.setdefault(each["file"], set()).add(each["place"])
+        for file, place in wanted:
+            of_files.setdefault(file, set()).add(place)
         found = {}
         for number, places in of_files.items():
             if number not in self._open:
@@ -168,15 +166,10 @@ def scan_source(
     source._index = TableRows(_index(own, asked))
     duplicates = own.duplicates
     for first in range(0, len(duplicates), _AT_ONCE):
-        places = own.places(duplicates[first : first + _AT_ONCE]).to_pylist()
+        places = [tuple(each.values()) for each in own.places(duplicates[first : first + _AT_ONCE]).to_pylist()]
         entries = source._entries(places)
-        source.rejected += [
-            {
-                "record_id": id_of(entries[each["file"], each["place"]]),
-                "reason": "duplicate id: an earlier entry has it",
-            }
-            for each in places
-        ]
+        reason = "duplicate id: an earlier entry has it"
+        source.rejected += [{"record_id": id_of(entries[place]), "reason": reason} for place in places]
     return source
 
 
@@ -315,7 +308,7 @@ class _Entries:
                 name = str(file).rpartition("/")[2]
                 source.rejected.append({"record_id": f"entry {count} of {name}", "reason": str(error)})
                 continue
-            self._ids.append(int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little"))
+            self._ids.append(id_digest(id))
             self._files.append(number)
             self._places.append(place)
             asks = _is_question(row)
@@ -396,6 +389,13 @@ def _place_lists(count: int, records: np.ndarray, entries: _Entries, numbers: np
     return pa.ListArray.from_arrays(pa.array(offsets), entries.places(numbers[order]), type=pa.list_(_PLACE))
 
 
+def _place_tuples(lists: pa.ChunkedArray) -> list[list[tuple[int, int]]]:
+    """(file, place) of each of each list."""
+    if not any(len(chunk.values) for chunk in lists.chunks):  # as almost always
+        return [[]] * len(lists)
+    return [[tuple(each.values()) for each in places] for places in lists.to_pylist()]
+
+
 def _location(path: StrPath) -> Path | str:
     return str(path) if is_url(path) else Path(path)
 
@@ -441,11 +441,12 @@ def _questions(row: dict) -> list:
 def _question(row: Any) -> Question:
     if not isinstance(row, dict):
         raise ValueError(f"wrong type: question {shown(row)} is no object with keys")
-    values = [row.get(key) for key in ("question", "answer", "element_type", "element")]
+    get = row.get
+    values = tuple(_list(row, "choices")), get("question"), get("answer"), get("element_type"), get("element")
     try:
-        return _checked_question(tuple(_list(row, "choices")), *values)
+        return _checked_question(*values)
     except TypeError:  # a value that is a list or an object, which the rules name
-        return _checked_question.__wrapped__(tuple(_list(row, "choices")), *values)
+        return _checked_question.__wrapped__(*values)
 
 
 @lru_cache(_REMEMBERED)

@@ -35,6 +35,7 @@ from hermesflow.runtime.files import (
     make_folder,
     parquet_writer,
     read_json,
+    read_parquet,
     write_json,
     write_parquet,
 )
@@ -153,15 +154,14 @@ class _Builder:
 
     def join(self, paths: Sequence[Path]) -> None:
         """Writes records.parquet and rejected.parquet. Raises: InputError if there are too few."""
-        blocks = [ParquetRows(path) for path in paths]
-        notes = [json.loads(block.schema.metadata[_NOTES]) for block in blocks]
+        notes = [json.loads(ParquetRows(path).schema.metadata[_NOTES]) for path in paths]
         rejected = self.source.rejected + [row for each in notes for row in each["rejected"]]
-        self.check_number(sum(map(len, blocks)), "usable records", rejected)
+        self.check_number(sum(len(ParquetRows(path)) for path in paths), "usable records", rejected)
         path, source = self._folder / "records.parquet", self._config.data.source
         made, at = RecordFile(path) if path.exists() else [], 0
         with parquet_writer(path, records_schema(include_images=not self._model.views_codes)) as write:
-            for block in blocks:
-                table = block.read(0, len(block)).replace_schema_metadata(None)
+            for block in paths:
+                table = read_parquet(block).replace_schema_metadata(None)
                 write(_keep(made[at : at + len(table)], table, source) if at < len(made) else table)
                 at += len(table)
         write_parquet(self._folder / "rejected.parquet", pa.Table.from_pylist(rejected, UNUSABLE_SCHEMA))
@@ -206,8 +206,10 @@ class _World:
         """Those from start to stop; none is rejected."""
         if start < self._at:
             self._at, self._left = 0, self._make()
-        yield from islice(self._left, start - self._at, stop - self._at)
-        self._at = stop
+        for record in islice(self._left, stop - self._at):
+            self._at += 1
+            if self._at > start:
+                yield record
 
     def balanced(self, record: Record) -> Record:
         """The record, whose questions are balanced as they are."""
