@@ -114,7 +114,8 @@ class DataConfig:
     """The image-caption pairs."""
 
     source: str = "shapes"
-    """"shapes" for the built-in world, or a file of records: JSON, JSON lines or Parquet."""
+    """"shapes" for the built-in world, or a file of records: JSON, JSON lines, Parquet or a tar; or a folder or pattern of
+    such files, here or at an address that fsspec opens; or the hub's id of a data set."""
     questions: str = ""
     """A file of questions that are joined to the records by id, such as the published vqa_data.json."""
     root: str = ""
@@ -308,7 +309,8 @@ class TrainConfig:
     patience: int = 3
     """Measurements in a row without a new least held-out loss that end training; the weights are then the best ones."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Where metrics go besides metrics.jsonl; the package must be installed."""
+    """Where metrics go besides metrics.jsonl, and each round's measurement, first drawings and first pairs; the package
+    must be installed."""
     checkpoint_every: int = 20
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -452,7 +454,9 @@ class EvalConfig(DrawingConfig):
             raise ConfigError("EvalConfig", "judge", f'expected "self" or an address, got "{self.judge}"')
         for name in ("questions", "root"):
             if getattr(self, name) and not self.data:
-                raise ConfigError("EvalConfig", name, "belongs to a file of records in eval.data")
+                raise ConfigError(
+                    "EvalConfig", name, "belongs to a file of records in eval.data; give one, or leave it out"
+                )
         if self.suite == "records" and not self.data:
             raise ConfigError("EvalConfig", "data", 'expected a file of records with eval.suite "records", got none')
 
@@ -627,7 +631,7 @@ def load_config(path: str | os.PathLike | None = None, overrides: Iterable[str] 
     for override in overrides:
         section, key, value = _parse_override(override)
         values.setdefault(section, {})[key] = value
-        sources[section, key] = override
+        sources[section, key] = _cut(override)
     config = Config(**{section: _make_section(section, values.pop(section), sources) for section in _SECTIONS})
     for name, changed in values.items():
         _set_round(config, name, changed, sources)
@@ -741,12 +745,17 @@ def _split_name(source: str, name: str) -> tuple[str, str]:
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
     name, equals, text = override.partition("=")
-    source = override
+    source = _cut(override)
     if not equals:
         raise InputError(f"{source}: expected section.key=value, got no '='; write for example train.lr=1e-5")
     text = text.strip()
     section, key = _split_name(source, name.strip())
     return section, key, _parse_value(text, get_type_hints(_SECTIONS[section.rpartition(".")[2]])[key])
+
+
+def _cut(override: str) -> str:
+    """An override, for the start of a message: what should be there is said behind it."""
+    return override if len(override) <= 200 else f"{override[:200]}..."
 
 
 def _parse_value(text: str, expected: Any) -> Any:

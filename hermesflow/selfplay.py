@@ -1,7 +1,7 @@
 """Self-play (HermesFlow, arXiv 2502.12148): the model draws, judges, learns from its best and worst, and plays on.
 
 Every phase writes its result whole and is skipped where that exists (runs.py): the same command resumes a killed run.
-With torchrun all processes curate and train; the first does the rest.
+With torchrun all processes curate, train and measure; the first does the rest.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from rich.console import Console
 
 from hermesflow.config import Config
 from hermesflow.data.pairs import PAIRS_SCHEMA, REJECTED_SCHEMA, PairFile, make_pairs
-from hermesflow.evaluation.evaluation import evaluate, find_evaluation
+from hermesflow.evaluation.evaluation import find_evaluation
 from hermesflow.report.page import write_report
 from hermesflow.report.tables import make_console, print_summary
-from hermesflow.runs import Run, save_trained
+from hermesflow.runs import Run, save_trained, send_round
 from hermesflow.runtime.distributed import barrier, on_main, world_size
 from hermesflow.runtime.files import parquet_writer, write_json
 from hermesflow.scoring.scorers import check_scorers
@@ -101,30 +101,28 @@ def train_round(run: Run, number: int) -> None:
 
 
 def evaluate_round(run: Run, number: int) -> None:
-    """Measures the model after a round (0: before the first), and how far its candidates' scores can be trusted.
-    Raises: as evaluate, or InputError if other records were measured before."""
+    """Measures the model after a round (0: before the first), and how far its candidates' scores can be trusted; sends
+    the round to its tracker. Raises: as evaluate and send_round; InputError if other records were measured before."""
 
     def work() -> None:
-        path = run.path(number, "evaluation.json")
-        if not path.exists():
-            run.check_eval_files()
-            run.timed(number, "evaluation", lambda: write_json(path, _evaluate(run, number)))
-        run.evaluation(number)
+        agreed, measured = on_main(lambda: _agreement(run, number)), run.measurement(number)
+        measured.share()
+        barrier()
+        on_main(lambda: run.save_evaluation(number, measured, agreed))
 
-    on_main(work)
+    if not run.is_made(number, "evaluation.json"):
+        on_main(run.check_eval_files)
+        run.timed(number, "evaluation", work)
+    on_main(lambda: send_round(run, number, run.evaluation(number)))
 
 
-def _evaluate(run: Run, number: int) -> dict[str, Any]:
-    suite, agreed = find_evaluation(run.config.eval), {}
-    has_candidates = number and run.path(number, "candidates").exists()  # imported pairs have none
-    if has_candidates and run.config.data.source in suite.known_sources:
-        pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number).share()
-        parts = ((records, of_records, pairs.of(records)) for records, of_records in candidates)
-        agreed = {"agreement": suite.judge_candidates(run.model(number), parts)}
-    result = evaluate(run.model(number), run.config.drawn_by(run.config.eval)) | agreed
-    if number:
-        run.check_comparable(result)
-    return result
+def _agreement(run: Run, number: int) -> dict[str, Any]:
+    suite, has_candidates = find_evaluation(run.config.eval), run.path(number, "candidates").exists()
+    if not has_candidates or run.config.data.source not in suite.known_sources:  # imported pairs have none
+        return {}
+    pairs, candidates = PairFile(run.path(number, "pairs.parquet")), run.candidates(number).share()
+    parts = ((records, of_records, pairs.of(records)) for records, of_records in candidates)
+    return {"agreement": suite.judge_candidates(run.model(number), parts)}
 
 
 def _finish(run: Run, console: Console) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from hermesflow.runs.run import (
     save_trained,
     train_on_pairs,
 )
+from hermesflow.runs.samples import send_round
 
 __all__ = [
     "Run",
@@ -19,5 +20,6 @@ __all__ = [
     "import_pairs",
     "merge_trained",
     "save_trained",
+    "send_round",
     "train_on_pairs",
 ]

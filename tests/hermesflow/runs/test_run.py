@@ -163,7 +163,8 @@ def test_a_missing_file_is_named_before_anything_is_made(place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(place, tmp_path):
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="train.tracker trackio: it is not installed; run: pip install trackio"):
         train_on_pairs(config_for(place, "train.tracker=trackio"), place / "pairs.parquet", tmp_path / "out")
     assert not (tmp_path / "out").exists()
