@@ -114,7 +114,7 @@ class DataConfig:
     """The image-caption pairs."""
 
     source: str = "shapes"
-    """"shapes" for the built-in world, or a file of records: JSON, JSON lines, Parquet or a tar; or a folder or pattern of
+    """"shapes" for the built-in world, or a file of records: JSON, JSON lines, Parquet or a tar; a folder or pattern of
     such files, here or at an address that fsspec opens; or the hub's id of a data set."""
     questions: str = ""
     """A file of questions that are joined to the records by id, such as the published vqa_data.json."""

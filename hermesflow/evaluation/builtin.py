@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from hermesflow.data.records import Record
 from hermesflow.data.wording import overlap_f1, token_f1
 from hermesflow.engine.decoders.masked import ImageSamplingParams
 from hermesflow.engine.decoders.text import SamplingParams
-from hermesflow.evaluation.evaluation import Evaluation, Parts
+from hermesflow.evaluation.evaluation import Evaluation, Parts, Rows
 from hermesflow.evaluation.stats import rank_correlation, roc_auc
 from hermesflow.models.images import resize_images
 from hermesflow.models.model import Model
@@ -46,8 +47,8 @@ class Builtin(Evaluation):
 
     known_sources = ("shapes",)
 
-    def measure(self, model: Model, config: EvalConfig) -> list[dict[str, Any]]:
-        """See Evaluation.
+    def parts(self, model: Model, config: EvalConfig) -> list[Callable[[], Rows]]:
+        """See Evaluation; each measures _BATCH records.
 
         Returns: of each record "balanced" and "answered", a digit a question (1 right, 0 wrong) about the real image,
             of the balanced questions, whose "kinds" stand beside them, and of the record's own; "drawn", such a text
@@ -63,27 +64,10 @@ class Builtin(Evaluation):
                 "eval.suite"
             )
         scenes, records = held_out(config)
-        rows = [_empty_row(record) for record in records]
-        asked, num_understanding = rows[: config.num_understanding], config.num_understanding
-        scenes_drawn = np.stack([record.image for record in records[:num_understanding]])
-        images = model.view_pixels(resize_images(scenes_drawn, model.image_size))
-        for row, answered in zip(asked, answer_digits(model, images, records), strict=True):
-            num_own = len(row["element_types"])
-            row |= {"answered": answered[:num_own], "balanced": answered[num_own:]}
-        for row, text, record, scene in zip(asked, write_captions(model, images), records, scenes, strict=False):
-            exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
-            row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
-        default = sampler_name(model, model.sampling_of(config))
-        for name, sampling in samplers_of(model, config).items():
-            judged = _judge_drawings(model, records[: config.num_prompts], config, sampling)
-            for number, (drawn, scores, codes) in enumerate(judged):
-                row = rows[number]
-                row["samplers"][name] = {"drawn": drawn, "scores": scores}
-                if name == default:
-                    row["drawn"] = drawn
-                if name == default and number < NUM_SHOWN:
-                    row |= {"prompt": records[number].caption, "codes": codes.tolist()}
-        return rows
+        return [
+            partial(_measure, model, config, start, scenes[start : start + _BATCH], records[start : start + _BATCH])
+            for start in range(0, len(records), _BATCH)
+        ]
 
     def settings(self, model: Model, config: EvalConfig) -> dict[str, Any]:
         """The settings with the model's own way to draw filled in."""
@@ -95,6 +79,33 @@ class Builtin(Evaluation):
 
 
 BUILTIN = Builtin()
+
+
+def _measure(
+    model: Model, config: EvalConfig, start: int, scenes: Sequence[shapes.Scene], records: Sequence[Record]
+) -> Rows:
+    """The rows of the records from the start-th on, which are a batch."""
+    rows = [_empty_row(record) for record in records]
+    asked, drawn = records[: max(0, config.num_understanding - start)], records[: max(0, config.num_prompts - start)]
+    if asked:
+        images = model.view_pixels(resize_images(np.stack([record.image for record in asked]), model.image_size))
+        for row, answered in zip(rows, answer_digits(model, images, asked), strict=False):
+            num_own = len(row["element_types"])
+            row |= {"answered": answered[:num_own], "balanced": answered[num_own:]}
+        for row, text, record, scene in zip(rows, write_captions(model, images), records, scenes, strict=False):
+            exact = shapes.parse_caption(text) == shapes.scene_facts(scene)
+            row |= {"caption": text, "caption_f1": token_f1(text, record.caption), "caption_exact": exact}
+    default = sampler_name(model, model.sampling_of(config))
+    for name, sampling in samplers_of(model, config).items() if drawn else ():
+        judged = _judge_drawings(model, drawn, config, sampling)
+        for number, (digits, scores, codes) in enumerate(judged):
+            row = rows[number]
+            row["samplers"][name] = {"drawn": digits, "scores": scores}
+            if name == default:
+                row["drawn"] = digits
+            if name == default and start + number < NUM_SHOWN:
+                row |= {"prompt": records[number].caption, "codes": codes.tolist()}
+    return rows
 
 
 def sampler_name(model: Model, sampling: Any) -> str:

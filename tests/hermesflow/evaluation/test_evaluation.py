@@ -18,7 +18,7 @@ from hermesflow.curation import CANDIDATES_SCHEMA
 from hermesflow.data.pairs import PAIRS_SCHEMA
 from hermesflow.evaluation import stats
 from hermesflow.evaluation.builtin import agreement, caption_truth, sampler_name
-from hermesflow.evaluation.evaluation import evaluate
+from hermesflow.evaluation.evaluation import Measurement, evaluate
 from hermesflow.evaluation.metrics import measure, paired_change, summarize
 from hermesflow.models.model import Model
 from hermesflow.report import tables as summaries
@@ -475,3 +475,46 @@ def test_what_an_evaluation_raises_is_one_line(monkeypatch, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             evaluate(None, EvalConfig(suite=f"own_suite:{name}"))
+
+
+def test_an_evaluation_of_ones_own_in_parts(tmp_path, monkeypatch):
+    (tmp_path / "parted.py").write_text(
+        "from functools import partial\n"
+        "from hermesflow.evaluation.evaluation import Evaluation\n"
+        "def rows(*ids): return [{'id': each, 'scores': {'right': (len(each), 4)}} for each in ids]\n"
+        "class Parted(Evaluation):\n"
+        "    def parts(self, model, config): return [partial(rows, 'a', 'bb'), partial(rows, 'ccc')]\n"
+        "class Whole(Parted):\n"
+        "    def measure(self, model, config): return super().measure(model, config)[1:]\n"
+        "class Twice(Evaluation):\n"
+        "    def parts(self, model, config): return [partial(rows, 'a')] * 2\n"
+        "class Neither(Evaluation):\n    pass\n"
+        "PARTED, WHOLE, TWICE, NEITHER = Parted(), Whole(), Twice(), Neither()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, whole, twice, neither = (
+        EvalConfig(suite=f"parted:{name}") for name in ("PARTED", "WHOLE", "TWICE", "NEITHER")
+    )
+    result = evaluate(None, config)
+    assert [row["id"] for row in result["records"]] == ["a", "bb", "ccc"] and result["metrics"]["right"] == 6 / 12
+    assert [row["id"] for row in evaluate(None, whole)["records"]] == ["bb", "ccc"]  # the subclass's own way counts
+    with pytest.raises(InputError, match="eval.suite parted:TWICE: row 1: expected an id of its own"):
+        evaluate(None, twice)
+    with pytest.raises(InputError, match="Neither: measures nothing; define measure or parts"):
+        evaluate(None, neither)
+
+    model, folder = SimpleNamespace(modules=lambda: ()), tmp_path / "parts"
+    measurement = Measurement(model, config, folder)
+    assert [path.name for path in measurement.paths] == ["part-00000.json", "part-00001.json"]
+    measurement.share()
+    monkeypatch.setattr(sys.modules["parted"], "rows", lambda *ids: 1 / 0)  # what is there is not measured again
+    again = Measurement(model, config, folder)
+    again.share()
+    assert json.dumps(again.result()) == json.dumps(result)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wrong = Measurement(model, twice, tmp_path / "twice")
+    wrong.share()
+    with pytest.raises(InputError, match="row 1: expected an id of its own"):
+        wrong.result()
+    assert not (tmp_path / "twice").exists()  # the code is to be corrected

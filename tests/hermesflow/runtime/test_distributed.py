@@ -21,7 +21,10 @@ from hermesflow.algorithms.policy import Policy
 from hermesflow.cli import main
 from hermesflow.config import PAPER_OBJECTIVE, ModelConfig, TrainConfig, load_config
 from hermesflow.data.records import RecordFile, write_records
+from hermesflow.evaluation import builtin
+from hermesflow.evaluation.evaluation import Evaluation, evaluate
 from hermesflow.models import load_model, open_model
+from hermesflow.runs import Run
 from hermesflow.runtime import distributed
 from hermesflow.runtime.checkpointing import load_checkpoint, save_checkpoint
 from hermesflow.runtime.distributed import (
@@ -35,8 +38,8 @@ from hermesflow.runtime.distributed import (
     unshard,
     world_size,
 )
-from hermesflow.runtime.files import InputError
-from hermesflow.selfplay import run_selfplay
+from hermesflow.runtime.files import InputError, write_json
+from hermesflow.selfplay import evaluate_round, run_selfplay
 from hermesflow.training import make_optimizer
 
 SETTINGS = (
@@ -419,9 +422,111 @@ def test_one_of_several_processes_ends_before_its_interpreter_is_taken_down(proc
     assert ("taken down" in done.stdout) == (processes == 1)
 
 
+# evaluations
+
+
+class Own(Evaluation):
+    """Of the user's, measured as a whole."""
+
+    def measure(self, model, config):
+        return [{"id": str(number), "scores": {"right": (number, 4)}, "of": rank()} for number in range(4)]
+
+
+OWN = Own()
+
+
+def measured_run(model, folder, *more):
+    """Before self-play: 190 records in three parts."""
+    sizes = ("eval.num_prompts=70", "eval.num_understanding=190", "eval.images_per_prompt=2", "eval.samplers=['2/0.7']")
+    return arguments(model, folder, *sizes, *more)
+
+
+def evaluate_in_a_process(model, folder):
+    """A run's evaluation, one that no run keeps, and one of the user's."""
+    config = load_config(None, measured_run(model, folder)[1::2])
+    evaluate_round(Run(config), 0)
+    found = evaluate(open_model(config.model), config.drawn_by(config.eval))
+    on_main(lambda: write_json(folder / "found.json", found))
+    own = ("run.name=own", "eval.suite=test_distributed:OWN")
+    evaluate_round(Run(load_config(None, measured_run(model, folder, *own)[1::2])), 0)
+
+
+@pytest.fixture(scope="module")
+def measured_by_one(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        evaluate_in_a_process(model_folder, folder)
+    return folder
+
+
+def files_of_evaluations(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.json") if path.name in EVALUATED}
+
+
+EVALUATED = ("evaluation.json", "found.json")
+
+
+def test_two_processes_of_which_one_is_killed_measure_what_one_does(model_folder, measured_by_one, tmp_path):
+    command = (__file__, model_folder, tmp_path)
+    kill_a_process(launch(*command), tmp_path, "t/round-0/evaluation/part-00000.json", 0)
+    assert not (tmp_path / "t/round-0/evaluation.json").exists()
+    finish(launch(*command))
+    expected = files_of_evaluations(measured_by_one)
+    assert files_of_evaluations(tmp_path) == expected and len(expected) == 3
+    assert not list(tmp_path.glob("*/round-0/evaluation"))
+    result, found = (json.loads((tmp_path / name).read_text()) for name in ("t/round-0/evaluation.json", "found.json"))
+    assert result == found and len(result["records"]) == 190
+    own = json.loads((tmp_path / "own/round-0/evaluation.json").read_text())
+    assert own["metrics"]["right"] == 6 / 16 and [row["of"] for row in own["records"]] == [0] * 4
+
+
+def test_two_processes_measure_without_a_run(model_folder, measured_by_one, tmp_path):
+    command = ("eval", *measured_run(model_folder, tmp_path), "-o", tmp_path / "of-two.json")
+    stdout, _ = finish(launch("-m", "hermesflow", *command))
+    found = json.loads((tmp_path / "of-two.json").read_text())
+    assert found == {"model": str(model_folder)} | json.loads((measured_by_one / "found.json").read_text())
+    assert stdout.count("evaluation: ") == 1
+
+
+def test_a_killed_evaluation_resumes_after_its_last_part(model_folder, measured_by_one, tmp_path, monkeypatch):
+    config = load_config(None, measured_run(model_folder, tmp_path)[1::2])
+    measured, measure = [], builtin._measure
+
+    def kill_the_third(*options):
+        measured.append(options[2])
+        if measured == [0, 64, 128]:
+            raise KeyboardInterrupt
+        return measure(*options)
+
+    monkeypatch.setattr(builtin, "_measure", kill_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_round(Run(config), 0)
+    other = measured_run(model_folder, tmp_path, "eval.seed=5")[1::2]
+    with pytest.raises(InputError, match=r"the run has other settings \(eval.seed\)"):
+        Run(load_config(None, other))
+    evaluate_round(Run(config), 0)
+    assert measured == [0, 64, 128, 128]
+    path = Path("t/round-0/evaluation.json")
+    assert (tmp_path / path).read_bytes() == (measured_by_one / path).read_bytes()
+
+
+def test_a_part_of_other_weights_is_not_taken(model_folder, tmp_path):
+    run = Run(load_config(None, measured_run(model_folder, tmp_path)[1::2]))
+    path = run.path(0, "evaluation", "part-00000.json")
+    write_json(path, {"model": "other", "records": []})
+    with pytest.raises(
+        InputError, match="part-00000.json: was measured of other weights; delete .*round-0/evaluation "
+    ):
+        evaluate_round(run, 0)
+    write_json(path, [])
+    with pytest.raises(InputError, match="part-00000.json: damaged evaluation file"):
+        evaluate_round(run, 0)
+
+
 if __name__ == "__main__":
     with process_group("cpu"):
-        work_of_a_process(Path(sys.argv[1]))
+        (evaluate_in_a_process if len(sys.argv) > 2 else work_of_a_process)(*map(Path, sys.argv[1:]))
 
 
 # suites
@@ -499,3 +604,42 @@ def test_a_worker_is_told_what_it_cannot_work_on(model_folder, tmp_path, capsys)
     assert "the run has other settings (curation.num_images)" in capsys.readouterr().err
     assert main([*command, "--worker", "--round", "2"]) == 2
     assert "round 2: the run has rounds 1 to 1" in capsys.readouterr().err
+
+
+def test_workers_of_which_one_is_killed_measure_what_one_process_does(model_folder, measured_by_one, tmp_path, capsys):
+    command = measured_run(model_folder, tmp_path)
+    first, second = (start_worker("eval", *command, "--round", 0) for _ in range(2))
+    while first.poll() is None and not list(tmp_path.rglob("part-00000.json")):
+        time.sleep(0.005)
+    first.kill()
+    stdout, stderr = second.communicate(timeout=120)
+    first.communicate()
+    assert second.returncode == 0 and "selfplay with the same settings takes it from there" in stdout, stderr
+    parts = sorted((tmp_path / "t/round-0/evaluation").iterdir())
+    assert [path.name for path in parts] == [f"part-{number:05d}.json" for number in range(3)]
+    evaluate_round(Run(load_config(None, command[1::2])), 0)
+    path = Path("t/round-0/evaluation.json")
+    assert (tmp_path / path).read_bytes() == (measured_by_one / path).read_bytes() and not parts[0].exists()
+    assert main(["eval", *command, "--worker"]) == 0  # nothing is left to measure
+    assert main(["eval", *command, "--worker", "--round", "1"]) == 2
+    assert "round 1 is not trained yet; run it first" in capsys.readouterr().err
+    assert main(["eval", *command, "--worker", "--round", "2"]) == 2
+    assert "round 2: the run has rounds 1 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--round", "1"], "--round: belongs to --worker"),
+        (["--worker", "-o", "x.json"], "--output: not with --worker"),
+        (["--worker", "--suite", "geneval"], "--suite: not with --worker"),
+    ],
+)
+def test_options_that_do_not_belong_to_a_worker_of_evaluation(capsys, options, message):
+    assert main(["eval", *options]) == 2 and message in capsys.readouterr().err
+
+
+def test_torchrun_starts_no_worker(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--worker: a worker is one process; start each by itself, without torchrun"):
+        Run(load_config(None, [f"run.folder={tmp_path}"]), as_worker=True)
