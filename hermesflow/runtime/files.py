@@ -22,6 +22,8 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 _LEAST_FREE_BYTES = 1 << 20
 _MAX_MESSAGE = 1 << 16
 _ROWS_PER_GROUP = 1024
+# Parquet is read without Arrow's threads: one that lets go of a Python object, a file or bytes, while Python ends is
+# ended in the midst of C++, and the process with it ("terminate called without an active exception", exit code 134).
 _OLDER = "old.tmp"
 
 
@@ -290,14 +292,17 @@ class ParquetRows:
         first, last = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
         parts = [self._read_group(group) for group in range(min(first, self._file.num_row_groups), last)]
         if not parts:
-            return _arrow(self.path, lambda: self._file.read_row_groups([], self._columns))
+            return _arrow(self.path, lambda: self._file.read_row_groups([], self._columns, use_threads=False))
         offset = start - self._starts[first]
         return pa.concat_tables(parts).slice(offset, stop - start)
 
     def _read_group(self, group: int) -> pa.Table:
         if self._group is None or self._group[0] != group:
             self._group = None  # frees it first
-            self._group = group, _arrow(self.path, lambda: self._file.read_row_group(group, self._columns))
+            self._group = (
+                group,
+                _arrow(self.path, lambda: self._file.read_row_group(group, self._columns, use_threads=False)),
+            )
         return self._group[1]
 
 
@@ -311,7 +316,7 @@ def read_parquet(path: StrPath, columns: list[str] | None = None) -> pa.Table:
     """
     data = read_bytes(path)
     file = _open_parquet(path, pa.BufferReader(data), len(data), columns)
-    return _arrow(path, lambda: file.read(columns))
+    return _arrow(path, lambda: file.read(columns, use_threads=False))
 
 
 def is_url(path: StrPath) -> bool:

@@ -1,6 +1,8 @@
 """Files: what exists is whole, and every failure names the file and the fix."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -331,3 +333,24 @@ def test_rows_of_a_file_that_cannot_be_read_name_it(tmp_path, name):
     words = {"none": "no such file", "column": "has no column 'b'"}.get(path.stem, "damaged Parquet file")
     with pytest.raises(InputError, match=f"{name}: {words}"):
         ParquetRows(path, ["b"] if path.stem == "column" else None).read(0, 10)
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+import pyarrow as pa
+from hermesflow.runtime.files import ParquetRows, read_parquet, write_parquet
+path = Path(sys.argv[1])
+write_parquet(path, pa.table({str(number): list(range(5000)) for number in range(20)}))
+before = len(os.listdir("/proc/self/task"))
+rows = ParquetRows(path)
+assert len(read_parquet(path)) == len(rows.read(0, 5000)) == sum(map(len, rows.each())) == 5000
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads")
+def test_no_thread_of_arrows_outlives_the_reading_of_a_file(tmp_path):
+    """One that lets go of a file while Python ends takes the process down with it, seldom enough to be missed."""
+    command = [sys.executable, "-P", "-c", THREADS, str(tmp_path / "a.parquet")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout == "0\n"
