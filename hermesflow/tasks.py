@@ -172,7 +172,7 @@ def extrapolate_image(
     cut = "; ".join(filter(None, map(model.describe_cut, prompts)))
     for own, codes in zip(seeds, canvas, strict=True):
         for image in _show(model, [prompts[0]], [own], codes[None].flatten(1), tuple(codes.shape[:2])):
-            yield image._replace(prompt=" | ".join(prompts), cut=cut)
+            yield image._replace(prompt=" | ".join(prompt.replace("|", "||") for prompt in prompts), cut=cut)
 
 
 def save_image(folder: StrPath, image: GeneratedImage, settings: dict[str, Any], label: str = "") -> Path:

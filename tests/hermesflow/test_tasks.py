@@ -269,6 +269,15 @@ def test_windows_slide_along_a_longer_side_and_draw_with_seeds_of_their_own(shar
     assert len(set(seeds)) == len(seeds) == 16
 
 
+def test_two_prompts_are_not_taken_for_one_that_looks_like_them(shared_tiny_model, square, monkeypatch):
+    monkeypatch.setattr(shared_tiny_model, "encode_text", lambda text: [5])
+    labels = [
+        next(tasks.extrapolate_image(shared_tiny_model, square, prompts, directions, sampling=SAMPLING)).prompt
+        for prompts, directions in ((["a circle", "a square"], ["left", "up"]), (["a circle | a square"], ["left"]))
+    ]
+    assert labels == ["a circle | a square", "a circle || a square"]
+
+
 def test_an_extrapolated_picture_does_not_depend_on_the_others(shared_tiny_model, square):
     together = extrapolate(shared_tiny_model, square, ["up", "left"], steps=2, num_images=3, seed=1)
     alone = extrapolate(shared_tiny_model, square, ["up", "left"], steps=2, seed=3)[0]
