@@ -48,6 +48,7 @@ from hermesflow.runs.settings import (
     all_changed_settings,
     changed_files,
     changed_settings,
+    changed_training_settings,
     describe_way_out,
     is_measured,
     note_files,
@@ -476,7 +477,7 @@ def train_on_pairs(config: Config, path: StrPath, folder: StrPath, root: StrPath
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
-            held.enter_context(claim_folder(folder, config, _ELSEWHERE))
+            held.enter_context(claim_folder(folder, config, _ELSEWHERE, changed_training_settings))
 
         on_main(claim)
         model, pairs = _open(config, path, root, pairs)

@@ -64,6 +64,12 @@ def is_measured(folder: Path) -> bool:
     )
 
 
+def changed_training_settings(saved: Config, now: Config) -> list[str]:
+    """Names of the settings that differ and that a training on a file of pairs reads."""
+    read = ("model", "train", "run.seed", "selfplay.algorithm", "curation.threshold")
+    return [name for name in all_changed_settings(saved, now) if name in read or name.split(".")[0] in read]
+
+
 def note_files(folder: Path, config: Config, section: str) -> None:
     """Notes in files.json what a section's files of records hold, before something is made of them. What cannot be
     read is left to its reader to refuse."""

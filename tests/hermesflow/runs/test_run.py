@@ -185,6 +185,14 @@ def test_other_settings_in_the_same_folder_are_refused(place, trained):
         train_on_pairs(config_for(place, "train.beta=0.5"), place / "pairs.parquet", trained)
 
 
+def test_settings_that_training_does_not_read_may_change(place, trained):
+    made = (trained / "model/model.safetensors").read_bytes()
+    other = config_for(place, "eval.num_prompts=7", "curation.margin=0.2", "data.num_records=3")
+    assert train_on_pairs(other, place / "pairs.parquet", trained) == trained / "model"
+    assert (trained / "model/model.safetensors").read_bytes() == made
+    assert train_on_pairs(config_for(place), place / "pairs.parquet", trained) == trained / "model"
+
+
 def test_a_run_of_self_play_is_not_overwritten(place, tmp_path):
     (tmp_path / "round-0").mkdir()
     with pytest.raises(InputError, match=r"holds a run of self-play; choose another output folder \(-o\)"):
