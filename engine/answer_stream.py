@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hermesflow.engine.answer_sampler import ENDED, FAILED, GOES_ON, Answers, AnswerSampler, SamplingParams
 from hermesflow.engine.device_graph import DeviceGraph, captures
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.prompt_spans import Asked, PromptSpans
 from hermesflow.engine.slot_allocator import SlotAllocator
@@ -226,9 +226,9 @@ class AnswerStream:
                 del self.finished[tuple(pair)]
                 yield tuple(pair), [samples[sample] for sample in range(len(self.sampling))]
 
-    def _no_distribution(self, key: Key, step: int) -> RuntimeError:
+    def _no_distribution(self, key: Key, step: int) -> NotFiniteError:
         image, question, sample = key
-        return RuntimeError(
+        return NotFiniteError(
             f"TextDecoder: the model gives no distribution (NaN) for image {image}, question {question}, "
             f"sample {sample}, step {step}; {likely_cause(self.sampler.transformer)}"
         )

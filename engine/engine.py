@@ -12,6 +12,7 @@ from torch import Tensor
 from hermesflow.engine.decoders.masked import ImageDecoder, ImageRollout, Progress
 from hermesflow.engine.decoders.text import QuestionIds, SamplingParams, TextDecoder
 from hermesflow.engine.memory_planner import MemoryPlanner
+from hermesflow.engine.nan_cause import NotFiniteError
 from hermesflow.engine.rollout_logprob import RolloutStates, code_logprobs
 from hermesflow.engine.sequence_logprob import span_logprobs
 from hermesflow.engine.token_layout import Layout
@@ -404,7 +405,7 @@ class Engine:
             return images
         images = images.to(self.dtype)
         if not images.isfinite().all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"Engine.{function}: expected finite features, got NaN or infinity in {self.dtype}; "
                 "check the vision encoder's weights"
             )

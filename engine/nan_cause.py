@@ -6,6 +6,10 @@ import torch
 from torch import nn
 
 
+class NotFiniteError(RuntimeError):
+    """A model gives NaN or infinity; the message names the place and says what to check."""
+
+
 @torch.no_grad()
 def likely_cause(transformer: nn.Module) -> str:
     """What to check after a draw failed, for the end of an error's message. Reads every parameter, so only then."""

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import Counter
@@ -37,6 +38,7 @@ Views = Callable[[nn.Module], dict[str, Tensor]]
 """Of a module: the name of each tensor on disk -> the parameter, or the part of one, that it is."""
 
 _PIECE_BYTES = 16 << 20
+_LONGEST_NAME = 4096
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -169,6 +171,7 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
             entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # they may unpack to any size
             raise ValueError("its entries are compressed")
+        _check_names(torch._C.PyTorchFileReader(os.fspath(file)).get_record("data.pkl"))
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -193,6 +196,13 @@ def _open(file: Path) -> Iterator[tuple[str, Tensor]]:
             f"{file}: holds {stored} bytes of tensors, not {sum(storages.values())}; restore it from its source"
         )
     yield from state.items()
+
+
+def _check_names(pickled: bytes) -> None:
+    """Raises: ValueError on an endless text: where torch.load refuses a pickle that holds one, it words the reason in
+    the square of its length."""
+    if any(isinstance(text, str | bytes) and len(text) > _LONGEST_NAME for _, text, _ in pickletools.genops(pickled)):
+        raise ValueError(f"a name has more than {_LONGEST_NAME} characters")
 
 
 def _check_fit(path: Path, found: Mapping[str, Tensor], parts: Mapping[str, Tensor], ignored: str | None) -> None:

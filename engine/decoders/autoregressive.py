@@ -18,7 +18,7 @@ from torch import Tensor
 from hermesflow.engine import device_graph
 from hermesflow.engine.decoders.masked import MOST, ImageRollout, Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout, check_grid
 from hermesflow.engine.transformer import Transformer
@@ -160,7 +160,7 @@ class AutoregressiveDecoder:
             self._memory.call(rows, draw, halves)
         for row, number in enumerate(failed_at.tolist()):
             if number < codes.shape[1]:
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"AutoregressiveDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
                     f"image {row % num_images}, code {number}; {likely_cause(self.transformer)}"
                 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hermesflow.engine.decoders.masked import Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.latents import pack_latents
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout
 from hermesflow.engine.transformer import Transformer
@@ -134,7 +134,7 @@ class FeatureDecoder:
             self._memory.call(rows, draw, 1)
         failed = (~found.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if failed:
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"FeatureDecoder: the model gives no finite features for prompt {failed[0]}; "
                 f"{likely_cause(self.transformer)}"
             )

@@ -19,7 +19,7 @@ from hermesflow.engine.decoders.masked import Progress
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.flow_schedule import flow_times
 from hermesflow.engine.latents import FlowTransformer, NoisedImages, pack_latents, unpack_latents
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout, check_grid
 from hermesflow.kernels.philox import RandomKey, normal
@@ -156,7 +156,7 @@ class FlowDecoder:
             self._memory.call(rows, draw, halves)
         for row, step in enumerate(failed.tolist()):
             if step < params.num_steps:
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"FlowDecoder: the model gives no finite velocity for prompt {row // num_images}, image "
                     f"{row % num_images}, step {step}; {likely_cause(self.transformer)}"
                 )

@@ -25,7 +25,7 @@ from torch import Tensor
 from hermesflow.engine import device_graph
 from hermesflow.engine.decoders.passes import MemoryBound, split_evenly
 from hermesflow.engine.mask_schedule import Schedule, mask_temperatures, num_to_mask
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.token_layout import Layout, check_grid
 from hermesflow.engine.transformer import Transformer
@@ -256,7 +256,7 @@ class ImageDecoder:
             self.release()
         for row, step in enumerate(failed_steps.tolist()):
             if step < params.num_steps:
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"ImageDecoder: the model gives no distribution (NaN) for prompt {row // num_images}, "
                     f"image {row % num_images}, step {step}; {likely_cause(self.transformer)}"
                 )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hermesflow.engine.answer_sampler import SamplingParams
 from hermesflow.engine.decoders.passes import MemoryBound
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.engine.phases import phase
 from hermesflow.engine.prompt_spans import QuestionIds
 from hermesflow.engine.token_layout import Layout
@@ -246,7 +246,7 @@ class MaskedTextDecoder:
         for region, drawn, sure in zip(regions, np.split(token, np.cumsum(counts)[:-1]),
                                        np.split(confidence, np.cumsum(counts)[:-1]), strict=True):  # fmt: skip
             if (drawn < 0).any():
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"MaskedTextDecoder: the model gives no distribution (NaN) for {region.name}, step {region.step}; "
                     f"{likely_cause(self.transformer)}"
                 )

@@ -111,11 +111,14 @@ def _choice(question: Question, answer: str) -> str:
     return next(choice for choice in question.choices if plain_text(choice).lower() == answer)
 
 
-@lru_cache(_MOST_THINGS)
 def _answer(question: Question) -> str | None:
     """ "yes" or "no"; None where a question has other choices."""
-    choices = {plain_text(choice).lower() for choice in question.choices}
-    return plain_text(question.answer).lower() if choices == {"yes", "no"} else None
+    return _yes_or_no(question.choices, question.answer)
+
+
+@lru_cache(_MOST_THINGS)
+def _yes_or_no(choices: tuple[str, ...], answer: str) -> str | None:
+    return plain_text(answer).lower() if {plain_text(choice).lower() for choice in choices} == {"yes", "no"} else None
 
 
 def _words(text: str) -> set[str]:

@@ -284,7 +284,7 @@ class _ParquetFile(EntryFile):
     def _python(self, table: pa.Table) -> list[dict[str, Any]]:
         try:
             return table.to_pylist()
-        except (pa.ArrowException, ArithmeticError, UnicodeDecodeError) as error:  # no UTF-8, dates out of range
+        except (pa.ArrowException, ArithmeticError, ValueError) as error:  # no UTF-8, times that Python has not
             raise damaged(self._path, "Parquet", error) from error
 
 

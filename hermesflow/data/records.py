@@ -217,6 +217,10 @@ def _record(row: dict) -> Record:
                 f"records_from_table: expected a value in column {name!r}, got null in record {row['id']!r}; fill it in"
             )
     codes = row.get("codes")
+    if None in (codes or ()):
+        raise ValueError(
+            f"records_from_table: expected codes without nulls, got some in record {row['id']!r}; fill them in"
+        )
     return Record(
         id=row["id"],
         caption=row["caption"],

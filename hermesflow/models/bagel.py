@@ -390,7 +390,10 @@ def _transformer_config(path: Path) -> TransformerConfig:
     _check_supported(path, given)
     module = given.get("layer_module", "Qwen2MoTDecoderLayer") if isinstance(given, Mapping) else None
     if not isinstance(module, str) or module not in _EXPERTS:
-        raise InputError(f"{path}: layer_module {shown(module)} is not supported; {' and '.join(_EXPERTS)} are")
+        raise InputError(
+            f"{path}: layer_module {shown(module)} is not supported, {' and '.join(_EXPERTS)} are; use another "
+            "checkpoint"
+        )
     with loading.errors_of(path):
         settings = _SETTINGS | {"experts": _EXPERTS[module]}
         shape = loading.transformer_config(given, "qwen2", settings, {}, given.get("vocab_size"), "BAGEL")

@@ -276,8 +276,8 @@ def _pixel_bounds(folder: Path) -> PixelBounds:
     """What the preprocessor allows; as published where it is silent."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
-    given = given if isinstance(given, Mapping) else {"spatial_factor": given}
     names = ("spatial_factor", "min_pixels", "max_pixels")
+    given = given if isinstance(given, Mapping) else dict.fromkeys(names)
     bounds = PixelBounds(*(given.get(name, usual) for name, usual in zip(names, _PUBLISHED_BOUNDS, strict=True)))
     if any(type(value) is not int for value in bounds) or min(bounds) < 1 or bounds.factor**2 > bounds.most:
         raise InputError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hermesflow.engine.decoders.flow import FlowDecoder
 from hermesflow.engine.latents import pack_latents, patchify, unpack_latents, unpatchify
-from hermesflow.engine.nan_cause import likely_cause
+from hermesflow.engine.nan_cause import NotFiniteError, likely_cause
 from hermesflow.models.checkpoint import CheckpointModel
 from hermesflow.models.model import to_pixels
 from hermesflow.runtime.files import InputError
@@ -67,7 +67,7 @@ class LatentModel(CheckpointModel):
         """The values. Raises: RuntimeError where the autoencoder gave NaN or infinity."""
         if not values.isfinite().all():
             cause = likely_cause(self.vq_tokenizer)
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"{self.folder / self.autoencoder_file}: the autoencoder gives no finite numbers; {cause}"
             )
         return values

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hermesflow.runtime.files import InputError, check_unicode, read_bytes, read_json, reason_of
+from hermesflow.runtime.files import InputError, check_unicode, read_bytes, read_json, reason_of, shown
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "[UNK]"
@@ -48,7 +48,8 @@ class WordTokenizer:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             words = sorted(word for word in self._tokenizer.get_vocab() if not word.startswith(("[", "<")))
             raise InputError(
-                f"the model does not know the word {text[start:end]!r} in {text!r}; it knows: {', '.join(words)}"
+                f"the model does not know the word {shown(text[start:end])} in {shown(text)}; it knows: "
+                f"{', '.join(words)}"
             )
         return encoding.ids
 
@@ -199,6 +200,7 @@ class PretrainedTokenizer:
             tokenizer.add_special_tokens({"pad_token": special_tokens[0]})
             tokenizer.add_tokens(list(special_tokens[1:]))
             self._special_ids = tokenizer.convert_tokens_to_ids(list(special_tokens))
+            tokenizer(special_tokens[0])  # a value of its configuration may be wrong that is not looked at before
         except Exception as error:  # transformers and tokenizers raise many kinds
             reason = reason_of(error)
             raise InputError(f"{folder}: holds no tokenizer ({reason}); restore it from its source") from error

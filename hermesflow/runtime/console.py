@@ -58,6 +58,9 @@ def user_message(error: Exception) -> str | None:
     registry = sys.modules.get("hermesflow.kernels.registry")  # loaded wherever its error can come from
     if registry is not None and isinstance(error, registry.BackendError):
         return str(error)
+    nan_cause = sys.modules.get("hermesflow.engine.nan_cause")
+    if nan_cause is not None and isinstance(error, nan_cause.NotFiniteError):
+        return str(error)
     return None
 
 

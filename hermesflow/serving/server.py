@@ -17,7 +17,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -33,6 +33,7 @@ from hermesflow.serving.worker import AnswerJob, ImageJob, QueueFullError, Worke
 
 try:
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
@@ -86,7 +87,8 @@ class Server:
             Route("/health", self._counted(self._health)),
             Route("/metrics", self._metrics),
         ]
-        self.app = Starlette(routes=routes)
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: self._no_such_route})
+        self.app.router.redirect_slashes = False
 
     def _counted(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """The same, with errors as OpenAI words them, and counted."""
@@ -182,6 +184,10 @@ class Server:
         lines += ["# TYPE hermesflow_batches_total counter", f"hermesflow_batches_total {self.worker.num_batches}"]
         lines += ["# TYPE hermesflow_waiting gauge", f"hermesflow_waiting {self.worker.num_waiting}"]
         return PlainTextResponse("\n".join(lines) + "\n")
+
+    async def _no_such_route(self, request: Request, error: HTTPException) -> Response:
+        """An unknown path, or a method that it has not."""
+        return _error(error.detail, error.status_code, error.headers)
 
     async def _body(self, request: Request, known: set[str]) -> dict[str, Any]:
         """The JSON object of a request, within time and size. Raises: RequestError."""
@@ -298,7 +304,7 @@ def _png(pixels: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _error(message: str, status: int) -> JSONResponse:
+def _error(message: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return JSONResponse(body, status_code=status)
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -300,6 +300,7 @@ REFUSED = [
     ),
     ("emu3-tiny", with_json("config.json", lambda values: values.update(text_config=7)), "is '?7.*restore"),
     ("emu3-tiny", with_json("preprocessor_config.json", lambda values: values.update(max_pixels="x")), "max_pixels"),
+    ("emu3-tiny", lambda folder: (folder / "preprocessor_config.json").write_text("2"), "expected spatial_factor"),
     ("emu3-tiny", with_json("preprocessor_config.json", lambda values: values.update(min_pixels=0)), "min_pixels.* 0,"),
     ("emu3-tiny", without_token("<|extra_200|>"), "no <|extra_200|>; give"),
     ("emu3-tiny", without_token("<|visual token 000007|>"), "visual tokens are not the last.*give"),

@@ -129,6 +129,8 @@ def test_health_and_metrics(address, client):
         ("images/generations", {"prompt": PROMPT, "seed": -1}, 400, "seed: expected a whole number from 0"),
         ("images/generations", {"prompt": PROMPT, "colour": 1}, 400, "'colour' is no field"),
         ("images/generations", [1], 400, "no JSON object"),
+        ("images/generations/", {}, 404, "Not Found"),
+        ("models", {}, 405, "Method Not Allowed"),
         ("chat/completions", {"messages": []}, 400, "expected one message of a user"),
         ("chat/completions", {"messages": [{"role": "user", "content": "hello"}]}, 400, "one image and a question"),
         ("chat/completions", {"messages": asked("http://127.0.0.1/x.png")}, 400, "nothing is fetched"),
