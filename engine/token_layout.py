@@ -225,11 +225,12 @@ class Layout(ABC):
     def check_codes(self, codes: np.ndarray) -> None:
         """Raises ValueError, which says what is wrong, unless codes int [M] are an image's."""
         known = range(-(2**31), 2**31) if self.latent_size else range(self.codebook_size)
-        expected = f"expected {self.code_length} image codes in [{known.start}, {known.stop}), got {len(codes)}"
-        if len(codes) != self.code_length:
-            raise ValueError(expected)
-        if not known.start <= codes.min() <= codes.max() < known.stop:
-            raise ValueError(f"{expected} from {codes.min()} to {codes.max()}")
+        least, most = (codes.min(), codes.max()) if len(codes) == self.code_length else (0, known.stop)
+        if not known.start <= least <= most < known.stop:
+            found = f" from {least} to {most}" if len(codes) == self.code_length else ""
+            raise ValueError(
+                f"expected {self.code_length} image codes in [{known.start}, {known.stop}), got {len(codes)}{found}"
+            )
         if self.latent_size and not np.isfinite(codes.astype(np.int32).view(np.float16)).all():
             raise ValueError("expected finite latents of 16 bits, got codes that are none")
 

@@ -6,7 +6,6 @@ Questions written about captions ask only for what the captions name, so that "y
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter
@@ -14,9 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-import numpy as np
-
-from hermesflow.data.records import Question, Record
+from hermesflow.data.records import Question, Record, id_digest
 from hermesflow.data.wording import split_words
 from hermesflow.runtime.text import plain_text
 
@@ -96,13 +93,14 @@ def balance_record(record: Record, things: Things) -> Record:
     if missing <= 0 or not things:
         return record
     named = _words(" ".join([record.caption, *(f"{item.question} {item.element}" for item in record.questions)]))
-    rng = np.random.default_rng(list(hashlib.blake2b(record.id.encode(), digest_size=16).digest()))
+    rng = random.Random(id_digest(record.id))
     absent: dict[str, Question] = {}
-    for index in rng.integers(len(things), size=_TRIES):
+    for _ in range(_TRIES):
         if len(absent) == missing:
             break
-        if named.isdisjoint(_element_words(things[index].element)):
-            absent.setdefault(things[index].question, things[index])
+        thing = things[rng.randrange(len(things))]
+        if named.isdisjoint(_element_words(thing.element)):
+            absent.setdefault(thing.question, thing)
     added = [replace(item, answer=_choice(item, "no")) for item in absent.values()]
     return replace(record, balanced_questions=(*record.questions, *added))
 

@@ -28,6 +28,53 @@ _QUESTIONS = 2**16
 _Item = TypeVar("_Item")
 
 
+class RecordEncoder:
+    """Adds the codes of their images to records, for one model; it remembers what questions are to the model."""
+
+    def __init__(self, model: Model) -> None:
+        """
+        Args:
+            model: encodes the images, and must know the words of captions and questions.
+        """
+        self._model = model
+        self._fit = lru_cache(_QUESTIONS)(lambda question: _fit_question(model, question))
+
+    def encode(self, records: Iterable[Record], count: int) -> Iterator[tuple[Record, str | None]]:
+        """See encode_records."""
+        num_done, waiting, at_end = 0, iter(records), False
+        while num_done < count and not at_end:
+            wanted, at_end = count - num_done, True
+            for record, codes in encode_lazily(
+                self._model, itertools.islice(waiting, wanted), self._check_and_open, wanted
+            ):
+                at_end = False
+                if isinstance(codes, str):
+                    yield record, codes
+                else:
+                    num_done += 1
+                    yield self._encoded(record, codes[0] if codes else record.codes), None
+
+    def _check_and_open(self, record: Record) -> list[np.ndarray]:
+        """The record's image if it is to be encoded, after a look at all the rest."""
+        try:
+            self._model.image_prompt(record.caption)
+        except InputError as error:
+            raise ValueError(_unknown_word(error)) from error
+        for fitted in map(self._fit, record.questions):
+            if isinstance(fitted, str):
+                raise ValueError(fitted)
+        if record.codes is not None:
+            _check_codes(self._model, record.codes)
+            return []
+        return [open_record(self._model, record)]
+
+    def _encoded(self, record: Record, codes: np.ndarray) -> Record:
+        kept = None if self._model.views_codes or _is_coded(record) else png_bytes(open_record(self._model, record))
+        own = tuple(map(self._fit, record.questions))
+        balanced = tuple(each for each in map(self._fit, record.balanced_questions) if isinstance(each, Question))
+        return Record(record.id, record.caption, record.category, own, codes, kept, None, balanced)
+
+
 def encode_records(model: Model, records: Iterable[Record], count: int) -> Iterator[tuple[Record, str | None]]:
     """Adds the codes of their images to records; images are opened a batch at a time and dropped, but for models that
     do not see codes.
@@ -38,23 +85,7 @@ def encode_records(model: Model, records: Iterable[Record], count: int) -> Itera
         count: how many usable records are wanted; later ones are not looked at.
     Yields: in order (a usable record with its codes, None), or (a record, why it is unusable).
     """
-    num_done, waiting, at_end = 0, iter(records), False
-    fit = lru_cache(_QUESTIONS)(lambda question: _fit_question(model, question))
-    while num_done < count and not at_end:
-        wanted, at_end = count - num_done, True
-        for record, codes in encode_lazily(
-            model, itertools.islice(waiting, wanted), lambda record: _check_and_open(model, record, fit), wanted
-        ):
-            at_end = False
-            if isinstance(codes, str):
-                yield record, codes
-            else:
-                [codes] = codes or [record.codes]
-                num_done += 1
-                kept = None if model.views_codes or _is_coded(record) else png_bytes(open_record(model, record))
-                own = tuple(map(fit, record.questions))
-                balanced = tuple(each for each in map(fit, record.balanced_questions) if isinstance(each, Question))
-                yield Record(record.id, record.caption, record.category, own, codes, kept, None, balanced), None
+    return RecordEncoder(model).encode(records, count)
 
 
 def encode_lazily(
@@ -82,21 +113,6 @@ def encode_lazily(
             yield from _encode(model, batch)
             batch, num_images = [], 0
     yield from _encode(model, batch)
-
-
-def _check_and_open(model: Model, record: Record, fit: Callable[[Question], Question | str]) -> list[np.ndarray]:
-    """The record's image if it is to be encoded, after a look at all the rest."""
-    try:
-        model.image_prompt(record.caption)
-    except InputError as error:
-        raise ValueError(_unknown_word(error)) from error
-    for fitted in map(fit, record.questions):
-        if isinstance(fitted, str):
-            raise ValueError(fitted)
-    if record.codes is not None:
-        _check_codes(model, record.codes)
-        return []
-    return [open_record(model, record)]
 
 
 def _fit_question(model: Model, question: Question) -> Question | str:

@@ -11,7 +11,7 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -138,16 +138,17 @@ class Source:
         if self._need_questions and not own:
             raise ValueError("no questions: there is nothing to judge its images by")
         category = "other" if row.get("category") is None else text_of(row, "category")
-        record = Record(id, caption, category, tuple(map(_question, own)))
+        questions = tuple(map(_question, own))
         if row.get("codes") is not None:
-            return replace(record, codes=_codes(row))
+            return Record(id, caption, category, questions, _codes(row))
         key = next((key for key in ("image", "img_path") if _image_of(row, key) is not None), None)
         if key is None:
             raise ValueError("no image: the entry has neither image, img_path nor codes")
         image = _image_of(row, key)
         if isinstance(image, bytes):
-            return replace(record, image=image)
-        return replace(record, image_path=path_inside(self._roots[0], text_of({key: image}, key), self._roots[1]))
+            return Record(id, caption, category, questions, image=image)
+        path = path_inside(self._roots[0], text_of({key: image}, key), self._roots[1])
+        return Record(id, caption, category, questions, image_path=path)
 
 
 def scan_source(

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from hermesflow.config import Config
 from hermesflow.data.balancing import count_answers, describe_one_sided
-from hermesflow.data.encoding import encode_records
+from hermesflow.data.encoding import RecordEncoder
 from hermesflow.data.records import Record, RecordFile, records_schema, records_to_table
 from hermesflow.data.sources import UNUSABLE_SCHEMA, Source, describe_rejected, scan_source
 from hermesflow.models.model import Model
@@ -42,7 +42,8 @@ from hermesflow.runtime.files import (
 from hermesflow.runtime.parts import make_parts
 from hermesflow.runtime.registry import SOURCES, resolve
 
-_BLOCK = 1024
+_LEAST_BLOCK, _MOST_BLOCK, _SHARES = 256, 4096, 64
+"""Records of a block: few enough that many processes have work, many enough that files cost little."""
 _NOTES = b"hermesflow.block"
 _LOGGER = logging.getLogger(__name__)
 
@@ -77,10 +78,9 @@ def make_records(folder: Path, config: Config, counts: Sequence[int], model: Mod
     _make_all([work / "source"], lambda _: builder.look(), "look at the data", claims)
     builder.check_number(len(builder.source), "records", builder.source.rejected)
     blocks: list[Path] = []
-    start, stop = 0, sum(counts)
+    start, stop, size = 0, sum(counts), min(_MOST_BLOCK, max(_LEAST_BLOCK, sum(counts) // _SHARES))
     while start < stop:  # of these entries none is too many, whatever the others are
-        firsts = range(start, stop, _BLOCK)
-        new = [work / f"part-{first:09d}-{min(first + _BLOCK, stop):09d}.parquet" for first in firsts]
+        new = [work / f"part-{first:09d}-{min(first + size, stop):09d}.parquet" for first in range(start, stop, size)]
         _make_all(new, lambda number, new=new: builder.write(new[number]), "encode records", claims)
         blocks += new
         num_missing = sum(counts) - sum(len(ParquetRows(path)) for path in blocks)
@@ -120,6 +120,7 @@ class _Builder:
 
     def __init__(self, folder: Path, config: Config, counts: Sequence[int], model: Model) -> None:
         self._folder, self._config, self._counts, self._model = folder, config, counts, model
+        self._encoder = RecordEncoder(model)
 
     def look(self) -> None:
         """Goes through the data once, and writes records/source."""
@@ -142,7 +143,7 @@ class _Builder:
         model, usable, rejected = self._model, [], []
         start, stop = map(int, path.stem.split("-")[1:])
         records = map(self.source.balanced, self.source.records(start, stop, rejected))
-        for record, reason in encode_records(model, records, stop - start):
+        for record, reason in self._encoder.encode(records, stop - start):
             if reason is None:
                 usable.append(record)
             else:

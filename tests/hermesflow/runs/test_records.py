@@ -55,7 +55,7 @@ def encoded(shared_tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 3, 1024])
 def test_of_any_blocks_the_records_are_the_same_and_none_too_many_is_looked_at(block, data, encoded, monkeypatch):
-    monkeypatch.setattr(records, "_BLOCK", block)
+    monkeypatch.setattr(records, "_MOST_BLOCK", block)
     run = run_of(data)
     good = [str(number) for number in range(20) if number not in BAD]
     assert [record.id for record in run.records] == good[:10] and encoded["images"] == 10
@@ -65,7 +65,7 @@ def test_of_any_blocks_the_records_are_the_same_and_none_too_many_is_looked_at(b
 
 
 def test_what_was_encoded_before_a_kill_is_not_encoded_again(data, encoded, monkeypatch):
-    monkeypatch.setattr(records, "_BLOCK", 2)
+    monkeypatch.setattr(records, "_MOST_BLOCK", 2)
     encoded["stop"] = 4
     run = run_of(data)
     with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,7 @@ def test_what_was_encoded_before_a_kill_is_not_encoded_again(data, encoded, monk
 
 def test_after_a_failure_the_data_may_be_mended_and_other_settings_given(data, encoded, monkeypatch):
     """Blocks of the old data are not taken."""
-    monkeypatch.setattr(records, "_BLOCK", 4)
+    monkeypatch.setattr(records, "_MOST_BLOCK", 4)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     run = run_of(data, count=15)
     with pytest.raises(InputError, match=r"has 14 usable records, 15 are needed; lower .*rejected were 6 unknown word"):
@@ -97,7 +97,7 @@ def test_after_a_failure_the_data_may_be_mended_and_other_settings_given(data, e
 
 
 def test_more_records_keep_those_that_are_there(data, monkeypatch):
-    monkeypatch.setattr(records, "_BLOCK", 4)
+    monkeypatch.setattr(records, "_MOST_BLOCK", 4)
     run = run_of(data, count=5)
     first = [(record.id, record.codes.tolist()) for record in run.records]
     run._lock.close()
@@ -119,7 +119,7 @@ def test_images_stay_for_models_that_do_not_see_codes(data, monkeypatch, shared_
 def test_the_built_in_world_in_blocks(tmp_path, monkeypatch):
     settings = (f"run.folder={tmp_path}", "data.num_records=10", "selfplay.num_rounds=1", "model.device=cpu")
     whole = list(Run(load_config(None, (*settings, "run.name=a"))).records)
-    monkeypatch.setattr(records, "_BLOCK", 3)
+    monkeypatch.setattr(records, "_MOST_BLOCK", 3)
     parts = RecordFile(Run(load_config(None, (*settings, "run.name=b"))).records._rows.path)
     assert [(each.id, each.caption, each.questions, each.codes.tolist()) for each in whole] == [
         (each.id, each.caption, each.questions, each.codes.tolist()) for each in parts
