@@ -50,6 +50,7 @@ _INDEX_SCHEMA = pa.schema(
 )
 """Of each record where its entry lies, the further entries that are questions of it, and those of the other file."""
 _AT_ONCE = 64  # records that are read together
+_MOST_OPEN = 8  # files
 _REMEMBERED = 2**16
 """Questions that were checked: those of a data set repeat."""
 _WHOLE_FLOATS = 2**53
@@ -123,6 +124,8 @@ class Source:
         found = {}
         for number, places in of_files.items():
             if number not in self._open:
+                for oldest in list(self._open)[: 1 - _MOST_OPEN]:
+                    del self._open[oldest]
                 self._open[number] = open_entries(self.files[number])
             ordered = sorted(places)
             for place, entry in zip(ordered, self._open[number].read(ordered), strict=True):

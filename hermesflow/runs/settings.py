@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from hermesflow.config import Config
@@ -104,6 +105,12 @@ def changed_files(folder: Path, config: Config, section: str) -> list[str]:
 def _files_digest(path: str) -> str | None:
     """A fingerprint of what a file of records, or each of a folder's, holds; None if it cannot be read. At an address
     what its file system says of the file stands in."""
+    seen = _seen(path)
+    return _digest_as_seen(path, seen) if seen else _digest_as_seen.__wrapped__(path, seen)
+
+
+@lru_cache(16)
+def _digest_as_seen(path: str, seen: str) -> str | None:
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in files_of(path):
@@ -127,7 +134,7 @@ def _seen(path: str) -> str:
         stats = [file.stat() for file in files_of(path) if isinstance(file, Path)]
     except (InputError, OSError):
         return ""
-    return ";".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    return ";".join(f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}" for stat in stats)
 
 
 def _named_files(config: Config, section: str) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 
 import fsspec
@@ -278,6 +279,19 @@ def test_a_source_is_saved_and_read_in_pieces(tmp_path):
     for pieces in ([(0, 201)], [(150, 201), (0, 150)], [(start, start + 33) for start in range(0, 201, 33)]):
         pieced = [record for piece in sorted(pieces) for record in again.records(*piece, [])]
         assert [(record.id, record.questions) for record in pieced] == [(each.id, each.questions) for each in records]
+
+
+def test_no_more_than_some_files_are_open_at_once(tmp_path):
+    for number in range(40):
+        rows = [
+            {"id": f"{number}-{index}", "caption": "a", "codes": [1], "questions": [QUESTION]} for index in range(3)
+        ]
+        (tmp_path / f"{number:02d}.jsonl").write_bytes(lines(rows))
+    found = scan_source(f"{tmp_path}/*.jsonl")
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(list(found.records(0, 120, []))) == 120
+    assert len(os.listdir("/proc/self/fd")) <= before + 8
+    assert len(list(found.records(0, 3, []))) == 3
 
 
 def test_things_of_very_many_questions_are_a_sample_of_all(monkeypatch):
