@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
-from hermesflow.data.pairs import read_pairs
 from hermesflow.models.contact_sheet import draw_contact_sheet
 from hermesflow.models.model import Model
 from hermesflow.runs.run import Run
-from hermesflow.runtime.files import write_json
+from hermesflow.runtime.files import ParquetRows, write_json
 from hermesflow.runtime.trackers import Picture, Table, open_tracker
 
 NUM_SENT = 8
@@ -32,7 +31,7 @@ def send_round(run: Run, number: int, evaluation: dict[str, Any]) -> None:
         run: the run, in its first process.
         number: the round; 0 has no pairs.
         evaluation: of the round.
-    Raises: InputError as open_tracker and read_pairs; what the service raises, as in training.
+    Raises: InputError as open_tracker and ParquetRows; what the service raises, as in training.
     """
     tracker, sent = run.config.of_round(number).train.tracker, run.path(number, "sent.json")
     if tracker == "none" or sent.exists():
@@ -43,9 +42,8 @@ def send_round(run: Run, number: int, evaluation: dict[str, Any]) -> None:
         values |= _numbered("drawings", _drawings(rows[:NUM_SENT], run.model(number)))
     path = run.path(number, "pairs.parquet")
     if path.exists():
-        pairs = read_pairs(path)
-        values |= _numbered("pairs", _image_pairs(_first(pairs, "win_codes"), run.model(number)))
-        if rows := _first(pairs, "win_caption"):
+        values |= _numbered("pairs", _image_pairs(_first(path, "win_codes"), run.model(number)))
+        if rows := _first(path, "win_caption"):
             values["captions"] = _caption_pairs(rows)
     with open_tracker(tracker, asdict(run.config), run.folder, number) as log:
         log(values, number)
@@ -56,9 +54,10 @@ def _numbered(name: str, pictures: Iterator[Picture]) -> dict[str, Picture]:
     return {f"{name}/{index}": picture for index, picture in enumerate(pictures, 1)}
 
 
-def _first(pairs: pa.Table, column: str) -> list[dict[str, Any]]:
+def _first(path: Path, column: str) -> list[dict[str, Any]]:
     """Rows of the first pairs that have a column."""
-    return pairs.filter(pc.is_valid(pairs[column])).slice(0, NUM_SENT).to_pylist()
+    rows = (row for table in ParquetRows(path).each() for row in table.to_pylist())
+    return list(islice((row for row in rows if row[column] is not None), NUM_SENT))
 
 
 def _drawings(rows: Sequence[dict[str, Any]], model: Model) -> Iterator[Picture]:
