@@ -50,10 +50,10 @@ def test_an_interrupted_curation_goes_on_to_the_same_pairs(shared_tiny_model, tm
         return ["curate", *(item for setting in settings for item in ("--set", setting))]
 
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    stderr = interrupt(start(*command(cut)), cut, "part-*.parquet")
+    stderr = interrupt(start(*command(cut)), cut, "candidates/part-*.parquet")
     assert stderr.splitlines()[-1] == "hermesflow: stopped; the same command resumes where it stopped"
     assert "Traceback" not in stderr and not unfinished_files(cut)
-    parts = sorted(cut.rglob("part-*.parquet"))
+    parts = sorted(cut.rglob("candidates/part-*.parquet"))
     assert 0 < len(parts) < 30
     assert all(len(read_parquet(part)) for part in parts)
     times = [part.stat().st_mtime_ns for part in parts]
