@@ -188,9 +188,9 @@ def read_source(
 
     Keys of an entry: id (text or whole number), caption, image or img_path (a path; in Parquet also the file's bytes,
     or the datasets library's struct of bytes and path) or codes, questions (a list, keys as Question has them, or a
-    struct of such lists), and category. Of a question element_type and element may
-    be missing. An entry that is itself a question, with the key "question", belongs to the record of its id; so the
-    published initial_data.json can be given with vqa_data.json as its questions, or vqa_data.json alone.
+    struct of such lists), and category. Of a question element_type and element may be missing. An entry that is itself
+    a question, with the key "question", belongs to the record of its id; so the published initial_data.json can be
+    given with vqa_data.json as its questions, or vqa_data.json alone.
 
     Args:
         path: Parquet, JSON or tars, as open_entries takes them, and as files_of names them: a file, a folder, a

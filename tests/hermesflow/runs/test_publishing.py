@@ -340,7 +340,7 @@ def test_a_damaged_evaluation_is_named(hub, run, tmp_path, capsys):
 
 
 def test_the_command_as_users_call_it(hub, run, tmp_path):
-    """HF_ENDPOINT and HF_TOKEN alone, and the upload that hf_xet is at hand for."""
+    """The command takes the address and the token from HF_ENDPOINT and HF_TOKEN; hf_xet may be installed."""
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
